@@ -1,0 +1,21 @@
+"""Errors that a reader can act on: what was wrong, where, and what to do next."""
+
+
+class BookError(Exception):
+    """Base of every error this package raises on purpose; the command line prints it without a traceback."""
+
+
+class SubjectError(BookError):
+    """A model under study cannot be found, verified or understood."""
+
+
+class DataError(BookError):
+    """A file of facts, templates or cases is not what it should be."""
+
+
+class CompletenessError(BookError):
+    """The terms of a logit trace do not sum to the model's own logit."""
+
+
+class ChapterError(BookError):
+    """A chapter could not be run, built or checked."""

