@@ -1,0 +1,222 @@
+"""From evidence to a diagnosis by one explicit rule (design, section 4).
+
+    1. For every fact that is known and not told, trace the failing prompt, and the control prompts that tell it, all
+       with the same pair of tokens: the answer, and the failing prompt's competitor.
+    2. What a component *writes* is its contribution to the answer minus the mean contribution to the other facts'
+       answers: it must say *this* capital, not capitals in general. What it *pushes* is its contribution to answer
+       minus competitor.
+    3. Knowledge head: the head that writes most under the controls, on average over facts.
+    4. Failure kind: of the margin lost between control and failing prompt, how much is knowledge no longer written
+       (the positive writing of all components, control minus failing)? At least half: `not retrieved`. Less: the
+       knowledge is written and the rest is `overridden`.
+    5. Suppressor, of an overridden failure: the component whose push fell most, beyond what it no longer writes.
+    6. Prescription: the knowledge head's layer, as the source page prescribes L10 although L12 reverses it.
+    7. Confidence: how often resampled facts give the same head, kind and suppressor; and whether the relation map,
+       which saw no input, singles out the same head (family-wise p). Both: high. One: medium. Neither: low.
+
+The rule has one constant, the half of step 4, and step 7's two thresholds. Planted failures judge it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lib.errors import DataError
+from lib.facts import Case, Fact, known_and_told, load_templates, prompts, scorable, tell
+from lib.site import Site
+from lib.static import RelationMap
+from lib.subjects import Subject
+from lib.trace import capture, logit_trace
+
+HALF = 0.5
+STABLE = 0.95
+STATIC_P = 0.05
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the facts of one case show, by component (all heads layer by layer, then all MLPs). Logits, `scaled`."""
+
+    facts: tuple[Fact, ...]
+    competitors: tuple[str, ...]
+    sites: tuple[Site, ...]
+    writes_control: Float[Tensor, "fact component"]
+    writes_failing: Float[Tensor, "fact component"]
+    pushes_control: Float[Tensor, "fact component"]
+    pushes_failing: Float[Tensor, "fact component"]
+    margin_control: Float[Tensor, " fact"]
+    margin_failing: Float[Tensor, " fact"]
+    curve_control: Float[Tensor, "fact n_layers+1"]  # cumulative answer minus competitor, by layer
+    curve_failing: Float[Tensor, "fact n_layers+1"]
+    completeness: float
+
+    def grid(self, values: Float[Tensor, " component"]) -> Float[Tensor, "n_layers n_heads"]:
+        """The heads' part of a component vector as layer x head."""
+        heads = [s for s in self.sites if not s.mlp]
+        return values[: len(heads)].reshape(heads[-1].layer + 1, -1)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the rule reads off a set of facts. retention: knowledge head, failing over control;
+    unwritten: share of the lost margin that is knowledge no longer written."""
+
+    knowledge_head: Site
+    suppressor: Site | None
+    failure_kind: str
+    retention: float
+    unwritten: float
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A verdict with its evidence, its stability and the static map's opinion of the same head."""
+
+    case: Case
+    evidence: Evidence
+    verdict: Verdict
+    same_head: float
+    same_kind: float
+    same_suppressor: float
+    static_score: float
+    static_p: float
+    static_rank: int
+
+    @property
+    def layer(self) -> int:
+        """The prescribed layer, 0-based."""
+        return self.verdict.knowledge_head.layer
+
+    @property
+    def stability(self) -> float:
+        return min(self.same_head, self.same_kind, self.same_suppressor)
+
+    @property
+    def confidence(self) -> str:
+        votes = (self.stability >= STABLE) + (self.static_p <= STATIC_P)
+        return ("low", "medium", "high")[votes]
+
+
+def case_table(subject: Subject, case: Case, *, large: bool = False, progress: str | None = None) -> pd.DataFrame:
+    """A `tell` table of the case's template and controls, over the eight or (large) the scorable part of the set."""
+    templates = load_templates()
+    facts = scorable(subject, case.large if large else case.facts)
+    chosen = {t: templates[t] for t in dict.fromkeys((case.template, *case.controls))}
+    return tell(subject, facts, chosen, progress=progress)
+
+
+def gather(subject: Subject, case: Case, table: pd.DataFrame, *, progress: str | None = None) -> Evidence:
+    """Trace the failing and the control prompts of every fact in a `case_table` that is known and not told.
+    Raises DataError if there is none: then the case is no routing failure and nothing is to be located."""
+    states = known_and_told(table, case)
+    chosen = states[states.routing_failure]
+    if chosen.empty:
+        raise DataError(
+            f"case {case.name!r}: {int(states.told.sum())} of {len(states)} facts are told and "
+            f"{int(states.known.sum())} known, none known and not told; there is no routing failure to diagnose."
+        )
+    failing = table[table.template == case.template].set_index("subject").loc[chosen.subject]
+    facts = tuple(Fact(*row) for row in zip(failing.index, failing.answer, failing.split, strict=True))
+    pairs = torch.tensor(failing[["answer_token", "competitor_token"]].to_numpy())
+    bank = torch.tensor(table.answer_token.unique())
+    text = load_templates()
+    fail = _components(subject, prompts(facts, text[case.template]), pairs, bank, progress)
+    sums, counts = None, torch.zeros(len(facts), 1)
+    for control in case.controls:
+        rows = [i for i, told_by in enumerate(chosen.told_by) if control in told_by]
+        if not rows:
+            continue
+        part = _components(subject, prompts([facts[i] for i in rows], text[control]), pairs[rows], bank, progress)
+        sums = sums or tuple(torch.zeros_like(x) for x in fail[:3])
+        for total, x in zip(sums, part[:3], strict=True):
+            total[rows] += x
+        counts[rows] += 1
+        fail = (*fail[:3], max(fail[3], part[3]))
+    writes, pushes, curve = (total / counts for total in sums)
+    return Evidence(
+        facts, tuple(failing.competitor), components(subject), writes, fail[0], pushes, fail[1],
+        curve[:, -1], fail[2][:, -1], curve, fail[2], fail[3],
+    )  # fmt: skip
+
+
+def components(subject: Subject) -> tuple[Site, ...]:
+    """All heads, layer by layer, then all MLPs: the order of every component vector."""
+    layers, heads = range(subject.weights.n_layers), range(subject.weights.n_heads)
+    return (*(Site(layer, head) for layer in layers for head in heads), *(Site(layer, mlp=True) for layer in layers))
+
+
+def _components(
+    subject: Subject, texts: Sequence[str], pairs: Tensor, bank: Tensor, progress: str | None
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """writes and pushes (fact, component), the cumulative curve (fact, layer), and the completeness error."""
+    writes, pushes, curves, error = [], [], [], 0.0
+    for i in tqdm(range(0, len(texts), BATCH), desc=progress, disable=progress is None or len(texts) <= BATCH, leave=False):
+        seen, pair = capture(subject, texts[i : i + BATCH]), pairs[i : i + BATCH]
+        answers = logit_trace(subject, seen, bank[None].expand(len(pair), -1))
+        flat = torch.cat((answers.heads.flatten(2), answers.mlps), -1)  # (b, bank, component)
+        mine = bank[None] == pair[:, :1]
+        own = flat[mine.nonzero(as_tuple=True)]
+        writes.append(own - (flat.sum(1) - own) / (len(bank) - 1))
+        margin = logit_trace(subject, seen, pair).difference()
+        pushes.append(torch.cat((margin.heads.flatten(2), margin.mlps), -1)[:, 0])
+        curves.append(margin.cumulative[:, 0])
+        error = max(error, answers.error, margin.error)
+    return torch.cat(writes), torch.cat(pushes), torch.cat(curves), error
+
+
+def decide(evidence: Evidence, rows: NDArray | None = None) -> Verdict:
+    """Steps 3 to 5 of the rule, on all facts or on a resample of them."""
+    pick = slice(None) if rows is None else torch.as_tensor(rows)
+    control, failing = evidence.writes_control[pick].mean(0), evidence.writes_failing[pick].mean(0)
+    heads = sum(not s.mlp for s in evidence.sites)
+    best = int(control[:heads].argmax())
+    unwritten = control.relu() - failing.relu()
+    lost = float((evidence.margin_control - evidence.margin_failing)[pick].mean())
+    share = float(unwritten.sum()) / lost
+    kind = "not retrieved" if share >= HALF else "overridden"
+    fallen = (evidence.pushes_failing - evidence.pushes_control)[pick].mean(0) + unwritten
+    suppressor = evidence.sites[int(fallen.argmin())] if kind == "overridden" else None
+    return Verdict(evidence.sites[best], suppressor, kind, float(failing[best] / control[best]), share)
+
+
+def diagnose(
+    evidence: Evidence, case: Case, maps: Sequence[RelationMap], *, resamples: int = 1000, seed: int = 0
+) -> Diagnosis:
+    """The whole rule. maps: relation maps, raw and enriched; the one that rates the knowledge head higher speaks."""
+    verdict, rng, n = decide(evidence), np.random.default_rng(seed), len(evidence.facts)
+    again = [decide(evidence, rng.integers(n, size=n)) for _ in range(resamples)]
+    at = (verdict.knowledge_head.layer, verdict.knowledge_head.head)
+    opinion = max(maps, key=lambda m: float(m.score[at]))
+    return Diagnosis(
+        case, evidence, verdict,
+        same_head=float(np.mean([v.knowledge_head == verdict.knowledge_head for v in again])),
+        same_kind=float(np.mean([v.failure_kind == verdict.failure_kind for v in again])),
+        same_suppressor=float(np.mean([v.suppressor == verdict.suppressor for v in again])),
+        static_score=float(opinion.score[at]),
+        static_p=float(opinion.p_values(seed=seed)[at]),
+        static_rank=int((opinion.score > opinion.score[at]).sum()) + 1,
+    )  # fmt: skip
+
+
+def rank_correlation(
+    a: Float[Tensor, "n_layers n_heads"], b: Float[Tensor, "n_layers n_heads"], *, permutations: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Spearman's rho over all heads and its two-sided permutation p-value (heads shuffled)."""
+    rng = np.random.default_rng(seed)
+    x, y = a.flatten().numpy(), b.flatten().numpy()
+    rho = float(spearmanr(x, y).statistic)
+    rx, ry = (pd.Series(v).rank().to_numpy() for v in (x, y))
+    rx, ry = (r - r.mean() for r in (rx, ry))
+    null = np.array([rng.permutation(rx) @ ry for _ in range(permutations)]) / np.sqrt((rx @ rx) * (ry @ ry))
+    return rho, float((1 + (np.abs(null) >= abs(rho) - 1e-12).sum()) / (1 + permutations))

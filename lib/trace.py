@@ -1,0 +1,249 @@
+"""The exact logit trace of one input (design, section 4; the source page, "Knowledge path").
+
+At the last position, before the final norm, the residual stream is a sum:
+
+    x = embed + sum(heads) + sum(MLPs) + sum(biases)
+
+so a token's logit is a sum too, once the final norm's scale is frozen at the value it really has. Three conventions:
+
+    raw      term . W_U[t]                     no norm; its sum is not a logit of the model
+    scaled   exact: the terms sum to the model's own logit
+    centred  exact, minus the mean over the vocabulary: what a term does for this token rather than for all
+
+`capture` runs the model's own forward pass once, with hooks that are gone afterwards, also after an exception;
+everything else is arithmetic on what it saw. Direct logit attribution, as in Elhage et al. (2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lib.errors import CompletenessError, DataError
+from lib.subjects import Subject
+
+Convention = Literal["raw", "scaled", "centred"]
+CONVENTIONS: tuple[Convention, ...] = ("raw", "scaled", "centred")
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What one forward pass showed at each prompt's last position. `everywhere` is the stream of all positions
+    (padded on the right) where it was asked for."""
+
+    prompts: tuple[str, ...]
+    tokens: Int[Tensor, "b t"]
+    last: Int[Tensor, " b"]
+    stream: Float[Tensor, "b n_layers+1 d_model"]  # before each block, and before the final norm
+    z: Float[Tensor, "b n_layers n_heads d_head"]
+    mlps: Float[Tensor, "b n_layers d_model"]  # with the output bias
+    logits: Float[Tensor, "b vocab"]
+    everywhere: Float[Tensor, "b n_layers+1 t d_model"] | None
+
+
+@torch.no_grad()
+def capture(subject: Subject, prompts: Sequence[str], *, everywhere: bool = False) -> Capture:
+    """One forward pass over a batch of prompts. Raises DataError for an empty or too long prompt."""
+    tokens, last = subject.encode(prompts)
+    rows, weights, seen = torch.arange(len(prompts)), subject.weights, _Seen([], [], [], [])
+
+    def keep(into: list[Tensor], x: Tensor) -> None:
+        into.append(x[rows, last])
+        if everywhere and into is seen.stream:
+            seen.everywhere.append(x)
+
+    with _hooks(subject, seen, keep):
+        logits = subject.model(tokens, use_cache=False).logits[rows, last]
+    z = rearrange(torch.stack(seen.z, 1), "b l (n h) -> b l n h", n=weights.n_heads)
+    whole = torch.stack(seen.everywhere, 1) if everywhere else None
+    return Capture(tuple(prompts), tokens, last, torch.stack(seen.stream, 1), z, torch.stack(seen.mlps, 1), logits, whole)
+
+
+@dataclass(frozen=True)
+class LogitTrace:
+    """Contributions to the logits of n tokens for each prompt. `constant` is the final norm's own bias."""
+
+    convention: Convention
+    tokens: Int[Tensor, "b n"]
+    embed: Float[Tensor, "b n"]
+    heads: Float[Tensor, "b n n_layers n_heads"]
+    mlps: Float[Tensor, "b n n_layers"]
+    biases: Float[Tensor, "b n n_layers"]
+    constant: Float[Tensor, "b n"]
+    model: Float[Tensor, "b n"]  # what the terms must sum to, from the model's own forward pass
+
+    @property
+    def cumulative(self) -> Float[Tensor, "b n n_layers+1"]:
+        """The sum of all terms up to each layer: after the embedding, after layer 1, and so on."""
+        layers = self.heads.sum(-1) + self.mlps + self.biases
+        start = (self.embed + self.constant)[..., None]
+        return torch.cat((start, start + layers.cumsum(-1)), -1)
+
+    @property
+    def error(self) -> float:
+        """Largest absolute difference between the sum of the terms and the model's own value."""
+        return float((self.cumulative[..., -1] - self.model).abs().max())
+
+    def difference(self) -> LogitTrace:
+        """The first token's contributions minus the second's, kept as a trace of one token (answer - competitor)."""
+        parts = (self.embed, self.heads, self.mlps, self.biases, self.constant, self.model)
+        embed, heads, mlps, biases, constant, model = (p[:, :1] - p[:, 1:2] for p in parts)
+        return LogitTrace(self.convention, self.tokens[:, :1], embed, heads, mlps, biases, constant, model)
+
+
+@torch.no_grad()
+def logit_trace(
+    subject: Subject, seen: Capture, tokens: Int[Tensor, "b n"], convention: Convention = "scaled", tolerance: float = 1e-3
+) -> LogitTrace:
+    """Every term's contribution to the logits of the given tokens (one row a prompt). Raises CompletenessError if
+    the terms miss the model's own logit by more than the tolerance: fp32 rounding over a few hundred terms of size
+    10 stays below 1e-3, a term left out does not. (raw: relative to the size of the largest term, which no norm tames.)"""
+    weights = subject.weights
+    directions, constant = _directions(subject, seen, tokens, convention)
+    W_O = torch.stack([b.attn.W_O for b in weights.blocks])
+    bias = torch.stack([b.bias() for b in weights.blocks])
+    mlp_bias = torch.stack([torch.zeros_like(b.bias()) if b.mlp.b_out is None else b.mlp.b_out for b in weights.blocks])
+    projected = einsum(W_O, directions, "l n h d, b k d -> b k l n h")
+    trace = LogitTrace(
+        convention=convention,
+        tokens=tokens,
+        embed=einsum(seen.stream[:, 0], directions, "b d, b k d -> b k"),
+        heads=einsum(seen.z, projected, "b l n h, b k l n h -> b k l n"),
+        mlps=einsum(seen.mlps - mlp_bias, directions, "b l d, b k d -> b k l"),
+        biases=einsum(bias, directions, "l d, b k d -> b k l"),
+        constant=constant,
+        model=_own_value(seen, tokens, directions, convention),
+    )
+    allowed = tolerance * (max(1.0, float(trace.mlps.abs().max())) if convention == "raw" else 1.0)
+    if not trace.error <= allowed:
+        raise CompletenessError(
+            f"the {convention} trace of {seen.prompts[0]!r} and {len(seen.prompts) - 1} more misses the model's own "
+            f"logits by {trace.error:.2g} (allowed {allowed:.2g}); load the subject in fp32, and check lib/weights.py."
+        )
+    return trace
+
+
+@torch.no_grad()
+def logit_lens(
+    subject: Subject, seen: Capture, tokens: Int[Tensor, "b n"]
+) -> tuple[Float[Tensor, "b n_layers+1 n"], Int[Tensor, "b n_layers+1 n"]]:
+    """Log-probability and rank (1 is the top) of the tokens if the stream were read out after each layer, each
+    layer with its own norm scale (nostalgebraist 2020). Early layers are read in a basis they may not use: the lens
+    is biased (Belrose et al. 2023)."""
+    weights = subject.weights
+    logits = weights.norm_final(seen.stream) @ weights.W_U
+    chosen = logits.gather(-1, tokens[:, None].expand(-1, logits.shape[1], -1))
+    ranks = torch.stack([(logits > c[..., None]).sum(-1) + 1 for c in chosen.unbind(-1)], -1)
+    return chosen - logits.logsumexp(-1, keepdim=True), ranks
+
+
+@torch.no_grad()
+def last_patterns(subject: Subject, seen: Capture) -> Float[Tensor, "b n_layers n_heads t"]:
+    """Attention from each prompt's last token to every position. The capture must be `everywhere`."""
+    if seen.everywhere is None:
+        raise DataError("attention patterns need `capture(..., everywhere=True)`.")
+    rows, streams = torch.arange(len(seen.prompts)), seen.everywhere.unbind(1)
+    return torch.stack(
+        [
+            block.attn.pattern(block.norm_attn(x))[rows, :, seen.last]
+            for block, x in zip(subject.weights.blocks, streams, strict=False)
+        ],
+        1,
+    )
+
+
+def subject_positions(subject: Subject, prompt: str, name: str) -> list[int]:
+    """Positions of the tokens that spell the fact's subject in a prompt. Raises DataError if it is not there."""
+    start = prompt.find(name)
+    if start < 0:
+        raise DataError(f"{name!r} does not stand in the prompt {prompt!r}.")
+    offsets = subject.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    return [i for i, (a, b) in enumerate(offsets) if a < start + len(name) and b > start]
+
+
+def subject_attention(subject: Subject, seen: Capture, names: Sequence[str]) -> Float[Tensor, "b n_layers n_heads"]:
+    """Attention from the last token to the tokens of each prompt's subject, summed over them (0 to 1)."""
+    patterns = last_patterns(subject, seen)
+    sums = [
+        pattern[..., subject_positions(subject, prompt, name)].sum(-1)
+        for pattern, prompt, name in zip(patterns, seen.prompts, names, strict=True)
+    ]
+    return torch.stack(sums)
+
+
+def subject_stream_norm(subject: Subject, seen: Capture, names: Sequence[str]) -> Float[Tensor, "b n_layers+1"]:
+    """Norm of the residual stream at the last token of each prompt's subject, before each layer and after the last."""
+    if seen.everywhere is None:
+        raise DataError("the subject's stream needs `capture(..., everywhere=True)`.")
+    at = torch.tensor([subject_positions(subject, p, n)[-1] for p, n in zip(seen.prompts, names, strict=True)])
+    return seen.everywhere[torch.arange(len(names)), :, at].norm(dim=-1)
+
+
+def _directions(
+    subject: Subject, seen: Capture, tokens: Int[Tensor, "b n"], convention: Convention
+) -> tuple[Float[Tensor, "b n d_model"], Float[Tensor, "b n"]]:
+    """The residual direction that each token's logit reads in a convention, and the part that no term carries."""
+    weights = subject.weights
+    columns = weights.W_U[:, tokens]  # (d_model, b, n)
+    if convention == "raw":
+        return rearrange(columns, "d b n -> b n d"), torch.zeros(tokens.shape, device=tokens.device)
+    if convention == "centred":
+        columns = columns - weights.W_U.mean(1)[:, None, None]
+    norm = weights.norm_final
+    folded = norm.fold(rearrange(columns, "d b n -> d (b n)"))
+    scale = norm.scale(seen.stream[:, -1])[:, :, None]
+    constant = torch.zeros(tokens.shape) if norm.bias is None else einsum(norm.bias, columns, "d, d b n -> b n")
+    return rearrange(folded, "d (b n) -> b n d", b=len(tokens)) / scale, constant
+
+
+def _own_value(
+    seen: Capture, tokens: Int[Tensor, "b n"], directions: Float[Tensor, "b n d"], convention: Convention
+) -> Float[Tensor, "b n"]:
+    if convention == "raw":
+        return einsum(seen.stream[:, -1], directions, "b d, b k d -> b k")
+    own = seen.logits.gather(1, tokens)
+    return own if convention == "scaled" else own - seen.logits.mean(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    stream: list[Tensor]
+    z: list[Tensor]
+    mlps: list[Tensor]
+    everywhere: list[Tensor]
+
+
+def _first(output: Tensor | tuple) -> Tensor:
+    """Modules of some versions of transformers return tuples, of others tensors."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _hooks(subject: Subject, seen: _Seen, keep) -> Iterator[None]:
+    def before(into: list[Tensor]):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            keep(into, _first(args) if args else kwargs["hidden_states"])
+
+        return hook
+
+    def after(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        keep(seen.mlps, _first(output))
+
+    weights, handles = subject.weights, []
+    try:
+        for block in weights.blocks:
+            handles.append(block.module.register_forward_pre_hook(before(seen.stream), with_kwargs=True))
+            handles.append(block.heads_out.register_forward_pre_hook(before(seen.z), with_kwargs=True))
+            handles.append(block.mlp_out.register_forward_hook(after))
+        handles.append(weights.norm_final_module.register_forward_pre_hook(before(seen.stream), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
