@@ -19,7 +19,7 @@ The rule has one constant, the half of step 4, and step 7's two thresholds. Plan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,10 @@ from lib.site import Site
 from lib.static import RelationMap
 from lib.subjects import Subject
 from lib.trace import capture, logit_trace
+
+class NoFailure(DataError):
+    """A case has no fact that is known and not told."""
+
 
 HALF = 0.5
 STABLE = 0.95
@@ -78,6 +82,12 @@ class Verdict:
     retention: float
     unwritten: float
 
+    def same_finding(self, other: Verdict) -> bool:
+        """Head, suppressor and kind agree; the shares may differ."""
+        return (self.knowledge_head, self.suppressor, self.failure_kind) == (
+            other.knowledge_head, other.suppressor, other.failure_kind,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Diagnosis:
@@ -107,6 +117,16 @@ class Diagnosis:
         votes = (self.stability >= STABLE) + (self.static_p <= STATIC_P)
         return ("low", "medium", "high")[votes]
 
+    def summary(self) -> dict[str, object]:
+        """The finding as plain values, for results."""
+        v = self.verdict
+        return {
+            "n": len(self.evidence.facts), "knowledge_head": v.knowledge_head, "suppressor": v.suppressor,
+            "failure_kind": v.failure_kind, "diagnosed_layer": self.layer + 1, "retention": v.retention,
+            "unwritten": v.unwritten, "stability": self.stability, "static_score": self.static_score,
+            "static_p": self.static_p, "static_rank": self.static_rank, "confidence": self.confidence,
+        }  # fmt: skip
+
 
 def case_table(subject: Subject, case: Case, *, large: bool = False, progress: str | None = None) -> pd.DataFrame:
     """A `tell` table of the case's template and controls, over the eight or (large) the scorable part of the set."""
@@ -118,13 +138,13 @@ def case_table(subject: Subject, case: Case, *, large: bool = False, progress: s
 
 def gather(subject: Subject, case: Case, table: pd.DataFrame, *, progress: str | None = None) -> Evidence:
     """Trace the failing and the control prompts of every fact in a `case_table` that is known and not told.
-    Raises DataError if there is none: then the case is no routing failure and nothing is to be located."""
+    Raises NoFailure if there is none: then there is nothing to locate."""
     states = known_and_told(table, case)
     chosen = states[states.routing_failure]
     if chosen.empty:
-        raise DataError(
-            f"case {case.name!r}: {int(states.told.sum())} of {len(states)} facts are told and "
-            f"{int(states.known.sum())} known, none known and not told; there is no routing failure to diagnose."
+        raise NoFailure(
+            f"Case {case.name!r}: {int(states.told.sum())} of {len(states)} facts are told and "
+            f"{int(states.known.sum())} known, none known and not told: no routing failure."
         )
     failing = table[table.template == case.template].set_index("subject").loc[chosen.subject]
     facts = tuple(Fact(*row) for row in zip(failing.index, failing.answer, failing.split, strict=True))
@@ -207,6 +227,40 @@ def diagnose(
         static_p=float(opinion.p_values(seed=seed)[at]),
         static_rank=int((opinion.score > opinion.score[at]).sum()) + 1,
     )  # fmt: skip
+
+
+def diagnose_cases(
+    subject: Subject, cases: Sequence[Case], maps: Sequence[RelationMap], *, large: bool = False, seed: int = 0,
+    progress: str | None = None,
+) -> list[Diagnosis]:  # fmt: skip
+    """Diagnose each case that has a fact known and not told. Raises DataError, with each case's reason, if none has."""
+    found, reasons = [], []
+    for case in cases:
+        table = case_table(subject, case, large=large, progress=progress)
+        try:
+            found.append(diagnose(gather(subject, case, table, progress=progress), case, maps, seed=seed))
+        except NoFailure as reason:
+            reasons.append(str(reason))
+    if not found:
+        raise DataError(f"nothing to diagnose on {subject.name}. " + " ".join(reasons))
+    return found
+
+
+def report_cases(report: Callable[..., None], tabulate: Callable[[str, object], None], found: Sequence[Diagnosis]) -> None:
+    """The keys that other chapters and the checks rely on, one entry a case; and the findings as words."""
+    summaries = {d.case.name: d.summary() for d in found}
+    for key in ("knowledge_head", "suppressor", "failure_kind", "diagnosed_layer", "confidence"):
+        tabulate(key, {name: s[key] for name, s in summaries.items()})
+    tabulate("diagnosis", summaries)
+    report("knowledge_heads", [str(d.verdict.knowledge_head) for d in found])
+    report("failure_kinds", [d.verdict.failure_kind for d in found])
+    report("confidences", [d.confidence for d in found])
+
+
+def same_findings(found: Sequence[Diagnosis], again: Sequence[Diagnosis]) -> bool:
+    """Whether two rounds of diagnosis agree on every case."""
+    other = {d.case.name: d.verdict for d in again}
+    return len(found) == len(again) and all(d.case.name in other and d.verdict.same_finding(other[d.case.name]) for d in found)
 
 
 def rank_correlation(

@@ -15,14 +15,14 @@ smallest step towards it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from einops import einsum, rearrange
+from einops import einsum
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from scipy.stats import hypergeom
@@ -163,24 +163,33 @@ class RelationMap:
         return pd.DataFrame(rows, columns=["site", "layer", "head", "score", "p"]).sort_values("score", ascending=False, kind="stable")
 
 
+def report_relation(report: Callable[..., None], name: str, relation: RelationMap, *, seed: int = 0) -> None:
+    """The numbers of one map that chapter 1 quotes: its best head, how many heads beat the null, and the null."""
+    table = relation.table(seed=seed)
+    report(f"relation_best_{name}", table.site.iloc[0])
+    report(f"relation_best_{name}_score", table.score.iloc[0], ".0%")
+    report(f"relation_significant_{name}", int((table.p <= 0.05).sum()))
+    report(f"relation_null_{name}", relation.null(seed=seed).flatten(1).max(-1).values.quantile(0.95), ".1%")
+
+
 @torch.no_grad()
-def relation_map(subject: Subject, facts: Sequence[Fact], *, enriched: bool, k: int = 10) -> RelationMap:
-    """Push each subject's embedding through a head's norm, W_V, W_O and the unembedding (final gain folded in) and
-    ask whether the answer is among the k most promoted tokens of the whole vocabulary. A subject of several tokens
-    is read at its last one. Source: design section 4; compare MAPS (Elhelo and Geva 2024)."""
-    weights = subject.weights
-    e = weights.W_E[[subject.token_ids(f" {f.subject}")[-1] for f in facts]]
-    if enriched:
-        e = enrich(weights, e)
+def relation_maps(subject: Subject, facts: Sequence[Fact], *, k: int = 10) -> dict[str, RelationMap]:
+    """Push each subject's embedding, `raw` and `enriched` by the first MLP, through a head's norm, W_V, W_O and the
+    unembedding (final gain folded in), and ask whether the answer is among the k most promoted tokens of the whole
+    vocabulary. A subject of several tokens is read at its last one. Source: design, section 4; compare MAPS
+    (Elhelo and Geva)."""
+    weights, n = subject.weights, len(facts)
+    raw = weights.W_E[[subject.token_ids(f" {f.subject}")[-1] for f in facts]]
+    e = torch.cat((raw, enrich(weights, raw)))
     answers = torch.tensor([subject.first_token(f.answer) for f in facts])
     W_U = weights.norm_final.fold(weights.W_U)
     hits = []
     for block in weights.blocks:
-        x = block.norm_attn(e)
-        v = einsum(x, block.attn.per_head(block.attn.W_V), "s d, n d h -> n s h")
-        out = einsum(v, block.attn.W_O, "n s h, n h d -> n s d")
-        hits.append(torch.stack([_in_top(head @ W_U, answers, k) for head in out]))
-    return RelationMap(torch.stack(hits).cpu(), k)
+        v = einsum(block.norm_attn(e), block.attn.per_head(block.attn.W_V), "s d, n d h -> n s h")
+        # W_O W_U first: both kinds of embedding share it, and d_head is small
+        hits.append(torch.stack([_in_top(v[h] @ (block.attn.W_O[h] @ W_U), answers, k) for h in range(len(v))]))
+    both = torch.stack(hits).cpu()
+    return {"raw": RelationMap(both[:, :, :n], k), "enriched": RelationMap(both[:, :, n:], k)}
 
 
 @dataclass(frozen=True)
@@ -197,7 +206,7 @@ class RoleRules:
 def head_roles(
     subject: Subject,
     types: dict[str, list[int]],
-    relation: RelationMap,
+    maps: Sequence[RelationMap],
     *,
     rules: RoleRules = RoleRules(),
     permutations: int = 1000,
@@ -210,15 +219,17 @@ def head_roles(
     advertises  the same for the norm of the head's key
     value       copies / suppresses: a word's own logit through the OV circuit, in standard deviations of all the
                 vocabulary's logits, is at least +copy / at most -copy on average, and with p differs from the logit
-                of other words; maps relation: the relation map's score is at least `relation` and beats its null;
-                neither otherwise. A head that maps a relation is called so even if it also copies.
+                of other words; maps relation: the score of a relation map (raw or enriched, whichever is higher)
+                is at least `relation` and beats its null; neither otherwise. A head that maps a relation is called
+                so even if it also copies.
     """
     weights = subject.weights
     ids = [i for group in types.values() for i in group]
     labels = np.repeat(np.arange(len(types)), [len(group) for group in types.values()])
     e = weights.W_E[ids]
     names = list(types)
-    relation_p = relation.p_values(permutations=permutations, seed=seed)
+    relation = torch.stack([m.score for m in maps])
+    relation_p = torch.stack([m.p_values(permutations=permutations, seed=seed) for m in maps])
     moments = _unembedding_moments(weights)
     shuffles = _shuffled(labels, permutations, seed)
     rows = []
@@ -231,7 +242,8 @@ def head_roles(
             seek, seek_d, seek_p = _best_type(scores[head].cpu().numpy(), labels, shuffles)
             call, call_d, call_p = _best_type(k[head].norm(dim=-1).cpu().numpy(), labels, shuffles)
             copy_p = _copy_p(own[head] - other[head], permutations, seed)
-            share, share_p = float(relation.score[layer, head]), float(relation_p[layer, head])
+            share, which = relation[:, layer, head].max(0)
+            share, share_p = float(share), float(relation_p[which, layer, head])
             copy = float(own[head].mean())
             rows.append({
                 "site": str(Site(layer, head)), "layer": layer, "head": head,
@@ -307,8 +319,3 @@ def _top_mask(norms: Float[Tensor, "n d_model"], k: int) -> Bool[Tensor, "n d_mo
 def _in_top(logits: Float[Tensor, "subject vocab"], answers: Int[Tensor, " answer"], k: int) -> Bool[Tensor, "subject answer"]:
     threshold = logits.topk(k, dim=-1).values[:, -1:]
     return logits[:, answers] >= threshold
-
-
-def flat(grid: Float[Tensor, "n_layers n_heads"]) -> Float[Tensor, " all_heads"]:
-    """Heads in the order of every table: layer by layer."""
-    return rearrange(grid, "layer head -> (layer head)")

@@ -142,13 +142,8 @@ def load(name: str = "smollm2") -> Subject:
     """Load a subject by name, folder, .gguf file or hub id, and check it: parameter count and checksum where they
     are known, and the weight view against the model's own hidden states. Raises SubjectError with what to do."""
     spec = SPECS.get(name)
+    sha256 = weights_sha256(name)
     folder, gguf = _locate(name)
-    weights_sha256 = _checksum([folder / gguf] if gguf else _safetensors(folder))
-    if spec and weights_sha256 != spec.sha256:
-        raise SubjectError(
-            f"the weights of {name} in {folder} have sha256 {weights_sha256}, expected {spec.sha256}: the file is "
-            f"damaged or of another version. {_remedy(name, folder)}"
-        )
     model, tokenizer = _read(folder, gguf, name)
     parameters = sum(p.numel() for p in model.parameters())
     if spec and parameters != spec.parameters:
@@ -158,7 +153,7 @@ def load(name: str = "smollm2") -> Subject:
         name=name if spec else Path(name).name,
         source=spec.source if spec else name,
         licence=spec.licence if spec else "as its author says",
-        weights_sha256=weights_sha256,
+        weights_sha256=sha256,
         parameters=parameters,
         model=model,
         tokenizer=tokenizer,
@@ -166,6 +161,21 @@ def load(name: str = "smollm2") -> Subject:
     )
     check_view(model, weights, subject.encode(["The capital of France is"])[0])
     return subject
+
+
+def weights_sha256(name: str) -> str:
+    """sha256 of a subject's weights as they are on disk now, fetched if need be (over several files: of their sums).
+    Raises SubjectError where a named subject's differ from the pinned sum."""
+    folder, gguf = _locate(name)
+    files = [folder / gguf] if gguf else _safetensors(folder)
+    sums = [_sha256(f) for f in files]
+    found = sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+    if name in SPECS and found != SPECS[name].sha256:
+        raise SubjectError(
+            f"the weights of {name} in {folder} have sha256 {found}, expected {SPECS[name].sha256}: the file is "
+            f"damaged or of another version. {_remedy(name, folder)}"
+        )
+    return found
 
 
 def cache_folder() -> Path:
@@ -300,12 +310,6 @@ def _remedy(name: str, folder: Path) -> str:
         "organism": "Restore data/organism from git.",
         "gpt2": f"Delete {folder} and run again to fetch it anew.",
     }.get(name, f"Check the files in {folder}.")
-
-
-def _checksum(files: Sequence[Path]) -> str:
-    """sha256 of one file, or of the sums of several."""
-    sums = [_sha256(f) for f in files]
-    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

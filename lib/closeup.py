@@ -1,0 +1,180 @@
+"""Close-ups of diagnosed cases: what chapter 2 shows beside the diagnosis itself.
+
+    conventions      one prompt's strongest terms, the three logit conventions side by side
+    completeness     the largest error of the exact trace over many prompts
+    lens             rank of the answer by layer, failing against control
+    attention        from the last token to the subject, failing against control
+    rivals           repairs that touch no weight: neutral prefixes, any word at all, and the subject's own stream
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lib.diagnosis import BATCH, Diagnosis
+from lib.facts import Case, Fact, known_and_told, load_prefixes, load_templates, prompts, scorable, tell
+from lib.site import Site
+from lib.static import load_token_types
+from lib.subjects import Subject
+from lib.trace import CONVENTIONS, capture, last_patterns, logit_lens, logit_trace, subject_attention, subject_stream_norm
+
+
+def convention_table(subject: Subject, prompt: str, answer: str, *, k: int = 8) -> pd.DataFrame:
+    """The k terms that move a prompt most, for answer minus competitor and for each alone, in every convention.
+    Attributes of the frame: `competitor`, and `sums` by convention (all terms, not only the k shown)."""
+    seen = capture(subject, [prompt])
+    own = subject.first_token(answer)
+    logits = seen.logits[0].clone()
+    logits[own] = float("-inf")
+    pair = torch.tensor([[own, int(logits.argmax())]])
+    columns, sums = {}, {}
+    for convention in CONVENTIONS:
+        trace = logit_trace(subject, seen, pair, convention)
+        terms = torch.cat((trace.heads.flatten(2), trace.mlps), -1)[0]
+        columns |= {(convention, "answer"): terms[0], (convention, "competitor"): terms[1], (convention, "difference"): terms[0] - terms[1]}
+        sums[convention] = [*trace.model[0].tolist(), float(trace.model[0, 0] - trace.model[0, 1])]
+    layers, heads = range(subject.weights.n_layers), range(subject.weights.n_heads)
+    sites = [Site(layer, h) for layer in layers for h in heads] + [Site(layer, mlp=True) for layer in layers]
+    table = pd.DataFrame({c: v.numpy() for c, v in columns.items()}, index=[str(s) for s in sites])
+    table.columns = pd.MultiIndex.from_tuples(table.columns)
+    strongest = table[("scaled", "difference")].abs().sort_values(ascending=False).index[:k]
+    table = table.loc[strongest]
+    table.loc["all terms"] = [v for c in CONVENTIONS for v in sums[c]]
+    table.attrs = {"competitor": subject.token_text(int(pair[0, 1]))}
+    return table
+
+
+def first_failing(case: Case, table: pd.DataFrame) -> pd.Series:
+    """The row of a `tell` table for the case's first fact that is known and not told (or, if none is, its first fact)."""
+    states = known_and_told(table, case)
+    rows = table[table.template == case.template].reset_index(drop=True)
+    return rows.loc[int(states.routing_failure.to_numpy().argmax())]
+
+
+def completeness(subject: Subject, table: pd.DataFrame) -> dict[str, float]:
+    """Largest |sum of terms - model's own value| by convention, over every prompt of a `tell` table, for its answer
+    and its competitor; `raw` relative to the final residual stream's own product."""
+    errors = dict.fromkeys(CONVENTIONS, 0.0)
+    for start in range(0, len(table), BATCH):
+        part = table.iloc[start : start + BATCH]
+        seen = capture(subject, part.prompt.tolist())
+        pairs = torch.tensor(part[["answer_token", "competitor_token"]].to_numpy())
+        for convention in CONVENTIONS:
+            errors[convention] = max(errors[convention], logit_trace(subject, seen, pairs, convention).error)
+    return errors
+
+
+def lens_by_case(subject: Subject, diagnoses: Sequence[Diagnosis]) -> dict[str, Float[Tensor, "fact n_layers+1"]]:
+    """Rank of the answer in the logit lens, for each case's failing template and for the first case's first control."""
+    text, out = load_templates(), {}
+    named = [(diagnoses[0], diagnoses[0].case.controls[0], "control")]
+    named += [(d, d.case.template, "failing") for d in diagnoses]
+    for d, template, kind in named:
+        facts = d.evidence.facts
+        seen = capture(subject, prompts(facts, text[template]))
+        answers = torch.tensor([[subject.first_token(f.answer)] for f in facts])
+        out[f"{kind}: {text[template]}"] = logit_lens(subject, seen, answers)[1][..., 0]
+    return out
+
+
+def lens_flip(ranks: Float[Tensor, "fact n_layers+1"]) -> int | None:
+    """The layer (counted from 1) after which the median answer is first among the top ten, None if it never is."""
+    inside = (ranks.float().median(0).values <= 10).nonzero().flatten()
+    return int(inside[0]) if len(inside) else None
+
+
+def knowledge_heads(diagnosis: Diagnosis, k: int = 4) -> list[Site]:
+    """The k heads that write most under the controls, strongest first."""
+    written = diagnosis.evidence.writes_control.mean(0)
+    order = [diagnosis.evidence.sites[i] for i in written.argsort(descending=True).tolist()]
+    return [s for s in order if not s.mlp][:k]
+
+
+def attention_table(subject: Subject, diagnoses: Sequence[Diagnosis], k: int = 4) -> pd.DataFrame:
+    """Attention from the last token to the subject in the strongest knowledge heads of the first case: one row a
+    case, kind of template (failing; control: the case's first), fact and head."""
+    text, heads, rows = load_templates(), knowledge_heads(diagnoses[0], k), []
+    for d in diagnoses:
+        facts = d.evidence.facts
+        for kind, template in (("control", d.case.controls[0]), ("failing", d.case.template)):
+            seen = capture(subject, prompts(facts, text[template]), everywhere=True)
+            attention = subject_attention(subject, seen, [f.subject for f in facts])
+            rows += [
+                (d.case.title, kind, fact.subject, str(site), float(attention[i, site.layer, site.head]))
+                for site in heads
+                for i, fact in enumerate(facts)
+            ]
+    return pd.DataFrame(rows, columns=["case", "kind", "subject", "site", "attention"])
+
+
+def attention_pair(subject: Subject, diagnosis: Diagnosis) -> dict[str, tuple[list[str], Float[Tensor, " t"]]]:
+    """The knowledge head's attention, token by token, for one fact: control prompt and failing prompt."""
+    text, fact, head = load_templates(), diagnosis.evidence.facts[0], diagnosis.verdict.knowledge_head
+    rows = {}
+    for kind, template in (("control", diagnosis.case.controls[0]), ("failing", diagnosis.case.template)):
+        prompt = prompts([fact], text[template])[0]
+        seen = capture(subject, [prompt], everywhere=True)
+        tokens = [subject.token_text(t) for t in seen.tokens[0].tolist()]
+        rows[f"{kind}: {prompt}"] = (tokens, last_patterns(subject, seen)[0, head.layer, head.head])
+    return rows
+
+
+def prefix_table(subject: Subject, cases: Sequence[Case], *, large: bool, progress: str | None = None) -> pd.DataFrame:
+    """How many facts are told when a neutral prefix stands before the failing prompt. No weight is touched."""
+    text, rows = load_templates(), []
+    for case in cases:
+        facts = scorable(subject, case.large if large else case.facts)
+        for name, prefix in load_prefixes(subject).items():
+            told = tell(subject, facts, {case.template: text[case.template]}, prefix=prefix, progress=progress).told
+            rows.append((case.title, name, prefix, int(told.sum()), len(facts)))
+    return pd.DataFrame(rows, columns=["case", "prefix", "text", "told", "n"])
+
+
+def any_word(subject: Subject, case: Case, *, words: int = 40, seed: int = 0, progress: str | None = None) -> pd.DataFrame:
+    """The same with words drawn at random from the token types (no proper noun), each followed by a space: if any
+    word at all repairs the case, its meaning is not what repairs it."""
+    rng, text = np.random.default_rng(seed), load_templates()
+    types = load_token_types(subject)
+    pool = sorted(i for name in ("common_noun", "verb", "adjective") for i in types[name])
+    chosen = [subject.token_text(i).strip() for i in rng.choice(pool, size=min(words, len(pool)), replace=False)]
+    facts = scorable(subject, case.facts)
+    lines = [p for word in chosen for p in prompts(facts, text[case.template], f"{word} ")]
+    top = subject.next_token_logits(lines, progress=progress).argmax(-1).view(len(chosen), len(facts))
+    answers = torch.tensor([subject.first_token(f.answer) for f in facts])
+    return pd.DataFrame({"word": chosen, "told": (top == answers).sum(1).numpy(), "n": len(facts)})
+
+
+def subject_streams(
+    subject: Subject, case: Case, facts: Sequence[Fact], prefixes: Sequence[str]
+) -> dict[str, Float[Tensor, "fact n_layers+1"]]:
+    """Norm of the residual stream at the subject's last token, by layer: the failing prompt with each prefix (by
+    name), and the case's first control."""
+    text, names = load_templates(), [f.subject for f in facts]
+    known = load_prefixes(subject)
+    lines = {f"failing, prefix {p}": prompts(facts, text[case.template], known[p]) for p in prefixes}
+    lines[f"control: {text[case.controls[0]]}"] = prompts(facts, text[case.controls[0]])
+    return {label: subject_stream_norm(subject, capture(subject, p, everywhere=True), names) for label, p in lines.items()}
+
+
+def assert_story(subject: Subject, found: Sequence[Diagnosis], prefixes: pd.DataFrame, words: dict[str, pd.DataFrame], peaks: dict[str, float]) -> None:
+    """What chapter 2 says in words about SmolLM2 must hold in the run that renders it. Raises AssertionError."""
+    if subject.name != "smollm2":
+        return
+    first, question = found
+    told = prefixes.set_index(["case", "prefix"]).told
+    n = len(first.case.facts)
+    assert first.verdict.failure_kind == "not retrieved" and first.verdict.retention < 0.25
+    assert question.verdict.failure_kind == "overridden" and 0.3 < question.verdict.retention < 0.7
+    assert question.verdict.suppressor == Site(subject.weights.n_layers - 1, mlp=True)
+    assert told[first.case.title, "newline"] == n and told[first.case.title, "fact"] == n, "a newline or 'Fact:' repairs"
+    assert words[first.case.name].told.mean() > 0.75 * n, "nearly any word repairs"
+    assert told[first.case.title, "bos"] <= n / 2, "the beginning-of-text token repairs little"
+    assert told[question.case.title].max() == 0 and words[question.case.name].told.max() == 0, "no prefix helps"
+    none, bos, fact, control = peaks.values()
+    assert none > 10 * control and fact < 2 * control, "position 0 is a sink, position 2 is not"

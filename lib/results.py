@@ -1,0 +1,142 @@
+"""Report a number once: it goes into JSON, with its provenance, and as formatted text into the prose.
+
+    report = Results("01_static_diagnostics", subject, seed=seed)
+    report("qk_overlap_mean", overlap.mean(), ".3f")
+    report.save()
+
+In a chapter the text is glued under the key, so that `{glue:text}` followed by the key puts it into a sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lib import __version__
+from lib.errors import ChapterError
+from lib.site import Site
+from lib.subjects import ROOT, Subject
+
+BUILD = ROOT / "_build"
+PACKAGES = ("torch", "transformers", "transformer-lens", "captum", "numpy", "matplotlib", "papermill", "jupyter-book")
+
+
+class _Text(str):
+    """A string that a notebook shows without quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class Results:
+    """The numbers of one chapter on one subject. Nothing is on disk before `save`."""
+
+    def __init__(self, chapter: str, subject: Subject, *, seed: int = 0) -> None:
+        self.chapter, self.values, self._start = chapter, {}, time.perf_counter()
+        self.path = results_path(subject.name, chapter)
+        self.provenance = {
+            "chapter": chapter,
+            "subject": subject.name,
+            "source": subject.source,
+            "licence": subject.licence,
+            "weights_sha256": subject.weights_sha256,
+            "lib": __version__,
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "packages": {name: version(name) for name in PACKAGES},
+            "seed": seed,
+            "threads": torch.get_num_threads(),
+            "start": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def __call__(self, key: str, value: Any, form: str = "") -> None:
+        """Keep the value as JSON and glue its text. form: a format specification such as ".2f" or ".1%"; a list is
+        joined with commas. Raises KeyError for a key that is already reported."""
+        if key in self.values:
+            raise KeyError(f"{key!r} is reported twice in {self.chapter}; a number is reported once")
+        self.values[key] = _plain(value)
+        _glue(key, _text(value, form))
+
+    def table(self, key: str, value: Any) -> None:
+        """Keep a value that the prose does not quote (a dictionary of cases, a whole table)."""
+        if key in self.values:
+            raise KeyError(f"{key!r} is reported twice in {self.chapter}; a number is reported once")
+        self.values[key] = _plain(value)
+
+    def save(self) -> Path:
+        """Write the file in one step and return its path. Raises ChapterError where that is impossible."""
+        provenance = {**self.provenance, "seconds": round(time.perf_counter() - self._start, 1)}
+        content = json.dumps({"provenance": provenance, "values": self.values}, indent=1, ensure_ascii=False)
+        write_atomically(self.path, content + "\n")
+        return self.path
+
+
+def results_path(subject: str, chapter: str) -> Path:
+    return BUILD / "results" / slug(subject) / f"{chapter}.json"
+
+
+def slug(name: str) -> str:
+    """A subject's name as a folder name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Write under a temporary name, then rename. Raises ChapterError with the reason."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise ChapterError(f"cannot write {path}: {error.strerror}. Make {BUILD} a folder that you may write to.") from error
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, texts, lists and dictionaries that JSON holds."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, Site):
+        return str(value)
+    return value
+
+
+def _text(value: Any, form: str) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(v, form) for v in value)
+    return format(_plain(value), form) if form else str(_plain(value))
+
+
+def _glue(key: str, text: str) -> None:
+    from IPython import get_ipython
+
+    if get_ipython() is None:
+        return
+    from myst_nb import glue
+
+    glue(key, _Text(text), display=False)
+
+
+def _commit() -> str:
+    """The commit of this checkout, with `+changes` if files differ from it; `unknown` outside a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,208 @@
+"""Execute chapters with papermill, build the book with Jupyter Book, check its numbers against expectation.
+
+    1. Each chapter has a fingerprint: its notebook, all of lib/ and data/, the pins and the installed packages, the
+       subject's weights. A chapter whose fingerprint is unchanged is not executed again; there is no other cache.
+    2. Executed copies go to _build/executed/<subject>/, numbers to _build/results/<subject>/.
+    3. The book is staged from the executed copies and the pages of book/, built with warnings as errors into a new
+       folder, and put in place of _build/html in one step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import papermill
+from papermill.exceptions import PapermillExecutionError
+
+from lib.errors import ChapterError
+from lib.results import BUILD, PACKAGES, results_path, slug, write_atomically
+from lib.subjects import ROOT, weights_sha256
+
+BOOK = ROOT / "book"
+PINS = ("requirements.txt", "constraints.txt", "pyproject.toml")
+_JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"  # this environment's, whatever the PATH says
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def chapter_names() -> list[str]:
+    """The numbered notebooks of book/, in order."""
+    return sorted(p.stem for p in BOOK.glob("[0-9]*.ipynb"))
+
+
+def choose_chapters(words: Sequence[str]) -> list[str]:
+    """Full names for what a user typed (`1`, `01`, `01_static_diagnostics`); all of them for nothing.
+    Raises ChapterError for a word that fits no chapter."""
+    names = chapter_names()
+    chosen = []
+    for word in words:
+        fits = [n for n in names if n == word or n.startswith(f"{word.zfill(2)}_")]
+        if not fits:
+            raise ChapterError(f"there is no chapter {word!r}; choose from {', '.join(names)}.")
+        chosen += fits
+    return chosen or names
+
+
+def run(subject: str, chapters: Iterable[str], parameters: dict[str, Any] | None = None, *, force: bool = False,
+        say: Callable[[str], None] = print) -> None:  # fmt: skip
+    """Execute the chapters whose inputs changed. Raises ChapterError for an unknown parameter, or with the failing
+    cell and its traceback; the chapters before it keep their results, the failing one leaves nothing."""
+    weights = weights_sha256(subject)
+    for chapter in chapters:
+        values = {"subject": subject, **(parameters or {})}
+        check_parameters(BOOK / f"{chapter}.ipynb", values)
+        done = executed_path(subject, chapter)
+        stamp, key = done.with_suffix(".key"), fingerprint(chapter, values, weights)
+        complete = done.exists() and results_path(subject, chapter).exists()
+        if not force and complete and stamp.exists() and stamp.read_text() == key:
+            say(f"{chapter}: nothing changed, kept")
+            continue
+        stamp.unlink(missing_ok=True)
+        start = time.perf_counter()
+        execute(BOOK / f"{chapter}.ipynb", done, values)
+        if not results_path(subject, chapter).exists():
+            raise ChapterError(f"{chapter} ran, but saved no results; its last cell must call report.save().")
+        write_atomically(stamp, key)
+        say(f"{chapter}: executed on {subject} in {time.perf_counter() - start:.0f} s")
+
+
+def executed_path(subject: str, chapter: str) -> Path:
+    return BUILD / "executed" / slug(subject) / f"{chapter}.ipynb"
+
+
+def check_parameters(notebook: Path, values: dict[str, Any]) -> None:
+    """Papermill only warns of a name it does not know, and then runs with the default: refuse it instead."""
+    known = papermill.inspect_notebook(str(notebook))
+    if unknown := sorted(set(values) - set(known)):
+        raise ChapterError(
+            f"{notebook.name} has no parameter {', '.join(map(repr, unknown))}; its parameters cell knows {', '.join(sorted(known)) or 'none'}."
+        )
+
+
+def execute(notebook: Path, output: Path, values: dict[str, Any]) -> None:
+    """Run one notebook; its executed copy appears only if every cell succeeded."""
+    partial = output.with_suffix(".part.ipynb")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        papermill.execute_notebook(
+            str(notebook), str(partial), values, kernel_name="python3", cwd=str(notebook.parent),
+            progress_bar={"desc": notebook.stem, "leave": False}, log_output=False,
+        )  # fmt: skip
+        partial.replace(output)
+    except PapermillExecutionError as error:
+        trace = _ANSI.sub("", "\n".join(error.traceback))
+        raise ChapterError(
+            f"{notebook.name}, cell {error.cell_index + 1}, raised {error.ename}: {error.evalue}\n\n{error.source}\n\n{trace}"
+        ) from error
+    except OSError as error:
+        raise ChapterError(f"cannot write {output}: {error.strerror or error}. Make {BUILD} a folder that you may write to.") from error
+    finally:
+        if partial.parent.is_dir():
+            partial.unlink(missing_ok=True)
+
+
+def fingerprint(chapter: str, values: dict[str, Any], weights: str) -> str:
+    """sha256 over everything that a chapter's output can depend on."""
+    files = [BOOK / f"{chapter}.ipynb", *(ROOT / p for p in PINS)]
+    files += sorted((ROOT / "lib").rglob("*.py"))
+    files += sorted(p for p in (ROOT / "data").rglob("*") if p.is_file() and "expected" not in p.parts and p.suffix != ".safetensors")
+    facts = {"values": values, "weights": weights, "python": sys.version, "packages": {p: version(p) for p in PACKAGES}}
+    return _digest(files, json.dumps(facts, sort_keys=True, default=str))
+
+
+def build(subject: str, *, force: bool = False, say: Callable[[str], None] = print) -> Path:
+    """Stage the executed chapters with the pages of book/ and build the HTML. Raises ChapterError where a chapter
+    was not executed for this subject or where the build warns."""
+    missing = [c for c in chapter_names() if not executed_path(subject, c).exists()]
+    if missing:
+        raise ChapterError(f"not executed on {subject}: {', '.join(missing)}. Run `python -m lib run --subject {subject}` first.")
+    html, stamp = BUILD / "html", BUILD / "html.key"
+    with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
+        stage = Path(temporary) / "stage"
+        shutil.copytree(BOOK, stage / "book", ignore=shutil.ignore_patterns("*.ipynb", ".ipynb_checkpoints"))
+        for chapter in chapter_names():
+            shutil.copy(executed_path(subject, chapter), stage / "book")
+        for name in ("_config.yml", "_toc.yml"):
+            shutil.copy(ROOT / name, stage)
+        key = _digest(sorted(p for p in stage.rglob("*") if p.is_file()), subject + version("jupyter-book"), stage)
+        if not force and html.is_dir() and stamp.exists() and stamp.read_text() == key:
+            say("book: nothing changed, kept")
+            return html / "index.html"
+        stamp.unlink(missing_ok=True)
+        command = [sys.executable, "-c", _JUPYTER_BOOK, "build", str(stage), "--path-output", temporary, "-W", "-n", "--keep-going"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        output = _ANSI.sub("", done.stdout + done.stderr).replace(str(stage), "")
+        if done.returncode:
+            trouble = [line for line in output.splitlines() if "WARNING" in line or "ERROR" in line]
+            raise ChapterError("the book does not build without warnings:\n" + "\n".join(trouble or output.splitlines()[-30:]))
+        fresh = Path(temporary) / "_build" / "html"
+        if html.exists():
+            shutil.rmtree(html)
+        fresh.rename(html)
+    write_atomically(stamp, key)
+    say(f"book: built {html / 'index.html'}")
+    return html / "index.html"
+
+
+def check(subject: str, folder: Path = ROOT / "data" / "expected") -> list[tuple[str, str, Any, Any, bool]]:
+    """Compare results with data/expected/<subject>.json: rows (chapter, key, expected, found, holds). An expectation
+    is {"value": v} with "tolerance" (absolute) for numbers, or {"min": a, "max": b}. A value that no run produced does not hold.
+    Raises ChapterError where nothing is expected of the subject."""
+    path = folder / f"{slug(subject)}.json"
+    if not path.is_file():
+        raise ChapterError(f"nothing is expected of {subject!r}: there is no {path}. Expected figures exist for this repository's own subjects.")
+    rows = []
+    for chapter, keys in json.loads(path.read_text(encoding="utf-8")).items():
+        found = results_path(subject, chapter)
+        values = json.loads(found.read_text(encoding="utf-8"))["values"] if found.exists() else {}
+        for key, wanted in keys.items():
+            value = _reach(values, key)
+            rows.append((chapter, key, _wish(wanted), value, _holds(wanted, value)))
+    return rows
+
+
+def _reach(values: Any, key: str) -> Any:
+    """The value under a dotted key, `not run` if there is none."""
+    for part in key.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return "not run"
+        values = values[part]
+    return values
+
+
+def _holds(wanted: dict[str, Any], value: Any) -> bool:
+    if "value" in wanted and not isinstance(wanted["value"], float):
+        return value == wanted["value"]
+    if not isinstance(value, int | float):
+        return False
+    if "value" in wanted:
+        return abs(value - wanted["value"]) <= wanted["tolerance"]
+    return wanted.get("min", float("-inf")) <= value <= wanted.get("max", float("inf"))
+
+
+def _wish(wanted: dict[str, Any]) -> str:
+    if "value" in wanted:
+        return str(wanted["value"]) + (f" ± {wanted['tolerance']}" if "tolerance" in wanted else "")
+    return " and ".join(f"{word} {wanted[end]}" for end, word in (("min", "at least"), ("max", "at most")) if end in wanted)
+
+
+def _digest(files: Iterable[Path], extra: str, base: Path = ROOT) -> str:
+    total = hashlib.sha256(extra.encode())
+    for path in files:
+        total.update(f"\n{path.relative_to(base)}\n".encode())
+        total.update(path.read_bytes() if path.is_file() else b"")
+    return total.hexdigest()
+
+
+logging.getLogger("papermill").setLevel(logging.ERROR)
