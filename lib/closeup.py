@@ -1,10 +1,10 @@
 """Close-ups of diagnosed cases: what chapter 2 shows beside the diagnosis itself.
 
-    conventions      one prompt's strongest terms, the three logit conventions side by side
-    completeness     the largest error of the exact trace over many prompts
-    lens             rank of the answer by layer, failing against control
-    attention        from the last token to the subject, failing against control
-    rivals           repairs that touch no weight: neutral prefixes, any word at all, and the subject's own stream
+conventions      one prompt's strongest terms, the three logit conventions side by side
+completeness     the largest error of the exact trace over many prompts
+lens             rank of the answer by layer, failing against control
+attention        from the last token to the subject, failing against control
+rivals           repairs that touch no weight: neutral prefixes, any word at all, and the subject's own stream
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ from lib.facts import Case, Fact, known_and_told, load_prefixes, load_templates,
 from lib.site import Site
 from lib.static import load_token_types
 from lib.subjects import Subject
-from lib.trace import CONVENTIONS, capture, last_patterns, logit_lens, logit_trace, subject_attention, subject_stream_norm
+from lib.trace import (
+    CONVENTIONS,
+    capture,
+    last_patterns,
+    logit_lens,
+    logit_trace,
+    subject_attention,
+    subject_stream_norm,
+)
 
 
 def convention_table(subject: Subject, prompt: str, answer: str, *, k: int = 8) -> pd.DataFrame:
@@ -33,11 +41,16 @@ def convention_table(subject: Subject, prompt: str, answer: str, *, k: int = 8) 
     logits = seen.logits[0].clone()
     logits[own] = float("-inf")
     pair = torch.tensor([[own, int(logits.argmax())]])
-    columns, sums = {}, {}
+    columns: dict[tuple[str, str], Tensor] = {}
+    sums: dict[str, list[float]] = {}
     for convention in CONVENTIONS:
         trace = logit_trace(subject, seen, pair, convention)
         terms = torch.cat((trace.heads.flatten(2), trace.mlps), -1)[0]
-        columns |= {(convention, "answer"): terms[0], (convention, "competitor"): terms[1], (convention, "difference"): terms[0] - terms[1]}
+        columns |= {
+            (convention, "answer"): terms[0],
+            (convention, "competitor"): terms[1],
+            (convention, "difference"): terms[0] - terms[1],
+        }
         sums[convention] = [*trace.model[0].tolist(), float(trace.model[0, 0] - trace.model[0, 1])]
     layers, heads = range(subject.weights.n_layers), range(subject.weights.n_heads)
     sites = [Site(layer, h) for layer in layers for h in heads] + [Site(layer, mlp=True) for layer in layers]
@@ -51,7 +64,7 @@ def convention_table(subject: Subject, prompt: str, answer: str, *, k: int = 8) 
 
 
 def first_failing(case: Case, table: pd.DataFrame) -> pd.Series:
-    """The row of a `tell` table for the case's first fact that is known and not told (or, if none is, its first fact)."""
+    """The row of a `tell` table for the case's first fact known and not told, or its first fact."""
     states = known_and_told(table, case)
     rows = table[table.template == case.template].reset_index(drop=True)
     return rows.loc[int(states.routing_failure.to_numpy().argmax())]
@@ -60,7 +73,7 @@ def first_failing(case: Case, table: pd.DataFrame) -> pd.Series:
 def completeness(subject: Subject, table: pd.DataFrame) -> dict[str, float]:
     """Largest |sum of terms - model's own value| by convention, over every prompt of a `tell` table, for its answer
     and its competitor; `raw` relative to the final residual stream's own product."""
-    errors = dict.fromkeys(CONVENTIONS, 0.0)
+    errors: dict[str, float] = dict.fromkeys(CONVENTIONS, 0.0)
     for start in range(0, len(table), BATCH):
         part = table.iloc[start : start + BATCH]
         seen = capture(subject, part.prompt.tolist())
@@ -136,7 +149,9 @@ def prefix_table(subject: Subject, cases: Sequence[Case], *, large: bool, progre
     return pd.DataFrame(rows, columns=["case", "prefix", "text", "told", "n"])
 
 
-def any_word(subject: Subject, case: Case, *, words: int = 40, seed: int = 0, progress: str | None = None) -> pd.DataFrame:
+def any_word(
+    subject: Subject, case: Case, *, words: int = 40, seed: int = 0, progress: str | None = None
+) -> pd.DataFrame:
     """The same with words drawn at random from the token types (no proper noun), each followed by a space: if any
     word at all repairs the case, its meaning is not what repairs it."""
     rng, text = np.random.default_rng(seed), load_templates()
@@ -159,10 +174,18 @@ def subject_streams(
     known = load_prefixes(subject)
     lines = {f"failing, prefix {p}": prompts(facts, text[case.template], known[p]) for p in prefixes}
     lines[f"control: {text[case.controls[0]]}"] = prompts(facts, text[case.controls[0]])
-    return {label: subject_stream_norm(subject, capture(subject, p, everywhere=True), names) for label, p in lines.items()}
+    return {
+        label: subject_stream_norm(subject, capture(subject, p, everywhere=True), names) for label, p in lines.items()
+    }
 
 
-def assert_story(subject: Subject, found: Sequence[Diagnosis], prefixes: pd.DataFrame, words: dict[str, pd.DataFrame], peaks: dict[str, float]) -> None:
+def assert_story(
+    subject: Subject,
+    found: Sequence[Diagnosis],
+    prefixes: pd.DataFrame,
+    words: dict[str, pd.DataFrame],
+    peaks: dict[str, float],
+) -> None:
     """What chapter 2 says in words about SmolLM2 must hold in the run that renders it. Raises AssertionError."""
     if subject.name != "smollm2":
         return
@@ -172,9 +195,11 @@ def assert_story(subject: Subject, found: Sequence[Diagnosis], prefixes: pd.Data
     assert first.verdict.failure_kind == "not retrieved" and first.verdict.retention < 0.25
     assert question.verdict.failure_kind == "overridden" and 0.3 < question.verdict.retention < 0.7
     assert question.verdict.suppressor == Site(subject.weights.n_layers - 1, mlp=True)
-    assert told[first.case.title, "newline"] == n and told[first.case.title, "fact"] == n, "a newline or 'Fact:' repairs"
+    assert told[first.case.title, "newline"] == n and told[first.case.title, "fact"] == n, (
+        "a newline or 'Fact:' repairs"
+    )
     assert words[first.case.name].told.mean() > 0.75 * n, "nearly any word repairs"
     assert told[first.case.title, "bos"] <= n / 2, "the beginning-of-text token repairs little"
     assert told[question.case.title].max() == 0 and words[question.case.name].told.max() == 0, "no prefix helps"
-    none, bos, fact, control = peaks.values()
+    none, _, fact, control = peaks.values()
     assert none > 10 * control and fact < 2 * control, "position 0 is a sink, position 2 is not"

@@ -38,6 +38,7 @@ from lib.static import RelationMap
 from lib.subjects import Subject
 from lib.trace import capture, logit_trace
 
+
 class NoFailure(DataError):
     """A case has no fact that is known and not told."""
 
@@ -150,23 +151,15 @@ def gather(subject: Subject, case: Case, table: pd.DataFrame, *, progress: str |
     facts = tuple(Fact(*row) for row in zip(failing.index, failing.answer, failing.split, strict=True))
     pairs = torch.tensor(failing[["answer_token", "competitor_token"]].to_numpy())
     bank = torch.tensor(table.answer_token.unique())
-    text = load_templates()
-    fail = _components(subject, prompts(facts, text[case.template]), pairs, bank, progress)
-    sums, counts = None, torch.zeros(len(facts), 1)
-    for control in case.controls:
-        rows = [i for i, told_by in enumerate(chosen.told_by) if control in told_by]
-        if not rows:
-            continue
-        part = _components(subject, prompts([facts[i] for i in rows], text[control]), pairs[rows], bank, progress)
-        sums = sums or tuple(torch.zeros_like(x) for x in fail[:3])
-        for total, x in zip(sums, part[:3], strict=True):
-            total[rows] += x
-        counts[rows] += 1
-        fail = (*fail[:3], max(fail[3], part[3]))
-    writes, pushes, curve = (total / counts for total in sums)
+    failed = _trace(subject, prompts(facts, load_templates()[case.template]), pairs, bank, progress)
+    control = _control_mean(subject, case, facts, chosen.told_by.tolist(), pairs, bank, progress)
     return Evidence(
-        facts, tuple(failing.competitor), components(subject), writes, fail[0], pushes, fail[1],
-        curve[:, -1], fail[2][:, -1], curve, fail[2], fail[3],
+        facts=facts, competitors=tuple(failing.competitor), sites=components(subject),
+        writes_control=control.writes, writes_failing=failed.writes,
+        pushes_control=control.pushes, pushes_failing=failed.pushes,
+        margin_control=control.curve[:, -1], margin_failing=failed.curve[:, -1],
+        curve_control=control.curve, curve_failing=failed.curve,
+        completeness=max(failed.error, control.error),
     )  # fmt: skip
 
 
@@ -176,23 +169,49 @@ def components(subject: Subject) -> tuple[Site, ...]:
     return (*(Site(layer, head) for layer in layers for head in heads), *(Site(layer, mlp=True) for layer in layers))
 
 
-def _components(
-    subject: Subject, texts: Sequence[str], pairs: Tensor, bank: Tensor, progress: str | None
-) -> tuple[Tensor, Tensor, Tensor, float]:
+@dataclass(frozen=True)
+class _Traced:
     """writes and pushes (fact, component), the cumulative curve (fact, layer), and the completeness error."""
+
+    writes: Tensor
+    pushes: Tensor
+    curve: Tensor
+    error: float
+
+
+def _trace(subject: Subject, texts: Sequence[str], pairs: Tensor, bank: Tensor, progress: str | None) -> _Traced:
+    """Trace prompts in batches. pairs: answer and competitor of each; bank: the first tokens of all answers."""
     writes, pushes, curves, error = [], [], [], 0.0
-    for i in tqdm(range(0, len(texts), BATCH), desc=progress, disable=progress is None or len(texts) <= BATCH, leave=False):
+    starts = range(0, len(texts), BATCH)
+    for i in tqdm(starts, desc=progress, disable=progress is None or len(starts) < 2, leave=False):
         seen, pair = capture(subject, texts[i : i + BATCH]), pairs[i : i + BATCH]
         answers = logit_trace(subject, seen, bank[None].expand(len(pair), -1))
         flat = torch.cat((answers.heads.flatten(2), answers.mlps), -1)  # (b, bank, component)
-        mine = bank[None] == pair[:, :1]
-        own = flat[mine.nonzero(as_tuple=True)]
+        own = flat[(bank[None] == pair[:, :1]).nonzero(as_tuple=True)]
         writes.append(own - (flat.sum(1) - own) / (len(bank) - 1))
         margin = logit_trace(subject, seen, pair).difference()
         pushes.append(torch.cat((margin.heads.flatten(2), margin.mlps), -1)[:, 0])
         curves.append(margin.cumulative[:, 0])
         error = max(error, answers.error, margin.error)
-    return torch.cat(writes), torch.cat(pushes), torch.cat(curves), error
+    return _Traced(torch.cat(writes), torch.cat(pushes), torch.cat(curves), error)
+
+
+def _control_mean(
+    subject: Subject, case: Case, facts: Sequence[Fact], told_by: Sequence[tuple[str, ...]], pairs: Tensor,
+    bank: Tensor, progress: str | None,
+) -> _Traced:  # fmt: skip
+    """Each fact's traces averaged over the control templates that tell it."""
+    text = load_templates()
+    rows = [(i, control) for control in case.controls for i, told in enumerate(told_by) if control in told]
+    at = torch.tensor([i for i, _ in rows])
+    lines = [prompts([facts[i]], text[control])[0] for i, control in rows]
+    traced = _trace(subject, lines, pairs[at], bank, progress)
+    counts = torch.bincount(at, minlength=len(facts))[:, None]
+
+    def mean(x: Tensor) -> Tensor:
+        return torch.zeros(len(facts), x.shape[1]).index_add(0, at, x) / counts
+
+    return _Traced(mean(traced.writes), mean(traced.pushes), mean(traced.curve), traced.error)
 
 
 def decide(evidence: Evidence, rows: NDArray | None = None) -> Verdict:
@@ -246,7 +265,9 @@ def diagnose_cases(
     return found
 
 
-def report_cases(report: Callable[..., None], tabulate: Callable[[str, object], None], found: Sequence[Diagnosis]) -> None:
+def report_cases(
+    report: Callable[..., None], tabulate: Callable[[str, object], None], found: Sequence[Diagnosis]
+) -> None:
     """The keys that other chapters and the checks rely on, one entry a case; and the findings as words."""
     summaries = {d.case.name: d.summary() for d in found}
     for key in ("knowledge_head", "suppressor", "failure_kind", "diagnosed_layer", "confidence"):
@@ -260,11 +281,17 @@ def report_cases(report: Callable[..., None], tabulate: Callable[[str, object], 
 def same_findings(found: Sequence[Diagnosis], again: Sequence[Diagnosis]) -> bool:
     """Whether two rounds of diagnosis agree on every case."""
     other = {d.case.name: d.verdict for d in again}
-    return len(found) == len(again) and all(d.case.name in other and d.verdict.same_finding(other[d.case.name]) for d in found)
+    return len(found) == len(again) and all(
+        d.case.name in other and d.verdict.same_finding(other[d.case.name]) for d in found
+    )
 
 
 def rank_correlation(
-    a: Float[Tensor, "n_layers n_heads"], b: Float[Tensor, "n_layers n_heads"], *, permutations: int = 10_000, seed: int = 0
+    a: Float[Tensor, "n_layers n_heads"],
+    b: Float[Tensor, "n_layers n_heads"],
+    *,
+    permutations: int = 10_000,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Spearman's rho over all heads and its two-sided permutation p-value (heads shuffled)."""
     rng = np.random.default_rng(seed)

@@ -62,9 +62,13 @@ def load_facts(name: str | Path) -> tuple[Fact, ...]:
         raise DataError(f"{path} holds no fact: add at least one row subject,answer.")
     for line, row in enumerate(table.itertuples(), start=2):
         if not row.subject.strip() or not row.answer.strip():
-            raise DataError(f"{path}, line {line}: subject {row.subject!r} with answer {row.answer!r}; neither may be empty.")
+            raise DataError(
+                f"{path}, line {line}: subject {row.subject!r} with answer {row.answer!r}; neither may be empty."
+            )
     if repeated := [s for s, n in Counter(table.subject).items() if n > 1]:
-        raise DataError(f"{path}: {repeated[0]!r} stands {table.subject.tolist().count(repeated[0])} times; keep one row.")
+        raise DataError(
+            f"{path}: {repeated[0]!r} stands {table.subject.tolist().count(repeated[0])} times; keep one row."
+        )
     splits = table["split"] if "split" in table else [""] * len(table)
     return tuple(Fact(*row) for row in zip(table.subject, table.answer, splits, strict=True))
 
@@ -75,7 +79,9 @@ def load_templates(path: Path = DATA / "templates.yaml") -> dict[str, str]:
     for name, text in templates.items():
         holes = str(text).count("{}")
         if holes != 1 or str(text).count("{") != 1 or str(text).count("}") != 1:
-            raise DataError(f"{path}: the template {name!r} ({text!r}) has {holes} holes; write exactly one {{}} for the subject.")
+            raise DataError(
+                f"{path}: the template {name!r} ({text!r}) has {holes} holes; write exactly one {{}} for the subject."
+            )
     return templates
 
 
@@ -91,7 +97,9 @@ def load_cases(subject_name: str, path: Path = DATA / "cases.yaml") -> tuple[Cas
     cases = []
     for entry in entries.get(subject_name, entries["any"]):
         if unknown := [t for t in (entry["template"], *entry["controls"]) if t not in templates]:
-            raise DataError(f"{path}: case {entry['name']!r} names the template {unknown[0]!r}, which data/templates.yaml lacks.")
+            raise DataError(
+                f"{path}: case {entry['name']!r} names the template {unknown[0]!r}, which data/templates.yaml lacks."
+            )
         facts, large = load_facts(entry["facts"]), load_facts(entry["large"])
         cases.append(Case(entry["name"], entry["title"], facts, large, entry["template"], tuple(entry["controls"])))
     return tuple(cases)
@@ -134,7 +142,9 @@ def scorable(subject: Subject, facts: Sequence[Fact]) -> tuple[Fact, ...]:
     """The facts that `screen` leaves in. Raises DataError where none is left."""
     kept = tuple(f for f, reason in zip(facts, screen(subject, facts).left_out, strict=True) if not reason)
     if not kept:
-        raise DataError(f"none of the {len(facts)} answers can be told by its first token with {subject.name}'s tokenizer.")
+        raise DataError(
+            f"none of the {len(facts)} answers can be told by its first token with {subject.name}'s tokenizer."
+        )
     return kept
 
 

@@ -55,12 +55,15 @@ def head_heatmap(
     values = np.concatenate([g.numpy().ravel() for g in grids.values()])
     top = float(np.abs(values).max() if signed else values.max()) or 1.0
     for ax, (title, grid) in zip(axes.flat, grids.items(), strict=True):
-        image = ax.imshow(grid.numpy().T, aspect="auto", cmap="RdBu_r" if signed else "viridis", vmin=-top if signed else 0, vmax=top)
+        ax.imshow(
+            grid.numpy().T, aspect="auto", cmap="RdBu_r" if signed else "viridis", vmin=-top if signed else 0, vmax=top
+        )
         _head_axes(ax, grid.shape[0], grid.shape[1])
         ax.set_title(title, loc="left")
-        for site in mark:
-            ax.add_patch(mpl.patches.Rectangle((site.layer - 0.5, site.head - 0.5), 1, 1, fill=False, ec="black" if signed else "white", lw=2))
-    bar = fig.colorbar(image, ax=axes, label=label, fraction=0.05, pad=0.02)
+        edge = "black" if signed else "white"
+        for layer, head in ((s.layer, s.head) for s in mark if s.head is not None):
+            ax.add_patch(mpl.patches.Rectangle((layer - 0.5, head - 0.5), 1, 1, fill=False, ec=edge, lw=2))
+    bar = fig.colorbar(axes[0, 0].images[0], ax=axes, label=label, fraction=0.05, pad=0.02)
     if chance:
         bar.ax.axhline(chance[0], color="white", lw=2)
         bar.ax.axhspan(chance[1], chance[2], color="white", alpha=0.35, lw=0)
@@ -83,7 +86,9 @@ def k_norm_by_layer(table: pd.DataFrame) -> Figure:
     """K-norm of each token type relative to the layer's mean over types, with bootstrap bands."""
     centre = table.groupby("layer")["mean"].transform("mean")
     fig, ax = _panel((9, 4.4))
-    for colour, (name, part) in zip(TYPE_COLOURS, table.assign(centre=centre).groupby("type", sort=False), strict=False):
+    for colour, (name, part) in zip(
+        TYPE_COLOURS, table.assign(centre=centre).groupby("type", sort=False), strict=False
+    ):
         x, bold = part.layer + 1, name == "proper_noun"
         ax.fill_between(x, part.low / part.centre, part.high / part.centre, color=colour, alpha=0.15, lw=0)
         ax.plot(x, part["mean"] / part.centre, color=colour, lw=3 if bold else 1.3, label=name.replace("_", " "))
@@ -203,7 +208,15 @@ def prefix_bars(table: pd.DataFrame) -> Figure:
         share = part.told / part.n
         ends = np.array([exact_interval(int(k), int(n)) for k, n in zip(part.told, part.n, strict=True)]).T
         ax.barh(range(len(prefixes)), share, color=[GREY if p == "none" else BLUE for p in prefixes], height=0.65)
-        ax.errorbar(share, range(len(prefixes)), xerr=np.abs(ends - share.to_numpy()), fmt="none", ecolor="black", lw=1.2, capsize=2)
+        ax.errorbar(
+            share,
+            range(len(prefixes)),
+            xerr=np.abs(ends - share.to_numpy()),
+            fmt="none",
+            ecolor="black",
+            lw=1.2,
+            capsize=2,
+        )
         ax.set_yticks(range(len(prefixes)), [p.replace("_", " ") for p in prefixes])
         ax.set(xlim=(0, 1), xlabel="share told", title=f"{case} (n = {part.n.iloc[0]})")
     axes[0, 0].invert_yaxis()
@@ -221,7 +234,9 @@ def subject_norms(norms: dict[str, Float[Tensor, "fact n_layers+1"]]) -> Figure:
     return fig
 
 
-def static_against_dynamic(static: Float[Tensor, "n_layers n_heads"], dynamic: Float[Tensor, "n_layers n_heads"], name: int = 6) -> Figure:
+def static_against_dynamic(
+    static: Float[Tensor, "n_layers n_heads"], dynamic: Float[Tensor, "n_layers n_heads"], name: int = 6
+) -> Figure:
     """Every head: the relation map's score against what it writes; the strongest are named."""
     fig, ax = _panel((7, 4.2))
     x, y = static.flatten().numpy(), dynamic.flatten().numpy()
@@ -229,8 +244,17 @@ def static_against_dynamic(static: Float[Tensor, "n_layers n_heads"], dynamic: F
     ax.axhline(0, color="black", lw=0.6)
     order = np.argsort(-(x / (x.max() or 1) + y / (np.abs(y).max() or 1)))
     for i in order[:name]:
-        ax.annotate(str(Site(*divmod(int(i), static.shape[1]))), (x[i], y[i]), xytext=(6, 4), textcoords="offset points", fontsize=9)
-    ax.set(xlabel="relation map: share of countries with their\ncapital in the head's top 10 (no input)", ylabel="written of the answer\nunder controls (logits)")
+        ax.annotate(
+            str(Site(*divmod(int(i), static.shape[1]))),
+            (x[i], y[i]),
+            xytext=(6, 4),
+            textcoords="offset points",
+            fontsize=9,
+        )
+    ax.set(
+        xlabel="relation map: share of countries with their\ncapital in the head's top 10 (no input)",
+        ylabel="written of the answer\nunder controls (logits)",
+    )
     return fig
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from lib import __version__
 from lib.errors import ChapterError
@@ -31,18 +32,12 @@ BUILD = ROOT / "_build"
 PACKAGES = ("torch", "transformers", "transformer-lens", "captum", "numpy", "matplotlib", "papermill", "jupyter-book")
 
 
-class _Text(str):
-    """A string that a notebook shows without quotes."""
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
 class Results:
     """The numbers of one chapter on one subject. Nothing is on disk before `save`."""
 
     def __init__(self, chapter: str, subject: Subject, *, seed: int = 0) -> None:
-        self.chapter, self.values, self._start = chapter, {}, time.perf_counter()
+        self.chapter, self._start = chapter, time.perf_counter()
+        self.values: dict[str, Any] = {}
         self.path = results_path(subject.name, chapter)
         self.provenance = {
             "chapter": chapter,
@@ -73,6 +68,12 @@ class Results:
             raise KeyError(f"{key!r} is reported twice in {self.chapter}; a number is reported once")
         self.values[key] = _plain(value)
 
+    def figure(self, name: str, figure: Figure) -> Figure:
+        """Keep a figure as a picture beside the results, and give it back to be shown."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.path.parent / f"{name}.png")
+        return figure
+
     def save(self) -> Path:
         """Write the file in one step and return its path. Raises ChapterError where that is impossible."""
         provenance = {**self.provenance, "seconds": round(time.perf_counter() - self._start, 1)}
@@ -98,7 +99,9 @@ def write_atomically(path: Path, content: str) -> None:
         temporary.write_text(content, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        raise ChapterError(f"cannot write {path}: {error.strerror}. Make {BUILD} a folder that you may write to.") from error
+        raise ChapterError(
+            f"cannot write {path}: {error.strerror}. Make {BUILD} a folder that you may write to."
+        ) from error
 
 
 def _plain(value: Any) -> Any:
@@ -127,7 +130,7 @@ def _glue(key: str, text: str) -> None:
         return
     from myst_nb import glue
 
-    glue(key, _Text(text), display=False)
+    glue(key, text, display=False)
 
 
 def _commit() -> str:

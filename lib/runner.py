@@ -1,10 +1,10 @@
 """Execute chapters with papermill, build the book with Jupyter Book, check its numbers against expectation.
 
-    1. Each chapter has a fingerprint: its notebook, all of lib/ and data/, the pins and the installed packages, the
-       subject's weights. A chapter whose fingerprint is unchanged is not executed again; there is no other cache.
-    2. Executed copies go to _build/executed/<subject>/, numbers to _build/results/<subject>/.
-    3. The book is staged from the executed copies and the pages of book/, built with warnings as errors into a new
-       folder, and put in place of _build/html in one step.
+1. Each chapter has a fingerprint: its notebook, all of lib/ and data/, the pins and the installed packages, the
+   subject's weights. A chapter whose fingerprint is unchanged is not executed again; there is no other cache.
+2. Executed copies go to _build/executed/<subject>/, numbers to _build/results/<subject>/.
+3. The book is staged from the executed copies and the pages of book/, built with warnings as errors into a new
+   folder, and put in place of _build/html in one step.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def check_parameters(notebook: Path, values: dict[str, Any]) -> None:
     known = papermill.inspect_notebook(str(notebook))
     if unknown := sorted(set(values) - set(known)):
         raise ChapterError(
-            f"{notebook.name} has no parameter {', '.join(map(repr, unknown))}; its parameters cell knows {', '.join(sorted(known)) or 'none'}."
+            f"{notebook.name} has no parameter {', '.join(map(repr, unknown))}; "
+            f"its parameters cell knows {', '.join(sorted(known)) or 'none'}."
         )
 
 
@@ -103,10 +104,13 @@ def execute(notebook: Path, output: Path, values: dict[str, Any]) -> None:
     except PapermillExecutionError as error:
         trace = _ANSI.sub("", "\n".join(error.traceback))
         raise ChapterError(
-            f"{notebook.name}, cell {error.cell_index + 1}, raised {error.ename}: {error.evalue}\n\n{error.source}\n\n{trace}"
+            f"{notebook.name}, cell {error.cell_index + 1}, raised {error.ename}: {error.evalue}\n\n"
+            f"{error.source}\n\n{trace}"
         ) from error
     except OSError as error:
-        raise ChapterError(f"cannot write {output}: {error.strerror or error}. Make {BUILD} a folder that you may write to.") from error
+        raise ChapterError(
+            f"cannot write {output}: {error.strerror or error}. Make {BUILD} a folder that you may write to."
+        ) from error
     finally:
         if partial.parent.is_dir():
             partial.unlink(missing_ok=True)
@@ -116,7 +120,11 @@ def fingerprint(chapter: str, values: dict[str, Any], weights: str) -> str:
     """sha256 over everything that a chapter's output can depend on."""
     files = [BOOK / f"{chapter}.ipynb", *(ROOT / p for p in PINS)]
     files += sorted((ROOT / "lib").rglob("*.py"))
-    files += sorted(p for p in (ROOT / "data").rglob("*") if p.is_file() and "expected" not in p.parts and p.suffix != ".safetensors")
+    files += sorted(
+        p
+        for p in (ROOT / "data").rglob("*")
+        if p.is_file() and "expected" not in p.parts and p.suffix != ".safetensors"
+    )
     facts = {"values": values, "weights": weights, "python": sys.version, "packages": {p: version(p) for p in PACKAGES}}
     return _digest(files, json.dumps(facts, sort_keys=True, default=str))
 
@@ -126,7 +134,9 @@ def build(subject: str, *, force: bool = False, say: Callable[[str], None] = pri
     was not executed for this subject or where the build warns."""
     missing = [c for c in chapter_names() if not executed_path(subject, c).exists()]
     if missing:
-        raise ChapterError(f"not executed on {subject}: {', '.join(missing)}. Run `python -m lib run --subject {subject}` first.")
+        raise ChapterError(
+            f"not executed on {subject}: {', '.join(missing)}. Run `python -m lib run --subject {subject}` first."
+        )
     html, stamp = BUILD / "html", BUILD / "html.key"
     with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
         stage = Path(temporary) / "stage"
@@ -140,12 +150,25 @@ def build(subject: str, *, force: bool = False, say: Callable[[str], None] = pri
             say("book: nothing changed, kept")
             return html / "index.html"
         stamp.unlink(missing_ok=True)
-        command = [sys.executable, "-c", _JUPYTER_BOOK, "build", str(stage), "--path-output", temporary, "-W", "-n", "--keep-going"]
+        command = [
+            sys.executable,
+            "-c",
+            _JUPYTER_BOOK,
+            "build",
+            str(stage),
+            "--path-output",
+            temporary,
+            "-W",
+            "-n",
+            "--keep-going",
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         output = _ANSI.sub("", done.stdout + done.stderr).replace(str(stage), "")
         if done.returncode:
             trouble = [line for line in output.splitlines() if "WARNING" in line or "ERROR" in line]
-            raise ChapterError("the book does not build without warnings:\n" + "\n".join(trouble or output.splitlines()[-30:]))
+            raise ChapterError(
+                "the book does not build without warnings:\n" + "\n".join(trouble or output.splitlines()[-30:])
+            )
         fresh = Path(temporary) / "_build" / "html"
         if html.exists():
             shutil.rmtree(html)
@@ -157,11 +180,14 @@ def build(subject: str, *, force: bool = False, say: Callable[[str], None] = pri
 
 def check(subject: str, folder: Path = ROOT / "data" / "expected") -> list[tuple[str, str, Any, Any, bool]]:
     """Compare results with data/expected/<subject>.json: rows (chapter, key, expected, found, holds). An expectation
-    is {"value": v} with "tolerance" (absolute) for numbers, or {"min": a, "max": b}. A value that no run produced does not hold.
-    Raises ChapterError where nothing is expected of the subject."""
+    is {"value": v} with "tolerance" (absolute) for numbers, or {"min": a, "max": b}. A value that no run produced does
+    not hold. Raises ChapterError where nothing is expected of the subject."""
     path = folder / f"{slug(subject)}.json"
     if not path.is_file():
-        raise ChapterError(f"nothing is expected of {subject!r}: there is no {path}. Expected figures exist for this repository's own subjects.")
+        raise ChapterError(
+            f"nothing is expected of {subject!r}: there is no {path}. "
+            "Expected figures exist for this repository's own subjects."
+        )
     rows = []
     for chapter, keys in json.loads(path.read_text(encoding="utf-8")).items():
         found = results_path(subject, chapter)
@@ -194,7 +220,9 @@ def _holds(wanted: dict[str, Any], value: Any) -> bool:
 def _wish(wanted: dict[str, Any]) -> str:
     if "value" in wanted:
         return str(wanted["value"]) + (f" ± {wanted['tolerance']}" if "tolerance" in wanted else "")
-    return " and ".join(f"{word} {wanted[end]}" for end, word in (("min", "at least"), ("max", "at most")) if end in wanted)
+    return " and ".join(
+        f"{word} {wanted[end]}" for end, word in (("min", "at least"), ("max", "at most")) if end in wanted
+    )
 
 
 def _digest(files: Iterable[Path], extra: str, base: Path = ROOT) -> str:

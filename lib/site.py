@@ -33,5 +33,7 @@ class Site:
         """`L10 H8`, `L10H8`, `L10 MLP` or `L10` -> Site. Raises ValueError on anything else (`L0 H1` included)."""
         match = _TEXT.fullmatch(text.strip())
         if not match or int(match["layer"]) < 1:
-            raise ValueError(f"{text!r} names no site; write 'L10 H8', 'L10 MLP' or 'L10' (layers count from 1, heads from 0)")
+            raise ValueError(
+                f"{text!r} names no site; write 'L10 H8', 'L10 MLP' or 'L10' (layers count from 1, heads from 0)"
+            )
         return cls(int(match["layer"]) - 1, int(match["head"]) if match["head"] else None, bool(match["mlp"]))

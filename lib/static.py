@@ -75,7 +75,9 @@ def load_token_types(subject: Subject, path: Path | None = None) -> dict[str, li
         ids = [subject.token_ids(space + str(word)) for word in words]
         types[name] = sorted({row[0] for row in ids if len(row) == 1})
         if len(types[name]) < 5:
-            raise DataError(f"{path}: only {len(types[name])} words of {name!r} are one token for {subject.name}; add more.")
+            raise DataError(
+                f"{path}: only {len(types[name])} words of {name!r} are one token for {subject.name}; add more."
+            )
     return types
 
 
@@ -84,10 +86,7 @@ def k_norms(weights: Weights, token_ids: Sequence[int]) -> Float[Tensor, "n_laye
     """Norm of `norm(e) W_K`, averaged over the layer's key heads, for each token's embedding e."""
     e = weights.W_E[list(token_ids)]
     return torch.stack(
-        [
-            einsum(b.norm_attn(e), b.attn.W_K, "t d, n d h -> n t h").norm(dim=-1).mean(0)
-            for b in weights.blocks
-        ]
+        [einsum(b.norm_attn(e), b.attn.W_K, "t d, n d h -> n t h").norm(dim=-1).mean(0) for b in weights.blocks]
     ).cpu()
 
 
@@ -108,7 +107,14 @@ def k_norm_table(
     stacked = np.stack(boot)  # (type, layer, resample)
     top = stacked.argmax(0)
     rows = [
-        (layer, name, means[name][layer], *np.quantile(stacked[i, layer], (0.025, 0.975)), len(types[name]), (top[layer] == i).mean())
+        (
+            layer,
+            name,
+            means[name][layer],
+            *np.quantile(stacked[i, layer], (0.025, 0.975)),
+            len(types[name]),
+            (top[layer] == i).mean(),
+        )
         for layer in range(weights.n_layers)
         for i, name in enumerate(names)
     ]
@@ -145,7 +151,9 @@ class RelationMap:
         n = self.hits.shape[-1]
         hits = self.hits.float()
         index = torch.arange(n)
-        return torch.stack([hits[..., index, torch.randperm(n, generator=generator)].mean(-1) for _ in range(permutations)])
+        return torch.stack(
+            [hits[..., index, torch.randperm(n, generator=generator)].mean(-1) for _ in range(permutations)]
+        )
 
     def p_values(self, **options: int) -> Float[Tensor, "n_layers n_heads"]:
         """One-sided, corrected for the number of heads by the permutation distribution of the largest score."""
@@ -160,7 +168,9 @@ class RelationMap:
             for layer in range(self.score.shape[0])
             for head in range(self.score.shape[1])
         ]
-        return pd.DataFrame(rows, columns=["site", "layer", "head", "score", "p"]).sort_values("score", ascending=False, kind="stable")
+        return pd.DataFrame(rows, columns=["site", "layer", "head", "score", "p"]).sort_values(
+            "score", ascending=False, kind="stable"
+        )
 
 
 def report_relation(report: Callable[..., None], name: str, relation: RelationMap, *, seed: int = 0) -> None:
@@ -235,15 +245,18 @@ def head_roles(
     rows = []
     for layer, block in enumerate(weights.blocks):
         x, attn = block.norm_attn(e), block.attn
-        q, k, v = (einsum(x, W, "t d, n d h -> n t h") for W in (attn.W_Q, attn.per_head(attn.W_K), attn.per_head(attn.W_V)))
+        q, k, v = (
+            einsum(x, W, "t d, n d h -> n t h") for W in (attn.W_Q, attn.per_head(attn.W_K), attn.per_head(attn.W_V))
+        )
         scores = einsum(q.mean(1), k, "n h, n t h -> n t") / weights.d_head**0.5
         own, other = _copy_scores(einsum(v, attn.W_O, "n t h, n h d -> n t d"), weights, ids, moments)
         for head in range(weights.n_heads):
             seek, seek_d, seek_p = _best_type(scores[head].cpu().numpy(), labels, shuffles)
             call, call_d, call_p = _best_type(k[head].norm(dim=-1).cpu().numpy(), labels, shuffles)
             copy_p = _copy_p(own[head] - other[head], permutations, seed)
-            share, which = relation[:, layer, head].max(0)
-            share, share_p = float(share), float(relation_p[which, layer, head])
+            which = int(relation[:, layer, head].argmax())
+            share = float(relation[which, layer, head])
+            share_p = float(relation_p[which, layer, head])
             copy = float(own[head].mean())
             rows.append({
                 "site": str(Site(layer, head)), "layer": layer, "head": head,
@@ -316,6 +329,8 @@ def _top_mask(norms: Float[Tensor, "n d_model"], k: int) -> Bool[Tensor, "n d_mo
     return mask.scatter(-1, norms.topk(k, dim=-1).indices, True)
 
 
-def _in_top(logits: Float[Tensor, "subject vocab"], answers: Int[Tensor, " answer"], k: int) -> Bool[Tensor, "subject answer"]:
+def _in_top(
+    logits: Float[Tensor, "subject vocab"], answers: Int[Tensor, " answer"], k: int
+) -> Bool[Tensor, "subject answer"]:
     threshold = logits.topk(k, dim=-1).values[:, -1:]
     return logits[:, answers] >= threshold

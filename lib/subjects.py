@@ -12,7 +12,6 @@ prompt: what a chapter shows is what the model reads.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -103,7 +102,7 @@ class Subject:
         return self.token_ids(" " + answer)[0]
 
     def token_text(self, token: int) -> str:
-        return self.tokenizer.decode([token])
+        return str(self.tokenizer.decode([token]))
 
     def encode(self, prompts: Sequence[str]) -> tuple[Int[Tensor, "b t"], Int[Tensor, " b"]]:
         """Right-padded token ids and the index of each prompt's last token. Attention is causal, so what stands
@@ -147,7 +146,9 @@ def load(name: str = "smollm2") -> Subject:
     model, tokenizer = _read(folder, gguf, name)
     parameters = sum(p.numel() for p in model.parameters())
     if spec and parameters != spec.parameters:
-        raise SubjectError(f"{name} has {parameters:,} parameters, expected {spec.parameters:,}. {_remedy(name, folder)}")
+        raise SubjectError(
+            f"{name} has {parameters:,} parameters, expected {spec.parameters:,}. {_remedy(name, folder)}"
+        )
     weights = view(model)
     subject = Subject(
         name=name if spec else Path(name).name,
@@ -281,7 +282,9 @@ def _read(folder: Path, gguf: str | None, name: str) -> tuple[PreTrainedModel, P
             check_family(AutoConfig.from_pretrained(folder).model_type, str(folder))
         source = {"gguf_file": gguf} if gguf else {"use_safetensors": True}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **source)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **({"gguf_file": gguf} if gguf else {}))
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, **({"gguf_file": gguf} if gguf else {})
+        )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SubjectError(f"{name} cannot be read from {folder}: {reason}. {_remedy(name, folder)}") from error

@@ -7,42 +7,54 @@ from collections.abc import Sequence
 import itables
 import pandas as pd
 from IPython.display import HTML
+from itables.javascript import generate_init_offline_itables_html
 
 from lib.diagnosis import Diagnosis
 from lib.facts import Case, exact_interval
 
 
-def sortable(table: pd.DataFrame, caption: str, *, rows: int = 12) -> HTML:
+def sortable(table: pd.DataFrame, *, rows: int = 12) -> HTML:
     """A table that the reader can sort and search, self-contained: it needs no network."""
     html = itables.to_html_datatable(
-        table.round(3), caption=caption, connected=False, showIndex=False, pageLength=rows,
+        table.round(3), connected=False, showIndex=False, pageLength=rows,
         lengthMenu=[rows, 50, 300], style="width:100%;font-size:85%", classes="display compact nowrap", scrollX=True,
     )  # fmt: skip
-    return HTML(html)
+    return HTML(generate_init_offline_itables_html(itables.options.dt_bundle) + html)
 
 
 def plain(table: pd.DataFrame, *, digits: int = 2, index: bool = False) -> HTML:
     """A small table, numbers to a number of digits, that scrolls sideways where the page is narrow."""
     html = table.to_html(index=index, float_format=lambda v: f"{v:.{digits}f}", border=0, classes="dataframe")
-    return HTML(f'<div style="overflow-x:auto" tabindex="0">{html}</div>')
+    return HTML(f'<div style="overflow-x:auto;font-size:85%;white-space:nowrap" tabindex="0">{html}</div>')
 
 
 def told_by_template(table: pd.DataFrame) -> pd.DataFrame:
     """Told of n by template with the exact 95 % interval of the share."""
     counts = table.groupby("template", sort=False).told.agg(["sum", "count"])
-    ends = [exact_interval(int(k), int(n)) for k, n in zip(counts["sum"], counts["count"], strict=True)]
-    return pd.DataFrame({
-        "template": counts.index.str.replace("_", " "), "told": counts["sum"].to_numpy(), "of": counts["count"].to_numpy(),
-        "share told, exact 95 % interval": [f"{k / n:.0%} ({a:.0%} to {b:.0%})" for (k, n), (a, b) in zip(counts.to_numpy(), ends, strict=True)],
-    })  # fmt: skip
+    rows = []
+    for template, told, n in counts.itertuples():
+        low, high = exact_interval(int(told), int(n))
+        rows.append((template.replace("_", " "), told, n, f"{told / n:.0%} ({low:.0%} to {high:.0%})"))
+    return pd.DataFrame(rows, columns=["template", "told", "of", "share told, exact 95 % interval"])
 
 
-def known_by_case(cases: Sequence[Case], eight: dict[str, pd.DataFrame], large: dict[str, pd.DataFrame]) -> pd.DataFrame:
+def known_by_case(
+    cases: Sequence[Case], eight: dict[str, pd.DataFrame], large: dict[str, pd.DataFrame]
+) -> pd.DataFrame:
     """Counts of told, known, and known but not told, from `known_and_told` tables by case name."""
     rows = []
     for case in cases:
         for label, state in (("the eight", eight[case.name]), ("large set", large[case.name])):
-            rows.append((case.title, label, len(state), int(state.told.sum()), int(state.known.sum()), int(state.routing_failure.sum())))
+            rows.append(
+                (
+                    case.title,
+                    label,
+                    len(state),
+                    int(state.told.sum()),
+                    int(state.known.sum()),
+                    int(state.routing_failure.sum()),
+                )
+            )
     return pd.DataFrame(rows, columns=["case", "facts", "n", "told", "known", "known, not told"])
 
 
@@ -56,7 +68,9 @@ def diagnoses(found: Sequence[Diagnosis]) -> pd.DataFrame:
             "failure kind": d.verdict.failure_kind,
             "suppressor": str(d.verdict.suppressor or "none"),
             "prescribed layer": f"L{d.layer + 1}",
-            "same head / kind / suppressor when resampled": f"{d.same_head:.1%} / {d.same_kind:.1%} / {d.same_suppressor:.1%}",
+            "same head when resampled": f"{d.same_head:.1%}",
+            "same kind when resampled": f"{d.same_kind:.1%}",
+            "same suppressor when resampled": f"{d.same_suppressor:.1%}",
             "relation map: rank, score, p": f"{d.static_rank}, {d.static_score:.2f}, {d.static_p:.3f}",
             "confidence": d.confidence,
         }

@@ -63,7 +63,9 @@ def capture(subject: Subject, prompts: Sequence[str], *, everywhere: bool = Fals
         logits = subject.model(tokens, use_cache=False).logits[rows, last]
     z = rearrange(torch.stack(seen.z, 1), "b l (n h) -> b l n h", n=weights.n_heads)
     whole = torch.stack(seen.everywhere, 1) if everywhere else None
-    return Capture(tuple(prompts), tokens, last, torch.stack(seen.stream, 1), z, torch.stack(seen.mlps, 1), logits, whole)
+    return Capture(
+        tuple(prompts), tokens, last, torch.stack(seen.stream, 1), z, torch.stack(seen.mlps, 1), logits, whole
+    )
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,15 @@ class LogitTrace:
 
 @torch.no_grad()
 def logit_trace(
-    subject: Subject, seen: Capture, tokens: Int[Tensor, "b n"], convention: Convention = "scaled", tolerance: float = 1e-3
+    subject: Subject,
+    seen: Capture,
+    tokens: Int[Tensor, "b n"],
+    convention: Convention = "scaled",
+    tolerance: float = 1e-3,
 ) -> LogitTrace:
     """Every term's contribution to the logits of the given tokens (one row a prompt). Raises CompletenessError if
     the terms miss the model's own logit by more than the tolerance: fp32 rounding over a few hundred terms of size
-    10 stays below 1e-3, a term left out does not. (raw: relative to the size of the largest term, which no norm tames.)"""
+    10 stays below 1e-3, a term left out does not. (raw: relative to the largest term, which no norm tames.)"""
     weights = subject.weights
     directions, constant = _directions(subject, seen, tokens, convention)
     W_O = torch.stack([b.attn.W_O for b in weights.blocks])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -67,7 +68,7 @@ class Attention:
     b_O: Float[Tensor, " d_model"] | None
     rotary: nn.Module | None
 
-    def per_head(self, kv: Float[Tensor, "n_kv_heads *rest"]) -> Float[Tensor, "n_heads *rest"]:
+    def per_head(self, kv: Float[Tensor, n_kv_heads * rest]) -> Float[Tensor, n_heads * rest]:
         """A key or value tensor repeated so that query head h reads key/value head `h // group`."""
         return repeat(kv, "kv ... -> (kv group) ...", group=self.W_Q.shape[0] // self.W_K.shape[0])
 
@@ -270,14 +271,14 @@ def _rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
-def _norm(module: nn.Module) -> Norm:
+def _norm(module: Any) -> Norm:
     bias = getattr(module, "bias", None)
     eps = module.eps if isinstance(module, nn.LayerNorm) else module.variance_epsilon
     return Norm(module.weight, bias, eps, centred=isinstance(module, nn.LayerNorm))
 
 
-def _gpt2(model: PreTrainedModel) -> Weights:
-    def block(m: nn.Module) -> Block:
+def _gpt2(model: Any) -> Weights:
+    def block(m: Any) -> Block:
         n = model.config.n_head
         W_Q, W_K, W_V = rearrange(m.attn.c_attn.weight, "d (qkv n h) -> qkv n d h", qkv=3, n=n)
         b_Q, b_K, b_V = rearrange(m.attn.c_attn.bias, "(qkv n h) -> qkv n h", qkv=3, n=n)
@@ -296,10 +297,10 @@ def _gpt2(model: PreTrainedModel) -> Weights:
     )  # fmt: skip
 
 
-def _llama(model: PreTrainedModel) -> Weights:
+def _llama(model: Any) -> Weights:
     c, base = model.config, model.model
 
-    def block(m: nn.Module) -> Block:
+    def block(m: Any) -> Block:
         a, n, kv = m.self_attn, c.num_attention_heads, c.num_key_value_heads
         heads = [
             (rearrange(p.weight, "(n h) d -> n d h", n=k), None if p.bias is None else p.bias.view(k, -1))

@@ -1,0 +1,63 @@
+"""Shared subjects. The real model is loaded, never skipped; tiny random models of both families are seeded."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the model hub
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from lib import subjects
+from lib.subjects import Subject
+from lib.weights import view
+
+
+def wrap(model: PreTrainedModel, tokenizer) -> Subject:
+    model = model.eval().requires_grad_(False)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Subject("tiny", "random", "none", "0" * 64, parameters, model, tokenizer, view(model))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Subject:
+    return subjects.load("smollm2")
+
+
+@pytest.fixture(scope="session")
+def organism() -> Subject:
+    return subjects.load("organism")
+
+
+def tiny_gpt2(seed: int = 0, **options: int) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    sizes = {"n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 64, "vocab_size": 49152, "initializer_range": 0.3}
+    return GPT2LMHeadModel(GPT2Config(**{**sizes, **options}))
+
+
+def tiny_llama(seed: int = 0, **options: object) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    sizes = {
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32,
+        "intermediate_size": 48, "vocab_size": 49152, "max_position_embeddings": 64, "initializer_range": 0.3,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **options}))
+
+
+@pytest.fixture(scope="session", params=["gpt2", "llama", "llama with biases"])
+def tiny(request: pytest.FixtureRequest, smollm2: Subject) -> Subject:
+    """A random model of either family, with SmolLM2's tokenizer. Biases are drawn at random too: at zero, as they
+    start, a forgotten bias would go unnoticed."""
+    model = {
+        "gpt2": tiny_gpt2,
+        "llama": tiny_llama,
+        "llama with biases": lambda: tiny_llama(attention_bias=True, mlp_bias=True, head_dim=12),
+    }[request.param]()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias") or "norm" in name or "ln_" in name:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+    return wrap(model, smollm2.tokenizer)

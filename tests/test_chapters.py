@@ -1,0 +1,76 @@
+"""The chapters as files: what stands in git, and what prose may say."""
+
+import ast
+import json
+import re
+
+import pytest
+
+from lib.runner import BOOK, ROOT, chapter_names
+
+PAPER = {"25.8", "149.9"}  # figures of the source page, quoted as such
+
+
+def cells(chapter: str, kind: str) -> list[str]:
+    nb = json.loads((BOOK / f"{chapter}.ipynb").read_text(encoding="utf-8"))
+    return ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == kind]
+
+
+@pytest.fixture(params=chapter_names())
+def chapter(request) -> str:
+    return request.param
+
+
+def test_no_outputs_in_git_and_one_parameters_cell(chapter):
+    nb = json.loads((BOOK / f"{chapter}.ipynb").read_text(encoding="utf-8"))
+    code = [c for c in nb["cells"] if c["cell_type"] == "code"]
+    assert not any(c["outputs"] or c["execution_count"] for c in code)
+    (parameters,) = (c for c in code if "parameters" in c["metadata"].get("tags", []))
+    for statement in ast.parse("".join(parameters["source"])).body:
+        assert isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant)
+
+
+def test_chapters_define_nothing(chapter):
+    for source in cells(chapter, "code"):
+        for node in ast.walk(ast.parse(source)):
+            assert not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.For | ast.While), source
+        assert source.count("\n") < 26, "a long cell is a function that lib lacks"
+
+
+def test_no_measured_decimal_is_typed_into_prose(chapter):
+    for text in cells(chapter, "markdown"):
+        typed = set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", re.sub(r"\{[^}]*\}`[^`]*`", "", text)))
+        assert typed <= PAPER, typed
+
+
+def test_every_glued_key_is_reported(chapter):
+    code = "\n".join(cells(chapter, "code"))
+    lib = "\n".join(p.read_text() for p in (ROOT / "lib").glob("*.py"))
+    for text in cells(chapter, "markdown"):
+        for key in re.findall(r"\{glue:text\}`(\w+)`", text):
+            stem = re.sub(r"_(raw|enriched)(?=_|$)", "_{name}", key)
+            assert f'"{key}"' in code + lib or f'"{stem}' in lib, key
+
+
+def test_every_figure_has_caption_and_alt_text(chapter):
+    nb = json.loads((BOOK / f"{chapter}.ipynb").read_text(encoding="utf-8"))
+    for cell in nb["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and re.search(r"^figures\.(?!style)", source, re.M):
+            assert cell["metadata"]["mystnb"]["figure"]["caption"] and cell["metadata"]["mystnb"]["image"]["alt"]
+
+
+def test_the_two_miscited_papers_are_cited_by_their_authors():
+    bibliography = (BOOK / "references.bib").read_text(encoding="utf-8")
+    for key, first in (("lu2024insights", "Lu"), ("liu2024relation", "Liu")):
+        entry = bibliography[bibliography.index(key) :]
+        assert re.search(r"author\s*=\s*\{" + first, entry[: entry.index("\n}")])
+
+
+def test_nothing_in_git_names_a_machine():
+    import subprocess
+
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in names:
+        if name.endswith((".py", ".md", ".yml", ".yaml", ".ipynb", ".toml", ".txt", ".cff", ".json")):
+            assert not re.search(r"(?<![\w.])/(root|home|work|tmp)/\w", (ROOT / name).read_text(encoding="utf-8")), name

@@ -1,0 +1,55 @@
+"""A number is reported once, with its provenance, and written in one step."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from lib import results
+from lib.errors import ChapterError
+from lib.results import Results
+from lib.site import Site
+
+
+@pytest.fixture
+def report(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "BUILD", tmp_path / "_build")
+    return Results("09_example", tiny, seed=3)
+
+
+def test_file_has_provenance_and_values(report, tmp_path):
+    report("share", torch.tensor(0.25), ".0%")
+    report("site", Site(9, 8))
+    report.table("cases", {"a": np.float32(1.5), "b": [np.int64(2), None]})
+    path = report.save()
+    assert path == tmp_path / "_build" / "results" / "tiny" / "09_example.json"
+    content = json.loads(path.read_text())
+    assert content["values"] == {"share": 0.25, "site": "L10 H8", "cases": {"a": 1.5, "b": [2, None]}}
+    wanted = {"subject", "weights_sha256", "lib", "commit", "packages", "seed", "threads", "start", "seconds"}
+    assert wanted <= set(content["provenance"]) and content["provenance"]["seed"] == 3
+
+
+def test_a_number_is_reported_once(report):
+    report("n", 8)
+    for again in (lambda: report("n", 9), lambda: report.table("n", {})):
+        with pytest.raises(KeyError, match="reported twice in 09_example"):
+            again()
+
+
+def test_texts():
+    assert results._text([0.1, 0.25], ".2f") == "0.10, 0.25"
+    assert results._text(0.5, ".0%") == "50%"
+    assert results._text(("L1 H0", "L2 H3"), "") == "L1 H0, L2 H3"
+
+
+def test_nothing_is_written_where_nothing_can_be(report, tmp_path):
+    (tmp_path / "_build").write_text("a file where the folder should be")
+    with pytest.raises(ChapterError, match=r"cannot write .*09_example\.json.*Make .*_build a folder"):
+        report.save()
+    assert list(tmp_path.iterdir()) == [tmp_path / "_build"]
+
+
+def test_subject_names_become_folders():
+    assert results.slug("openai-community/gpt2") == "openai-community-gpt2"
+    assert "/" not in results.slug("../../etc")

@@ -1,0 +1,166 @@
+"""Running chapters: what is refused, what is kept, what a failure leaves behind; and `check`."""
+
+import json
+
+import nbformat
+import pytest
+from typer.testing import CliRunner
+
+from lib import runner
+from lib.__main__ import app
+from lib.errors import BookError, ChapterError
+
+
+def notebook(path, *cells, parameters='subject = "x"\nseed = 0'):
+    nb = nbformat.v4.new_notebook()
+    nb.cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
+    nb.cells += [nbformat.v4.new_code_cell(c) for c in cells]
+    nb.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nb, path)
+    return path
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch):
+    """A book of its own: chapters in tmp_path/book, output in tmp_path/_build."""
+    from lib import results
+
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "data").mkdir()
+    for name in runner.PINS:
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(runner, "BOOK", tmp_path / "book")
+    monkeypatch.setattr(runner, "BUILD", tmp_path / "_build")
+    monkeypatch.setattr(results, "BUILD", tmp_path / "_build")
+    monkeypatch.setattr(runner, "weights_sha256", lambda name: "sum of " + name)
+    return tmp_path
+
+
+SAVE = (
+    "import json, pathlib\np = pathlib.Path('../_build/results') / subject / '01_a.json'\n"
+    "p.parent.mkdir(parents=True, exist_ok=True)\n"
+    "p.write_text(json.dumps({'provenance': {}, 'values': {'seed': seed, 'x': {'y': 0.5}}}))"
+)
+
+
+def test_misspelt_parameter_is_refused_before_anything_runs(workshop):
+    notebook(workshop / "book" / "01_a.ipynb", SAVE)
+    with pytest.raises(
+        ChapterError, match=r"01_a\.ipynb has no parameter 'sede'; its parameters cell knows seed, subject"
+    ):
+        runner.run("s", ["01_a"], {"sede": 1})
+    assert not (workshop / "_build").exists()
+
+
+def test_a_failing_chapter_fails_the_run_and_leaves_nothing(workshop):
+    notebook(workshop / "book" / "01_a.ipynb", "x = 1", "raise ValueError('the reason')  # here")
+    with pytest.raises(ChapterError) as error:
+        runner.run("s", ["01_a"])
+    message = str(error.value)
+    assert "01_a.ipynb, cell " in message and "ValueError: the reason" in message
+    assert "# here" in message and "Traceback" in message
+    assert not list((workshop / "_build").rglob("*.ipynb")) and not list((workshop / "_build").rglob("*.key"))
+
+
+def test_a_chapter_that_saves_no_results_fails(workshop):
+    notebook(workshop / "book" / "01_a.ipynb", "x = 1")
+    with pytest.raises(ChapterError, match="saved no results"):
+        runner.run("s", ["01_a"])
+
+
+def test_only_what_changed_runs_again(workshop):
+    chapter = notebook(workshop / "book" / "01_a.ipynb", SAVE)
+    said: list[str] = []
+
+    def run(**options):
+        said.clear()
+        runner.run("s", ["01_a"], say=said.append, **options)
+        return "executed" if "executed on s" in said[0] else "kept"
+
+    assert run() == "executed"
+    assert run() == "kept"
+    assert run(parameters={"seed": 5}) == "executed"
+    for change in ("lib/new.py", "data/facts.csv", "constraints.txt", "requirements.txt"):
+        assert run() == "executed" if change == "lib/new.py" else run() == "kept"
+        (workshop / change).write_text("changed")
+        assert run() == "executed", change
+    notebook(chapter, SAVE, "y = 2")
+    assert run() == "executed"
+    assert run() == "kept"
+    assert run(force=True) == "executed"
+    (workshop / "_build" / "results" / "s" / "01_a.json").unlink()
+    assert run() == "executed"
+
+
+def test_other_weights_run_again(workshop, monkeypatch):
+    notebook(workshop / "book" / "01_a.ipynb", SAVE)
+    runner.run("s", ["01_a"], say=lambda _: None)
+    monkeypatch.setattr(runner, "weights_sha256", lambda name: "another sum")
+    said: list[str] = []
+    runner.run("s", ["01_a"], say=said.append)
+    assert "executed" in said[0]
+
+
+def test_build_folder_that_cannot_be_written(workshop):
+    notebook(workshop / "book" / "01_a.ipynb", SAVE)
+    (workshop / "_build").write_text("a file in its place")
+    with pytest.raises(ChapterError, match=r"cannot write .*Make .*_build a folder that you may write to"):
+        runner.run("s", ["01_a"])
+
+
+def test_building_before_running_says_what_to_do(workshop):
+    notebook(workshop / "book" / "01_a.ipynb", SAVE)
+    with pytest.raises(ChapterError, match=r"not executed on s: 01_a. Run `python -m lib run --subject s` first"):
+        runner.build("s")
+
+
+def test_chapters_by_number_and_name():
+    first = runner.chapter_names()[0]
+    assert runner.choose_chapters(["1"]) == runner.choose_chapters(["01"]) == runner.choose_chapters([first]) == [first]
+    assert runner.choose_chapters([]) == runner.chapter_names()
+    with pytest.raises(ChapterError, match="there is no chapter '99'; choose from 01_static"):
+        runner.choose_chapters(["99"])
+
+
+def expect(folder, keys):
+    folder.mkdir(exist_ok=True)
+    (folder / "s.json").write_text(json.dumps({"01_a": keys}))
+
+
+def test_check_holds_and_misses(workshop):
+    notebook(workshop / "book" / "01_a.ipynb", SAVE)
+    runner.run("s", ["01_a"], say=lambda _: None)
+    wanted = {
+        "seed": {"value": 0},
+        "x.y": {"value": 0.51, "tolerance": 0.02},
+        "x": {"value": {"y": 0.5}},
+    }
+    expect(workshop / "e", wanted)
+    assert [row[-1] for row in runner.check("s", workshop / "e")] == [True, True, True]
+    misses = {
+        "seed": {"value": 1},
+        "x.y": {"value": 0.6, "tolerance": 0.02},
+        "x.z": {"min": 0},
+        "absent": {"value": None},
+    }
+    expect(workshop / "e", misses)
+    rows = runner.check("s", workshop / "e")
+    assert [row[-1] for row in rows] == [False] * 4
+    assert rows[-1][3] == "not run"
+    with pytest.raises(ChapterError, match="nothing is expected of 't'"):
+        runner.check("t", workshop / "e")
+
+
+def test_command_line_teaches_and_reports():
+    cli = CliRunner()
+    assert "fetch a model" in cli.invoke(app, ["--help"]).output
+    assert (
+        "SmolLM2" in cli.invoke(app, ["fetch", "--help"]).output
+        or "smollm2" in cli.invoke(app, ["fetch", "--help"]).output
+    )
+    failed = cli.invoke(app, ["run", "99"])
+    assert isinstance(failed.exception, BookError) and "no chapter '99'" in str(failed.exception)
+    failed = cli.invoke(app, ["run", "1", "-p", "seed"])
+    assert "write NAME=VALUE" in str(failed.exception)

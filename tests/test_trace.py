@@ -1,0 +1,233 @@
+"""The exact trace: parts sum to the whole, predictions equal interventions, no hook remains, parity with peers."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_gpt2
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lib import facts
+from lib.errors import CompletenessError, DataError
+from lib.subjects import Subject
+from lib.trace import (
+    CONVENTIONS,
+    capture,
+    last_patterns,
+    logit_lens,
+    logit_trace,
+    subject_attention,
+    subject_positions,
+)
+from lib.weights import view
+
+PROMPTS = ["The capital of France is", "Japan's capital city is", "One two three four five six seven"]
+
+
+def hooks(model) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def some_tokens(n: int = 3) -> torch.Tensor:
+    return torch.randint(0, 49152, (len(PROMPTS), n), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_parts_sum_to_the_whole(tiny, convention):
+    trace = logit_trace(tiny, capture(tiny, PROMPTS), some_tokens(), convention)
+    assert trace.error < 1e-3
+
+
+def test_the_whole_is_the_models_own_logit(tiny):
+    seen, tokens = capture(tiny, PROMPTS), some_tokens()
+    for i, prompt in enumerate(PROMPTS):  # one by one, without padding and without our code's batching
+        own = tiny.model(torch.tensor([tiny.token_ids(prompt)])).logits[0, -1]
+        torch.testing.assert_close(seen.logits[i], own, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logit_trace(tiny, seen, tokens).model[i], own[tokens[i]], atol=1e-4, rtol=1e-4)
+
+
+def test_conventions_differ_by_what_they_say(tiny):
+    seen, tokens = capture(tiny, PROMPTS), some_tokens()
+    raw, scaled, centred = (logit_trace(tiny, seen, tokens, c) for c in CONVENTIONS)
+    # a difference between two tokens does not see the vocabulary mean
+    torch.testing.assert_close(scaled.difference().heads, centred.difference().heads, atol=1e-4, rtol=1e-3)
+    x = seen.stream[:, -1]
+    product = torch.einsum("bd,dbn->bn", x, tiny.weights.W_U[:, tokens])
+    torch.testing.assert_close(raw.cumulative[..., -1], product, atol=1e-3, rtol=1e-4)
+
+
+def test_prediction_equals_intervention(tiny):
+    """Zero a last-layer head: with the norm's scale frozen, logits must move by exactly what the trace says. The last
+    layer's MLP sits behind its heads, so it is frozen too, by adding the head's output back after it."""
+    layer, head = tiny.weights.n_layers - 1, 2
+    seen, tokens = capture(tiny, PROMPTS), some_tokens()
+    trace = logit_trace(tiny, seen, tokens)
+    out = seen.z[:, layer, head] @ tiny.weights.blocks[layer].attn.W_O[head]
+    norm, scale = tiny.weights.norm_final, tiny.weights.norm_final.scale(seen.stream[:, -1])
+    without = norm.centre(seen.stream[:, -1] - out) / scale * norm.gain
+    without = without if norm.bias is None else without + norm.bias
+    measured = (without @ tiny.weights.W_U).gather(1, tokens)
+    torch.testing.assert_close(
+        seen.logits.gather(1, tokens) - measured, trace.heads[:, :, layer, head], atol=2e-4, rtol=1e-3
+    )
+
+
+def test_head_outputs_are_what_the_model_adds(tiny):
+    """Ablating a head inside the model, by a hook of the test's own, moves the stream by z W_O and nothing else."""
+    layer, head = 1, 1
+    block, seen = tiny.weights.blocks[layer], capture(tiny, PROMPTS[:1])
+    d = tiny.weights.d_head
+
+    def zero(module, args):
+        z = args[0].clone()
+        z[..., head * d : (head + 1) * d] = 0
+        return (z,)
+
+    after = []
+    handles = [
+        block.heads_out.register_forward_pre_hook(zero),
+        block.heads_out.register_forward_hook(lambda m, a, o: after.append(o[0, -1])),
+    ]
+    tiny.model(torch.tensor([tiny.token_ids(PROMPTS[0])]))
+    for handle in handles:
+        handle.remove()
+    heads = torch.einsum("nh,nhd->nd", seen.z[0, layer], block.attn.W_O)
+    bias = 0 if block.attn.b_O is None else block.attn.b_O
+    torch.testing.assert_close(after[0], heads.sum(0) - heads[head] + bias, atol=1e-4, rtol=1e-4)
+
+
+def test_a_missing_term_is_an_error(tiny):
+    """The check must be able to fail: a capture whose MLP output was tampered with."""
+    seen = capture(tiny, PROMPTS)
+    seen.mlps[:, 1] *= 1.5
+    with pytest.raises(CompletenessError, match=r"misses the model's own logits by .* \(allowed 0.001\)"):
+        logit_trace(tiny, seen, some_tokens())
+
+
+def test_no_hook_remains(tiny):
+    before = hooks(tiny.model)
+    capture(tiny, PROMPTS)
+    assert hooks(tiny.model) == before
+    with pytest.raises(DataError, match="has 9. tokens; tiny reads 1 to 64"):
+        capture(tiny, ["word " * 90])
+    broken = tiny.weights.blocks[2].module.register_forward_hook(
+        lambda *_: (_ for _ in ()).throw(RuntimeError("midway"))
+    )
+    with pytest.raises(RuntimeError, match="midway"):
+        capture(tiny, PROMPTS)
+    broken.remove()
+    assert hooks(tiny.model) == before
+
+
+def test_batch_size_does_not_matter(tiny):
+    together = capture(tiny, PROMPTS)
+    for i, prompt in enumerate(PROMPTS):
+        alone = capture(tiny, [prompt])
+        torch.testing.assert_close(together.stream[i], alone.stream[0], atol=1e-4, rtol=1e-4)
+    whole = tiny.next_token_logits(PROMPTS * 3, batch_size=4)
+    torch.testing.assert_close(whole[:3], tiny.next_token_logits(PROMPTS, batch_size=1), atol=1e-4, rtol=1e-4)
+
+
+def test_lens_ends_in_the_models_own_answer(tiny):
+    seen, tokens = capture(tiny, PROMPTS), some_tokens()
+    logprob, rank = logit_lens(tiny, seen, tokens)
+    own = seen.logits.log_softmax(-1).gather(1, tokens)
+    torch.testing.assert_close(logprob[:, -1], own, atol=1e-4, rtol=1e-4)
+    theirs = (seen.logits[:, None] > seen.logits.gather(1, tokens)[..., None]).sum(-1) + 1
+    assert torch.equal(rank[:, -1], theirs)
+
+
+def test_lens_uses_each_layers_own_scale(tiny):
+    """TransformerLens #1076: the last layer's scale on every layer."""
+    seen, tokens = capture(tiny, PROMPTS), some_tokens()
+    middle = tiny.weights.norm_final_module(seen.stream[:, 1]) @ tiny.weights.W_U
+    torch.testing.assert_close(
+        logit_lens(tiny, seen, tokens)[0][:, 1], middle.log_softmax(-1).gather(1, tokens), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_last_patterns_are_probabilities_over_the_prompt_only(tiny):
+    seen = capture(tiny, PROMPTS, everywhere=True)
+    patterns = last_patterns(tiny, seen)
+    torch.testing.assert_close(patterns.sum(-1), torch.ones(patterns.shape[:-1]))
+    for i, last in enumerate(seen.last.tolist()):
+        assert patterns[i, ..., last + 1 :].abs().max() == 0 if last + 1 < patterns.shape[-1] else True
+    with pytest.raises(DataError, match="everywhere=True"):
+        last_patterns(tiny, capture(tiny, PROMPTS))
+
+
+@pytest.mark.model
+def test_subject_positions_find_every_token_of_the_subject(smollm2):
+    prompt = "The capital of Burkina Faso is"
+    positions = subject_positions(smollm2, prompt, "Burkina Faso")
+    ids = smollm2.token_ids(prompt)
+    assert "".join(smollm2.token_text(ids[i]) for i in positions).strip() == "Burkina Faso"
+    assert subject_positions(smollm2, "Fiji's capital city is", "Fiji")[0] == 0
+    with pytest.raises(DataError, match="does not stand in the prompt"):
+        subject_positions(smollm2, prompt, "Ghana")
+    seen = capture(smollm2, [prompt], everywhere=True)
+    assert 0 <= subject_attention(smollm2, seen, ["Burkina Faso"]).min() <= 1
+
+
+@pytest.mark.model
+def test_smollm2_is_complete_on_every_prompt_of_the_eight(smollm2):
+    lines = [p for t in facts.load_templates().values() for p in facts.prompts(facts.load_facts("eight"), t)]
+    tokens = torch.tensor([[smollm2.first_token("Paris"), smollm2.first_token("the")]]).expand(16, -1)
+    errors = [
+        logit_trace(smollm2, capture(smollm2, lines[i : i + 16]), tokens[: len(lines[i : i + 16])], c).error
+        for i in range(0, len(lines), 16)
+        for c in ("scaled", "centred")
+    ]
+    assert max(errors) <= 1e-3
+
+
+def bridge(model, tokenizer, folder):
+    from transformer_lens.model_bridge import TransformerBridge
+
+    model = copy.deepcopy(model)  # the bridge replaces modules of the model it is given
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return TransformerBridge.boot_transformers(str(folder), hf_model=model, tokenizer=tokenizer)
+
+
+def assert_heads_agree(subject: Subject, folder, prompt: str, tolerance: float) -> None:
+    """Per-head contributions to two tokens' logits, ours against TransformerLens' cached z and W_O. Both run the same
+    fp32 weights without folding or centring; they sum in another order, and 1e-3 of a logit is far above that
+    rounding and far below the smallest contribution that any figure shows."""
+    lens = bridge(subject.model, subject.tokenizer, folder)
+    ids = torch.tensor([subject.token_ids(prompt)])
+    logits, cache = lens.run_with_cache(ids, prepend_bos=False)
+    seen = capture(subject, [prompt])
+    torch.testing.assert_close(seen.logits[0], logits[0, -1].float(), atol=1e-4, rtol=0)
+    tokens = torch.tensor([[11, 262]])
+    trace = logit_trace(subject, seen, tokens)
+    norm = subject.weights.norm_final
+    directions = norm.fold(subject.weights.W_U[:, tokens[0]]) / norm.scale(seen.stream[0, -1])
+    for layer, block in enumerate(subject.weights.blocks):
+        z = cache[f"blocks.{layer}.attn.hook_z"][0, -1].reshape(subject.weights.n_heads, -1)
+        theirs = torch.einsum("nh,nhd,dk->kn", z, block.attn.W_O, directions)
+        torch.testing.assert_close(trace.heads[0, :, layer], theirs, atol=tolerance, rtol=0)
+
+
+@pytest.mark.model
+def test_heads_agree_with_transformerlens_on_smollm2(smollm2, tmp_path):
+    assert_heads_agree(smollm2, tmp_path, "Question: What is the capital of France? Answer:", 1e-3)
+
+
+def test_heads_agree_with_transformerlens_on_full_size_gpt2(smollm2, tmp_path):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(initializer_range=0.05)).eval().requires_grad_(False)
+    subject = Subject("gpt2", "random", "none", "", 124_439_808, model, smollm2.tokenizer, view(model))
+    assert_heads_agree(subject, tmp_path, "The capital of France is", 1e-3)
+
+
+def test_full_size_gpt2_is_complete(smollm2):
+    torch.manual_seed(1)
+    model = GPT2LMHeadModel(GPT2Config(initializer_range=0.05)).eval().requires_grad_(False)
+    subject = Subject("gpt2", "random", "none", "", 124_439_808, model, smollm2.tokenizer, view(model))
+    for convention in CONVENTIONS:
+        assert logit_trace(subject, capture(subject, PROMPTS), some_tokens(), convention).error <= 1e-3
+
+
+def test_tiny_models_differ_by_seed():
+    assert not torch.equal(tiny_gpt2(0).transformer.wte.weight, tiny_gpt2(1).transformer.wte.weight)

@@ -1,0 +1,143 @@
+"""The weight view against the models it views."""
+
+import pytest
+import torch
+from conftest import tiny_gpt2, tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from lib.errors import SubjectError
+from lib.weights import MLP, PATHWAYS, Norm, Slice, check_view, count_parameters, pathway_slices, view
+
+DESIGN = {  # the design's table, section 5, exactly
+    "gpt2": {"full": 7_087_872, "attention": 2_362_368, "ffn": 4_722_432, "v_only": 589_824},
+    "smollm2": {"full": 3_540_096, "attention": 884_736, "ffn": 2_654_208, "v_only": 110_592},
+}
+
+
+@pytest.fixture(scope="module")
+def gpt2_full() -> GPT2LMHeadModel:
+    """Full-size GPT-2 small, randomly initialised."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config()).eval().requires_grad_(False)
+
+
+def test_gpt2_parameter_counts(gpt2_full):
+    assert sum(p.numel() for p in gpt2_full.parameters()) == 124_439_808
+    for pathway, n in DESIGN["gpt2"].items():
+        assert count_parameters(gpt2_full, pathway_slices(gpt2_full, 9, pathway)) == n
+
+
+@pytest.mark.model
+def test_smollm2_parameter_counts(smollm2):
+    for pathway, n in DESIGN["smollm2"].items():
+        assert count_parameters(smollm2.model, pathway_slices(smollm2.model, 23, pathway)) == n
+
+
+def test_gpt2_v_slice_is_the_last_third_and_is_what_the_view_calls_w_v(gpt2_full):
+    (v,) = pathway_slices(gpt2_full, 9, "v_only")
+    assert v == Slice("transformer.h.9.attn.c_attn.weight", 1536, 2304)
+    matrix = v.of(dict(gpt2_full.named_parameters())[v.name])
+    heads = view(gpt2_full).blocks[9].attn.W_V  # (12, 768, 64)
+    assert torch.equal(matrix.unflatten(-1, (12, 64)).movedim(1, 0), heads)
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+def test_each_pathway_stays_in_its_layer(make):
+    model = make()
+    for pathway in PATHWAYS:
+        slices = pathway_slices(model, 1, pathway)
+        assert slices and all(".1." in s.name for s in slices)
+    with pytest.raises(ValueError, match="choose from full, attention"):
+        pathway_slices(model, 1, "values")
+
+
+def test_the_view_reproduces_hidden_states(tiny):
+    tokens = torch.randint(0, 49152, (3, 11), generator=torch.Generator().manual_seed(0))
+    assert check_view(tiny.model, tiny.weights, tokens) < 1e-5
+
+
+def test_the_view_reproduces_full_size_gpt2(gpt2_full):
+    assert check_view(gpt2_full, view(gpt2_full), torch.randint(0, 50257, (2, 12))) < 1e-5
+
+
+def test_a_view_of_other_weights_is_noticed():
+    """The self-check must be able to fail: the same architecture with one head's values exchanged."""
+    model = tiny_llama()
+    weights = view(model)
+    with torch.no_grad():
+        attn = weights.blocks[1].attn
+        object.__setattr__(attn, "W_V", attn.W_V.flip(0))
+    with pytest.raises(SubjectError, match="does not reproduce the model: relative error"):
+        check_view(model.eval(), weights, torch.arange(1, 9)[None])
+
+
+def test_view_attention_pattern_equals_hugging_face(tiny):
+    tokens = torch.randint(0, 49152, (2, 9), generator=torch.Generator().manual_seed(2))
+    tiny.model.set_attn_implementation("eager")
+    theirs = tiny.model(tokens, output_attentions=True).attentions
+    stream = tiny.weights.residuals(tokens)
+    for block, x, theirs_here in zip(tiny.weights.blocks, stream, theirs, strict=False):
+        torch.testing.assert_close(block.attn.pattern(block.norm_attn(x)), theirs_here, atol=1e-5, rtol=1e-4)
+
+
+def test_norm_by_hand():
+    x = torch.tensor([3.0, 4.0, 0.0, 1.0])
+    layer = Norm(torch.tensor([1.0, 2.0, 1.0, 1.0]), torch.ones(4), 0.0, centred=True)
+    # mean 2, centred (1, 2, -2, -1), root mean square sqrt(10 / 4)
+    expected = torch.tensor([1.0, 4.0, -2.0, -1.0]) / 2.5**0.5 + 1
+    torch.testing.assert_close(layer(x), expected)
+    rms = Norm(torch.ones(4), None, 0.0, centred=False)
+    torch.testing.assert_close(rms(x), x / 6.5**0.5)  # (9 + 16 + 0 + 1) / 4 = 6.5
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_folding_a_norm_into_a_matrix_changes_nothing(centred):
+    g = torch.Generator().manual_seed(0)
+    norm = Norm(torch.randn(8, generator=g), torch.randn(8, generator=g), 1e-5, centred)
+    x, W = torch.randn(5, 8, generator=g), torch.randn(8, 3, generator=g)
+    torch.testing.assert_close(norm(x) @ W, x / norm.scale(x) @ norm.fold(W) + norm.bias @ W)
+
+
+def test_gated_mlp_by_hand():
+    one = torch.ones(1, 1)
+    mlp = MLP(W_in=3 * one, W_out=2 * one, b_in=None, b_out=None, W_gate=-one, b_gate=None, act=torch.relu)
+    assert mlp(torch.tensor([[-5.0]])).item() == 2 * (5 * -15)  # gate relu(5), value -15
+    assert mlp(torch.tensor([[5.0]])).item() == 0  # the gate is shut
+
+
+def test_another_family_is_refused_with_a_remedy():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    model = OPTForCausalLM(
+        OPTConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            ffn_dim=16,
+            vocab_size=50,
+            word_embed_proj_dim=16,
+        )
+    )
+    with pytest.raises(SubjectError, match=r"family 'opt'; the book reads gpt2 and llama.*add a builder"):
+        view(model)
+
+
+def test_grouped_heads_read_their_own_key_head():
+    attn = (
+        view(
+            LlamaForCausalLM(
+                LlamaConfig(
+                    hidden_size=16,
+                    num_attention_heads=4,
+                    num_key_value_heads=2,
+                    num_hidden_layers=1,
+                    intermediate_size=8,
+                    vocab_size=10,
+                )
+            )
+        )
+        .blocks[0]
+        .attn
+    )
+    repeated = attn.per_head(attn.W_K)
+    assert [torch.equal(repeated[h], attn.W_K[h // 2]) for h in range(4)] == [True] * 4
