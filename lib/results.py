@@ -13,6 +13,7 @@ import json
 import platform
 import re
 import subprocess
+import tempfile
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -70,8 +71,7 @@ class Results:
 
     def figure(self, name: str, figure: Figure) -> Figure:
         """Keep a figure as a picture beside the results, and give it back to be shown."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.path.parent / f"{name}.png")
+        figure.savefig(make_folder(self.path.parent) / f"{name}.png")
         return figure
 
     def save(self) -> Path:
@@ -91,17 +91,23 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Write under a temporary name, then rename. Raises ChapterError with the reason."""
-    temporary = path.with_name(path.name + ".part")
+def make_folder(folder: Path) -> Path:
+    """The folder, made if need be. Raises ChapterError where nothing can be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
     except OSError as error:
         raise ChapterError(
-            f"cannot write {path}: {error.strerror}. Make {BUILD} a folder that you may write to."
+            f"cannot write into {folder}: {error.strerror}. Make {BUILD} a folder that you may write to."
         ) from error
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Write under a temporary name, then rename. Raises ChapterError where nothing can be written."""
+    temporary = make_folder(path.parent) / (path.name + ".part")
+    temporary.write_text(content, encoding="utf-8")
+    temporary.replace(path)
 
 
 def _plain(value: Any) -> Any:

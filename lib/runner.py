@@ -27,7 +27,7 @@ import papermill
 from papermill.exceptions import PapermillExecutionError
 
 from lib.errors import ChapterError
-from lib.results import BUILD, PACKAGES, results_path, slug, write_atomically
+from lib.results import BUILD, PACKAGES, make_folder, results_path, slug, write_atomically
 from lib.subjects import ROOT, weights_sha256
 
 BOOK = ROOT / "book"
@@ -58,10 +58,12 @@ def run(subject: str, chapters: Iterable[str], parameters: dict[str, Any] | None
         say: Callable[[str], None] = print) -> None:  # fmt: skip
     """Execute the chapters whose inputs changed. Raises ChapterError for an unknown parameter, or with the failing
     cell and its traceback; the chapters before it keep their results, the failing one leaves nothing."""
+    chapters, values = list(chapters), {"subject": subject, **(parameters or {})}
+    for chapter in chapters:
+        check_parameters(BOOK / f"{chapter}.ipynb", values)
+    make_folder(executed_path(subject, "").parent)
     weights = weights_sha256(subject)
     for chapter in chapters:
-        values = {"subject": subject, **(parameters or {})}
-        check_parameters(BOOK / f"{chapter}.ipynb", values)
         done = executed_path(subject, chapter)
         stamp, key = done.with_suffix(".key"), fingerprint(chapter, values, weights)
         complete = done.exists() and results_path(subject, chapter).exists()
@@ -95,7 +97,6 @@ def execute(notebook: Path, output: Path, values: dict[str, Any]) -> None:
     """Run one notebook; its executed copy appears only if every cell succeeded."""
     partial = output.with_suffix(".part.ipynb")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         papermill.execute_notebook(
             str(notebook), str(partial), values, kernel_name="python3", cwd=str(notebook.parent),
             progress_bar={"desc": notebook.stem, "leave": False}, log_output=False,
@@ -107,13 +108,8 @@ def execute(notebook: Path, output: Path, values: dict[str, Any]) -> None:
             f"{notebook.name}, cell {error.cell_index + 1}, raised {error.ename}: {error.evalue}\n\n"
             f"{error.source}\n\n{trace}"
         ) from error
-    except OSError as error:
-        raise ChapterError(
-            f"cannot write {output}: {error.strerror or error}. Make {BUILD} a folder that you may write to."
-        ) from error
     finally:
-        if partial.parent.is_dir():
-            partial.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def fingerprint(chapter: str, values: dict[str, Any], weights: str) -> str:
@@ -126,7 +122,7 @@ def fingerprint(chapter: str, values: dict[str, Any], weights: str) -> str:
         if p.is_file() and "expected" not in p.parts and p.suffix != ".safetensors"
     )
     facts = {"values": values, "weights": weights, "python": sys.version, "packages": {p: version(p) for p in PACKAGES}}
-    return _digest(files, json.dumps(facts, sort_keys=True, default=str))
+    return _digest(files, json.dumps(facts, sort_keys=True, default=str), ROOT)
 
 
 def build(subject: str, *, force: bool = False, say: Callable[[str], None] = print) -> Path:
@@ -225,7 +221,7 @@ def _wish(wanted: dict[str, Any]) -> str:
     )
 
 
-def _digest(files: Iterable[Path], extra: str, base: Path = ROOT) -> str:
+def _digest(files: Iterable[Path], extra: str, base: Path) -> str:
     total = hashlib.sha256(extra.encode())
     for path in files:
         total.update(f"\n{path.relative_to(base)}\n".encode())

@@ -168,7 +168,7 @@ def weights_sha256(name: str) -> str:
     """sha256 of a subject's weights as they are on disk now, fetched if need be (over several files: of their sums).
     Raises SubjectError where a named subject's differ from the pinned sum."""
     folder, gguf = _locate(name)
-    files = [folder / gguf] if gguf else _safetensors(folder)
+    files = [folder / gguf] if gguf else _safetensors(folder, name)
     sums = [_sha256(f) for f in files]
     found = sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
     if name in SPECS and found != SPECS[name].sha256:
@@ -297,12 +297,12 @@ def _gguf_architecture(path: Path) -> str:
     return str(GGUFReader(path).fields["general.architecture"].contents())
 
 
-def _safetensors(folder: Path) -> list[Path]:
+def _safetensors(folder: Path, name: str) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SubjectError(
             f"there is no .safetensors file in {folder}; pickled weights are never read. Convert them first, or "
-            f"point at another folder. {_remedy('', folder)}"
+            f"point at another folder. {_remedy(name, folder)}"
         )
     return files
 

@@ -24,8 +24,11 @@ def sortable(table: pd.DataFrame, *, rows: int = 12) -> HTML:
 
 def plain(table: pd.DataFrame, *, digits: int = 2, index: bool = False) -> HTML:
     """A small table, numbers to a number of digits, that scrolls sideways where the page is narrow."""
+    wrap = "normal" if index else "nowrap"
+    if index:  # names of sites stay on one line, sentences may wrap
+        table = table.rename(index=lambda name: name.replace(" ", "\u00a0") if len(name) < 12 else name)
     html = table.to_html(index=index, float_format=lambda v: f"{v:.{digits}f}", border=0, classes="dataframe")
-    return HTML(f'<div style="overflow-x:auto;font-size:85%;white-space:nowrap" tabindex="0">{html}</div>')
+    return HTML(f'<div style="overflow-x:auto;font-size:85%;white-space:{wrap}" tabindex="0">{html}</div>')
 
 
 def told_by_template(table: pd.DataFrame) -> pd.DataFrame:

@@ -106,7 +106,7 @@ def test_other_weights_run_again(workshop, monkeypatch):
 def test_build_folder_that_cannot_be_written(workshop):
     notebook(workshop / "book" / "01_a.ipynb", SAVE)
     (workshop / "_build").write_text("a file in its place")
-    with pytest.raises(ChapterError, match=r"cannot write .*Make .*_build a folder that you may write to"):
+    with pytest.raises(ChapterError, match=r"cannot write into .*Make .*_build a folder that you may write to"):
         runner.run("s", ["01_a"])
 
 
