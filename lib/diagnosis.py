@@ -19,6 +19,7 @@ The rule has one constant, the half of step 4, and step 7's two thresholds. Plan
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,9 +33,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib.errors import DataError
-from lib.facts import Case, Fact, known_and_told, load_templates, prompts, scorable, tell
+from lib.facts import DATA, Case, Fact, known_and_told, load_cases, load_templates, prompts, scorable, tell
 from lib.site import Site
-from lib.static import RelationMap
+from lib.static import RelationMap, relation_maps
 from lib.subjects import Subject
 from lib.trace import capture, logit_trace
 
@@ -284,6 +285,29 @@ def same_findings(found: Sequence[Diagnosis], again: Sequence[Diagnosis]) -> boo
     return len(found) == len(again) and all(
         d.case.name in other and d.verdict.same_finding(other[d.case.name]) for d in found
     )
+
+
+def planted() -> list[dict[str, str]]:
+    """The ground truth of the organism's cases: template, kind, knowledge_head, suppressor (or None)."""
+    cases = json.loads((DATA / "organism" / "planted.json").read_text(encoding="utf-8"))["cases"]
+    return [{**case, "kind": case["kind"].replace("_", " ")} for case in cases]
+
+
+def judge(subject: Subject, *, seed: int = 0) -> pd.DataFrame:
+    """The rule on the organism's planted failures, beside the truth: one row a case, and whether all three agree."""
+    cases = load_cases("organism")
+    maps = list(relation_maps(subject, scorable(subject, cases[0].large)).values())
+    found = {d.case.template: d for d in diagnose_cases(subject, cases, maps, seed=seed)}
+    rows = []
+    for truth in planted():
+        d = found[truth["template"]]
+        named = (str(d.verdict.knowledge_head), d.verdict.failure_kind, str(d.verdict.suppressor or "none"))
+        true = (truth["knowledge_head"], truth["kind"], truth["suppressor"] or "none")
+        rows.append(
+            (d.case.title, " / ".join(true), " / ".join(named), d.verdict.unwritten, d.stability, named == true)
+        )
+    columns = ["case", "planted: head / kind / suppressor", "named by the rule", "unwritten", "stability", "agrees"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def rank_correlation(

@@ -28,7 +28,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from lib.errors import ChapterError
 from lib.results import BUILD, PACKAGES, make_folder, results_path, slug, write_atomically
-from lib.subjects import ROOT, weights_sha256
+from lib.subjects import ROOT, canonical, weights_sha256
 
 BOOK = ROOT / "book"
 PINS = ("requirements.txt", "constraints.txt", "pyproject.toml")
@@ -58,6 +58,7 @@ def run(subject: str, chapters: Iterable[str], parameters: dict[str, Any] | None
         say: Callable[[str], None] = print) -> None:  # fmt: skip
     """Execute the chapters whose inputs changed. Raises ChapterError for an unknown parameter, or with the failing
     cell and its traceback; the chapters before it keep their results, the failing one leaves nothing."""
+    subject = canonical(subject)
     chapters, values = list(chapters), {"subject": subject, **(parameters or {})}
     for chapter in chapters:
         check_parameters(BOOK / f"{chapter}.ipynb", values)
@@ -128,6 +129,7 @@ def fingerprint(chapter: str, values: dict[str, Any], weights: str) -> str:
 def build(subject: str, *, force: bool = False, say: Callable[[str], None] = print) -> Path:
     """Stage the executed chapters with the pages of book/ and build the HTML. Raises ChapterError where a chapter
     was not executed for this subject or where the build warns."""
+    subject = canonical(subject)
     missing = [c for c in chapter_names() if not executed_path(subject, c).exists()]
     if missing:
         raise ChapterError(
@@ -178,6 +180,7 @@ def check(subject: str, folder: Path = ROOT / "data" / "expected") -> list[tuple
     """Compare results with data/expected/<subject>.json: rows (chapter, key, expected, found, holds). An expectation
     is {"value": v} with "tolerance" (absolute) for numbers, or {"min": a, "max": b}. A value that no run produced does
     not hold. Raises ChapterError where nothing is expected of the subject."""
+    subject = canonical(subject)
     path = folder / f"{slug(subject)}.json"
     if not path.is_file():
         raise ChapterError(

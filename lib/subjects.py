@@ -74,8 +74,8 @@ SPECS = {
     "organism": Spec(
         source="data/organism, trained by data/organism/make.py",
         licence="MIT",
-        parameters=0,
-        sha256="ORGANISM_SHA",
+        parameters=2_224_440,
+        sha256="a2d3c462a605673ca987dc28fa25b0afe5ea111a4848a9c05a9af015b46fe19c",
     ),
 }
 
@@ -151,7 +151,7 @@ def load(name: str = "smollm2") -> Subject:
         )
     weights = view(model)
     subject = Subject(
-        name=name if spec else Path(name).name,
+        name=name,
         source=spec.source if spec else name,
         licence=spec.licence if spec else "as its author says",
         weights_sha256=sha256,
@@ -162,6 +162,12 @@ def load(name: str = "smollm2") -> Subject:
     )
     check_view(model, weights, subject.encode(["The capital of France is"])[0])
     return subject
+
+
+def canonical(name: str) -> str:
+    """The name under which a subject's results are kept: a path in full, anything else as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name not in SPECS and path.exists() else name
 
 
 def weights_sha256(name: str) -> str:

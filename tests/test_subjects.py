@@ -41,8 +41,15 @@ def test_logits_are_hugging_faces_own(smollm2):
 
 def test_a_folder_of_ones_own(folder):
     mine = subjects.load(str(folder))
-    assert mine.name == "mine" and mine.weights.family == "llama"
+    assert mine.name == str(folder) and mine.weights.family == "llama"
     assert mine.weights_sha256 == subjects.weights_sha256(str(folder))
+
+
+def test_paths_are_named_in_full(folder, monkeypatch):
+    """A chapter runs in another folder than the user: a relative path must mean the same there."""
+    monkeypatch.chdir(folder.parent)
+    assert subjects.canonical("mine") == str(folder)
+    assert subjects.canonical("smollm2") == "smollm2" and subjects.canonical("a/b") == "a/b"
 
 
 def test_gpt2_family_folder(tmp_path, smollm2):
