@@ -6,13 +6,14 @@
        answers: it must say *this* capital, not capitals in general. What it *pushes* is its contribution to answer
        minus competitor.
     3. Knowledge head: the head that writes most under the controls, on average over facts.
-    4. Failure kind: of the margin lost between control and failing prompt, how much is knowledge no longer written
-       (the positive writing of all components, control minus failing)? At least half: `not retrieved`. Less: the
-       knowledge is written and the rest is `overridden`.
+    4. Failure kind: compare what is no longer written (the positive writing of all components, control minus failing)
+       with the margin lost. At least half of it: `not retrieved`. Less: written, and `overridden`. (The ratio may
+       exceed 1: writing is measured against other answers, the margin against the competitor.)
     5. Suppressor, of an overridden failure: the component whose push fell most, beyond what it no longer writes.
     6. Prescription: the knowledge head's layer, as the source page prescribes L10 although L12 reverses it.
-    7. Confidence: how often resampled facts give the same head, kind and suppressor; and whether the relation map,
-       which saw no input, singles out the same head (family-wise p). Both: high. One: medium. Neither: low.
+    7. Confidence: how often resampled facts give the same head, kind and suppressor; and whether that head is among
+       those that the relation maps, which saw no input, find (p corrected for heads and maps). Both: high. One:
+       medium. Neither: low.
 
 The rule has one constant, the half of step 4, and step 7's two thresholds. Planted failures judge it.
 """
@@ -28,14 +29,14 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
+from scipy.stats import hypergeom, rankdata, spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib.errors import DataError
-from lib.facts import DATA, Case, Fact, known_and_told, load_cases, load_templates, prompts, scorable, tell
+from lib.facts import DATA, Case, Fact, known_and_told, load_cases, load_templates, prompts, scorable, study_facts, tell
 from lib.site import Site
-from lib.static import RelationMap, relation_maps
+from lib.static import JointMap, RelationMap, join, qk_overlap, relation_maps
 from lib.subjects import Subject
 from lib.trace import capture, logit_trace
 
@@ -131,9 +132,9 @@ class Diagnosis:
 
 
 def case_table(subject: Subject, case: Case, *, large: bool = False, progress: str | None = None) -> pd.DataFrame:
-    """A `tell` table of the case's template and controls, over the eight or (large) the scorable part of the set."""
+    """A `tell` table of the case's template and controls, over the eight or (large) the study part of the large set."""
     templates = load_templates()
-    facts = scorable(subject, case.large if large else case.facts)
+    facts = study_facts(subject, case) if large else scorable(subject, case.facts)
     chosen = {t: templates[t] for t in dict.fromkeys((case.template, *case.controls))}
     return tell(subject, facts, chosen, progress=progress)
 
@@ -152,6 +153,10 @@ def gather(subject: Subject, case: Case, table: pd.DataFrame, *, progress: str |
     facts = tuple(Fact(*row) for row in zip(failing.index, failing.answer, failing.split, strict=True))
     pairs = torch.tensor(failing[["answer_token", "competitor_token"]].to_numpy())
     bank = torch.tensor(table.answer_token.unique())
+    if len(bank) < 2:
+        raise DataError(
+            f"case {case.name!r} has one distinct answer; what is written of it needs others to compare with."
+        )
     failed = _trace(subject, prompts(facts, load_templates()[case.template]), pairs, bank, progress)
     control = _control_mean(subject, case, facts, chosen.told_by.tolist(), pairs, bank, progress)
     return Evidence(
@@ -230,27 +235,23 @@ def decide(evidence: Evidence, rows: NDArray | None = None) -> Verdict:
     return Verdict(evidence.sites[best], suppressor, kind, float(failing[best] / control[best]), share)
 
 
-def diagnose(
-    evidence: Evidence, case: Case, maps: Sequence[RelationMap], *, resamples: int = 1000, seed: int = 0
-) -> Diagnosis:
-    """The whole rule. maps: relation maps, raw and enriched; the one that rates the knowledge head higher speaks."""
+def diagnose(evidence: Evidence, case: Case, static: JointMap, *, resamples: int = 1000, seed: int = 0) -> Diagnosis:
+    """The whole rule. static: the relation maps, raw and enriched, read as one."""
     verdict, rng, n = decide(evidence), np.random.default_rng(seed), len(evidence.facts)
     again = [decide(evidence, rng.integers(n, size=n)) for _ in range(resamples)]
     at = (verdict.knowledge_head.layer, verdict.knowledge_head.head)
-    opinion = max(maps, key=lambda m: float(m.score[at]))
     return Diagnosis(
         case, evidence, verdict,
         same_head=float(np.mean([v.knowledge_head == verdict.knowledge_head for v in again])),
         same_kind=float(np.mean([v.failure_kind == verdict.failure_kind for v in again])),
         same_suppressor=float(np.mean([v.suppressor == verdict.suppressor for v in again])),
-        static_score=float(opinion.score[at]),
-        static_p=float(opinion.p_values(seed=seed)[at]),
-        static_rank=int((opinion.score > opinion.score[at]).sum()) + 1,
+        static_score=float(static.score[at]), static_p=float(static.p[at]),
+        static_rank=static.rank(verdict.knowledge_head),
     )  # fmt: skip
 
 
 def diagnose_cases(
-    subject: Subject, cases: Sequence[Case], maps: Sequence[RelationMap], *, large: bool = False, seed: int = 0,
+    subject: Subject, cases: Sequence[Case], static: JointMap, *, large: bool = False, seed: int = 0,
     progress: str | None = None,
 ) -> list[Diagnosis]:  # fmt: skip
     """Diagnose each case that has a fact known and not told. Raises DataError, with each case's reason, if none has."""
@@ -258,7 +259,7 @@ def diagnose_cases(
     for case in cases:
         table = case_table(subject, case, large=large, progress=progress)
         try:
-            found.append(diagnose(gather(subject, case, table, progress=progress), case, maps, seed=seed))
+            found.append(diagnose(gather(subject, case, table, progress=progress), case, static, seed=seed))
         except NoFailure as reason:
             reasons.append(str(reason))
     if not found:
@@ -296,8 +297,8 @@ def planted() -> list[dict[str, str]]:
 def judge(subject: Subject, *, seed: int = 0) -> pd.DataFrame:
     """The rule on the organism's planted failures, beside the truth: one row a case, and whether all three agree."""
     cases = load_cases("organism")
-    maps = list(relation_maps(subject, scorable(subject, cases[0].large)).values())
-    found = {d.case.template: d for d in diagnose_cases(subject, cases, maps, seed=seed)}
+    static = join(relation_maps(subject, study_facts(subject, cases[0])).values(), seed=seed)
+    found = {d.case.template: d for d in diagnose_cases(subject, cases, static, seed=seed)}
     rows = []
     for truth in planted():
         d = found[truth["template"]]
@@ -315,13 +316,54 @@ def rank_correlation(
     b: Float[Tensor, "n_layers n_heads"],
     *,
     permutations: int = 10_000,
+    by_layer: bool = False,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Spearman's rho over all heads and its two-sided permutation p-value (heads shuffled)."""
+    """Spearman's rho over all heads and its two-sided permutation p-value. Heads are shuffled, or (by_layer) whole
+    layers: heads of a layer are no independent draws, they share key/value heads and what they can read."""
     rng = np.random.default_rng(seed)
-    x, y = a.flatten().numpy(), b.flatten().numpy()
-    rho = float(spearmanr(x, y).statistic)
-    rx, ry = (pd.Series(v).rank().to_numpy() for v in (x, y))
-    rx, ry = (r - r.mean() for r in (rx, ry))
-    null = np.array([rng.permutation(rx) @ ry for _ in range(permutations)]) / np.sqrt((rx @ rx) * (ry @ ry))
+    rho = float(spearmanr(a.flatten().numpy(), b.flatten().numpy()).statistic)
+    ra, rb = (rankdata(grid.flatten().numpy()).reshape(grid.shape) for grid in (a, b))
+    ra, rb = ra - ra.mean(), rb - rb.mean()
+
+    def shuffled() -> NDArray:
+        return rng.permutation(ra) if by_layer else rng.permutation(ra.ravel()).reshape(ra.shape)
+
+    null = np.array([(shuffled() * rb).sum() for _ in range(permutations)]) / np.sqrt((ra**2).sum() * (rb**2).sum())
     return rho, float((1 + (np.abs(null) >= abs(rho) - 1e-12).sum()) / (1 + permutations))
+
+
+def agreement(
+    subject: Subject,
+    maps: dict[str, RelationMap],
+    joint: JointMap,
+    writes: Float[Tensor, "n_layers n_heads"],
+    *,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Static scores of all heads against what they write: the joint map, the enriched map alone, and two controls
+    that should fail, the joint map of permuted answers and QK overlap."""
+    n = next(iter(maps.values())).hits.shape[-1]
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    wrong = join([RelationMap(m.hits[..., order], m.k) for m in maps.values()], seed=seed)
+    scores = {
+        "relation maps, joint": joint.score,
+        "relation map, enriched": maps["enriched"].score,
+        "control: permuted capitals": wrong.score,
+        "control: QK overlap": qk_overlap(subject.weights),
+    }
+    rows = []
+    for name, score in scores.items():
+        rho, p_heads = rank_correlation(score, writes, seed=seed)
+        p_layers = rank_correlation(score, writes, by_layer=True, seed=seed)[1]
+        rows.append((name, rho, p_heads, p_layers, *top_overlap(score, writes)))
+    return pd.DataFrame(rows, columns=["static score", "rho", "p_heads", "p_layers", "top5", "top5_chance"])
+
+
+def top_overlap(
+    a: Float[Tensor, "n_layers n_heads"], b: Float[Tensor, "n_layers n_heads"], k: int = 5
+) -> tuple[int, float]:
+    """How many of the top k heads of two gradings are the same, and the chance of as many (hypergeometric)."""
+    tops = [set(grid.flatten().topk(k).indices.tolist()) for grid in (a, b)]
+    shared = len(tops[0] & tops[1])
+    return shared, float(hypergeom(a.numel(), k, k).sf(shared - 1))

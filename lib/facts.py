@@ -55,7 +55,7 @@ def load_facts(name: str | Path) -> tuple[Fact, ...]:
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except pd.errors.EmptyDataError:
-        table = pd.DataFrame()
+        raise DataError(f"{path} is empty; it needs a line subject,answer and a row for each fact.") from None
     if missing := [c for c in ("subject", "answer") if c not in table]:
         raise DataError(f"{path} has no column {' and no column '.join(missing)}; it needs subject,answer.")
     if table.empty:
@@ -86,9 +86,16 @@ def load_templates(path: Path = DATA / "templates.yaml") -> dict[str, str]:
 
 
 def load_prefixes(subject: Subject, path: Path = DATA / "prefixes.yaml") -> dict[str, str]:
-    """Neutral prefix name -> text, with this tokenizer's beginning-of-text token put for `<bos>`."""
-    bos = subject.tokenizer.bos_token or subject.tokenizer.eos_token or ""
-    return {name: text.replace("<bos>", bos) for name, text in _mapping(path).items()}
+    """Neutral prefix name -> text, with this tokenizer's beginning-of-text token put for `<bos>`. Markers that the
+    tokenizer lacks, or that repeat another prefix, are left out."""
+    out: dict[str, str] = {}
+    for name, text in _mapping(path).items():
+        text = text.replace("<bos>", subject.tokenizer.bos_token or "")
+        marker = text.startswith("<|")
+        if text in out.values() or (marker and len(subject.token_ids(text)) != 1):
+            continue
+        out[name] = text
+    return out
 
 
 def load_cases(subject_name: str, path: Path = DATA / "cases.yaml") -> tuple[Case, ...]:
@@ -146,6 +153,15 @@ def scorable(subject: Subject, facts: Sequence[Fact]) -> tuple[Fact, ...]:
             f"none of the {len(facts)} answers can be told by its first token with {subject.name}'s tokenizer."
         )
     return kept
+
+
+def study_facts(subject: Subject, case: Case) -> tuple[Fact, ...]:
+    """The scorable part of a case's large set on which anything may be looked at: neither held out for the judging
+    of edits, nor among the case's own facts."""
+    own = {f.subject for f in case.facts}
+    return tuple(
+        f for f in scorable(subject, case.large) if f.split not in ("held_out", "eight") and f.subject not in own
+    )
 
 
 def prompts(facts: Iterable[Fact], template: str, prefix: str = "") -> list[str]:

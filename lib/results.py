@@ -106,8 +106,11 @@ def make_folder(folder: Path) -> Path:
 def write_atomically(path: Path, content: str) -> None:
     """Write under a temporary name, then rename. Raises ChapterError where nothing can be written."""
     temporary = make_folder(path.parent) / (path.name + ".part")
-    temporary.write_text(content, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

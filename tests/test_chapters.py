@@ -49,7 +49,7 @@ def test_every_glued_key_is_reported(chapter):
     for text in cells(chapter, "markdown"):
         for key in re.findall(r"\{glue:text\}`(\w+)`", text):
             stem = re.sub(r"_(raw|enriched)(?=_|$)", "_{name}", key)
-            assert f'"{key}"' in code + lib or f'"{stem}' in lib, key
+            assert f'report("{key}"' in code + lib or f'report(f"{stem}"' in lib, key
 
 
 def test_every_figure_has_caption_and_alt_text(chapter):

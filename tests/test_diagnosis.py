@@ -5,7 +5,8 @@ import torch
 
 from lib import diagnosis, static
 from lib.diagnosis import Evidence, NoFailure, decide, rank_correlation
-from lib.facts import load_cases, scorable
+from lib.errors import DataError
+from lib.facts import load_cases, scorable, study_facts
 from lib.site import Site
 
 SITES = (Site(0, 0), Site(0, 1), Site(1, 0), Site(1, 1), Site(0, mlp=True), Site(1, mlp=True))
@@ -51,6 +52,28 @@ def test_what_a_knowledge_head_no_longer_writes_does_not_make_it_a_suppressor():
     assert verdict.suppressor == Site(1, mlp=True)
 
 
+def test_top_overlap_by_hand():
+    a = torch.arange(20.0).view(4, 5)
+    assert diagnosis.top_overlap(a, a) == (5, pytest.approx(1 / 15504))  # 20 choose 5
+    assert diagnosis.top_overlap(a, -a) == (0, 1.0)
+
+
+def test_layers_may_be_shuffled_whole():
+    """One block of alike heads in the same layer of both: convincing head by head, a single coincidence by layer."""
+    a = torch.zeros(6, 5)
+    a[2] = 1.0
+    b = a.clone()
+    assert rank_correlation(a, b, permutations=500)[1] < 0.05
+    assert rank_correlation(a, b, permutations=500, by_layer=True)[1] > 0.05
+
+
+def test_one_answer_alone_cannot_be_compared(organism):
+    case = load_cases("organism")[0]
+    alone = type(case)(case.name, case.title, case.facts[:1], case.large, case.template, case.controls)
+    with pytest.raises(DataError, match="has one distinct answer"):
+        diagnosis.gather(organism, alone, diagnosis.case_table(organism, alone))
+
+
 def test_rank_correlation_and_its_control():
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(6, 5, generator=generator)
@@ -66,8 +89,8 @@ PLANTED = diagnosis.planted()
 @pytest.fixture(scope="module")
 def organism_diagnoses(organism):
     cases = load_cases("organism")
-    maps = list(static.relation_maps(organism, scorable(organism, cases[0].large)).values())
-    return {d.case.template: d for d in diagnosis.diagnose_cases(organism, cases, maps)}
+    joint = static.join(static.relation_maps(organism, study_facts(organism, cases[0])).values())
+    return {d.case.template: d for d in diagnosis.diagnose_cases(organism, cases, joint)}
 
 
 def test_the_ground_truth_is_there():
@@ -92,8 +115,8 @@ def test_static_and_dynamic_evidence_agree_on_the_organism(organism_diagnoses):
 def test_smollm2_cases(smollm2):
     """Both cases by the same code: the same head, two kinds of failure."""
     cases = load_cases("smollm2")
-    maps = list(static.relation_maps(smollm2, scorable(smollm2, cases[0].facts)).values())
-    first, question = diagnosis.diagnose_cases(smollm2, cases, maps)
+    joint = static.join(static.relation_maps(smollm2, scorable(smollm2, cases[0].facts)).values())
+    first, question = diagnosis.diagnose_cases(smollm2, cases, joint)
     assert first.verdict.knowledge_head == question.verdict.knowledge_head == Site.parse("L24 H4")
     assert (first.verdict.failure_kind, question.verdict.failure_kind) == ("not retrieved", "overridden")
     assert question.verdict.suppressor == Site.parse("L30 MLP")

@@ -44,7 +44,8 @@ def test_there_are_ten_templates_or_more():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "has no column subject"),
+        ("", "is empty; it needs a line subject,answer"),
+        ("subject,answer\nFrance, \n", "line 2: subject 'France' with answer ' '; neither may be empty"),
         ("subject,answer\n", "holds no fact: add at least one row"),
         ("subject,capital\nFrance,Paris\n", "has no column answer; it needs subject,answer"),
         ("subject,answer\nFrance,Paris\nFrance,Lyon\n", "'France' stands 2 times; keep one row"),

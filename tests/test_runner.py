@@ -110,9 +110,78 @@ def test_build_folder_that_cannot_be_written(workshop):
         runner.run("s", ["01_a"])
 
 
+def test_a_failing_chapter_takes_its_old_figures_down(workshop, monkeypatch):
+    """Trap: the run fails, and yesterday's numbers go on being built and checked, green."""
+    chapter = notebook(workshop / "book" / "01_a.ipynb", SAVE)
+    runner.run("s", ["01_a"], say=lambda _: None)
+    expect(workshop / "e", {"seed": {"value": 0}})
+    assert runner.check("s", workshop / "e")[0][-1]
+    notebook(chapter, "raise ValueError('broken')")
+    assert not runner.check("s", workshop / "e")[0][-1], "numbers of other inputs do not count"
+    with pytest.raises(ChapterError, match="broken"):
+        runner.run("s", ["01_a"])
+    assert not list((workshop / "_build").rglob("01_a.*"))
+    with pytest.raises(ChapterError, match="not executed on s"):
+        runner.build("s")
+
+
+def test_a_chapter_that_stops_saving_fails(workshop):
+    chapter = notebook(workshop / "book" / "01_a.ipynb", SAVE)
+    runner.run("s", ["01_a"], say=lambda _: None)
+    notebook(chapter, "x = 1")
+    with pytest.raises(ChapterError, match="saved no results"):
+        runner.run("s", ["01_a"])
+
+
+def test_a_warning_fails_the_build_and_leaves_the_old_book(workshop):
+    (workshop / "_config.yml").write_text(
+        "title: t\nexecute: {execute_notebooks: 'off'}\n"
+        "sphinx: {extra_extensions: [lib.mathml], config: {html_math_renderer: mathml}}\n"
+    )
+    (workshop / "_toc.yml").write_text("format: jb-book\nroot: book/index\nchapters:\n  - file: book/01_a\n")
+    (workshop / "book").mkdir()
+    page = workshop / "book" / "index.md"
+    page.write_text("# A book\n\n$x = 1$\n")
+    notebook(workshop / "book" / "01_a.ipynb", SAVE)
+    nb = nbformat.read(workshop / "book" / "01_a.ipynb", 4)
+    nb.cells.insert(0, nbformat.v4.new_markdown_cell("# A chapter"))
+    nbformat.write(nb, workshop / "book" / "01_a.ipynb")
+    runner.run("s", ["01_a"], say=lambda _: None)
+    built = runner.build("s", say=lambda _: None).parent / "book" / "index.html"
+    assert "<math" in built.read_text() and "mathjax" not in built.read_text().lower()
+    said: list[str] = []
+    runner.build("s", say=said.append)
+    assert said == ["book: nothing changed, kept"]
+    page.write_text("# A book\n\n{glue:text}`missing`, {doc}`nowhere`\n")
+    with pytest.raises(ChapterError, match=r"does not build without warnings:\n.*(nowhere|missing)"):
+        runner.build("s")
+    assert "<math" in built.read_text(), "the book that was there still is"
+
+
+def test_errors_are_printed_without_a_traceback():
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-m", "lib", "run", "99"], capture_output=True, text=True)
+    assert done.returncode == 1 and "error: there is no chapter '99'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_check_exits_1_on_a_miss(monkeypatch):
+    cli = CliRunner()
+    monkeypatch.setattr(runner, "check", lambda subject: [("c", "k", "1", 2, False)])
+    missed = cli.invoke(app, ["check"])
+    assert missed.exit_code == 1 and "0 of 1 hold" in missed.output
+    monkeypatch.setattr(runner, "check", lambda subject: [("c", "k", "1", 1, True)])
+    assert cli.invoke(app, ["check"]).exit_code == 0
+
+
 def test_building_before_running_says_what_to_do(workshop):
     notebook(workshop / "book" / "01_a.ipynb", SAVE)
-    with pytest.raises(ChapterError, match=r"not executed on s: 01_a. Run `python -m lib run --subject s` first"):
+    with pytest.raises(
+        ChapterError,
+        match=r"not executed on s since its inputs changed: 01_a. Run `python -m lib run --subject s` first",
+    ):
         runner.build("s")
 
 

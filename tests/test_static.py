@@ -9,6 +9,7 @@ from scipy.stats import hypergeom
 from lib import static
 from lib.errors import DataError
 from lib.facts import load_cases, load_facts, scorable
+from lib.site import Site
 from lib.static import RelationMap
 from lib.weights import view
 
@@ -88,6 +89,24 @@ def test_relation_map_scores_by_hand():
     assert null[:, 0, 0].mean() == pytest.approx(0.25, abs=0.05)
     p = relation.p_values(permutations=1000)
     assert p[0, 0] < 0.1 and p[0, 1] > 0.5
+
+
+def test_joint_map_takes_the_best_and_pays_for_it():
+    one, other = torch.zeros(1, 2, 6, 6, dtype=torch.bool), torch.zeros(1, 2, 6, 6, dtype=torch.bool)
+    one[0, 0], other[0, 1, :3, :3] = torch.eye(6, dtype=torch.bool), torch.eye(3, dtype=torch.bool)
+    maps = [RelationMap(one, 10), RelationMap(other, 10)]
+    joint = static.join(maps)
+    assert joint.score.tolist() == [[1.0, 0.5]]
+    assert joint.rank(Site(0, 1)) == 2
+    assert (joint.p >= torch.stack([m.p_values() for m in maps]).amin(0)).all()
+
+
+def test_a_dead_head_hits_nothing(smollm2):
+    model = tiny_gpt2(n_embd=64, n_head=2, n_layer=2)
+    tiny = wrap(model, smollm2.tokenizer)
+    with torch.no_grad():
+        tiny.weights.blocks[0].attn.W_V[1].zero_()
+    assert static.relation_maps(tiny, load_facts("eight"))["raw"].score[0, 1] == 0
 
 
 def test_relation_map_finds_a_planted_head(smollm2):

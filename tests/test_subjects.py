@@ -121,6 +121,20 @@ def test_download_failure_is_told(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_cache_that_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("QKV_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(SubjectError, match=r"cannot make the cache .*Set QKV_CACHE to a folder"):
+        subjects.fetch_smollm2()
+
+
+def test_gguf_cut_short(tmp_path):
+    # a header that promises more than the file holds
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF" + (3).to_bytes(4, "little") + (5).to_bytes(8, "little"))
+    with pytest.raises(SubjectError, match=r"cannot be read from .*Check the files"):
+        subjects.load(str(tmp_path / "cut.gguf"))
+
+
 @pytest.fixture
 def damaged_cache(tmp_path, monkeypatch, smollm2):
     """A cache with everything of SmolLM2 but its weights."""

@@ -57,19 +57,40 @@ def test_conventions_differ_by_what_they_say(tiny):
 
 
 def test_prediction_equals_intervention(tiny):
-    """Zero a last-layer head: with the norm's scale frozen, logits must move by exactly what the trace says. The last
-    layer's MLP sits behind its heads, so it is frozen too, by adding the head's output back after it."""
-    layer, head = tiny.weights.n_layers - 1, 2
-    seen, tokens = capture(tiny, PROMPTS), some_tokens()
-    trace = logit_trace(tiny, seen, tokens)
-    out = seen.z[:, layer, head] @ tiny.weights.blocks[layer].attn.W_O[head]
-    norm, scale = tiny.weights.norm_final, tiny.weights.norm_final.scale(seen.stream[:, -1])
-    without = norm.centre(seen.stream[:, -1] - out) / scale * norm.gain
-    without = without if norm.bias is None else without + norm.bias
-    measured = (without @ tiny.weights.W_U).gather(1, tokens)
-    torch.testing.assert_close(
-        seen.logits.gather(1, tokens) - measured, trace.heads[:, :, layer, head], atol=2e-4, rtol=1e-3
-    )
+    """Zero a head inside the model, by the test's own hooks, and hold fixed what the trace holds fixed: what the
+    later MLPs and heads write, and the final norm's scale. The logits must move by what the trace predicted."""
+    layer, head, d = 1, 2, tiny.weights.d_head
+    ids = torch.tensor([tiny.token_ids(PROMPTS[0])])
+    seen, tokens = capture(tiny, PROMPTS[:1]), some_tokens()[:1]
+    predicted = logit_trace(tiny, seen, tokens).heads[0, :, layer, head]
+    kept: dict[object, torch.Tensor] = {}
+    later = [m for b in tiny.weights.blocks[layer + 1 :] for m in (b.heads_out, b.mlp_out)]
+    frozen = [tiny.weights.blocks[layer].mlp_out, *later]
+    keep = [m.register_forward_hook(lambda m, a, o: kept.update({m: o})) for m in frozen]
+    before = tiny.model(ids).logits[0, -1]
+    for handle in keep:
+        handle.remove()
+
+    def zero(module, args):
+        z = args[0].clone()
+        z[..., head * d : (head + 1) * d] = 0
+        return (z,)
+
+    norm = tiny.weights.norm_final
+    scale = norm.scale(seen.stream[:, -1])
+
+    def frozen_norm(module, args, output):
+        y = norm.centre(args[0]) / scale * norm.gain
+        return y if norm.bias is None else y + norm.bias
+
+    handles = [m.register_forward_hook(lambda m, a, o: kept[m]) for m in frozen]
+    handles.append(tiny.weights.blocks[layer].heads_out.register_forward_pre_hook(zero))
+    handles.append(tiny.weights.norm_final_module.register_forward_hook(frozen_norm))
+    after = tiny.model(ids).logits[0, -1]
+    for handle in handles:
+        handle.remove()
+    assert predicted.abs().max() > 1e-3  # the head does something
+    torch.testing.assert_close((before - after)[tokens[0]], predicted, atol=2e-4, rtol=1e-3)
 
 
 def test_head_outputs_are_what_the_model_adds(tiny):
