@@ -356,7 +356,8 @@ def agreement(
     for name, score in scores.items():
         rho, p_heads = rank_correlation(score, writes, seed=seed)
         p_layers = rank_correlation(score, writes, by_layer=True, seed=seed)[1]
-        rows.append((name, rho, p_heads, p_layers, *top_overlap(score, writes)))
+        same, chance = top_overlap(score, writes)
+        rows.append((name, rho, p_heads, p_layers, same, f"{chance:.1g}"))
     return pd.DataFrame(rows, columns=["static score", "rho", "p_heads", "p_layers", "top5", "top5_chance"])
 
 

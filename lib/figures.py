@@ -154,7 +154,7 @@ def writing_heatmaps(diagnosis: Diagnosis) -> Figure:
 def lens_ranks(ranks: dict[str, Float[Tensor, "fact n_layers+1"]]) -> Figure:
     """Median rank of the answer in the logit lens by layer, with the middle half of the facts."""
     fig, ax = _panel((8.5, 3.8))
-    for (name, r), colour in zip(ranks.items(), (BLUE, RED, ORANGE, PINK), strict=False):
+    for (name, r), colour in zip(ranks.items(), (BLUE, RED, ORANGE, PINK, GREY), strict=False):
         low, mid, high = np.quantile(r.numpy(), (0.25, 0.5, 0.75), axis=0)
         x = np.arange(r.shape[1])
         ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
@@ -226,7 +226,7 @@ def prefix_bars(table: pd.DataFrame) -> Figure:
 def subject_norms(norms: dict[str, Float[Tensor, "fact n_layers+1"]]) -> Figure:
     """Norm of the residual stream at the subject's last token, layer by layer, one thin line a fact."""
     fig, ax = _panel((8.5, 3.8))
-    for (name, values), colour in zip(norms.items(), (RED, BLUE, ORANGE, GREEN), strict=False):
+    for (name, values), colour in zip(norms.items(), (RED, BLUE, ORANGE, PINK, GREEN), strict=False):
         ax.plot(values.T.numpy(), color=colour, lw=0.6, alpha=0.5)
         ax.plot(values.mean(0).numpy(), color=colour, lw=3, label=name)
     ax.set(yscale="log", xlabel="after layer", ylabel="norm of the subject's\nresidual stream")
@@ -252,6 +252,7 @@ def static_against_dynamic(
             fontsize=9,
         )
     ax.set(
+        xlim=(-0.03 * x.max(), 1.15 * x.max() + 1e-9),
         xlabel="relation map: share of countries with their\ncapital in the head's top 10 (no input)",
         ylabel="written of the answer\nunder controls (logits)",
     )
