@@ -3,15 +3,20 @@
 The rooms, in the order data flows through them (imports point to earlier rooms only):
 
     site, errors   how a place in a model is named; errors that say what to do
-    subjects       load a model under study                      -> Subject
     weights        one view of Q, K, V, O, norms and MLP         -> Weights
+    subjects       load a model under study, with its view       -> Subject
     facts          facts, templates, cases; told and known       -> FactSet, DataFrame
     static         input-free diagnostics of every head
     trace          the exact logit trace of one input            -> Capture, LogitTrace
     diagnosis      static and dynamic evidence                   -> Diagnosis
+    closeup        what chapter 2 shows of diagnosed cases, and rival explanations
+    edits          save, load, apply and restore, verify         -> Edit
+    pathways       retrain one slice of one layer                -> Edit
     results        report a number once: JSON and prose
     figures        arrays -> matplotlib figures
+    tables         DataFrames as chapters show them
     runner         execute chapters, build the book, check its numbers
+    mathml         Sphinx extension: formulas without network or script
 """
 
 __version__ = "0.1.0"

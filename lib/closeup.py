@@ -230,8 +230,9 @@ def sink(peaks: dict[str, float]) -> tuple[float, str]:
 
 
 def many_pieces(subject: Subject, diagnosis: Diagnosis) -> tuple[Fact, ...]:
-    """The diagnosed facts whose subject is several tokens at the start of a text."""
-    return tuple(f for f in diagnosis.evidence.facts if len(subject.token_ids(f.subject)) > 1)
+    """The diagnosed facts whose subject is several tokens at the start of a text; all of them, where none is."""
+    facts = diagnosis.evidence.facts
+    return tuple(f for f in facts if len(subject.token_ids(f.subject)) > 1) or facts
 
 
 def assert_story(

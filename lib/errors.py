@@ -19,3 +19,7 @@ class CompletenessError(BookError):
 
 class ChapterError(BookError):
     """A chapter could not be run, built or checked."""
+
+
+class EditError(BookError):
+    """An edit cannot be read, or does not belong to the model at hand."""

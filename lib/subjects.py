@@ -107,6 +107,8 @@ class Subject:
     def encode(self, prompts: Sequence[str]) -> tuple[Int[Tensor, "b t"], Int[Tensor, " b"]]:
         """Right-padded token ids and the index of each prompt's last token. Attention is causal, so what stands
         to the right of a prompt cannot reach it. Raises DataError for an empty prompt or one past the context."""
+        if not prompts:
+            raise DataError("there is no prompt to read; give at least one.")
         ids = [self.token_ids(p) for p in prompts]
         for prompt, row in zip(prompts, ids, strict=True):
             if not 1 <= len(row) <= self.weights.context:

@@ -181,6 +181,15 @@ class Weights:
         x = self.W_E[tokens]
         return x if self.W_pos is None else x + self.W_pos[: tokens.shape[1]]
 
+    def block_inputs(self, x: Float[Tensor, "b t d_model"]) -> dict[str, tuple[Tensor, Tensor]]:
+        """What a block's own module needs beside the stream: the rotations of its positions, where it rotates."""
+        rotary = self.blocks[0].attn.rotary
+        return (
+            {}
+            if rotary is None
+            else {"position_embeddings": rotary(x, torch.arange(x.shape[1], device=x.device)[None])}
+        )
+
     def residuals(self, tokens: Int[Tensor, "b t"]) -> list[Float[Tensor, "b t d_model"]]:
         """The residual stream before each block and after the last, computed from this view alone."""
         stream = [self.embed(tokens)]
