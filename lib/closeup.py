@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lib.diagnosis import BATCH, Diagnosis
+from lib.diagnosis import BATCH, Diagnosis, components
 from lib.facts import Case, Fact, known_and_told, load_prefixes, load_templates, prompts, scorable, study_facts, tell
 from lib.site import Site
 from lib.static import load_token_types
@@ -33,34 +33,20 @@ from lib.trace import (
 )
 
 
-def convention_table(subject: Subject, prompt: str, answer: str, *, k: int = 8) -> pd.DataFrame:
-    """The k terms that move a prompt most, for answer minus competitor and for each alone, in every convention.
-    Attributes of the frame: `competitor`, and `sums` by convention (all terms, not only the k shown)."""
-    seen = capture(subject, [prompt])
-    own = subject.first_token(answer)
-    logits = seen.logits[0].clone()
-    logits[own] = float("-inf")
-    pair = torch.tensor([[own, int(logits.argmax())]])
+def convention_table(subject: Subject, row: pd.Series, *, k: int = 8) -> pd.DataFrame:
+    """The k terms that move a prompt most (a row of a `tell` table), for its answer, its competitor and their
+    difference, in every convention; the last row sums all terms, not only those shown."""
+    seen = capture(subject, [row.prompt])
+    pair = torch.tensor([[row.answer_token, row.competitor_token]])
     columns: dict[tuple[str, str], Tensor] = {}
-    sums: dict[str, list[float]] = {}
     for convention in CONVENTIONS:
         trace = logit_trace(subject, seen, pair, convention)
-        terms = torch.cat((trace.heads.flatten(2), trace.mlps), -1)[0]
-        columns |= {
-            (convention, "answer"): terms[0],
-            (convention, "competitor"): terms[1],
-            (convention, "difference"): terms[0] - terms[1],
-        }
-        sums[convention] = [*trace.model[0].tolist(), float(trace.model[0, 0] - trace.model[0, 1])]
-    layers, heads = range(subject.weights.n_layers), range(subject.weights.n_heads)
-    sites = [Site(layer, h) for layer in layers for h in heads] + [Site(layer, mlp=True) for layer in layers]
-    table = pd.DataFrame({c: v.numpy() for c, v in columns.items()}, index=[str(s) for s in sites])
-    table.columns = pd.MultiIndex.from_tuples(table.columns)
-    strongest = table[("scaled", "difference")].abs().sort_values(ascending=False).index[:k]
-    table = table.loc[strongest]
-    table.loc["all terms"] = [v for c in CONVENTIONS for v in sums[c]]
-    table.attrs = {"competitor": subject.token_text(int(pair[0, 1]))}
-    return table
+        answer, competitor = torch.cat((trace.heads.flatten(2), trace.mlps, trace.model[..., None]), -1)[0]
+        for name, terms in (("answer", answer), ("competitor", competitor), ("difference", answer - competitor)):
+            columns[convention, name] = terms
+    table = pd.DataFrame(columns, index=[*map(str, components(subject)), "all terms"])
+    strongest = table["scaled", "difference"].iloc[:-1].abs().sort_values(ascending=False).index[:k]
+    return table.loc[[*strongest, "all terms"]]
 
 
 def first_failing(case: Case, table: pd.DataFrame) -> pd.Series:
