@@ -217,7 +217,7 @@ def prefix_bars(table: pd.DataFrame) -> Figure:
             lw=1.2,
             capsize=2,
         )
-        ax.set_yticks(range(len(prefixes)), [p.replace("_", " ") for p in prefixes])
+        ax.set_yticks(range(len(prefixes)), [p if "<|" in p else p.replace("_", " ") for p in prefixes])
         ax.set(xlim=(0, 1), xlabel="share told", title=f"{case} (n = {part.n.iloc[0]})")
     axes[0, 0].invert_yaxis()
     return fig
