@@ -111,7 +111,7 @@ def _parameter(text: str) -> tuple[str, Any]:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("httpx", "huggingface_hub", "transformers", "papermill"):
+    for name in ("httpx", "huggingface_hub", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
