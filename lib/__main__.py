@@ -6,18 +6,23 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lib.errors import BookError
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="QKV decomposition of transformers: fetch a model, run the chapters on it, build the book, check its numbers.",
+    help="QKV decomposition of transformers: fetch a model, run the chapters on it, build the book, check its "
+    "numbers; verify an edit and export it as a model.",
     epilog="The whole book: `make book`. One chapter on another model: `python -m lib run 2 --subject organism`.",
 )
 SubjectOption = Annotated[
@@ -92,11 +97,78 @@ def check(subject: SubjectOption = "smollm2") -> None:
     for chapter, key, wanted, found, holds in rows:
         text = f"{found:.6g}" if isinstance(found, float) else str(found)
         table.add_row(chapter, key, wanted, text, "ok" if holds else "MISS")
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    _print(table)
     missed = sum(not row[-1] for row in rows)
     typer.echo(f"{len(rows) - missed} of {len(rows)} hold")
     if missed:
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    edit: Annotated[Path, typer.Argument(help="An edit: a .safetensors file that chapter 3 wrote.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to make; it must not exist, or be empty.")],
+) -> None:
+    """Write a model with an edit in its weights, as a Hugging Face folder with a model card.
+
+    The base model is the one that the edit names.
+
+    transformers loads the folder without this book; `verify` proves what differs from the base model.
+    """
+    from lib import edits, subjects
+    from lib.export import export
+
+    loaded = edits.load(edit)
+    written = export(subjects.load(loaded.subject), loaded, folder)
+    typer.echo(f"{loaded.title}: {loaded.parameters:,} parameters changed, the whole model in {written}")
+    typer.echo(f"check it with: python -m lib verify {folder}")
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="An edit (.safetensors), or a folder that `export` wrote.")],
+) -> None:
+    """Put an edit's prompts to its model, before and after; exit 1 if anything is not as recorded.
+
+    The base model is the one that the edit names; its checksum and every byte outside the edit are checked.
+
+    Of a folder, the weights are compared bit for bit, and its own model is asked.
+    """
+    from lib import edits, subjects
+    from lib.export import edit_of, verify_folder
+
+    folder = path.is_dir()
+    edit = edit_of(path) if folder else edits.load(path)
+    base, slices = subjects.load(edit.subject), tuple(edit.values)
+    found = verify_folder(path, base=base) if folder else edits.verify(base, edit)
+    typer.echo(f"{edit.title}: {edit.parameters:,} of {base.parameters:,} parameters, {', '.join(map(str, slices))}")
+    typer.echo(f"  base sha256 {base.weights_sha256}, as the edit names it")
+    if folder:
+        typer.echo(f"  {path} holds the base model with the edit, bit for bit")
+    _print(_verified(found, edit.template))
+    typer.echo(
+        f"{found['told after'].sum()} of {len(found)} told after the edit, {found['told before'].sum()} of "
+        f"{len(found)} before; {'all as' if found['as recorded'].all() else 'NOT as'} recorded; "
+        f"{edits.outside_bytes(base.model, slices):,} bytes outside the slice unchanged"
+    )
+    if not found["as recorded"].all():
+        raise typer.Exit(1)
+
+
+def _verified(found: DataFrame, template: str) -> Table:
+    """The table of `edits.verify` for the terminal."""
+    columns = [f"{what} {when}" for when in ("before", "after") for what in ("says", "told", "p")]
+    table = Table("fact", *columns, "as recorded", title=escape(template))
+    for row in found.to_dict("records"):
+        cells = [f"{row['subject']} -> {row['answer']}"]
+        for when in ("before", "after"):
+            cells += [repr(row[f"says {when}"]), "yes" if row[f"told {when}"] else "no", f"{row[f'p {when}']:.3f}"]
+        table.add_row(*map(escape, cells), "yes" if row["as recorded"] else "NO")
+    return table
+
+
+def _print(table: Table) -> None:
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _parameter(text: str) -> tuple[str, Any]:

@@ -250,6 +250,11 @@ def diagnose(evidence: Evidence, case: Case, static: JointMap, *, resamples: int
     )  # fmt: skip
 
 
+def prescribe(subject: Subject, case: Case) -> Verdict:
+    """The rule's finding for a case, without the static map and the resampling that only rate its confidence."""
+    return decide(gather(subject, case, case_table(subject, case)))
+
+
 def diagnose_cases(
     subject: Subject, cases: Sequence[Case], static: JointMap, *, large: bool = False, seed: int = 0,
     progress: str | None = None,

@@ -9,15 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,7 +25,7 @@ from lib.errors import EditError
 from lib.facts import Fact, tell
 from lib.site import Site
 from lib.subjects import Subject
-from lib.weights import Slice
+from lib.weights import PATHWAYS, Slice, pathway_slices
 
 FORMAT = "qkv-edit-1"
 
@@ -57,52 +57,78 @@ class Edit:
 
 
 def save(edit: Edit, path: Path) -> Path:
-    """Write the edit under a temporary name, then rename."""
+    """Write the edit under a temporary name, then rename. Raises EditError for an edit that `load` would refuse, and
+    where the file cannot be written."""
+    _check_content(edit, f"{path} is not written")
     header = {f.name: getattr(edit, f.name) for f in fields(edit) if f.name != "values"}
     header |= {"facts": [asdict(f) for f in edit.facts], "slices": [asdict(s) for s in edit.values]}
-    tensors = {f"{i:03d}": v.contiguous() for i, v in enumerate(edit.values.values())}
+    tensors = {_key(i): v.contiguous() for i, v in enumerate(edit.values.values())}
+    content = safetensors.torch.save(tensors, metadata={"format": FORMAT, "edit": json.dumps(header)})
     partial = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_file(tensors, partial, metadata={"format": FORMAT, "edit": json.dumps(header)})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
         partial.replace(path)
+    except OSError as error:
+        raise EditError(
+            f"cannot write {path}: {error.strerror}. It needs {len(content):,} bytes in a folder that you may write to."
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return path
 
 
 def load(path: Path) -> Edit:
-    """Read an edit. Raises EditError for a file that is missing, cut short, or not an edit."""
+    """Read an edit; nothing is ever unpickled. Raises EditError for a file that is missing, no safetensors file, cut
+    short or altered, no edit, or one that contradicts itself."""
     if not path.is_file():
-        raise EditError(f"there is no edit {path}.")
+        raise EditError(f"there is no edit {path}. Give the .safetensors file that a chapter or an export wrote.")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise EditError(f"{path} is a safetensors file, but no edit of this book (format {FORMAT}).")
-            header = json.loads(metadata["edit"])
-            slices = [Slice(**s) for s in header.pop("slices")]
-            values = {s: file.get_tensor(f"{i:03d}") for i, s in enumerate(slices)}
+            names: list[str] = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
-        raise EditError(f"{path} cannot be read: {error}. It was cut short or altered; get it again.") from error
-    facts = tuple(Fact(**f) for f in header.pop("facts"))
-    for key in ("told_before", "told_after"):
-        header[key] = tuple(header[key])
-    return Edit(**header, facts=facts, values=values)
+        raise EditError(
+            f"{path} cannot be read: {error}. It is no safetensors file, or was cut short or altered; get it again."
+        ) from error
+    try:
+        edit = _from_header(json.loads(metadata["edit"]), tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise EditError(f"{path} has a damaged header ({error}); it was altered, get it again.") from error
+    _check_content(edit, f"{path} cannot be used")
+    return edit
+
+
+def save_all(edits: dict[str, Edit], folder: Path) -> list[Path]:
+    """One file a pathway."""
+    return [save(edit, folder / f"{name}.safetensors") for name, edit in edits.items()]
+
+
+def load_all(folder: Path) -> dict[str, Edit]:
+    """The edits of a folder by pathway, in the book's order of pathways; empty if there is none."""
+    paths = {name: folder / f"{name}.safetensors" for name in PATHWAYS}
+    return {name: load(path) for name, path in paths.items() if path.is_file()}
+
+
+def listing(folder: Path) -> pd.DataFrame:
+    """The edits of a folder with their sizes and checksums."""
+    paths = sorted(folder.glob("*.safetensors"))
+    return pd.DataFrame({
+        "file": [p.name for p in paths], "bytes": [f"{p.stat().st_size:,}" for p in paths],
+        "sha256": [hashlib.sha256(p.read_bytes()).hexdigest() for p in paths],
+    })  # fmt: skip
 
 
 @contextmanager
 def applied(subject: Subject, edit: Edit) -> Iterator[Subject]:
-    """The subject with the edit in place; restored afterwards, bit for bit. Raises EditError for an edit of other
-    base weights, or one whose slices do not fit."""
-    if edit.base_sha256 != subject.weights_sha256:
-        raise EditError(
-            f"the edit {edit.title!r} was made for weights {edit.base_sha256[:12]}..., {subject.name} has "
-            f"{subject.weights_sha256[:12]}...; load the subject that the edit names."
-        )
-    pairs = [
-        (target, value) for target, value in zip(targets(subject.model, edit.values), edit.values.values(), strict=True)
-    ]
+    """The subject with the edit in place; restored afterwards, bit for bit. Raises EditError as `check` does, before
+    anything is changed."""
+    check(subject, edit)
+    pairs = list(zip(targets(subject.model, edit.values), edit.values.values(), strict=True))
     kept = [target.clone() for target, _ in pairs]
     try:
         with torch.no_grad():
@@ -115,15 +141,53 @@ def applied(subject: Subject, edit: Edit) -> Iterator[Subject]:
                 target.copy_(before)
 
 
+def check(subject: Subject, edit: Edit) -> None:
+    """Raises EditError unless the edit was made for these very weights, and holds sound values for exactly the slices
+    of its pathway in its layer. Names are not compared: the same weights under another path are the same subject."""
+    _check_content(edit, "the edit cannot be applied")
+    if edit.base_sha256 != subject.weights_sha256:
+        sums = f"{edit.base_sha256[:12]}..., not {subject.weights_sha256[:12]}..."
+        if edit.subject != subject.name:
+            raise EditError(
+                f"the edit {edit.title!r} is for another subject than {subject.name} (weights {sums}); "
+                f"load {edit.subject}."
+            )
+        raise EditError(
+            f"the edit {edit.title!r} is for another revision of {subject.name} (weights {sums}); get the revision "
+            "that it was made for, or train it anew on this one."
+        )
+    targets(subject.model, edit.values)
+    try:
+        wanted = pathway_slices(subject.model, edit.layer, edit.pathway)
+    except ValueError as error:
+        raise EditError(f"the edit {edit.title!r} names a place that {subject.name} lacks: {error}.") from error
+    if odd := sorted(set(wanted) ^ set(edit.values), key=str):
+        verb = "lacks" if odd[0] in wanted else "also holds"
+        raise EditError(
+            f"the edit {edit.title!r} {verb} {odd[0]}; its pathway is {', '.join(map(str, wanted))}. "
+            "It was altered; get it again."
+        )
+
+
 def targets(model: PreTrainedModel, values: dict[Slice, Tensor]) -> list[Tensor]:
     """The model's own tensors (views, where a slice is part of one) that the values replace. Raises EditError."""
     parameters, out = dict(model.named_parameters()), []
     for part, value in values.items():
-        if part.name not in parameters or part.of(parameters[part.name]).shape != value.shape:
+        if part.name not in parameters:
+            raise EditError(f"the model has no parameter {part.name}; the edit is of another model, or was altered.")
+        whole = parameters[part.name]
+        if not (part.start is part.stop is None or 0 <= (part.start or 0) < (part.stop or 0) <= whole.shape[-1]):
             raise EditError(
-                f"the model has no {part.name} of shape {tuple(value.shape)}; the edit is of another model."
+                f"{part.name} has the columns 0 to {whole.shape[-1]}, and the edit is for {part}; "
+                "it is of another model, or was altered."
             )
-        out.append(part.of(parameters[part.name]))
+        target = part.of(whole)
+        if (target.shape, target.dtype) != (value.shape, value.dtype):
+            raise EditError(
+                f"{part} has the shape {tuple(target.shape)} in {target.dtype}, and the edit's values have "
+                f"{tuple(value.shape)} in {value.dtype}; the edit is of another model, or was altered."
+            )
+        out.append(target)
     return out
 
 
@@ -144,15 +208,87 @@ def outside_sha256(model: PreTrainedModel, slices: Sequence[Slice]) -> str:
     return total.hexdigest()
 
 
-def verify(subject: Subject, edit: Edit) -> pd.DataFrame:
-    """Re-run the edit's prompts before and after: one row a fact, with what the edit recorded and whether it holds."""
-    template = {"failing": edit.template}
-    before = tell(subject, edit.facts, template)
-    with applied(subject, edit):
-        after = tell(subject, edit.facts, template)
+def outside_bytes(model: PreTrainedModel, slices: Sequence[Slice]) -> int:
+    """How many bytes `outside_sha256` vouches for."""
+    parameters = dict(model.named_parameters())
+    inside = sum(s.of(parameters[s.name]).nbytes for s in slices)
+    return sum(p.nbytes for p in parameters.values()) - inside
+
+
+def verify(subject: Subject, edit: Edit, *, edited: Subject | None = None) -> pd.DataFrame:
+    """Re-run the edit's prompts before and after: one row a fact, with what the edit recorded and whether it holds.
+    edited: a model that has the edit in its weights, to ask instead of the subject with the edit applied. Raises
+    EditError if a byte outside the slices differs between before and after."""
+    template, slices = {"failing": edit.template}, tuple(edit.values)
+    before, outside = tell(subject, edit.facts, template), outside_sha256(subject.model, slices)
+    with applied(subject, edit) if edited is None else nullcontext(edited) as changed:
+        if outside_sha256(changed.model, slices) != outside:
+            raise EditError(f"with the edit {edit.title!r}, {changed.name} differs from its base outside the slices.")
+        after = tell(changed, edit.facts, template)
     return pd.DataFrame({
         "subject": before.subject, "answer": before.answer,
         "says before": before.top, "told before": before.told, "p before": before.prob,
         "says after": after.top, "told after": after.told, "p after": after.prob,
         "as recorded": (before.told == list(edit.told_before)) & (after.told == list(edit.told_after)),
     })  # fmt: skip
+
+
+_HEADER = {  # the kind of each entry of a file's header
+    "subject": str, "base_sha256": str, "pathway": str, "layer": int, "facts": list, "template": str,
+    "told_before": list, "told_after": list, "seed": int, "recipe": dict, "slices": list,
+}  # fmt: skip
+
+
+def _from_header(header: Any, tensors: dict[str, Tensor]) -> Edit:
+    """Raises KeyError, TypeError or ValueError for a header that is not one `save` wrote."""
+    if not isinstance(header, dict):
+        raise ValueError("it is no mapping")
+    if lacking := [key for key in _HEADER if key not in header]:
+        raise ValueError(f"it lacks {lacking[0]}")
+    if wrong := [key for key, kind in _HEADER.items() if type(header[key]) is not kind]:
+        raise ValueError(f"{wrong[0]} is {header[wrong[0]]!r}")
+    slices, facts = [Slice(**s) for s in header.pop("slices")], tuple(Fact(**f) for f in header.pop("facts"))
+    entries: list[Slice | Fact] = [*slices, *facts]
+    if unsound := [entry for entry in entries if not _sound(entry)]:
+        raise ValueError(f"it holds {unsound[0]}")
+    if set(tensors) != {_key(i) for i in range(len(slices))} or len(set(slices)) != len(slices):
+        raise ValueError(f"{len(tensors)} tensors for {len(set(slices))} slices")
+    for key in ("told_before", "told_after"):
+        header[key] = tuple(header[key])
+    return Edit(**header, facts=facts, values={s: tensors[_key(i)] for i, s in enumerate(slices)})
+
+
+def _key(i: int) -> str:
+    """Name of the i-th slice's tensor in a file."""
+    return f"{i:03d}"
+
+
+def _sound(entry: Slice | Fact) -> bool:
+    """Whether the fields read from a file are of their kinds."""
+    if isinstance(entry, Fact):
+        return all(isinstance(v, str) for v in (entry.subject, entry.answer, entry.split))
+    return isinstance(entry.name, str) and type(entry.start) is type(entry.stop) and isinstance(entry.start, int | None)
+
+
+def _check_content(edit: Edit, what: str) -> None:
+    """Raises EditError for what is wrong with an edit whatever the model. what: the start of the sentence."""
+    if fault := _fault(edit):
+        raise EditError(f"{what}: {fault}. Get the edit again, or train it anew.")
+
+
+def _fault(edit: Edit) -> str | None:
+    if edit.pathway not in PATHWAYS:
+        return f"its pathway {edit.pathway!r} is none of {', '.join(PATHWAYS)}"
+    if edit.layer < 0:
+        return f"its layer {edit.layer} is negative; layers count from 0"
+    if edit.template.count("{}") != 1:
+        return f"its template {edit.template!r} has {edit.template.count('{}')} holes {{}} for the subject, not one"
+    if not edit.facts or not edit.values:
+        return f"it holds {len(edit.facts)} facts and {len(edit.values)} tensors; it needs some of both"
+    for name, told in (("told_before", edit.told_before), ("told_after", edit.told_after)):
+        if len(told) != len(edit.facts) or not all(isinstance(t, bool) for t in told):
+            return f"its {name} is {list(told)}; it must be true or false for each of its {len(edit.facts)} facts"
+    for part, value in edit.values.items():
+        if odd := int((~value.isfinite()).sum()):
+            return f"its values for {part} hold NaN or infinity in {odd:,} of {value.numel():,} places"
+    return None

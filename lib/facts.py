@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -153,6 +153,11 @@ def scorable(subject: Subject, facts: Sequence[Fact]) -> tuple[Fact, ...]:
             f"none of the {len(facts)} answers can be told by its first token with {subject.name}'s tokenizer."
         )
     return kept
+
+
+def trainable(subject: Subject, case: Case) -> Case:
+    """The case with those of its facts that can be scored. Raises DataError where none is left."""
+    return replace(case, facts=scorable(subject, case.facts))
 
 
 def study_facts(subject: Subject, case: Case) -> tuple[Fact, ...]:

@@ -19,13 +19,18 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lib.diagnosis import Diagnosis
+from lib.effects import NONE, Measured
 from lib.facts import exact_interval
+from lib.pathways import Trained
 from lib.site import Site
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#777777",
 )  # fmt: skip
 TYPE_COLOURS = (RED, BLUE, GREEN, ORANGE, GREY, PINK, SKY, "#000000")
+PATHWAY_COLOURS = {
+    "full": "#000000", "attention": BLUE, "ffn": ORANGE, "v_only": GREEN, "q_only": PINK, "k_only": RED,
+}  # fmt: skip
 ROLE_COLOURS = {"copies": BLUE, "suppresses": RED, "maps relation": GREEN, "neither": "#dddddd"}
 
 
@@ -256,6 +261,148 @@ def static_against_dynamic(
         xlabel="relation map: share of countries with their\ncapital in the head's top 10 (no input)",
         ylabel="written of the answer\nunder controls (logits)",
     )
+    return fig
+
+
+def training_curves(runs: dict[str, list[Trained]], margin: float) -> Figure:
+    """Smallest margin over the facts, and KL on the step's neutral window, by step: one thin line a seed."""
+    fig, axes = _panels(1, 2, (9.8, 4))
+    for name, some in runs.items():
+        for i, run in enumerate(some):
+            label = name.replace("_", " ") if i == 0 else None
+            options = {"color": PATHWAY_COLOURS[name], "lw": 2 if i == 0 else 0.7, "alpha": 1 if i == 0 else 0.5}
+            axes[0, 0].plot(run.history.step, run.history.min_margin, label=label, **options)
+            axes[0, 1].plot(run.history.step, run.history.kl.clip(lower=1e-6), **options)
+    axes[0, 0].axhline(margin, color="black", lw=1, ls="--")
+    axes[0, 0].axhline(0, color="black", lw=0.6)
+    axes[0, 0].set(xlabel="step", ylabel="smallest margin of\nthe facts (logits)")
+    axes[0, 1].set(xlabel="step", ylabel="KL on a neutral window\n(nats a token)", yscale="log")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, ncols=6, loc="outside upper center")
+    return fig
+
+
+def before_after(table: pd.DataFrame) -> Figure:
+    """Probability of each fact's answer under the failing template, before (grey) and after each pathway's edit;
+    filled where the answer is told."""
+    names = [n for n in table.pathway.unique() if n != "none"]
+    before = table[table.pathway == "none"].set_index("subject")
+    fig, axes = _panels(2, -(-len(names) // 2), (9.8, 0.55 * len(before) + 1.6), sharey=True)
+    for ax in axes.flat[len(names) :]:
+        ax.set_visible(False)
+    for ax, name in zip(axes.flat, names, strict=False):
+        after = table[table.pathway == name].set_index("subject").loc[before.index]
+        y = np.arange(len(before))
+        ax.hlines(y, before.prob, after.prob, color="#bbbbbb", lw=1.5, zorder=1)
+        for part, colour in ((before, GREY), (after, PATHWAY_COLOURS[name])):
+            ax.scatter(part.prob, y, s=34, lw=1.4, ec=colour, c=np.where(part.told, colour, "white"), zorder=2)
+        told = f"{int(before.told.sum())} → {int(after.told.sum())} of {len(before)}"
+        ax.set_title(f"{name.replace('_', ' ')}: {told}", loc="left", fontsize=10)
+        ax.set(xscale="log", xlim=(min(1e-4, before.prob.min() / 2), 1.4), yticks=y, yticklabels=list(before.answer))
+        ax.grid(axis="x", color="#dddddd", lw=0.6)
+    axes[0, 0].invert_yaxis()
+    fig.supxlabel("probability of the answer's first token", fontsize=11)
+    return fig
+
+
+def price(table: pd.DataFrame, seeds: pd.DataFrame) -> Figure:
+    """Parameters of each pathway against its KL on the neutral passages: a dot a seed, filled where the goal was
+    reached."""
+    fig, ax = _panel((8, 4))
+    for row in table.itertuples():
+        part, colour = seeds[seeds.pathway == row.pathway], PATHWAY_COLOURS[row.pathway]
+        fill = np.where(part.reached, colour, "white")
+        ax.scatter(np.full(len(part), row.parameters), part.kl, s=36, ec=colour, c=fill, alpha=0.8)
+        above = row.pathway != "k_only"
+        ax.annotate(
+            f"{row.pathway.replace('_', ' ')}: {int(part.reached.sum())}/{len(part)}",
+            (row.parameters, part.kl.max() if above else part.kl.min()), xytext=(0, 7 if above else -15),
+            textcoords="offset points", ha="center", color=colour, fontsize=10,
+        )  # fmt: skip
+    ax.set(xscale="log", yscale="log", xlabel="parameters trained", ylabel="KL on neutral passages\n(nats a token)")
+    ax.margins(0.15, 0.2)
+    return fig
+
+
+def probe_matrix(measured: Measured) -> Figure:
+    """Every probe by pathway: filled where it is right; a frame where an edit changed the outcome."""
+    base = measured.asked[NONE]
+    pick = base.set.isin(["capability", "unrelated"])
+    right = pd.DataFrame({name: asked.told[pick] for name, asked in measured.asked.items()})
+    labels = base["item"][pick].str.replace("_", " ")
+    fig, ax = _panel((7.4, 0.27 * len(right) + 1))
+    ax.imshow(right.to_numpy(), aspect="auto", cmap=ListedColormap(["#ffffff", SKY]), vmin=0, vmax=1)
+    for y, x in zip(*np.nonzero(right.ne(right[NONE], axis=0).to_numpy()), strict=True):
+        colour = GREEN if right.iloc[y, x] else RED
+        ax.add_patch(mpl.patches.Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, fill=False, ec=colour, lw=2.5))
+    counts = right.groupby(base.set[pick]).sum()
+    ax.axhline((base.set[pick] == "capability").sum() - 0.5, color="black", lw=1.2)
+    heads = [
+        f"{'untouched' if n == NONE else n.replace('_', ' ')}\n{counts[n]['capability']} + {counts[n]['unrelated']}"
+        for n in right
+    ]
+    ax.set_xticks(range(right.shape[1]), heads)
+    ax.xaxis.tick_top()
+    ax.set_yticks(range(len(right)), labels, fontsize=9)
+    ax.set_xticks(np.arange(right.shape[1] + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(len(right) + 1) - 0.5, minor=True)
+    ax.grid(which="minor", color="#cccccc", lw=0.6)
+    ax.tick_params(which="both", length=0)
+    ax.spines[:].set_visible(False)
+    return fig
+
+
+def perplexity_ratios(table: pd.DataFrame, band: float) -> Figure:
+    """Perplexity after over before, with bootstrap intervals; grey: within the band around 1."""
+    fig, ax = _panel((8, 0.45 * len(table) + 1.1))
+    y = np.arange(len(table))
+    ax.axvspan(1 - band, 1 + band, color="#dddddd", lw=0)
+    ax.axvline(1, color="black", lw=0.6)
+    for i, row in enumerate(table.itertuples()):
+        colour = PATHWAY_COLOURS[row.pathway]
+        ax.plot([row.ratio_low, row.ratio_high], [i, i], color=colour, lw=2)
+        ax.scatter(row.ratio, i, color=colour, s=40, zorder=3)
+    ax.set_yticks(y, table.pathway.str.replace("_", " "))
+    ax.invert_yaxis()
+    ax.set_xlabel("perplexity after the edit / before")
+    return fig
+
+
+def outcomes(table: pd.DataFrame, kinds: Sequence[str]) -> Figure:
+    """For each kind of question: the share told before (grey) and after (colour) each pathway's edit."""
+    fig, axes = _panels(2, -(-len(kinds) // 2), (9.8, 5.4), sharey=True)
+    for ax in axes.flat[len(kinds) :]:
+        ax.set_visible(False)
+    for ax, kind in zip(axes.flat, kinds, strict=False):
+        part = table[table.what == kind]
+        y = np.arange(len(part))
+        ax.hlines(y, part.before / part.n, part.after / part.n, color="#bbbbbb", lw=2, zorder=1)
+        ax.scatter(part.before / part.n, y, color=GREY, s=30, zorder=2)
+        ax.scatter(part.after / part.n, y, color=[PATHWAY_COLOURS[p] for p in part.pathway], s=46, zorder=3)
+        ax.set(xlim=(-0.05, 1.05), yticks=y, yticklabels=part.pathway.str.replace("_", " "))
+        ax.set_title(f"{kind} (n = {part.n.iloc[0]})", fontsize=10, loc="left")
+        ax.grid(axis="x", color="#dddddd", lw=0.6)
+    axes[0, 0].invert_yaxis()
+    fig.supxlabel("share told: before (grey), after (colour)", fontsize=11)
+    return fig
+
+
+def generalisation(table: pd.DataFrame, control: pd.DataFrame) -> Figure:
+    """Share of the held-out known but untold countries that each edit makes told, with exact intervals; crosses: a
+    random change of the same size; dashed: the single best control template, with no edit at all."""
+    part, noise = (t[t.split == "held_out"].reset_index(drop=True) for t in (table, control))
+    fig, ax = _panel((8, 3.6))
+    x, n = np.arange(len(part)), part.untold
+    share = part.repaired / n
+    ax.bar(x, share, color=[PATHWAY_COLOURS[p] for p in part.pathway], width=0.6, alpha=0.85)
+    ends = np.abs(part[["low", "high"]].to_numpy().T - share.to_numpy())
+    ax.errorbar(x, share, yerr=ends, fmt="none", ecolor=GREY, lw=1.5, capsize=3)
+    ax.scatter(x + 0.36, noise.repaired / noise.untold, marker="x", color="black", s=36, label="noise of the same size")
+    ceiling = part.best_control.iloc[0] / n.iloc[0]
+    ax.axhline(ceiling, color="black", lw=1, ls="--", label="best control template, no edit")
+    ax.set_xticks(x, part.pathway.str.replace("_", " "))
+    ax.set(ylim=(-0.02, 1), ylabel=f"share made told\n(of {n.iloc[0]} held-out countries)")
+    fig.legend(ncols=2, loc="outside upper center")
     return fig
 
 

@@ -3,19 +3,20 @@
     objective   cross-entropy of the answer at the last position, averaged over the facts, plus `kl_weight` times the
                 KL divergence from the untouched model on neutral passages (disjoint from all that measure)
     stopping    every fact told with a margin of at least `margin` logits, or `max_steps`
-    grid        one learning rate of `rates`, chosen by one rule for all pathways: of those that stop in time, the one
-                whose edit has the smallest KL on the neutral passages; if none does, the one with the largest margin
 
-Only what changes is computed. The layers below the edited one see the same input at every step, so their output is
-kept, and training starts from it; above it, only the last position of a prompt is read out. The leaf that the
-optimiser holds is the slice itself, not the parameter around it: no gradient, weight decay or optimiser state can
-reach anything else, and the model is not touched at all.
+Only what changes is computed: the stream that enters the layer is kept, and training starts from it (`replay`); of
+what comes out, only the last position of a prompt and a few of a passage are read. The leaf that the optimiser holds
+is the slice itself, not the parameter around it: no gradient, weight decay or optimiser state can reach anything
+else, and the model is not touched at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
+from time import perf_counter
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,77 +24,130 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from lib.edits import Edit, applied
-from lib.errors import DataError
-from lib.facts import DATA, Case, load_templates, prompts, scorable, tell
+from lib.errors import DataError, EditError
+from lib.facts import DATA, Case, Fact, load_templates, screen, tell
+from lib.replay import Pack, above, entering, pack, packs
 from lib.subjects import Subject
-from lib.trace import capture
 from lib.weights import Slice, pathway_slices
+
+COLUMNS = ["step", "loss", "cross_entropy", "kl", "told", "min_margin"]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One recipe for all pathways, written down before any result. window, windows: length and number of neutral
-    excerpts a step; positions: how many of each are compared."""
+    excerpts a step; positions: how many of each are compared, evenly spaced."""
 
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
-    max_steps: int = 100
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    max_steps: int = 60
     margin: float = 1.0
-    kl_weight: float = 1.0
+    kl_weight: float = 10.0
     window: int = 32
-    windows: int = 4
+    windows: int = 1
     positions: int = 8
+
+    def __post_init__(self) -> None:
+        wrong = [name for name in ("max_steps", "window", "windows", "positions") if getattr(self, name) < 1]
+        if wrong or not self.rates or min(self.rates) <= 0 or self.kl_weight < 0:
+            raise EditError(
+                f"the recipe cannot train: {', '.join(wrong) or 'rates or kl_weight'}; steps, windows and rates must "
+                "be positive, and at least one rate given."
+            )
+        if self.window % self.positions:
+            raise EditError(f"a window of {self.window} tokens cannot be read at {self.positions} even positions.")
+
+    @property
+    def read(self) -> Int[Tensor, " positions"]:
+        """The positions of a window that are compared: evenly spaced, the last one among them."""
+        every = self.window // self.positions
+        return torch.arange(every - 1, self.window, every)
+
+
+DEFAULT = Recipe()
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One run: its edit, and a row a step (loss, cross-entropy, kl, told, smallest margin)."""
+    """One run, with a row a step (loss, cross_entropy, kl, told, min_margin). edit: None where it diverged: short of
+    its goal, with a loss that is no number or answers less likely than at the start. kl: of the edit, over the neutral
+    windows that training does not see (NaN where it diverged)."""
 
-    edit: Edit
-    history: pd.DataFrame
+    pathway: str
     rate: float
+    seed: int
+    edit: Edit | None
+    history: pd.DataFrame
     reached: bool
+    kl: float
+    seconds: float
 
     @property
     def steps(self) -> int:
         return len(self.history) - 1
 
+    @property
+    def diverged(self) -> bool:
+        return self.edit is None
+
 
 @dataclass(frozen=True)
 class Kept:
-    """What stays the same while a layer is trained: the stream that enters it, and what must come out."""
+    """What stays the same while a layer is trained: the streams that enter it, and what must come out."""
 
-    stream: Float[Tensor, "fact t d_model"]
-    last: Int[Tensor, " fact"]
+    facts: tuple[Fact, ...]
+    template: str  # its text
+    told: tuple[bool, ...]
+    recipe: Recipe
+    layer: int
+    texts: Pack  # the prompts, then as many windows as a step takes
+    stream: Float[Tensor, "t d_model"]  # of the prompts
     answers: Int[Tensor, " fact"]
-    neutral: Float[Tensor, "window t d_model"]
-    base: Float[Tensor, "window t vocab"]  # the untouched model's log-probabilities on the neutral windows
+    windows: list[list[int]]  # all neutral windows
+    training: int  # how many of them, the first, training draws from; the others are for choosing
+    neutral: Float[Tensor, "window t d_model"]  # the streams of these
+    base: Float[Tensor, "window positions vocab"]  # the untouched model's log-probabilities on the windows
 
 
-def neutral_windows(subject: Subject, length: int) -> Int[Tensor, "window t"]:
-    """The neutral training passages in windows of equal length. Raises DataError if there is not one."""
-    texts = [p.read_text(encoding="utf-8") for p in sorted((DATA / "passages").glob("neutral_*.txt"))]
-    rows = [
-        ids[i : i + length] for ids in map(subject.token_ids, texts) for i in range(0, len(ids) - length + 1, length)
+def neutral_windows(subject: Subject, length: int) -> tuple[list[list[int]], int]:
+    """The neutral passages in windows of equal length, and how many of them, the first, are for training: those of
+    every passage but the last half. The others are for choosing. Raises DataError if either part is empty."""
+    paths = sorted((DATA / "passages").glob("neutral_*.txt"))
+    cut = [
+        [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+        for ids in (subject.token_ids(p.read_text(encoding="utf-8")) for p in paths)
     ]
-    if not rows:
-        raise DataError(f"data/passages holds no neutral passage of {length} tokens for {subject.name}.")
-    return torch.tensor(rows)
+    training, choosing = (list(chain.from_iterable(part)) for part in (cut[: len(cut) // 2], cut[len(cut) // 2 :]))
+    if not training or not choosing:
+        raise DataError(f"data/passages needs two neutral passages of {length} tokens for {subject.name}.")
+    return training + choosing, len(training)
 
 
 @torch.no_grad()
-def keep(subject: Subject, case: Case, layer: int, recipe: Recipe) -> Kept:
-    """Run everything below the layer once."""
-    facts = scorable(subject, case.facts)
-    seen = capture(subject, prompts(facts, load_templates()[case.template]), everywhere=True)
-    assert seen.everywhere is not None
-    windows = neutral_windows(subject, recipe.window)
-    inner = subject.model(windows, output_hidden_states=True, use_cache=False)
-    answers = torch.tensor([subject.first_token(f.answer) for f in facts])
-    return Kept(seen.everywhere[:, layer], seen.last, answers, inner.hidden_states[layer], inner.logits.log_softmax(-1))
+def keep(subject: Subject, case: Case, layer: int, recipe: Recipe = DEFAULT) -> Kept:
+    """Run everything below the layer once. Raises EditError for a layer that is not there, DataError for no facts, or
+    for one whose answer its first token does not identify."""
+    if not 0 <= layer < subject.weights.n_layers:
+        raise EditError(f"there is no layer index {layer}: {subject.name} has {subject.weights.n_layers}, from 0.")
+    _identifiable(subject, case.facts)
+    template, (windows, training) = load_templates()[case.template], neutral_windows(subject, recipe.window)
+    if training < recipe.windows:
+        raise DataError(f"the neutral passages make {training} windows; the recipe takes {recipe.windows} a step.")
+    told = tell(subject, case.facts, {case.template: template})
+    texts = [subject.token_ids(p) for p in told.prompt]
+    neutral, base = [], []
+    for some in packs(subject, windows):
+        stream = entering(subject, some, layer)
+        final = _read(above(subject, some, layer, stream), recipe)
+        neutral.append(stream.view(-1, recipe.window, stream.shape[-1]))
+        base.append((final @ subject.weights.W_U).log_softmax(-1).unflatten(0, (-1, recipe.positions)))
+    return Kept(
+        case.facts, template, tuple(told.told.tolist()), recipe, layer,
+        pack(subject, texts + windows[: recipe.windows]), entering(subject, pack(subject, texts), layer),
+        torch.tensor(told.answer_token.tolist()), windows, training, torch.cat(neutral), torch.cat(base),
+    )  # fmt: skip
 
 
 def slice_values(subject: Subject, slices: Sequence[Slice]) -> dict[Slice, Tensor]:
@@ -102,127 +156,100 @@ def slice_values(subject: Subject, slices: Sequence[Slice]) -> dict[Slice, Tenso
     return {s: s.of(parameters[s.name]).detach().clone() for s in slices}
 
 
-def rest_of_model(
-    subject: Subject, layer: int, stream: Float[Tensor, "b t d_model"], values: dict[Slice, Tensor]
-) -> Float[Tensor, "b t d_model"]:
-    """The final residual stream, normalised, from the stream that enters a layer, with the slices' values put for the
-    layer's own. Everything below is as it was; nothing in the model is written to."""
-    weights = subject.weights
-    parameters = dict(subject.model.named_parameters())
-    prefix = f"{weights.prefix}.{layer}."
-    own = {s.name.removeprefix(prefix): _put(parameters[s.name], s, v) for s, v in values.items()}
-    extra = weights.block_inputs(stream)
-    for i, block in enumerate(weights.blocks[layer:]):
-        out = functional_call(block.module, own, (stream,), extra) if i == 0 else block.module(stream, **extra)
-        stream = out[0] if isinstance(out, tuple) else out
-    return weights.norm_final_module(stream)
-
-
 def losses(
-    subject: Subject, layer: int, kept: Kept, values: dict[Slice, Tensor], rows: Tensor, at: Tensor
+    subject: Subject, kept: Kept, values: dict[Slice, Tensor], rows: Int[Tensor, " windows"]
 ) -> tuple[Tensor, Tensor, Float[Tensor, "fact vocab"]]:
-    """Cross-entropy of the answers, KL(untouched || edited) at positions `at` of the neutral windows `rows`, and the
-    logits after each prompt."""
-    W_U = subject.weights.W_U
-    final = rest_of_model(subject, layer, kept.stream, values)
-    logits = final[torch.arange(len(kept.last)), kept.last] @ W_U
-    neutral = rest_of_model(subject, layer, kept.neutral[rows], values)[:, at] @ W_U
-    base = kept.base[rows][:, at]
-    kl = (base.exp() * (base - neutral.log_softmax(-1))).sum(-1).mean()
-    return F.cross_entropy(logits, kept.answers), kl, logits
+    """Cross-entropy of the answers, KL(untouched || edited) on the neutral windows `rows`, and the logits after each
+    prompt. One pass over prompts and windows together."""
+    stream = torch.cat((kept.stream, kept.neutral[rows].flatten(0, 1)))
+    final, n = above(subject, kept.texts, kept.layer, stream, values), len(kept.facts)
+    neutral = _read(final[len(kept.stream) :], kept.recipe)
+    logits = torch.cat((final[kept.texts.last[:n]], neutral)) @ subject.weights.W_U
+    return F.cross_entropy(logits[:n], kept.answers), _kl(kept.base[rows], logits[n:]), logits[:n]
 
 
 def train(
-    subject: Subject, case: Case, layer: int, pathway: str, *, rate: float, recipe: Recipe = Recipe(), seed: int = 0,
-    kept: Kept | None = None, progress: bool = False,
-) -> Trained:  # fmt: skip
-    """Train one pathway at one rate (Adam, no weight decay). layer: 0-based. kept: what `keep` returned, to share."""
-    kept = kept or keep(subject, case, layer, recipe)
-    slices = pathway_slices(subject.model, layer, pathway)
+    subject: Subject, kept: Kept, pathway: str, *, rate: float, seed: int = 0, bar: tqdm | None = None
+) -> Trained:
+    """Train one pathway at one rate (Adam, no weight decay). seed: of the order in which neutral windows come.
+    bar: a progress bar to move on by one when done."""
+    recipe, start = kept.recipe, perf_counter()
+    slices = pathway_slices(subject.model, kept.layer, pathway)
     leaves = {s: v.requires_grad_() for s, v in slice_values(subject, slices).items()}
     optimiser = torch.optim.Adam(leaves.values(), lr=rate)
     generator = torch.Generator().manual_seed(seed)
-    rows, reached = [], False
-    for step in tqdm(range(recipe.max_steps + 1), desc=f"{pathway} {rate:g}", disable=not progress, leave=False):
-        window = torch.randperm(len(kept.neutral), generator=generator)[: recipe.windows]
-        at = torch.randperm(recipe.window, generator=generator)[: recipe.positions]
-        cross_entropy, kl, logits = losses(subject, layer, kept, leaves, window, at)
-        loss = cross_entropy + recipe.kl_weight * kl
-        margins = _margins(logits.detach(), kept.answers)
-        reached = bool((margins >= recipe.margin).all())
-        rows.append(
-            (step, loss.item(), cross_entropy.item(), kl.item(), int((margins > 0).sum()), margins.min().item())
-        )
-        if reached or step == recipe.max_steps:
+    rows: list[tuple[float, ...]] = []
+    for step in range(recipe.max_steps + 1):
+        if bar is not None:
+            bar.set_postfix_str(f"{pathway}, rate {rate:g}, seed {seed}, step {step}", refresh=step % 10 == 0)
+        windows = torch.randperm(kept.training, generator=generator)[: recipe.windows]
+        cross_entropy, kl, logits = losses(subject, kept, leaves, windows)
+        loss, margins = cross_entropy + recipe.kl_weight * kl, _margins(logits.detach(), kept.answers)
+        told, least = int((margins > 0).sum()), margins.min().item()
+        rows.append((step, loss.item(), cross_entropy.item(), kl.item(), told, least))
+        if not np.isfinite(loss.item()) or least >= recipe.margin or step == recipe.max_steps:
             break
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    history = pd.DataFrame(rows, columns=["step", "loss", "cross_entropy", "kl", "told", "min_margin"])
+    history, seconds = pd.DataFrame(rows, columns=COLUMNS), perf_counter() - start
+    if bar is not None:
+        bar.update()
+    reached = bool(np.isfinite(loss.item())) and least >= recipe.margin
+    if not reached and not (np.isfinite(loss.item()) and cross_entropy.item() <= history.cross_entropy[0]):
+        return Trained(pathway, rate, seed, None, history, False, np.nan, seconds)
     values = {s: v.detach() for s, v in leaves.items()}
-    return Trained(
-        _edit(subject, case, layer, pathway, values, seed, {**asdict(recipe), "rate": rate}), history, rate, reached
-    )
+    harm = neutral_kl(subject, kept, values)
+    outcome = {"rate": rate, "steps": step, "reached": reached, "neutral_kl": harm}
+    edit = _edit(subject, kept, pathway, values, seed, outcome)
+    return Trained(pathway, rate, seed, edit, history, reached, harm, seconds)
 
 
 @torch.no_grad()
-def neutral_kl(subject: Subject, layer: int, kept: Kept, values: dict[Slice, Tensor]) -> float:
-    """KL(untouched || edited) over every position of every neutral window, in nats a token."""
-    total = 0.0
-    for rows in torch.arange(len(kept.neutral)).split(8):
-        at = torch.arange(kept.neutral.shape[1])
-        total += float(losses(subject, layer, kept, values, rows, at)[1]) * len(rows)
-    return total / len(kept.neutral)
+def neutral_kl(subject: Subject, kept: Kept, values: dict[Slice, Tensor]) -> float:
+    """KL(untouched || edited) over the neutral windows that training does not see, in nats a token."""
+    total, done = 0.0, kept.training
+    for some in packs(subject, kept.windows[done:]):
+        rows = torch.arange(done, done := done + len(some.last))
+        final = above(subject, some, kept.layer, kept.neutral[rows].flatten(0, 1), values)
+        total += float(_kl(kept.base[rows], _read(final, kept.recipe) @ subject.weights.W_U)) * len(rows)
+    return total / (done - kept.training)
 
 
-def choose(
-    subject: Subject,
-    case: Case,
-    layer: int,
-    pathway: str,
-    *,
-    recipe: Recipe = Recipe(),
-    seed: int = 0,
-    progress: bool = False,
-) -> tuple[Trained, pd.DataFrame]:
-    """The grid's rule: a run for each rate, and the one that the rule in this module's docstring chooses."""
-    kept = keep(subject, case, layer, recipe)
-    runs = [
-        train(subject, case, layer, pathway, rate=r, recipe=recipe, seed=seed, kept=kept, progress=progress)
-        for r in recipe.rates
-    ]
-    table = pd.DataFrame({
-        "rate": [r.rate for r in runs], "reached": [r.reached for r in runs], "steps": [r.steps for r in runs],
-        "min_margin": [r.history.min_margin.iloc[-1] for r in runs],
-        "kl": [neutral_kl(subject, layer, kept, r.edit.values) for r in runs],
-    })  # fmt: skip
-    ranked = np.lexsort((-table.min_margin, table.kl.where(table.reached, 0.0), ~table.reached))
-    return runs[int(ranked[0])], table
+def _identifiable(subject: Subject, facts: Sequence[Fact]) -> None:
+    if not facts:
+        raise DataError("there is no fact to train on; give at least one.")
+    bad = screen(subject, facts).query("left_out != ''")
+    if len(bad):
+        first = bad.iloc[0]
+        raise DataError(
+            f"{first.subject} -> {first.answer} cannot be trained or scored by the first token {first.token_text!r} "
+            f"({first.left_out}); leave it out, with {len(bad) - 1} more like it (see `facts.scorable`)."
+        )
 
 
 def _edit(
-    subject: Subject, case: Case, layer: int, pathway: str, values: dict[Slice, Tensor], seed: int, recipe: dict
+    subject: Subject, kept: Kept, pathway: str, values: dict[Slice, Tensor], seed: int, outcome: dict[str, Any]
 ) -> Edit:
-    """The trained values as an edit, with what the whole model tells before and after, measured on the model itself."""
-    facts, template = scorable(subject, case.facts), load_templates()[case.template]
-    before = tuple(tell(subject, facts, {case.template: template}).told.tolist())
-    draft = Edit(
-        subject.name, subject.weights_sha256, pathway, layer, facts, template, before, before, seed, recipe, values
-    )
+    """The trained values as an edit, with what the whole model tells afterwards, measured on the model itself."""
+    recipe = {**asdict(kept.recipe), **outcome}
+    common = (subject.name, subject.weights_sha256, pathway, kept.layer, kept.facts, kept.template, kept.told)
+    draft = Edit(*common, kept.told, seed, recipe, values)
     with applied(subject, draft):
-        after = tuple(tell(subject, facts, {case.template: template}).told.tolist())
-    return Edit(
-        subject.name, subject.weights_sha256, pathway, layer, facts, template, before, after, seed, recipe, values
-    )
+        after = tell(subject, kept.facts, {"failing": kept.template})
+    return Edit(*common, tuple(after.told.tolist()), seed, recipe, values)
+
+
+def _read(final: Float[Tensor, "t d_model"], recipe: Recipe) -> Float[Tensor, "n d_model"]:
+    """The compared positions of consecutive windows."""
+    return final.view(-1, recipe.window, final.shape[-1])[:, recipe.read].flatten(0, 1)
+
+
+def _kl(base: Float[Tensor, "window positions vocab"], logits: Float[Tensor, "n vocab"]) -> Float[Tensor, ""]:
+    now = logits.log_softmax(-1)
+    return F.kl_div(now, base.flatten(0, 1), log_target=True, reduction="none").sum(-1).mean()
 
 
 def _margins(logits: Float[Tensor, "fact vocab"], answers: Int[Tensor, " fact"]) -> Float[Tensor, " fact"]:
     own = logits.gather(1, answers[:, None])[:, 0]
     return own - logits.scatter(1, answers[:, None], float("-inf")).amax(1)
-
-
-def _put(parameter: Tensor, part: Slice, value: Tensor) -> Tensor:
-    """The parameter with the slice's values in place, differentiable in the values alone."""
-    if part.start is None:
-        return value
-    return torch.cat((parameter[..., : part.start], value, parameter[..., part.stop :]), -1)

@@ -37,10 +37,10 @@ class Results:
     """The numbers of one chapter on one subject. Nothing is on disk before `save`."""
 
     def __init__(self, chapter: str, subject: Subject, *, seed: int = 0) -> None:
-        self.chapter, self._start = chapter, time.perf_counter()
+        self.chapter, self.subject, self._start = chapter, subject.name, time.perf_counter()
         self.values: dict[str, Any] = {}
         self.path = results_path(subject.name, chapter)
-        self.provenance = {
+        self.provenance: dict[str, Any] = {
             "chapter": chapter,
             "subject": subject.name,
             "source": subject.source,
@@ -69,6 +69,15 @@ class Results:
             raise KeyError(f"{key!r} is reported twice in {self.chapter}; a number is reported once")
         self.values[key] = _plain(value)
 
+    def timing(self, key: str, seconds: Any) -> None:
+        """Keep how long something took: with the provenance, because it is no result and never twice the same."""
+        self.provenance.setdefault("timing", {})[key] = seconds
+
+    @property
+    def folder(self) -> Path:
+        """Where this chapter puts files that others use. Emptied before it is run anew."""
+        return chapter_folder(self.subject, self.chapter)
+
     def figure(self, name: str, figure: Figure) -> Figure:
         """Keep a figure as a picture beside the results, and give it back to be shown."""
         figure.savefig(make_folder(self.path.parent) / f"{name}.png")
@@ -84,6 +93,11 @@ class Results:
 
 def results_path(subject: str, chapter: str) -> Path:
     return BUILD / "results" / slug(subject) / f"{chapter}.json"
+
+
+def chapter_folder(subject: str, chapter: str) -> Path:
+    """Where a chapter puts files that others use."""
+    return results_path(subject, chapter).with_suffix("")
 
 
 def slug(name: str) -> str:

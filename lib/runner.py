@@ -2,7 +2,8 @@
 
 1. Each chapter has a fingerprint: its notebook, all of lib/ and data/, the pins and the installed packages, the
    subject's weights. A chapter whose fingerprint is unchanged is not executed again; there is no other cache.
-2. Executed copies go to _build/executed/<subject>/, numbers to _build/results/<subject>/.
+2. Executed copies go to _build/executed/<subject>/, numbers to _build/results/<subject>/. A chapter that reads what
+   another one makes has that one executed before it, and is executed anew when it changes.
 3. The book is staged from the executed copies and the pages of book/, built with warnings as errors into a new
    folder, and put in place of _build/html in one step.
 """
@@ -27,12 +28,13 @@ import papermill
 from papermill.exceptions import PapermillExecutionError
 
 from lib.errors import ChapterError
-from lib.results import BUILD, PACKAGES, make_folder, results_path, slug, write_atomically
+from lib.results import BUILD, PACKAGES, chapter_folder, make_folder, results_path, slug, write_atomically
 from lib.subjects import ROOT, canonical, weights_sha256
 
 BOOK = ROOT / "book"
 PINS = ("requirements.txt", "constraints.txt", "pyproject.toml")
 _JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"  # this environment's, whatever the PATH says
+NEEDS = {"04_side_effects": "03_four_pathways"}  # a chapter that reads files which another one makes
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -64,6 +66,10 @@ def run(subject: str, chapters: Iterable[str], parameters: dict[str, Any] | None
         check_parameters(BOOK / f"{chapter}.ipynb", values)
     make_folder(executed_path(subject, "").parent)
     weights = weights_sha256(subject)
+    for chapter, needed in NEEDS.items():
+        if chapter in chapters and needed not in chapters and not is_current(subject, needed, None, weights):
+            say(f"{chapter} needs {needed}, which is executed first")
+            run(subject, [needed], say=say)
     for chapter in chapters:
         if not force and is_current(subject, chapter, values, weights):
             say(f"{chapter}: nothing changed, kept")
@@ -71,12 +77,13 @@ def run(subject: str, chapters: Iterable[str], parameters: dict[str, Any] | None
         done, found = executed_path(subject, chapter), results_path(subject, chapter)
         for old in (done.with_suffix(".key"), done, found):  # a failing chapter must not leave older figures standing
             old.unlink(missing_ok=True)
+        shutil.rmtree(chapter_folder(subject, chapter), ignore_errors=True)
         start = time.perf_counter()
         execute(BOOK / f"{chapter}.ipynb", done, values)
         if not found.exists():
             done.unlink()
             raise ChapterError(f"{chapter} ran, but saved no results; its last cell must call report.save().")
-        stamp = {"values": values, "fingerprint": fingerprint(chapter, values, weights)}
+        stamp = {"values": values, "fingerprint": fingerprint(subject, chapter, values, weights)}
         write_atomically(done.with_suffix(".key"), json.dumps(stamp))
         say(f"{chapter}: executed on {subject} in {time.perf_counter() - start:.0f} s")
 
@@ -93,7 +100,7 @@ def is_current(subject: str, chapter: str, values: dict[str, Any] | None, weight
         return False
     if values is not None and kept["values"] != values:
         return False
-    return kept["fingerprint"] == fingerprint(chapter, kept["values"], weights)
+    return kept["fingerprint"] == fingerprint(subject, chapter, kept["values"], weights)
 
 
 def executed_path(subject: str, chapter: str) -> Path:
@@ -129,7 +136,7 @@ def execute(notebook: Path, output: Path, values: dict[str, Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def fingerprint(chapter: str, values: dict[str, Any], weights: str) -> str:
+def fingerprint(subject: str, chapter: str, values: dict[str, Any], weights: str) -> str:
     """sha256 over everything that a chapter's output can depend on."""
     files = [BOOK / f"{chapter}.ipynb", *(ROOT / p for p in PINS)]
     files += sorted((ROOT / "lib").rglob("*.py"))
@@ -139,6 +146,9 @@ def fingerprint(chapter: str, values: dict[str, Any], weights: str) -> str:
         if p.is_file() and "expected" not in p.parts and p.suffix != ".safetensors"
     )
     facts = {"values": values, "weights": weights, "python": sys.version, "packages": {p: version(p) for p in PACKAGES}}
+    if needed := NEEDS.get(chapter):
+        stamp = executed_path(subject, needed).with_suffix(".key")
+        facts["needed"] = stamp.read_text(encoding="utf-8") if stamp.exists() else ""
     return _digest(files, json.dumps(facts, sort_keys=True, default=str), ROOT)
 
 

@@ -48,13 +48,15 @@ CACHE_VERSION = 1  # raise it when the files that _dequantise writes change
 
 @dataclass(frozen=True)
 class Spec:
-    """What a named subject must be. sha256: of its weights file; parameters: tied ones counted once."""
+    """What a named subject must be. sha256: of its weights file; parameters: tied ones counted once; hub: the id of
+    the model on the hub that it is, or was made from."""
 
     source: str
     licence: str
     parameters: int
     sha256: str
     revision: str | None = None
+    hub: str | None = None
 
 
 SPECS = {
@@ -63,6 +65,7 @@ SPECS = {
         licence="Apache-2.0",
         parameters=134_515_008,
         sha256="a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     "gpt2": Spec(
         source="openai-community/gpt2",
@@ -70,6 +73,7 @@ SPECS = {
         parameters=124_439_808,
         sha256="248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
         revision="607a30d783dfa663caf39e06633721c8d4cfcd7e",
+        hub="openai-community/gpt2",
     ),
     "organism": Spec(
         source="data/organism, trained by data/organism/make.py",
@@ -162,7 +166,10 @@ def load(name: str = "smollm2") -> Subject:
         tokenizer=tokenizer,
         weights=weights,
     )
-    check_view(model, weights, subject.encode(["The capital of France is"])[0])
+    prompt = "The capital of France is"
+    if not subject.token_ids(prompt):  # transformers makes an empty tokenizer where there are no files of one
+        raise SubjectError(f"there is no tokenizer in {folder}. {_remedy(name, folder)}")
+    check_view(model, weights, subject.encode([prompt])[0])
     return subject
 
 
@@ -170,6 +177,15 @@ def canonical(name: str) -> str:
     """The name under which a subject's results are kept: a path in full, anything else as it is."""
     path = Path(name).expanduser()
     return str(path.resolve()) if name not in SPECS and path.exists() else name
+
+
+def hub_id(name: str) -> str | None:
+    """Id on the model hub of a subject, or of the model it was made from; None for what is only here."""
+    if name in SPECS:
+        return SPECS[name].hub
+    path = Path(name).expanduser()
+    here = name.startswith((".", "/", "~")) or path.suffix == ".gguf" or path.exists()
+    return name if name.count("/") == 1 and not here else None
 
 
 def weights_sha256(name: str) -> str:
@@ -234,9 +250,8 @@ def _locate(name: str) -> tuple[Path, str | None]:
         if not path.is_file():
             raise SubjectError(f"there is no file {path}. Give the path of a .gguf file that exists.")
         return path.parent, path.name
-    if name == "gpt2" or (name.count("/") == 1 and not name.startswith((".", "/", "~"))):
-        spec = SPECS.get(name)
-        return _from_hub(spec.source if spec else name, spec.revision if spec else None), None
+    if repo := hub_id(name):
+        return _from_hub(repo, SPECS[name].revision if name in SPECS else None), None
     raise SubjectError(
         f"unknown subject {name!r}: no such folder, and no such name. Choose {', '.join(SPECS)}, "
         "a folder or .gguf file, or a hub id such as 'HuggingFaceTB/SmolLM2-360M'."
@@ -276,11 +291,8 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     folder.mkdir()
     state = {k: v.contiguous() for k, v in sorted(model.state_dict().items()) if k != "lm_head.weight"}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    config = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.name_or_path = ""
-    config.save_pretrained(folder)
+    model.config.name_or_path = ""
+    model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -301,6 +313,9 @@ def _read(folder: Path, gguf: str | None, name: str) -> tuple[PreTrainedModel, P
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SubjectError(f"{name} cannot be read from {folder}: {reason}. {_remedy(name, folder)}") from error
+    if gguf:  # its weights are dequantised by now; nothing that follows need know how they were stored
+        vars(model.config).pop("quantization_config", None)
+        vars(model).pop("hf_quantizer", None)
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -311,7 +326,7 @@ def _gguf_architecture(path: Path) -> str:
 
 
 def _safetensors(folder: Path, name: str) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors"))  # what transformers reads; an export has its edit beside it
     if not files:
         raise SubjectError(
             f"there is no .safetensors file in {folder}; pickled weights are never read. Convert them first, or "

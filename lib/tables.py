@@ -88,3 +88,116 @@ def diagnoses(found: Sequence[Diagnosis]) -> pd.DataFrame:
         }
         for d in found
     })  # fmt: skip
+
+
+def keyed(table: pd.DataFrame, column: str) -> dict[str, dict]:
+    """A table as results keep it: one entry a value of the column."""
+    return {row.pop(column): row for row in table.to_dict("records")}
+
+
+def pathways(head: pd.DataFrame, gpt2: dict[str, int]) -> pd.DataFrame:
+    """The head-to-head table of chapter 3; gpt2: the size of each slice there."""
+    return pd.DataFrame({
+        "pathway": head.pathway.str.replace("_", " "),
+        "parameters": head.parameters.map("{:,}".format),
+        "share": head.share.map("{:.2%}".format),
+        "GPT-2": head.pathway.map(gpt2).map("{:,}".format),
+        "rate": head.rate.map("{:g}".format),
+        "steps": head.steps,
+        "told before": head.told_before,
+        "after": head.told_after,
+        "margin": head.min_margin.map("{:.2f}".format),
+        "KL": head.kl,
+        "outside": head.outside_unchanged.map({True: "unchanged", False: "CHANGED"}),
+        "seconds": head.seconds.map("{:.1f}".format),
+    })  # fmt: skip
+
+
+def spread(table: pd.DataFrame) -> pd.DataFrame:
+    """`mean (least to most)` of what a `compare.spread` table holds."""
+
+    def text(column: str, form: str) -> list[str]:
+        parts = zip(*(table[f"{column}_{end}"] for end in ("mean", "min", "max")), strict=True)
+        return [f"{mean:{form}} ({low:{form}} to {high:{form}})" for mean, low, high in parts]
+
+    return pd.DataFrame({
+        "pathway": table.pathway.str.replace("_", " "),
+        "goal reached": [f"{r} of {n} seeds" for r, n in zip(table.reached, table.seeds, strict=True)],
+        "told": text("told", ".3g"), "steps": text("steps", ".3g"), "smallest margin": text("min_margin", ".2f"),
+        "KL": text("kl", ".4f"),
+    })  # fmt: skip
+
+
+def controls(checks: pd.DataFrame, head: pd.DataFrame) -> pd.DataFrame:
+    """The controls beside the run that they are controls of."""
+    own = head.set_index("pathway")
+    return pd.DataFrame({
+        "control": checks.control, "pathway": checks.pathway.str.replace("_", " "),
+        "goal": checks.reached.map({True: "reached", False: "missed"}), "told": checks.told, "steps": checks.steps,
+        "smallest margin": checks.min_margin.map("{:.2f}".format), "KL": checks.kl,
+        "true facts, usual limit: steps": checks.pathway.map(own.steps), "KL ": checks.pathway.map(own.kl),
+    })  # fmt: skip
+
+
+def outcomes(table: pd.DataFrame, kinds: Sequence[str]) -> pd.DataFrame:
+    """Before and after, gained and lost, McNemar's p, and what share of those right may have been lost."""
+    part = table[table.what.isin(kinds)]
+    return pd.DataFrame({
+        "pathway": part.pathway.str.replace("_", " "), "questions": part.what, "n": part.n, "right before": part.before,
+        "after": part.after, "gained": part.gained, "lost": part.lost, "McNemar p": part.p.map("{:.2f}".format),
+        "share lost, exact 95 % interval": [
+            f"{low:.0%} to {high:.0%}" for low, high in zip(part.lost_low, part.lost_high, strict=True)
+        ],
+    })  # fmt: skip
+
+
+def reading(table: pd.DataFrame) -> pd.DataFrame:
+    """Perplexity and KL by pathway."""
+    return pd.DataFrame({
+        "pathway": table.pathway.str.replace("_", " "), "tokens": table.tokens.map("{:,}".format),
+        "perplexity before": table.ppl_before, "after": table.ppl_after,
+        "change": table.ratio.sub(1).map("{:+.2%}".format),
+        "95 % interval": [
+            f"{low - 1:+.2%} to {high - 1:+.2%}" for low, high in zip(table.ratio_low, table.ratio_high, strict=True)
+        ],
+        "KL, nats a token": table.kl.map("{:.4f}".format), "tokens moved": table.moved.map("{:.1%}".format),
+    })  # fmt: skip
+
+
+def by_genre(table: pd.DataFrame) -> pd.DataFrame:
+    """Change of perplexity by passage and pathway."""
+    return table.rename(columns=lambda name: name.replace("_", " ")).sub(1).map("{:+.2%}".format)
+
+
+def generalisation(table: pd.DataFrame, noise: pd.DataFrame, trained: pd.DataFrame) -> pd.DataFrame:
+    """Held-out countries: repaired of the known but untold, beside the control; and trained answers said of others."""
+    part, control = (t[t.split == "held_out"].set_index("pathway") for t in (table, noise))
+    says = trained.set_index("pathway")
+    return pd.DataFrame({
+        "pathway": [n.replace("_", " ") for n in part.index], "held out, known, untold": part.untold.to_numpy(),
+        "made told": part.repaired.to_numpy(),
+        "exact 95 % interval": [f"{low:.0%} to {high:.0%}" for low, high in zip(part.low, part.high, strict=True)],
+        "by noise": control.repaired.loc[part.index].to_numpy(),
+        "all held out: told before": part.told_before.to_numpy(), "after": part.told_after.to_numpy(),
+        "a trained answer, wrongly: before": says["says a trained answer"]["none"],
+        "after ": says["says a trained answer"].loc[part.index].to_numpy(),
+    })  # fmt: skip
+
+
+def writing(table: pd.DataFrame) -> pd.DataFrame:
+    """Free generation by pathway."""
+    asked, other = (table[table.kind == k].groupby("pathway", sort=False) for k in ("failing prompt", "opening"))
+    out = pd.DataFrame({
+        "answer within the continuation": asked.said.sum(), "of": asked.size(),
+        "repeated, failing prompts": asked.repetition.mean(), "repeated, other openings": other.repetition.mean(),
+        "openings with a trained answer": other.leaks.sum(),
+    })  # fmt: skip
+    return out.rename(index={"none": "untouched"}).rename_axis("pathway").reset_index().replace("_", " ", regex=True)
+
+
+def samples(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """The continuations of the failing prompts, side by side for a few pathways."""
+    part = table[(table.kind == "failing prompt") & table.pathway.isin(names)]
+    wide = part.pivot(index="prompt", columns="pathway", values="text").loc[part.prompt.unique(), list(names)]
+    wide = wide.map(lambda text: text.replace("\n", "↵"))
+    return wide.rename(columns=lambda name: {"none": "untouched"}.get(name, name.replace("_", " ")))

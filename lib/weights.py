@@ -181,14 +181,10 @@ class Weights:
         x = self.W_E[tokens]
         return x if self.W_pos is None else x + self.W_pos[: tokens.shape[1]]
 
-    def block_inputs(self, x: Float[Tensor, "b t d_model"]) -> dict[str, tuple[Tensor, Tensor]]:
-        """What a block's own module needs beside the stream: the rotations of its positions, where it rotates."""
+    def block_inputs(self, x: Float[Tensor, "b t d_model"], position: Int[Tensor, " t"]) -> dict[str, Any]:
+        """What a block's own module needs beside the stream: the rotations of the positions, where it rotates."""
         rotary = self.blocks[0].attn.rotary
-        return (
-            {}
-            if rotary is None
-            else {"position_embeddings": rotary(x, torch.arange(x.shape[1], device=x.device)[None])}
-        )
+        return {} if rotary is None else {"position_embeddings": rotary(x, position[None])}
 
     def residuals(self, tokens: Int[Tensor, "b t"]) -> list[Float[Tensor, "b t d_model"]]:
         """The residual stream before each block and after the last, computed from this view alone."""
@@ -241,6 +237,9 @@ class Slice:
     start: int | None = None
     stop: int | None = None
 
+    def __str__(self) -> str:
+        return self.name if self.start is None else f"{self.name}[..., {self.start}:{self.stop}]"
+
     def of(self, parameter: Tensor) -> Tensor:
         return parameter if self.start is None else parameter[..., self.start : self.stop]
 
@@ -248,10 +247,12 @@ class Slice:
 def pathway_slices(model: PreTrainedModel, layer: int, pathway: str) -> tuple[Slice, ...]:
     """What a pathway may change in one layer (0-based). full: the block with its norms; attention: Q, K, V, O
     and their biases; ffn: the MLP; v_only, q_only, k_only: one weight matrix, without bias.
-    For GPT-2 the matrix is a third of the fused `c_attn.weight`. Raises ValueError for other names."""
+    For GPT-2 the matrix is a third of the fused `c_attn.weight`. Raises ValueError for other names or layers."""
     if pathway not in PATHWAYS:
         raise ValueError(f"unknown pathway {pathway!r}; choose from {', '.join(PATHWAYS)}")
     weights = view(model)
+    if not 0 <= layer < weights.n_layers:
+        raise ValueError(f"no layer {layer}, counted from 0: the model has L1 to L{weights.n_layers}")
     prefix, (attn, ffn, fused) = f"{weights.prefix}.{layer}.", _PARTS[weights.family]
     if pathway in ("full", "attention", "ffn"):
         part = {"full": "", "attention": attn, "ffn": ffn}[pathway]

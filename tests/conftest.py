@@ -61,3 +61,8 @@ def tiny(request: pytest.FixtureRequest, smollm2: Subject) -> Subject:
             if name.endswith("bias") or "norm" in name or "ln_" in name:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.2)
     return wrap(model, smollm2.tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2_subject(smollm2: Subject) -> Subject:
+    return wrap(tiny_gpt2(), smollm2.tokenizer)

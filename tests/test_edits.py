@@ -1,29 +1,37 @@
 """Edits: saved, loaded, applied and restored, bit for bit; refused where they do not belong."""
 
+import copy
 import dataclasses
+import errno
+import json
+import pickle
+import resource
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lib import edits
-from lib.edits import Edit, applied, outside_sha256
+from lib.edits import Edit, applied, outside_bytes, outside_sha256
 from lib.errors import EditError
 from lib.facts import Fact, load_facts
-from lib.pathways import slice_values
 from lib.weights import PATHWAYS, Slice, pathway_slices
 
 
-def an_edit(subject, pathway: str = "v_only") -> Edit:
-    """Random new values for one slice of layer 2."""
+def an_edit(subject, pathway: str = "v_only", layer: int = 1) -> Edit:
+    """Random new values for one slice of a layer, by default the second."""
     generator = torch.Generator().manual_seed(0)
-    values = slice_values(subject, pathway_slices(subject.model, 1, pathway))
-    values = {s: v + torch.randn(v.shape, generator=generator) for s, v in values.items()}
+    parameters = dict(subject.model.named_parameters())
+    old = {s: s.of(parameters[s.name]) for s in pathway_slices(subject.model, layer, pathway)}
+    values = {s: v + torch.randn(v.shape, generator=generator) for s, v in old.items()}
     facts = load_facts("eight")[:2]
     told = (False,) * len(facts)
     template, recipe = "The capital of {} is", {"rate": 0.1}
     return Edit(
-        subject.name, subject.weights_sha256, pathway, 1, facts, template, told, told, 0, recipe, values
+        subject.name, subject.weights_sha256, pathway, layer, facts, template, told, told, 0, recipe, values
     )  # fmt: skip
 
 
@@ -33,6 +41,35 @@ def state(subject) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def forged(path: Path, edit: Edit, *, raw: str | None = None, tensors=None, **changes) -> Path:
+    """The file of a sound edit, with entries of its header changed (None: left out) that `save` would not write."""
+    with safe_open(edits.save(edit, path), "pt") as file:
+        metadata, kept = file.metadata(), {k: file.get_tensor(k) for k in list(file.keys())}
+    header = {k: v for k, v in (json.loads(metadata["edit"]) | changes).items() if v is not None}
+    metadata["edit"] = json.dumps(header) if raw is None else raw
+    save_file(kept if tensors is None else tensors, path, metadata=metadata)
+    return path
+
+
+def refused(subject, edit: Edit, message: str) -> None:
+    """The edit is not applied, for the reason given, and the model is what it was."""
+    before = state(subject)
+    with pytest.raises(EditError, match=message), applied(subject, edit):
+        raise AssertionError("it was applied")
+    assert same(before, state(subject))
+
+
+@contextmanager
+def small_disk(size: int):
+    """The kernel refuses to write any file past a size, as a full disk would: half of it is written by then."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("pathway", PATHWAYS)
@@ -48,10 +85,11 @@ def test_applied_changes_the_slice_and_restores_everything(tiny, pathway):
     assert same(before, state(tiny))
 
 
-def test_restored_after_an_exception(tiny):
+@pytest.mark.parametrize("interruption", [RuntimeError("midway"), KeyboardInterrupt()])
+def test_restored_after_an_exception(tiny, interruption):
     before = state(tiny)
-    with pytest.raises(RuntimeError, match="midway"), applied(tiny, an_edit(tiny)):
-        raise RuntimeError("midway")
+    with pytest.raises(type(interruption)), applied(tiny, an_edit(tiny)):
+        raise interruption
     assert same(before, state(tiny))
 
 
@@ -67,6 +105,14 @@ def test_a_change_outside_is_noticed(tiny):
         parameter.view(-1)[3] -= 1
 
 
+def test_bytes_outside_are_all_but_the_slice(tiny):
+    everything = 4 * tiny.parameters
+    for pathway in PATHWAYS:
+        edit = an_edit(tiny, pathway)
+        assert outside_bytes(tiny.model, tuple(edit.values)) == everything - 4 * edit.parameters
+    assert outside_bytes(tiny.model, ()) == everything
+
+
 def test_files_hold_everything(tiny, tmp_path):
     edit = an_edit(tiny)
     back = edits.load(edits.save(edit, tmp_path / "v.safetensors"))
@@ -78,30 +124,216 @@ def test_files_hold_everything(tiny, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["v.safetensors"]
 
 
-def test_bad_files(tiny, tmp_path):
-    with pytest.raises(EditError, match="there is no edit"):
+def test_files_that_are_no_edits(tmp_path):
+    with pytest.raises(EditError, match=r"there is no edit .*none\.safetensors.*Give the \.safetensors file"):
         edits.load(tmp_path / "none.safetensors")
+    with pytest.raises(EditError, match="there is no edit"):
+        edits.load(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(EditError, match="no edit of this book"):
         edits.load(tmp_path / "other.safetensors")
-    whole = edits.save(an_edit(tiny), tmp_path / "v.safetensors")
-    (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:-40])
-    with pytest.raises(EditError, match="cut short or altered"):
-        edits.load(tmp_path / "cut.safetensors")
+    for name, content in {"empty": b"", "text": b"The capital of France is Paris.\n" * 9, "short": b"abc"}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(EditError, match=rf"{name} cannot be read.*It is no safetensors file, or was cut short"):
+            edits.load(tmp_path / name)
 
 
-def test_other_weights_and_other_shapes_are_refused(tiny):
-    edit, before = an_edit(tiny), state(tiny)
+class Trap:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("write", [lambda x, path: path.write_bytes(pickle.dumps(x)), torch.save])
+def test_a_pickle_is_never_unpickled(tmp_path, write):
+    path, sprung = tmp_path / "edit.safetensors", tmp_path / "sprung"
+    write(Trap(sprung), path)
+    with pytest.raises(EditError, match="It is no safetensors file"):
+        edits.load(path)
+    assert not sprung.exists()
+    Trap(sprung).__reduce__()[0](sprung)
+    assert sprung.exists(), "the trap works"
+
+
+def test_a_file_cut_short_anywhere(organism, tmp_path):
+    whole = edits.save(an_edit(organism), tmp_path / "v.safetensors").read_bytes()
+    for length in (1, 7, 8, 100, len(whole) // 2, len(whole) - 40, len(whole) - 1):
+        (tmp_path / "cut.safetensors").write_bytes(whole[:length])
+        with pytest.raises(EditError, match="cut short or altered; get it again"):
+            edits.load(tmp_path / "cut.safetensors")
+
+
+@pytest.mark.parametrize("key", edits._HEADER)
+def test_a_header_that_lacks_an_entry_or_has_another_kind(organism, tmp_path, key):
+    edit, path = an_edit(organism), tmp_path / "v.safetensors"
+    with pytest.raises(EditError, match=rf"v\.safetensors has a damaged header \(it lacks {key}\).*get it again"):
+        edits.load(forged(path, edit, **{key: None}))
+    wrong = 3.5 if key != "recipe" else []
+    with pytest.raises(EditError, match=rf"damaged header \({key} is"):
+        edits.load(forged(path, edit, **{key: wrong}))
+
+
+V = {"name": "transformer.h.1.attn.c_attn.weight", "start": 240, "stop": 360}  # the organism's v_only of L2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"raw": '{"subject": "organ'},
+        {"raw": "[]"},
+        {"raw": "null"},
+        {"extra": 1},
+        {"facts": [{"subject": "France"}, {"subject": "Germany", "answer": "Berlin"}]},
+        {"facts": [{"subject": 1, "answer": "Paris"}, {"subject": "Germany", "answer": "Berlin"}]},
+        {"facts": ["France", "Germany"]},
+        {"slices": [V | {"start": "240"}]},
+        {"slices": [V | {"stop": None}]},
+        {"slices": [V | {"name": ["a"]}]},
+        {"slices": [V | {"axis": 0}]},
+        {"slices": [V, V]},
+        {"slices": [V, V], "tensors": {"000": torch.zeros(120, 120), "001": torch.zeros(120, 120)}},
+        {"slices": []},
+        {"tensors": {"000": torch.zeros(120, 120), "001": torch.zeros(1)}},
+        {"tensors": {"v": torch.zeros(120, 120)}},
+    ],
+    ids=str,
+)
+def test_other_damage_to_the_header(organism, tmp_path, damage):
+    path = tmp_path / "v.safetensors"
+    edits.load(forged(path, an_edit(organism), slices=[V]))  # what the forger writes is sound, but for the damage
+    with pytest.raises(EditError, match=r"v\.safetensors has a damaged header \(.+\); it was altered, get it again"):
+        edits.load(forged(path, an_edit(organism), **damage))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"told_before": [True]}, r"its told_before is \[True\]; it must be true or false for each of its 2 facts"),
+        ({"told_after": [True, False, True]}, r"told_after is \[True, False, True\].*each of its 2 facts"),
+        ({"told_after": [1, 0]}, r"its told_after is \[1, 0\]; it must be true or false"),
+        ({"pathway": "values"}, "its pathway 'values' is none of full, attention"),
+        ({"layer": -1}, "its layer -1 is negative"),
+        ({"template": "The capital of France is"}, r"its template .* has 0 holes \{\} for the subject, not one"),
+        ({"facts": [], "told_before": [], "told_after": []}, "it holds 0 facts and 1 tensors"),
+        ({"tensors": {"000": torch.full((120, 120), torch.nan)}}, r"240:360\] hold NaN or infinity in 14,400 of"),
+    ],
+    ids=str,
+)
+def test_an_edit_that_contradicts_itself(organism, tmp_path, changes, message):
+    """Refused when it is read, and already when it is saved."""
+    path = tmp_path / "v.safetensors"
+    with pytest.raises(EditError, match=rf"v\.safetensors cannot be used: .*{message}.*Get the edit again, or train"):
+        edits.load(forged(path, an_edit(organism), **changes))
+    path.unlink()
+    edit = an_edit(organism)
+    for key, value in changes.items():
+        value = dict.fromkeys(edit.values, value["000"]) if key == "tensors" else value
+        edit = dataclasses.replace(edit, **{"values" if key == "tensors" else key: value})
+    with pytest.raises(EditError, match=rf"v\.safetensors is not written: .*{message}"):
+        edits.save(edit, path)
+    assert not list(tmp_path.iterdir())
+    refused(organism, edit, message)
+
+
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
+def test_one_number_that_is_none(tiny, tmp_path, odd):
+    edit = an_edit(tiny)
+    (value,) = edit.values.values()
+    value[0, 3] = odd
+    places = rf"NaN or infinity in 1 of {value.numel():,} places"
+    with pytest.raises(EditError, match=places):
+        edits.save(edit, tmp_path / "v.safetensors")
+    assert not list(tmp_path.iterdir())
+    refused(tiny, edit, places)
+
+
+def test_another_subject_and_another_revision_are_refused(tiny, organism):
+    edit = an_edit(tiny)
     other = dataclasses.replace(edit, base_sha256="f" * 64)
-    with (
-        pytest.raises(EditError, match=r"made for weights ffff.*load the subject that the edit names"),
-        applied(tiny, other),
+    refused(tiny, other, r"another revision of tiny \(weights ffffffffffff\.\.\., not 0000.*get the revision")
+    refused(organism, edit, r"for another subject than organism \(weights 0000.*load tiny")
+    renamed = dataclasses.replace(edit, subject="tiny under another path")
+    with applied(tiny, renamed):
+        pass  # the same weights are the same subject
+
+
+def test_another_shape_or_type_is_refused(tiny):
+    edit = an_edit(tiny)
+    ((part, value),) = edit.values.items()
+    for wrong in (value[:-1], value[..., None], value[:, :1]):
+        message = rf"has the shape \({value.shape[0]}, {value.shape[1]}\) in torch.float32, .* the edit's values have"
+        refused(tiny, dataclasses.replace(edit, values={part: wrong}), message)
+    for kind in (torch.float16, torch.float64, torch.int32):
+        refused(tiny, dataclasses.replace(edit, values={part: value.to(kind)}), rf"in {kind}; the edit is of another")
+
+
+def test_unknown_slices_are_refused(tiny):
+    edit = an_edit(tiny)
+    ((part, value),) = edit.values.items()
+
+    def with_slice(new: Slice) -> Edit:
+        return dataclasses.replace(edit, values={new: value})
+
+    refused(tiny, with_slice(Slice("no.such.weight")), r"no parameter no\.such\.weight; the edit is of another model")
+    width = dict(tiny.model.named_parameters())[part.name].shape[1]
+    for start, stop in ((width - 1, width + 1), (-2, 2), (4, 4), (5, 2), (0, None)):
+        refused(tiny, with_slice(Slice(part.name, start, stop)), rf"has the columns 0 to {width}, and the edit is for")
+
+
+def test_slices_of_another_pathway_or_layer_are_refused(tiny):
+    v, whole = an_edit(tiny), an_edit(tiny, "attention")
+    replace = dataclasses.replace
+    refused(tiny, replace(v, layer=2), r"L3 v_only' (lacks|also holds) .*its pathway is .*2\..*It was altered")
+    refused(tiny, replace(v, pathway="q_only"), r"q_only' (lacks|also holds)")
+    refused(tiny, replace(v, pathway="attention"), "attention' lacks")
+    refused(tiny, replace(whole, pathway="full"), "full' lacks")
+    refused(tiny, replace(whole, values=dict(list(whole.values.items())[1:])), "attention' lacks")
+    embedding = {Slice(n): p.clone() for n, p in tiny.model.named_parameters() if "wte" in n or "embed" in n}
+    assert embedding
+    refused(tiny, replace(v, values=v.values | embedding), "v_only' also holds")
+
+
+def test_a_layer_that_is_not_there_is_refused(tiny):
+    refused(tiny, dataclasses.replace(an_edit(tiny), layer=3), "a place that tiny lacks: no layer 3.* has L1 to L3")
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_saving_that_is_interrupted_leaves_what_was_there(tiny, tmp_path, monkeypatch, interruption):
+    path = edits.save(an_edit(tiny), tmp_path / "v.safetensors")
+    whole = path.read_bytes()
+
+    def half(self: Path, content: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise interruption
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    full = isinstance(interruption, OSError)
+    with pytest.raises(
+        EditError if full else KeyboardInterrupt, match=r"cannot write .*v.saf.*No space left" if full else None
     ):
-        pass
-    strange = dataclasses.replace(edit, values={Slice("no.such.weight"): torch.zeros(2)})
-    with pytest.raises(EditError, match=r"no no\.such\.weight of shape \(2,\)"), applied(tiny, strange):
-        pass
-    assert same(before, state(tiny))
+        edits.save(an_edit(tiny, "ffn"), path)
+    assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_is_really_full(tiny, tmp_path):
+    with small_disk(5000), pytest.raises(EditError, match=r"cannot write .*: File too large\. It needs [\d,]+ bytes"):
+        edits.save(an_edit(tiny, "full"), tmp_path / "v.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_cannot_be_written(tiny, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(EditError, match=r"cannot write .*file/v\.safetensors"):
+        edits.save(an_edit(tiny), tmp_path / "file" / "v.safetensors")
+    (tmp_path / "v.safetensors").mkdir()
+    with pytest.raises(EditError, match=r"cannot write .*v\.safetensors: Is a directory"):
+        edits.save(an_edit(tiny), tmp_path / "v.safetensors")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "v.safetensors"]
 
 
 def test_verify_reports_what_does_not_hold(tiny):
@@ -110,3 +342,14 @@ def test_verify_reports_what_does_not_hold(tiny):
     wrong = dataclasses.replace(edit, told_after=(True, False))
     assert edits.verify(tiny, wrong)["as recorded"].tolist() == [False, True]
     assert edit.facts[0] == Fact("France", "Paris")
+
+
+def test_verify_asks_the_edited_model_and_notices_what_leaked(tiny):
+    edit = an_edit(tiny)
+    unchanged = edits.verify(tiny, edit, edited=tiny)
+    assert unchanged["p after"].tolist() == unchanged["p before"].tolist(), "asked without the edit"
+    assert edits.verify(tiny, edit)["p after"].tolist() != unchanged["p after"].tolist()
+    with applied(tiny, an_edit(tiny, "attention")):
+        model = copy.deepcopy(tiny.model)
+    with pytest.raises(EditError, match="tiny differs from its base outside the slices"):
+        edits.verify(tiny, edit, edited=dataclasses.replace(tiny, model=model))

@@ -49,6 +49,15 @@ def test_each_pathway_stays_in_its_layer(make):
         assert slices and all(".1." in s.name for s in slices)
     with pytest.raises(ValueError, match="choose from full, attention"):
         pathway_slices(model, 1, "values")
+    for layer in (-1, 3):
+        for pathway in PATHWAYS:
+            with pytest.raises(ValueError, match=rf"no layer {layer}, counted from 0: the model has L1 to L3"):
+                pathway_slices(model, layer, pathway)
+
+
+def test_slices_are_named_in_words():
+    assert str(Slice("a.weight")) == "a.weight"
+    assert str(Slice("c_attn.weight", 1536, 2304)) == "c_attn.weight[..., 1536:2304]"
 
 
 def test_the_view_reproduces_hidden_states(tiny):

@@ -1,0 +1,217 @@
+"""Six pathways head to head, under one recipe (design, section 5; the source page's comparison of four).
+
+    grid        one learning rate, chosen by one rule for all pathways: of those that stop in time, the one whose edit
+                has the smallest KL on the neutral passages; if none does, the one with the largest margin
+    recommended of the pathways that stop in time, the one whose edit has the smallest KL on the neutral passages
+    controls    false facts, which the model cannot know; more steps, for a pathway that misses its goal
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lib.diagnosis import prescribe
+from lib.edits import Edit, applied, load_all, outside_sha256
+from lib.facts import Case, load_templates, tell
+from lib.pathways import DEFAULT, Kept, Recipe, Trained, keep, train
+from lib.subjects import Subject
+from lib.weights import PATHWAYS, count_parameters, pathway_slices
+
+LONGER = 4  # times the step limit, in the control
+PAPER = ("full", "attention", "ffn", "v_only")  # the source page's four; Q-only and K-only are this book's
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All pathways under one recipe. grid: a row a pathway and rate, `chosen` by the rule. seeds: a row a pathway and
+    seed, at the chosen rate. runs: by pathway, one a seed, the first being the grid's own."""
+
+    grid: pd.DataFrame
+    seeds: pd.DataFrame
+    runs: dict[str, list[Trained]]
+
+    @property
+    def edits(self) -> dict[str, Edit]:
+        """The edit of each pathway, of the first seed."""
+        return {name: runs[0].edit for name, runs in self.runs.items() if runs[0].edit is not None}
+
+
+def compare(
+    subject: Subject, kept: Kept, *, seed: int = 0, seeds: int = 10, pathways: Sequence[str] = PATHWAYS,
+    progress: bool = True,
+) -> Comparison:  # fmt: skip
+    """The grid for each pathway with one seed, then its chosen rate with the seeds after it."""
+    grids, tables, runs = [], [], {}
+    rates = kept.recipe.rates
+    with tqdm(total=len(pathways) * (len(rates) + seeds - 1), desc="training", disable=not progress) as bar:
+        for pathway in pathways:
+            tried = [train(subject, kept, pathway, rate=rate, seed=seed, bar=bar) for rate in rates]
+            table = summary(tried)
+            best = chosen(table)
+            more = [train(subject, kept, pathway, rate=rates[best], seed=seed + i, bar=bar) for i in range(1, seeds)]
+            runs[pathway] = [tried[best], *more]
+            grids.append(table.assign(chosen=table.index == best))
+            tables.append(summary(runs[pathway]))
+    return Comparison(pd.concat(grids, ignore_index=True), pd.concat(tables, ignore_index=True), runs)
+
+
+def summary(runs: Sequence[Trained]) -> pd.DataFrame:
+    """One row a run: what it reached, at what cost."""
+    return pd.DataFrame({
+        "pathway": [r.pathway for r in runs], "rate": [r.rate for r in runs], "seed": [r.seed for r in runs],
+        "diverged": [r.diverged for r in runs], "reached": [r.reached for r in runs], "steps": [r.steps for r in runs],
+        "told": [sum(r.edit.told_after) if r.edit else 0 for r in runs],
+        "min_margin": [r.history.min_margin.iloc[-1] for r in runs],
+        "kl": [r.kl for r in runs],
+    })  # fmt: skip
+
+
+def chosen(table: pd.DataFrame) -> int:
+    """Row of a pathway's grid that the rule chooses: one that diverged only where all did."""
+    harm = table.kl.where(table.reached, 0.0)
+    return int(np.lexsort((-table.min_margin, harm, ~table.reached, table.diverged))[0])
+
+
+def by_seed(seeds: pd.DataFrame) -> pd.Series:
+    """What `recommended` would say of each seed's edits."""
+    harm = seeds.assign(harm=seeds.kl.where(seeds.reached, np.inf)).pivot(index="seed", columns="pathway")["harm"]
+    return harm.idxmin(axis=1).where(np.isfinite(harm.min(axis=1)), "none")
+
+
+def recommended(edits: dict[str, Edit]) -> str:
+    """The pathway that the rule recommends, `none` if no edit reaches its goal."""
+    harm = {name: edit.recipe["neutral_kl"] for name, edit in edits.items() if edit.recipe["reached"]}
+    return min(harm, key=harm.__getitem__) if harm else "none"
+
+
+def made(
+    subject: Subject, case: Case, folder: Path, *, seed: int = 0, recipe: Recipe = DEFAULT, progress: bool = True
+) -> dict[str, Edit]:
+    """The edits that chapter 3 left in a folder, by pathway; trained here by its rule where it left none that fit."""
+    found = load_all(folder)
+    if list(found) == list(PATHWAYS) and all(_fits(e, subject, case, seed, recipe) for e in found.values()):
+        return found
+    kept = keep(subject, case, prescribe(subject, case).knowledge_head.layer, recipe)
+    return compare(subject, kept, seed=seed, seeds=1, progress=progress).edits
+
+
+def _fits(edit: Edit, subject: Subject, case: Case, seed: int, recipe: Recipe) -> bool:
+    own = {key: edit.recipe.get(key) for key in asdict(recipe)}
+    wanted = json.loads(json.dumps(asdict(recipe)))  # as a file gives it back
+    return (edit.base_sha256, edit.facts, edit.template, edit.seed, own) == (
+        subject.weights_sha256, case.facts, load_templates()[case.template], seed, wanted,
+    )  # fmt: skip
+
+
+def false_facts(kept: Kept) -> Kept:
+    """The control: each subject gets the next one's answer, so that there is nothing for the model to know."""
+    answers = kept.facts[1:] + kept.facts[:1]
+    facts = tuple(replace(f, answer=a.answer) for f, a in zip(kept.facts, answers, strict=True))
+    return replace(kept, facts=facts, answers=kept.answers.roll(-1), told=(False,) * len(facts))
+
+
+def controls(subject: Subject, kept: Kept, comparison: Comparison) -> pd.DataFrame:
+    """Two controls at each pathway's chosen rate, first seed: false facts; and, where a pathway did not reach its
+    goal, LONGER times the steps. One row a run, with `control`."""
+    patient = replace(kept, recipe=replace(kept.recipe, max_steps=LONGER * kept.recipe.max_steps))
+    first = {name: runs[0] for name, runs in comparison.runs.items()}
+    again = [(name, r) for name, r in first.items() if not r.reached]
+    with tqdm(total=len(first) + len(again), desc="controls") as bar:
+        lies = [
+            train(subject, false_facts(kept), name, rate=r.rate, seed=r.seed, bar=bar) for name, r in first.items()
+        ]
+        more = [train(subject, patient, name, rate=r.rate, seed=r.seed, bar=bar) for name, r in again]
+    tables = summary(lies).assign(control="false facts"), summary(more).assign(
+        control="more steps"
+    )
+    return pd.concat(tables, ignore_index=True)
+
+
+def before_after(subject: Subject, kept: Kept, edits: dict[str, Edit]) -> pd.DataFrame:
+    """The `tell` table of the facts under the failing template, untouched (pathway `none`) and with each edit."""
+    rows = [tell(subject, kept.facts, {"failing": kept.template}).assign(pathway="none")]
+    for name, edit in edits.items():
+        with applied(subject, edit):
+            rows.append(tell(subject, kept.facts, {"failing": kept.template}).assign(pathway=name))
+    return pd.concat(rows, ignore_index=True)
+
+
+def outside_unchanged(subject: Subject, edit: Edit) -> bool:
+    """Whether every byte outside the slice is the same with the edit in place as without."""
+    before = outside_sha256(subject.model, tuple(edit.values))
+    with applied(subject, edit):
+        return outside_sha256(subject.model, tuple(edit.values)) == before
+
+
+def gpt2_parameters() -> dict[str, int]:
+    """Size of each pathway in GPT-2 small, counted on an empty model of its shape."""
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config())
+    return {name: count_parameters(model, pathway_slices(model, 0, name)) for name in PATHWAYS}
+
+
+def head_to_head(subject: Subject, comparison: Comparison) -> pd.DataFrame:
+    """One row a pathway, by the first seed's run: parameters, their share of the model, rate, steps, what is told
+    before and after, smallest margin, KL, whether the rest is unchanged, and seconds of training."""
+    rows = []
+    for name, (run, *_) in comparison.runs.items():
+        if run.edit is None:
+            continue
+        own = comparison.seeds.query("pathway == @name").iloc[0]
+        rows.append({
+            "pathway": name, "parameters": run.edit.parameters, "share": run.edit.parameters / subject.parameters,
+            "rate": run.rate, "steps": run.steps, "told_before": sum(run.edit.told_before),
+            "told_after": sum(run.edit.told_after), "reached": run.reached, "min_margin": own.min_margin, "kl": own.kl,
+            "outside_unchanged": outside_unchanged(subject, run.edit), "seconds": run.seconds,
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def spread(seeds: pd.DataFrame) -> pd.DataFrame:
+    """One row a pathway: how many seeds reach the goal; mean and range of told, steps, margin and KL."""
+    by = seeds.groupby("pathway", sort=False)
+    out = by.agg(seeds=("seed", "size"), reached=("reached", "sum"))
+    for column in ("told", "steps", "min_margin", "kl"):
+        part = by[column].agg(["mean", "min", "max"])
+        out[[f"{column}_mean", f"{column}_min", f"{column}_max"]] = part
+    return out.reset_index()
+
+
+def report_comparison(
+    report: Callable[..., None], head: pd.DataFrame, seeds: pd.DataFrame, checks: pd.DataFrame
+) -> None:
+    """What the chapter's prose says of a comparison."""
+    whole = seeds.groupby("pathway", sort=False).reached.all()
+    paper = [name for name in PAPER if whole.get(name, False)]
+    able = head[head.pathway.map(whole)].sort_values("parameters")
+    lies = checks[checks.control == "false facts"].set_index("pathway")
+    liars = [name for name in PAPER if name in lies.index and lies.reached[name]]
+    rest = [name for name in ("q_only", "k_only") if name in whole.index]
+    report("paper_pathways_reached", len(paper))
+    report("paper_pathways", len(PAPER))
+    report("paper_verdict", "All four" if len(paper) == len(PAPER) else f"{len(paper)} of {len(PAPER)}")
+    report("smallest", _words([able.pathway.iloc[0]] if len(able) else []))
+    report("smallest_parameters", int(able.parameters.iloc[0]) if len(able) else 0, ",")
+    report("smallest_share", float(able.share.iloc[0]) if len(able) else 0.0, ".2%")
+    best = by_seed(seeds)
+    report("recommended", best.iloc[0].replace("_", " "))
+    report("recommended_seeds", int((best == best.iloc[0]).sum()))
+    report("outside_unchanged", "unchanged" if head.outside_unchanged.all() else "NOT unchanged")
+    report("q_k_verdict", _words([name for name in rest if whole[name]]))
+    report("false_pathways", len(liars))
+    report("false_names", _words(liars))
+    report("false_steps", [int(lies.steps[name]) for name in liars])
+    report("true_steps", [int(head.set_index("pathway").steps[name]) for name in liars])
+
+
+def _words(names: Sequence[str]) -> str:
+    return " and ".join(", ".join(n.replace("_", " ") for n in names).rsplit(", ", 1)) or "none"

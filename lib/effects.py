@@ -1,0 +1,423 @@
+"""Side effects of an edit: the source page's 25 probes, and what "zero side effects" leaves out.
+
+    probes          15 of general capability and 10 of unrelated tasks, item by item: which were right and are wrong now
+    passages        perplexity, and KL from the untouched model, on texts that no training saw
+    other relations of the same countries: does "France's currency is the" still say what it said?
+    other templates of the same facts: those that fail too (paraphrases), and those that worked
+    neighbours      countries that no edit was trained on, told before: still told?
+    generalisation  countries known and not told, on which no edit was trained: how many does an edit make told?
+    generation      text written freely after the edit: does the answer stand in it, does it run in circles?
+
+Every question is asked of the untouched model and of each edit. All edits are of one layer, so what enters it is
+computed once (`replay`). Efficacy, paraphrase and locality are Meng et al.'s (2022) words; that edits leak into other
+relations of the same subject is reported by Liu et al. (2024) and Cohen et al. (2024).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from huggingface_hub import HfApi, hf_hub_download
+from jaxtyping import Float
+from numpy.typing import NDArray
+from scipy.stats import binomtest, bootstrap
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lib.edits import Edit, applied
+from lib.errors import DataError, EditError
+from lib.facts import DATA, Case, Fact, exact_interval, load_templates, prompts, scorable
+from lib.pathways import slice_values
+from lib.replay import Pack, above, entering, pack, packs
+from lib.subjects import Subject
+
+WINDOW = 512  # tokens of a passage read at once, or as many as the model reads
+BLOCK = 32  # tokens of a block of the bootstrap: neighbouring tokens are not independent
+BAND = 0.01  # a change of perplexity that this book calls small
+LEFT_OUT = (
+    "the facts", "paraphrases", "working templates", "working templates, other facts", "other relations", "neighbours",
+)  # fmt: skip
+WIKITEXT = (  # repository, revision, file
+    "Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", "wikitext-2-raw-v1/test-00000-of-00001.parquet",
+)  # fmt: skip
+NONE = "none"  # the pathway of the untouched model
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """All that is asked of each edit. questions: a row a prompt (set, item, template, subject, answer, split, prompt,
+    answer_token). The streams are those that enter the edited layer."""
+
+    layer: int
+    questions: pd.DataFrame
+    prompts: list[tuple[Pack, Float[Tensor, "t d_model"]]]
+    passages: list[tuple[str, Pack, Float[Tensor, "t d_model"], Float[Tensor, "t d_model"]]]  # and the untouched final
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The outcome for each pathway and for `none`. asked: the questions with told, prob, top, margin. tokens: a row a
+    token of the passages (passage, block, nll, kl)."""
+
+    asked: dict[str, pd.DataFrame]
+    tokens: dict[str, pd.DataFrame]
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in self.asked if name != NONE]
+
+
+def load_probes() -> pd.DataFrame:
+    """The frozen probes: set (capability, unrelated), item, kind, prompt, answer."""
+    content = yaml.safe_load((DATA / "probes.yaml").read_text(encoding="utf-8"))
+    parts = [pd.DataFrame(content[name]).assign(set=name) for name in ("capability", "unrelated")]
+    return pd.concat(parts).rename(columns={"id": "item"})[["set", "item", "kind", "prompt", "answer"]]
+
+
+def load_relations(subject: Subject, facts: Sequence[Fact]) -> pd.DataFrame:
+    """Other relations of the facts' subjects: item (the relation), template (its text), subject, answer. The organism
+    brings its own."""
+    if subject.name != "organism":
+        table = pd.read_csv(DATA / "relations.csv", keep_default_na=False)
+        return table[table.subject.isin([f.subject for f in facts])].rename(columns={"relation": "item"})
+    templates = json.loads((DATA / "organism" / "planted.json").read_text(encoding="utf-8"))["relation_templates"]
+    table = pd.read_csv(DATA / "organism" / "relations.csv")
+    table = table[table.subject.isin([f.subject for f in facts])].rename(columns={"relation": "item"})
+    return pd.concat([table[table["item"] == r].assign(template=t) for r, ts in templates.items() for t in ts.values()])
+
+
+def questions(subject: Subject, case: Case) -> pd.DataFrame:
+    """Everything with one right next token. set: capability, unrelated, relations, eight (the case's facts under every
+    template), large (the other scorable facts under the failing template and the controls)."""
+    templates = load_templates()
+    own = {f.subject for f in case.facts}
+    large = [f for f in scorable(subject, case.large) if f.subject not in own and f.split != "eight"]
+    relations = load_relations(subject, case.facts)
+    filled = [t.replace("{}", s) for t, s in zip(relations.template, relations.subject, strict=True)]
+    parts = [load_probes(), relations.assign(set="relations", prompt=filled)]
+    for name, facts, used in (("eight", case.facts, templates), ("large", large, (case.template, *case.controls))):
+        rows = pd.DataFrame(facts).assign(set=name)
+        parts += [rows.assign(template=t, prompt=prompts(facts, templates[t])) for t in used]
+    table = pd.concat(parts, ignore_index=True).fillna("")
+    return table.assign(answer_token=[subject.first_token(a) for a in table.answer])
+
+
+def prepare(subject: Subject, case: Case, layer: int, *, texts: dict[str, str] | None = None) -> Protocol:
+    """Run everything below the layer once. texts: passages by name; the book's own if none are given."""
+    table = questions(subject, case)
+    asked = list(packs(subject, [subject.token_ids(p) for p in table.prompt]))
+    streams = [(p, entering(subject, p, layer)) for p in tqdm(asked, desc="questions", leave=False)]
+    passages = []
+    for name, text in tqdm((load_passages() if texts is None else texts).items(), desc="passages", leave=False):
+        ids, room = subject.token_ids(text), min(WINDOW, subject.weights.context)
+        for some in (pack(subject, [ids[i : i + room]]) for i in range(0, len(ids) - 1, room)):
+            stream = entering(subject, some, layer)
+            with torch.no_grad():
+                passages.append((name, some, stream, above(subject, some, layer, stream)))
+    return Protocol(layer, table, streams, passages)
+
+
+def load_passages() -> dict[str, str]:
+    """The book's own passages, by genre. Raises DataError where there is none."""
+    found = sorted((DATA / "passages").glob("measure_*.txt"))
+    if not found:
+        raise DataError(f"{DATA / 'passages'} holds no measure_*.txt.")
+    return {p.stem.removeprefix("measure_"): p.read_text(encoding="utf-8") for p in found}
+
+
+def load_wikitext(articles: int = 10) -> dict[str, str]:
+    """The first articles of WikiText-2's test set, from the hub at a pinned revision, checked against the checksum that
+    the revision records. Raises DataError where the hub cannot be reached or the file is not what it should be."""
+    repo, revision, name = WIKITEXT
+    try:
+        info: Any = HfApi().get_paths_info(repo, name, repo_type="dataset", revision=revision)[0]
+        path = Path(hf_hub_download(repo, name, repo_type="dataset", revision=revision))
+    except Exception as error:  # offline, moved, no permission: the remedy is the same
+        raise DataError(
+            f"WikiText-2 cannot be had ({type(error).__name__}): the model hub is out of reach. Run the chapter with "
+            "wikitext = False, on the book's own passages."
+        ) from error
+    if hashlib.sha256(path.read_bytes()).hexdigest() != info.lfs.sha256:
+        raise DataError(f"{path} is not what revision {revision[:12]} records; delete it and run again.")
+    text = "".join(pd.read_parquet(path).text)
+    found = re.split(r"(?m)^ (?== [^=]+ =\s*$)", text)[1 : articles + 1]
+    return {part.split("=")[1].strip(): part for part in found}
+
+
+@torch.no_grad()
+def ask(subject: Subject, protocol: Protocol, edit: Edit | None) -> pd.DataFrame:
+    """The questions, each with told, prob (of the answer), top (the token said) and margin (in logits)."""
+    rows, answers, done = [], torch.tensor(protocol.questions.answer_token.to_numpy()), 0
+    for some, stream in protocol.prompts:
+        final = above(subject, some, protocol.layer, stream, _values(protocol, edit))[some.last]
+        logits = final @ subject.weights.W_U
+        own = answers[done : (done := done + len(logits)), None]
+        right = logits.gather(1, own)[:, 0]
+        wrong = logits.scatter(1, own, float("-inf")).amax(1)
+        rows.append(torch.stack((right - wrong, (right - logits.logsumexp(-1)).exp(), logits.argmax(-1).float()), 1))
+    margin, prob, top = torch.cat(rows).T.numpy()
+    said = [subject.token_text(int(t)) for t in top]
+    return protocol.questions.assign(told=margin > 0, prob=prob, margin=margin, top=said)
+
+
+@torch.no_grad()
+def read(subject: Subject, protocol: Protocol, edit: Edit | None) -> pd.DataFrame:
+    """A row a predicted token of the passages: passage, block, nll and kl (untouched || edited), in nats."""
+    parts, block = [], 0
+    for name, some, stream, untouched in protocol.passages:
+        final = above(subject, some, protocol.layer, stream, _values(protocol, edit))[:-1]
+        now = (final @ subject.weights.W_U).log_softmax(-1)
+        base = (untouched[:-1] @ subject.weights.W_U).log_softmax(-1)
+        kl = (base.exp() * (base - now)).sum(-1).clamp(min=0)
+        nll = -now.gather(1, some.tokens[1:, None])[:, 0]
+        blocks = block + np.arange(len(nll)) // BLOCK
+        parts.append(pd.DataFrame({"passage": name, "block": blocks, "nll": nll.numpy(), "kl": kl.numpy()}))
+        block = int(blocks[-1]) + 1
+    return pd.concat(parts, ignore_index=True)
+
+
+def measure(subject: Subject, protocol: Protocol, edits: dict[str, Edit], *, passages: bool = True) -> Measured:
+    """The untouched model and every edit through the whole protocol."""
+    asked, tokens = {}, {}
+    for name, edit in tqdm([(NONE, None), *edits.items()], desc="side effects"):
+        asked[name] = ask(subject, protocol, edit)
+        if passages:
+            tokens[name] = read(subject, protocol, edit)
+    return Measured(asked, tokens)
+
+
+def noise(subject: Subject, edit: Edit, *, seed: int = 0) -> Edit:
+    """The control: random changes of the same slices, each as large (in Frobenius norm) as the edit's own."""
+    generator, before = torch.Generator().manual_seed(seed), slice_values(subject, tuple(edit.values))
+    values = {}
+    for part, value in edit.values.items():
+        random = torch.randn(value.shape, generator=generator)
+        values[part] = before[part] + random * ((value - before[part]).norm() / random.norm())
+    return replace(edit, values=values)
+
+
+def flips(measured: Measured, *sets: str) -> pd.DataFrame:
+    """The ledger: every question of the sets whose outcome an edit changed."""
+    before, rows = measured.asked[NONE], []
+    for name in measured.names:
+        after = measured.asked[name]
+        for i in np.flatnonzero((before.told != after.told) & before.set.isin(sets)):
+            was, now = before.iloc[i], after.iloc[i]
+            rows.append((name, was.set, was["item"], was.answer, was.top, now.top, "gained" if now.told else "lost"))
+    return pd.DataFrame(rows, columns=["pathway", "set", "item", "answer", "said before", "says after", "flip"])
+
+
+def paired(before: pd.Series, after: pd.Series) -> dict[str, float]:
+    """Right before and after, items gained and lost; McNemar's exact test of gained against lost; and the exact 95 %
+    interval of the share lost among those that were right: its upper end is what "none lost" cannot exclude."""
+    was, now = before.to_numpy(bool), after.to_numpy(bool)
+    gained, lost = int((~was & now).sum()), int((was & ~now).sum())
+    low, high = exact_interval(lost, int(was.sum()))
+    p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    return {"n": len(was), "before": int(was.sum()), "after": int(now.sum()), "gained": gained, "lost": lost,
+            "p": float(p), "lost_low": low, "lost_high": high}  # fmt: skip
+
+
+def outcomes(measured: Measured, case: Case) -> pd.DataFrame:
+    """`paired` for each pathway and each kind of question; long form, with pathway and what."""
+    asked = measured.asked[NONE]
+    failing, control = asked.template == case.template, asked.template.isin(case.controls)
+    picks = {
+        "capability": asked.set == "capability",
+        "unrelated": asked.set == "unrelated",
+        "the facts": (asked.set == "eight") & failing,
+        "paraphrases": (asked.set == "eight") & ~failing & ~control,
+        "working templates": (asked.set == "eight") & control,
+        "working templates, other facts": (asked.set == "large") & control,
+        "other relations": asked.set == "relations",
+        "neighbours": (asked.set == "large") & failing & asked.told,
+    }
+    rows = [
+        {"pathway": name, "what": what, **paired(asked.told[pick], measured.asked[name].told[pick])}
+        for name in measured.names for what, pick in picks.items()
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def generalisation(measured: Measured, case: Case) -> pd.DataFrame:
+    """Of the other facts that are known and not told before, how many are told after; by pathway and split, with the
+    exact 95 % interval. all, told_before, told_after: of every fact of the split. best_control: how many of the
+    known and untold the single best control template tells, the nearer ceiling."""
+    asked = measured.asked[NONE]
+    large, rows = asked[asked.set == "large"], []
+    told = large.pivot(index="subject", columns="template", values="told")
+    split = large.drop_duplicates("subject").set_index("subject").split.loc[told.index]
+    untold = told[list(case.controls)].any(axis=1) & ~told[case.template]
+    for name in measured.names:
+        after = measured.asked[name].query("set == 'large' and template == @case.template").set_index("subject").told
+        for part in ("held_out", "selection", "fit"):
+            here = split == part
+            chosen = untold & here
+            repaired, n = int(after[told.index][chosen].sum()), int(chosen.sum())
+            low, high = exact_interval(repaired, n)
+            rows.append({
+                "pathway": name, "split": part, "untold": n, "repaired": repaired, "low": low, "high": high,
+                "best_control": int(told.loc[chosen, list(case.controls)].sum().max()), "all": int(here.sum()),
+                "told_before": int(told[case.template][here].sum()), "told_after": int(after[told.index][here].sum()),
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def bleeding(measured: Measured, case: Case) -> pd.DataFrame:
+    """How often a prompt about another country, under the failing template, is answered with one of the trained
+    answers: before and after, by pathway."""
+    trained = {t.strip() for t in measured.asked[NONE].query("set == 'eight'").top} & {f.answer for f in case.facts}
+    rows = []
+    for name, asked in measured.asked.items():
+        part = asked[(asked.set == "large") & (asked.template == case.template)]
+        rows.append((name, int((part.top.str.strip().isin(trained) & ~part.told).sum()), len(part)))
+    return pd.DataFrame(rows, columns=["pathway", "says a trained answer", "prompts"])
+
+
+def reading(measured: Measured, *, seed: int = 0) -> pd.DataFrame:
+    """One row a pathway: perplexity before and after, their ratio with a 95 % bootstrap interval over blocks of
+    tokens, mean KL a token, and the share of tokens whose loss changed by more than a tenth of a nat."""
+    before = measured.tokens[NONE]
+    rows = []
+    for name in measured.names:
+        after = measured.tokens[name]
+        change = after.nll - before.nll
+        low, high = _block_interval(change, before.block, seed)
+        rows.append({
+            "pathway": name, "tokens": len(before), "ppl_before": np.exp(before.nll.mean()),
+            "ppl_after": np.exp(after.nll.mean()), "ratio": np.exp(change.mean()), "ratio_low": np.exp(low),
+            "ratio_high": np.exp(high), "kl": after.kl.mean(), "moved": float((change.abs() > 0.1).mean()),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def by_genre(measured: Measured) -> pd.DataFrame:
+    """Ratio of perplexities, after over before: passages down, pathways across."""
+    before = measured.tokens[NONE]
+    return pd.DataFrame({
+        name: np.exp((measured.tokens[name].nll - before.nll).groupby(before.passage).mean()) for name in measured.names
+    })  # fmt: skip
+
+
+@torch.no_grad()
+def generate(subject: Subject, texts: Sequence[str], edit: Edit | None, *, tokens: int = 24) -> list[list[int]]:
+    """Greedy continuations of each text, as token lists: what the model writes when nobody holds its hand."""
+    tokenizer = subject.tokenizer
+    ids = [subject.token_ids(t) for t in texts]
+    width = max(map(len, ids))
+    if width + tokens > subject.weights.context:
+        raise DataError(f"{width} + {tokens} tokens are more than the {subject.weights.context} {subject.name} reads.")
+    fill = tokenizer.eos_token_id or 0
+    rows = torch.tensor([[fill] * (width - len(i)) + i for i in ids])
+    mask = torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids])
+    model: Any = subject.model
+    with nullcontext() if edit is None else applied(subject, edit):
+        out = model.generate(
+            rows, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=fill
+        )
+    return out[:, width:].tolist()
+
+
+def repetition(tokens: Sequence[int], n: int = 4) -> float:
+    """Share of a text's n-grams that it has had before: 0 for none, near 1 for a text that runs in circles."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def writing(subject: Subject, case: Case, edits: dict[str, Edit], *, opening: int = 24) -> pd.DataFrame:
+    """A row a pathway and text: the failing prompts and the openings of the passages, continued greedily. said: the
+    answer stands in the continuation (failing prompts). leaks: a trained answer does (openings)."""
+    prompted = prompts(case.facts, load_templates()[case.template])
+    openings = [str(subject.tokenizer.decode(subject.token_ids(t)[:opening])) for t in load_passages().values()]
+    rows = []
+    for name, edit in tqdm([(NONE, None), *edits.items()], desc="generation"):
+        for i, ids in enumerate(generate(subject, [*prompted, *openings], edit)):
+            text, asked = str(subject.tokenizer.decode(ids)), i < len(prompted)
+            rows.append({
+                "pathway": name, "kind": "failing prompt" if asked else "opening", "prompt": [*prompted, *openings][i],
+                "text": text, "said": asked and case.facts[i].answer in text,
+                "leaks": not asked and any(f.answer in text for f in case.facts), "repetition": repetition(ids),
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _values(protocol: Protocol, edit: Edit | None) -> dict | None:
+    if edit is not None and edit.layer != protocol.layer:
+        raise EditError(f"the protocol was prepared for layer index {protocol.layer}, the edit is of {edit.layer}.")
+    return None if edit is None else edit.values
+
+
+def _block_interval(change: pd.Series, block: pd.Series, seed: int) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean change, over blocks of neighbouring tokens."""
+    sums, sizes = change.groupby(block).sum().to_numpy(), change.groupby(block).size().to_numpy()
+
+    def mean(total: NDArray, size: NDArray, axis: int = -1) -> NDArray:
+        return total.sum(axis) / size.sum(axis)
+
+    found = bootstrap(
+        (sums, sizes), mean, paired=True, vectorized=True, n_resamples=2000, method="percentile", random_state=seed
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def entry(name: str, outcome: pd.DataFrame, texts: pd.DataFrame, general: pd.DataFrame) -> dict[str, Any]:
+    """What results keep of a pathway (design, section 7)."""
+    by = outcome[outcome.pathway == name].set_index("what")
+    ppl = texts[texts.pathway == name].iloc[0]
+    held = general[(general.pathway == name) & (general.split == "held_out")].iloc[0]
+    probes = by.loc[["capability", "unrelated"]]
+    return {
+        "capability_before": by.before["capability"], "capability_after": by.after["capability"],
+        "unrelated_before": by.before["unrelated"], "unrelated_after": by.after["unrelated"],
+        "flips": (probes.gained + probes.lost).sum(), "capability_flips": (probes.gained + probes.lost)["capability"],
+        "ppl_before": ppl.ppl_before, "ppl_after": ppl.ppl_after, "ppl_ratio": ppl.ratio, "kl": ppl.kl,
+        "held_out_facts": held["all"], "held_out_told_before": held.told_before, "held_out_told_after": held.told_after,
+        "held_out_untold": held.untold, "held_out_repaired": held.repaired,
+        **{f"{key.replace(' ', '_').replace(',', '')}_after": by.after[key] for key in LEFT_OUT},
+    }  # fmt: skip
+
+
+def report_effects(
+    report: Callable[..., None], best: str, outcome: pd.DataFrame, texts: pd.DataFrame, general: pd.DataFrame
+) -> None:
+    """What the chapter's prose says of the recommended pathway and of all."""
+    by = outcome.set_index(["pathway", "what"])
+    ppl, held = texts.set_index("pathway"), general[general.split == "held_out"].set_index("pathway")
+    probes = outcome[outcome.what.isin(["capability", "unrelated"])]
+    own = by.loc[best]
+    report("capability_before", int(own.before["capability"]))
+    report("capability_after", int(own.after["capability"]))
+    report("capability_n", int(own.n["capability"]))
+    report("unrelated_before", int(own.before["unrelated"]))
+    report("unrelated_after", int(own.after["unrelated"]))
+    report("unrelated_n", int(own.n["unrelated"]))
+    report("own_flips", int((own.gained + own.lost)[["capability", "unrelated"]].sum()))
+    report("all_flips", int((probes.gained + probes.lost).sum()))
+    right = int(own.before[["capability", "unrelated"]].sum())
+    report("resolution", exact_interval(0, right)[1], ".0%")
+    report("probes_right", right)
+    report("ppl_before", ppl.ppl_before[best], ".2f")
+    report("ppl_after", ppl.ppl_after[best], ".2f")
+    report("ppl_change", ppl.ratio[best] - 1, "+.2%")
+    report("ppl_interval", [ppl.ratio_low[best] - 1, ppl.ratio_high[best] - 1], "+.2%")
+    report("ppl_within", "within" if abs(ppl.ratio[best] - 1) <= BAND else "not within")
+    report("ppl_tokens", int(ppl.tokens[best]), ",")
+    report("untold", int(held.untold[best]))
+    report("repaired", int(held.repaired[best]))
+    report("repaired_share", held.repaired[best] / max(1, held.untold[best]), ".0%")
+    report("repaired_interval", [held.low[best], held.high[best]], ".0%")
+    report("repaired_most", int(held.repaired.max()))
+    report("repaired_most_by", str(held.repaired.idxmax()).replace("_", " "))
+    report("repaired_verdict", "most" if 2 * held.repaired.max() >= held.untold.max() else "a minority")
+    report("best_control", int(held.best_control[best]))

@@ -1,0 +1,106 @@
+"""The head-to-head comparison: its rule on tables made by hand, its controls, and the edits that chapter 4 takes."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_edits import an_edit
+
+from lib import compare, edits
+from lib.compare import chosen, false_facts, recommended
+from lib.facts import load_cases, trainable
+from lib.pathways import Recipe, keep
+
+QUICK = Recipe(rates=(0.003, 0.03), max_steps=25, margin=0.5, kl_weight=1.0)
+
+
+def grid(**columns) -> pd.DataFrame:
+    return pd.DataFrame({"pathway": "v_only", "rate": [1.0, 2.0, 3.0], "diverged": False, **columns})
+
+
+def test_the_rule_prefers_what_stops_in_time_with_the_least_harm():
+    table = grid(reached=[True, True, False], kl=[0.5, 0.2, 0.1], min_margin=[1.5, 1.1, 0.9])
+    assert chosen(table) == 1
+
+
+def test_if_none_stops_in_time_the_largest_margin_counts():
+    table = grid(reached=[False] * 3, kl=[0.1, 0.2, 0.3], min_margin=[-1.0, 0.2, 0.1])
+    assert chosen(table) == 1
+
+
+def test_a_diverged_rate_is_never_chosen():
+    table = grid(reached=[False] * 3, kl=[np.nan, 0.2, 0.3], min_margin=[9.0, -2.0, -1.0])
+    assert chosen(table.assign(diverged=[True, False, False])) == 2
+
+
+def test_recommended_needs_its_goal(organism):
+    from dataclasses import replace
+
+    base = an_edit(organism)
+    made = {
+        name: replace(base, recipe={"reached": reached, "neutral_kl": kl})
+        for name, reached, kl in (("full", True, 0.3), ("ffn", True, 0.2), ("v_only", False, 0.1))
+    }
+    assert recommended(made) == "ffn"
+    assert recommended({"v_only": made["v_only"]}) == "none"
+
+
+def test_gpt2_counts_are_the_papers():
+    """7.1M, 2.4M, 4.7M and 590K parameters, exactly."""
+    counts = compare.gpt2_parameters()
+    assert [counts[name] for name in compare.PAPER] == [7_087_872, 2_362_368, 4_722_432, 589_824]
+
+
+@pytest.fixture(scope="module")
+def ran(organism):
+    case = trainable(organism, load_cases("organism")[0])
+    kept = keep(organism, case, 7, QUICK)
+    return kept, compare.compare(organism, kept, seeds=2, pathways=("ffn", "v_only"), progress=False)
+
+
+def test_compare_takes_the_rules_choice_and_every_seed(ran):
+    _, found = ran
+    assert len(found.grid) == 4 and found.grid.groupby("pathway").chosen.sum().tolist() == [1, 1]
+    assert found.seeds.groupby("pathway").seed.agg(list).tolist() == [[0, 1], [0, 1]]
+    for name, runs in found.runs.items():
+        best = found.grid[(found.grid.pathway == name) & found.grid.chosen].iloc[0]
+        assert {r.rate for r in runs} == {best.rate} and found.edits[name] is runs[0].edit
+
+
+def test_false_facts_are_false_and_share_everything_else(ran, organism):
+    kept, _ = ran
+    lies = false_facts(kept)
+    assert not any(a.answer == b.answer for a, b in zip(kept.facts, lies.facts, strict=True))
+    assert [organism.first_token(f.answer) for f in lies.facts] == lies.answers.tolist()
+    assert lies.stream is kept.stream
+
+
+def test_head_to_head_and_spread(ran, organism):
+    _, found = ran
+    head = compare.head_to_head(organism, found)
+    assert head.outside_unchanged.all()
+    assert head.parameters.tolist() == [e.parameters for e in found.edits.values()]
+    spread = compare.spread(found.seeds)
+    assert (spread.kl_min <= spread.kl_mean).all() and (spread.kl_mean <= spread.kl_max).all()
+    assert (spread.seeds == 2).all()
+
+
+def test_made_takes_over_what_fits_and_trains_what_does_not(ran, organism, tmp_path, monkeypatch):
+    case, calls = trainable(organism, load_cases("organism")[0]), []
+    six = {name: an_edit(organism, name) for name in compare.PATHWAYS}
+    monkeypatch.setattr(compare, "compare", lambda *a, **k: calls.append(1) or ran[1])
+    monkeypatch.setattr(compare, "_fits", lambda edit, *a: True)
+    edits.save_all(six, tmp_path)
+    assert list(compare.made(organism, case, tmp_path)) == list(compare.PATHWAYS) and not calls
+    (tmp_path / "ffn.safetensors").unlink()
+    compare.made(organism, case, tmp_path)
+    assert calls == [1], "one is missing: all are trained anew"
+
+
+def test_an_edit_fits_its_own_recipe_and_seed_only(ran, organism):
+    case, edit = trainable(organism, load_cases("organism")[0]), ran[1].edits["v_only"]
+    read = type(edit)(**{**vars(edit), "recipe": json.loads(json.dumps(edit.recipe))})
+    assert compare._fits(read, organism, case, 0, QUICK)
+    assert not compare._fits(read, organism, case, 1, QUICK)
+    assert not compare._fits(read, organism, case, 0, Recipe())
