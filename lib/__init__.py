@@ -11,7 +11,11 @@ The rooms, in the order data flows through them (imports point to earlier rooms 
     diagnosis      static and dynamic evidence                   -> Diagnosis
     closeup        what chapter 2 shows of diagnosed cases, and rival explanations
     edits          save, load, apply and restore, verify         -> Edit
+    export         an edit as a Hugging Face folder, and back
+    replay         run a model from one layer up, many texts at once
     pathways       retrain one slice of one layer                -> Edit
+    compare        six pathways head to head, with controls      -> Edits
+    effects        side effects of edits, and what they leave out
     results        report a number once: JSON and prose
     figures        arrays -> matplotlib figures
     tables         DataFrames as chapters show them

@@ -123,17 +123,19 @@ def controls(subject: Subject, kept: Kept, comparison: Comparison) -> pd.DataFra
     """Two controls at each pathway's chosen rate, first seed: false facts; and, where a pathway did not reach its
     goal, LONGER times the steps. One row a run, with `control`."""
     patient = replace(kept, recipe=replace(kept.recipe, max_steps=LONGER * kept.recipe.max_steps))
-    first = {name: runs[0] for name, runs in comparison.runs.items()}
-    again = [(name, r) for name, r in first.items() if not r.reached]
-    with tqdm(total=len(first) + len(again), desc="controls") as bar:
-        lies = [
-            train(subject, false_facts(kept), name, rate=r.rate, seed=r.seed, bar=bar) for name, r in first.items()
-        ]
-        more = [train(subject, patient, name, rate=r.rate, seed=r.seed, bar=bar) for name, r in again]
-    tables = summary(lies).assign(control="false facts"), summary(more).assign(
-        control="more steps"
-    )
-    return pd.concat(tables, ignore_index=True)
+    missed = [name for name, runs in comparison.runs.items() if not runs[0].reached]
+    lies = repeat(subject, false_facts(kept), comparison).assign(control="false facts")
+    again = repeat(subject, patient, comparison, missed).assign(control="more steps")
+    return pd.concat((lies, again), ignore_index=True)
+
+
+def repeat(
+    subject: Subject, kept: Kept, comparison: Comparison, pathways: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """The first seed's runs once more, on something else: the same rates, other facts or another limit."""
+    first = {name: runs[0] for name, runs in comparison.runs.items() if pathways is None or name in pathways}
+    with tqdm(total=len(first), desc="controls") as bar:
+        return summary([train(subject, kept, name, rate=r.rate, seed=r.seed, bar=bar) for name, r in first.items()])
 
 
 def before_after(subject: Subject, kept: Kept, edits: dict[str, Edit]) -> pd.DataFrame:
@@ -202,6 +204,8 @@ def report_comparison(
     report("smallest", _words([able.pathway.iloc[0]] if len(able) else []))
     report("smallest_parameters", int(able.parameters.iloc[0]) if len(able) else 0, ",")
     report("smallest_share", float(able.share.iloc[0]) if len(able) else 0.0, ".2%")
+    report("smallest_kl", float(able.kl.iloc[0]) if len(able) else 0.0, ".4f")
+    report("least_kl", float(able.kl.min()) if len(able) else 0.0, ".4f")
     best = by_seed(seeds)
     report("recommended", best.iloc[0].replace("_", " "))
     report("recommended_seeds", int((best == best.iloc[0]).sum()))

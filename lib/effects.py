@@ -35,19 +35,20 @@ from scipy.stats import binomtest, bootstrap
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lib import compare
+from lib.diagnosis import prescribe
 from lib.edits import Edit, applied
 from lib.errors import DataError, EditError
-from lib.facts import DATA, Case, Fact, exact_interval, load_templates, prompts, scorable
-from lib.pathways import slice_values
+from lib.facts import DATA, Case, Fact, exact_interval, load_cases, load_templates, prompts, scorable, trainable
+from lib.pathways import keep, slice_values
 from lib.replay import Pack, above, entering, pack, packs
-from lib.subjects import Subject
+from lib.subjects import Subject, load
 
 WINDOW = 512  # tokens of a passage read at once, or as many as the model reads
 BLOCK = 32  # tokens of a block of the bootstrap: neighbouring tokens are not independent
 BAND = 0.01  # a change of perplexity that this book calls small
-LEFT_OUT = (
-    "the facts", "paraphrases", "working templates", "working templates, other facts", "other relations", "neighbours",
-)  # fmt: skip
+ELSEWHERE = "working templates, other facts"
+LEFT_OUT = ("the facts", "paraphrases", "working templates", ELSEWHERE, "other relations", "neighbours")
 WIKITEXT = (  # repository, revision, file
     "Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", "wikitext-2-raw-v1/test-00000-of-00001.parquet",
 )  # fmt: skip
@@ -239,7 +240,7 @@ def outcomes(measured: Measured, case: Case) -> pd.DataFrame:
         "the facts": (asked.set == "eight") & failing,
         "paraphrases": (asked.set == "eight") & ~failing & ~control,
         "working templates": (asked.set == "eight") & control,
-        "working templates, other facts": (asked.set == "large") & control,
+        ELSEWHERE: (asked.set == "large") & control,
         "other relations": asked.set == "relations",
         "neighbours": (asked.set == "large") & failing & asked.told,
     }
@@ -274,15 +275,15 @@ def generalisation(measured: Measured, case: Case) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def bleeding(measured: Measured, case: Case) -> pd.DataFrame:
+def bleeding(subject: Subject, measured: Measured, case: Case) -> pd.DataFrame:
     """How often a prompt about another country, under the failing template, is answered with one of the trained
-    answers: before and after, by pathway."""
-    trained = {t.strip() for t in measured.asked[NONE].query("set == 'eight'").top} & {f.answer for f in case.facts}
+    answers, wrongly: before (pathway `none`) and after."""
+    trained = {subject.token_text(subject.first_token(f.answer)) for f in case.facts}
     rows = []
     for name, asked in measured.asked.items():
         part = asked[(asked.set == "large") & (asked.template == case.template)]
-        rows.append((name, int((part.top.str.strip().isin(trained) & ~part.told).sum()), len(part)))
-    return pd.DataFrame(rows, columns=["pathway", "says a trained answer", "prompts"])
+        rows.append((name, int((part.top.isin(trained) & ~part.told).sum()), len(part)))
+    return pd.DataFrame(rows, columns=["pathway", "bled", "prompts"])
 
 
 def reading(measured: Measured, *, seed: int = 0) -> pd.DataFrame:
@@ -371,7 +372,21 @@ def _block_interval(change: pd.Series, block: pd.Series, seed: int) -> tuple[flo
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def entry(name: str, outcome: pd.DataFrame, texts: pd.DataFrame, general: pd.DataFrame) -> dict[str, Any]:
+def report_planted(report: Callable[..., None], table: pd.DataFrame) -> None:
+    """What the chapter's prose says of the planted control."""
+    told = table[table.told_after == table.facts]
+    whole, part = told[told.repaired == told.untold], told[told.repaired < told.untold]
+    report("planted_cases", table.case.nunique())
+    report("planted_untold", int(table.untold.min()))
+    report("planted_whole", [f"{row.pathway.replace('_', ' ')} ({row.case})" for row in whole.itertuples()] or "none")
+    report("planted_told", len(told))
+    report("planted_part", len(part))
+    report("planted_part_most", int(part.repaired.max()) if len(part) else 0)
+
+
+def entry(
+    name: str, outcome: pd.DataFrame, texts: pd.DataFrame, general: pd.DataFrame, bled: pd.DataFrame
+) -> dict[str, Any]:
     """What results keep of a pathway (design, section 7)."""
     by = outcome[outcome.pathway == name].set_index("what")
     ppl = texts[texts.pathway == name].iloc[0]
@@ -384,13 +399,15 @@ def entry(name: str, outcome: pd.DataFrame, texts: pd.DataFrame, general: pd.Dat
         "ppl_before": ppl.ppl_before, "ppl_after": ppl.ppl_after, "ppl_ratio": ppl.ratio, "kl": ppl.kl,
         "held_out_facts": held["all"], "held_out_told_before": held.told_before, "held_out_told_after": held.told_after,
         "held_out_untold": held.untold, "held_out_repaired": held.repaired,
+        "bled_after": bled.set_index("pathway").bled[name],
         **{f"{key.replace(' ', '_').replace(',', '')}_after": by.after[key] for key in LEFT_OUT},
     }  # fmt: skip
 
 
 def report_effects(
-    report: Callable[..., None], best: str, outcome: pd.DataFrame, texts: pd.DataFrame, general: pd.DataFrame
-) -> None:
+    report: Callable[..., None], best: str, outcome: pd.DataFrame, texts: pd.DataFrame, general: pd.DataFrame,
+    bled: pd.DataFrame,
+) -> None:  # fmt: skip
     """What the chapter's prose says of the recommended pathway and of all."""
     by = outcome.set_index(["pathway", "what"])
     ppl, held = texts.set_index("pathway"), general[general.split == "held_out"].set_index("pathway")
@@ -421,3 +438,33 @@ def report_effects(
     report("repaired_most_by", str(held.repaired.idxmax()).replace("_", " "))
     report("repaired_verdict", "most" if 2 * held.repaired.max() >= held.untold.max() else "a minority")
     report("best_control", int(held.best_control[best]))
+    spilt = bled.set_index("pathway").bled
+    report("bled_before", int(spilt[NONE]))
+    report("bled_after", int(spilt[best]))
+    report("bled_prompts", int(bled.prompts.iloc[0]))
+    report("bled_verdict", "does" if spilt[best] > 2 * max(1, spilt[NONE]) else "does not")
+    report("other_relations", [int(own.gained["other relations"]), int(own.lost["other relations"])])
+    report("elsewhere", [int(own.gained[ELSEWHERE]), int(own.lost[ELSEWHERE])])
+    report("elsewhere_n", int(own.n[ELSEWHERE]))
+    report("neighbours_lost", int(own.lost["neighbours"]))
+    report("neighbours", int(own.n["neighbours"]))
+
+
+def planted_control(*, seed: int = 0) -> pd.DataFrame:
+    """The same training and the same held-out question where the truth is known: on the organism, whose failures are
+    failures of routing because they were planted as such. One row a case and pathway: what is told after, how many
+    held-out facts are repaired, and how many false facts the same recipe tells."""
+    subject, rows = load("organism"), []
+    for case in (trainable(subject, c) for c in load_cases("organism")):
+        kept = keep(subject, case, prescribe(subject, case).knowledge_head.layer)
+        found = compare.compare(subject, kept, seed=seed, seeds=1)
+        lies = compare.repeat(subject, compare.false_facts(kept), found).set_index("pathway")
+        asked = measure(subject, prepare(subject, case, kept.layer, texts={}), found.edits, passages=False)
+        held = generalisation(asked, case).query("split == 'held_out'").set_index("pathway")
+        for name, edit in found.edits.items():
+            rows.append({
+                "case": case.title, "pathway": name, "facts": len(kept.facts), "told_before": sum(kept.told),
+                "told_after": sum(edit.told_after), "untold": held.untold[name], "repaired": held.repaired[name],
+                "false_told": lies.told[name], "false_reached": lies.reached[name],
+            })  # fmt: skip
+    return pd.DataFrame(rows)

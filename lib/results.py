@@ -123,6 +123,8 @@ def write_atomically(path: Path, content: str) -> None:
     try:
         temporary.write_text(content, encoding="utf-8")
         temporary.replace(path)
+    except OSError as error:
+        raise ChapterError(f"cannot write {path}: {error.strerror}. Make room, or permit writing there.") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -179,8 +179,8 @@ def generalisation(table: pd.DataFrame, noise: pd.DataFrame, trained: pd.DataFra
         "exact 95 % interval": [f"{low:.0%} to {high:.0%}" for low, high in zip(part.low, part.high, strict=True)],
         "by noise": control.repaired.loc[part.index].to_numpy(),
         "all held out: told before": part.told_before.to_numpy(), "after": part.told_after.to_numpy(),
-        "a trained answer, wrongly: before": says["says a trained answer"]["none"],
-        "after ": says["says a trained answer"].loc[part.index].to_numpy(),
+        "a trained answer, wrongly: before": says.bled["none"],
+        "after ": says.bled.loc[part.index].to_numpy(),
     })  # fmt: skip
 
 
@@ -201,3 +201,13 @@ def samples(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     wide = part.pivot(index="prompt", columns="pathway", values="text").loc[part.prompt.unique(), list(names)]
     wide = wide.map(lambda text: text.replace("\n", "↵"))
     return wide.rename(columns=lambda name: {"none": "untouched"}.get(name, name.replace("_", " ")))
+
+
+def planted(table: pd.DataFrame) -> pd.DataFrame:
+    """Edits of the organism, by planted case and pathway."""
+    return pd.DataFrame({
+        "planted": table.case, "pathway": table.pathway.str.replace("_", " "),
+        "told before": table.told_before, "after": table.told_after, "of": table.facts,
+        "held out, known, untold": table.untold, "made told": table.repaired,
+        "false facts told, of eight": table.false_told,
+    })  # fmt: skip

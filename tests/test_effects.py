@@ -72,6 +72,14 @@ def test_generalisation_counts_known_and_untold_only():
     assert (table.loc["fit"].untold, table.loc["fit"].repaired) == (1, 0)
 
 
+def test_bleeding_counts_wrong_trained_answers_only(smollm2):
+    """Paris said of Peru bleeds; Lima said of Peru does not, nor Paris where Paris is right, nor another wrong word."""
+    rows = [("Peru", False, " Paris"), ("Peru", True, " Lima"), ("Gaul", True, " Paris"), ("Chad", False, " the")]
+    asked = pd.DataFrame([{"set": "large", "template": "fail", "told": t, "top": w} for _, t, w in rows])
+    found = effects.bleeding(smollm2, Measured({NONE: asked}, {}), CASE)
+    assert found.iloc[0].tolist() == [NONE, 1, 4]
+
+
 def test_block_interval_knows_that_neighbours_are_alike():
     """The same changes in long blocks are fewer independent observations than token by token: a wider interval."""
     change = pd.Series(np.repeat(np.random.default_rng(0).normal(size=40), 25))
@@ -109,7 +117,9 @@ def test_summaries_of_a_real_run_hold_together(organism, protocol):
     measured = effects.measure(organism, asked, {"v_only": an_edit(organism, "v_only")})
     outcome, texts = effects.outcomes(measured, case), effects.reading(measured)
     general = effects.generalisation(measured, case)
-    entry = effects.entry("v_only", outcome, texts, general)
+    bled = effects.bleeding(organism, measured, case)
+    entry = effects.entry("v_only", outcome, texts, general, bled)
+    assert bled.prompts.tolist() == [52, 52] and entry["bled_after"] == bled.bled[1]
     ledger = effects.flips(measured, "capability", "unrelated")
     assert len(ledger) == entry["flips"]
     assert (outcome.after - outcome.before == outcome.gained - outcome.lost).all()

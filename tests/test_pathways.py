@@ -113,9 +113,21 @@ def test_windows_that_choose_are_not_trained_on(tiny, kept):
     assert one.kl != two.kl
 
 
-def test_a_diverging_run_is_a_failure_and_no_edit(tiny, kept):
-    run = train(tiny, kept, "v_only", rate=3e38)
-    assert run.diverged and run.edit is None and not run.reached and len(run.history) < QUICK.max_steps
+@pytest.mark.parametrize("factor, steps", [(float("nan"), 3), (5.0, QUICK.max_steps)])
+def test_a_diverging_run_is_a_failure_and_no_edit(tiny, kept, monkeypatch, factor, steps):
+    """A loss that stops being a number ends the run at once; one that only grows ends it at the limit. Neither is an
+    edit, and neither is saved."""
+    calls = []
+
+    def worse(*args):
+        cross_entropy, kl, logits = losses(*args)
+        calls.append(1)
+        return cross_entropy * (factor if len(calls) > steps else 1), kl, logits * 0
+
+    monkeypatch.setattr(pathways, "losses", worse)
+    run = train(tiny, kept, "v_only", rate=0.03)
+    assert run.diverged and run.edit is None and not run.reached and run.kl != run.kl
+    assert run.steps == steps
 
 
 def test_an_interrupted_training_leaves_nothing(tiny, kept, monkeypatch, tmp_path):
