@@ -406,6 +406,26 @@ def generalisation(table: pd.DataFrame, control: pd.DataFrame) -> Figure:
     return fig
 
 
+def effects_of_parts(table: pd.DataFrame) -> Figure:
+    """Direct effect (hollow) and total effect (filled, with its interval) of taking each part away."""
+    parts, ways = list(table.part.unique()), list(table.way.unique())
+    fig, axes = _panels(1, len(ways), (9.8, 0.5 * len(parts) + 1.3), sharey=True)
+    for ax, way in zip(axes.flat, ways, strict=True):
+        some = table[table.way == way].set_index("part").loc[parts]
+        y = np.arange(len(parts))
+        ax.axvline(0, color="black", lw=0.6)
+        ax.hlines(y, some.low, some.high, color=BLUE, lw=2)
+        ax.scatter(some.total, y, color=BLUE, s=40, zorder=3, label="total")
+        ax.scatter(some.direct, y, s=40, ec=ORANGE, c="white", lw=1.8, zorder=2, label="direct")
+        ax.set_yticks(y, parts)
+        ax.set_title(way, loc="left", fontsize=10)
+    axes[0, 0].invert_yaxis()
+    fig.supxlabel("change of the answer's logit", fontsize=11)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, ncols=2, loc="outside upper center")
+    return fig
+
+
 def _panels(rows: int, columns: int, size: tuple[float, float], *, sharey: bool = False) -> tuple[Figure, np.ndarray]:
     """A figure that pyplot forgets at once: a notebook shows it when a cell returns it, and not a second time."""
     fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=sharey)

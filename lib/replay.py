@@ -87,6 +87,13 @@ def above(
     return subject.weights.norm_final_module(stream)
 
 
+def through(
+    subject: Subject, texts: Pack, stream: Float[Tensor, "t d_model"], layer: int
+) -> Float[Tensor, "t d_model"]:
+    """The stream after one layer, from the stream before it."""
+    return _blocks(subject, texts, stream, range(layer, layer + 1), {})
+
+
 def _blocks(
     subject: Subject, texts: Pack, stream: Float[Tensor, "t d_model"], layers: range, values: dict[Slice, Tensor]
 ) -> Float[Tensor, "t d_model"]:

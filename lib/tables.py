@@ -211,3 +211,37 @@ def planted(table: pd.DataFrame) -> pd.DataFrame:
         "held out, known, untold": table.untold, "made told": table.repaired,
         "false facts told, of eight": table.false_told,
     })  # fmt: skip
+
+
+def neuron_agreement(table: pd.DataFrame) -> pd.DataFrame:
+    """Captum against the trace, by layer or by template."""
+    names = {"top1": "same top neuron", "top5": "of the top five shared", "rho": "rank correlation",
+             "other_prompt": "control: another prompt's top neuron"}  # fmt: skip
+    out = table.copy()
+    for column in ("top1", "top5", "other_prompt"):
+        if column in out:
+            out[column] = out[column].map("{:.1%}".format)
+    if "template" in out:
+        out["template"] = out.template.str.replace("_", " ")
+    return out.rename(columns=names)
+
+
+def ablations(table: pd.DataFrame) -> pd.DataFrame:
+    """Direct and total effect of taking a part away, in logits."""
+    return pd.DataFrame({
+        "taken away": table.part, "put in its place": table.way, "prompts": table.n,
+        "direct effect": table.direct.map("{:+.3f}".format), "total effect": table.total.map("{:+.3f}".format),
+        "95 % interval": [f"{low:+.3f} to {high:+.3f}" for low, high in zip(table.low, table.high, strict=True)],
+    })  # fmt: skip
+
+
+def libraries(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Largest differences between this book and TransformerLens, by subject."""
+    return pd.DataFrame([
+        {
+            "subject": name, "prompts": len(t), "logits": f"{t.logits.max():.1e}",
+            "contributions of heads": f"{t['heads'].max():.1e}", "lens, logits": f"{t.lens.max():.1e}",
+            "same strongest head": f"{(t.our_head == t.their_head).sum()} of {len(t)}",
+        }
+        for name, t in tables.items()
+    ])  # fmt: skip
