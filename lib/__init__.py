@@ -16,7 +16,10 @@ The rooms, in the order data flows through them (imports point to earlier rooms 
     pathways       retrain one slice of one layer                -> Edit
     compare        six pathways head to head, with controls      -> Edits
     effects        side effects of edits, and what they leave out
+    crosscheck     the same questions put to Captum, TransformerLens and interventions
     results        report a number once: JSON and prose
+    claims         the source page's statements, and what a run makes of each
+    known_answers  does this GPT-2 say what others recorded of it?
     figures        arrays -> matplotlib figures
     tables         DataFrames as chapters show them
     runner         execute chapters, build the book, check its numbers

@@ -105,6 +105,20 @@ def check(subject: SubjectOption = "smollm2") -> None:
 
 
 @app.command()
+def claims(subject: SubjectOption = "smollm2") -> None:
+    """What became of each claim of the source page, by the last run's numbers.
+
+    The rules stand in data/claims.yaml. A claim that no run can judge is `not run`, which is never a pass.
+    """
+    from lib import runner
+    from lib.claims import counts, table
+
+    judged = runner.judged(subject)
+    _print(_judged(table(judged, subject), f"the source page's claims on {subject}"))
+    typer.echo(counts(judged))
+
+
+@app.command()
 def export(
     edit: Annotated[Path, typer.Argument(help="An edit: a .safetensors file that chapter 3 wrote.")],
     folder: Annotated[Path, typer.Argument(help="The folder to make; it must not exist, or be empty.")],
@@ -164,6 +178,18 @@ def _verified(found: DataFrame, template: str) -> Table:
         for when in ("before", "after"):
             cells += [repr(row[f"says {when}"]), "yes" if row[f"told {when}"] else "no", f"{row[f'p {when}']:.3f}"]
         table.add_row(*map(escape, cells), "yes" if row["as recorded"] else "NO")
+    return table
+
+
+def _judged(found: DataFrame, title: str) -> Table:
+    """The table of claims for the terminal; colour adds to the words."""
+    colours = {"reproduced": "green", "not reproduced": "red", "differs": "yellow", "not run": "dim"}
+    table = Table(*found.columns, title=escape(title), show_lines=True)
+    for row in found.to_dict("records"):
+        cells = [escape(str(cell)) for cell in row.values()]
+        verdict = list(row).index("verdict")
+        cells[verdict] = f"[{colours[row['verdict']]}]{cells[verdict]}[/]"
+        table.add_row(*cells)
     return table
 
 

@@ -33,9 +33,9 @@ from lib.trace import (
 )
 
 
-def convention_table(subject: Subject, row: pd.Series, *, k: int = 8) -> pd.DataFrame:
-    """The k terms that move a prompt most (a row of a `tell` table), for its answer, its competitor and their
-    difference, in every convention; the last row sums all terms, not only those shown."""
+def convention_terms(subject: Subject, row: pd.Series) -> pd.DataFrame:
+    """Every component's term for a prompt (a row of a `tell` table): for its answer, its competitor and their
+    difference, in every convention; the last row sums all terms, embedding and biases included."""
     seen = capture(subject, [row.prompt])
     pair = torch.tensor([[row.answer_token, row.competitor_token]])
     columns: dict[tuple[str, str], Tensor] = {}
@@ -44,9 +44,18 @@ def convention_table(subject: Subject, row: pd.Series, *, k: int = 8) -> pd.Data
         answer, competitor = torch.cat((trace.heads.flatten(2), trace.mlps, trace.model[..., None]), -1)[0]
         for name, terms in (("answer", answer), ("competitor", competitor), ("difference", answer - competitor)):
             columns[convention, name] = terms
-    table = pd.DataFrame(columns, index=[*map(str, components(subject)), "all terms"])
+    return pd.DataFrame(columns, index=[*map(str, components(subject)), "all terms"])
+
+
+def strongest_terms(table: pd.DataFrame, *, k: int = 8) -> pd.DataFrame:
+    """Of a `convention_terms` table the k components that move the prompt most, and the sum of all."""
     strongest = table["scaled", "difference"].iloc[:-1].abs().sort_values(ascending=False).index[:k]
     return table.loc[[*strongest, "all terms"]]
+
+
+def terms_by_site(table: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
+    """A `convention_terms` table as results keep it: convention, then answer or competitor, then site."""
+    return {c: {what: table[c, what].to_dict() for what in ("answer", "competitor")} for c in CONVENTIONS}
 
 
 def first_failing(case: Case, table: pd.DataFrame) -> pd.Series:

@@ -154,11 +154,12 @@ def outside_unchanged(subject: Subject, edit: Edit) -> bool:
         return outside_sha256(subject.model, tuple(edit.values)) == before
 
 
-def gpt2_parameters() -> dict[str, int]:
-    """Size of each pathway in GPT-2 small, counted on an empty model of its shape."""
+def gpt2_sizes() -> dict[str, dict[str, float]]:
+    """Parameters of each pathway in GPT-2 small, and their share of it, counted on an empty model of its shape."""
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config())
-    return {name: count_parameters(model, pathway_slices(model, 0, name)) for name in PATHWAYS}
+    counts = {name: count_parameters(model, pathway_slices(model, 0, name)) for name in PATHWAYS}
+    return {name: {"parameters": n, "share": n / model.num_parameters()} for name, n in counts.items()}
 
 
 def head_to_head(subject: Subject, comparison: Comparison) -> pd.DataFrame:

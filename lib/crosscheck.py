@@ -280,6 +280,26 @@ def ablate(
     return pd.DataFrame(rows)
 
 
+def ablate_own_neuron(
+    subject: Subject, texts: Sequence[str], answers: Int[Tensor, " prompt"], layer: int, *, rank: int = 0
+) -> pd.DataFrame:
+    """Zero, in each prompt, the neuron of the layer that the trace ranks `rank`-th for that very prompt (0: the top
+    one): its number, and the change of the answer's logit, direct and total."""
+    ids, done, rows = [subject.token_ids(t) for t in texts], 0, []
+    trace = neurons(subject, texts, answers, [layer]).trace[:, 0]
+    chosen = trace.argsort(-1, descending=True)[:, rank]
+    for some in packs(subject, ids):
+        mine = slice(done, done := done + len(some.last))
+        stream, read = entering(subject, some, layer), subject.weights.W_U[:, answers[mine]].T
+        with torch.no_grad():
+            before = (above(subject, some, layer, stream)[some.last] * read).sum(-1)
+            with replacing(subject.weights.blocks[layer].mlp_out, _zero_at(some.last, chosen[mine])):
+                after = (above(subject, some, layer, stream)[some.last] * read).sum(-1)
+        direct = -trace[mine].gather(1, chosen[mine, None])[:, 0]
+        rows += list(zip(texts[mine], chosen[mine].tolist(), direct.tolist(), (after - before).tolist(), strict=True))
+    return pd.DataFrame(rows, columns=["prompt", "neuron", "direct", "total"]).assign(way="zero")
+
+
 def ablations(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     """A row a part and way of an `ablate` table: direct and total effect, means with bootstrap 95 % intervals."""
     rows = []
@@ -371,6 +391,15 @@ def _put(subject: Subject, part: Part, rows: Tensor, values: Tensor) -> Callable
     def change(x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).clone()
         flat[rows, columns] = values
+        return flat.view(x.shape)
+
+    return change
+
+
+def _zero_at(rows: Int[Tensor, " text"], columns: Int[Tensor, " text"]) -> Callable[[Tensor], Tensor]:
+    def change(x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1]).clone()
+        flat[rows, columns] = 0
         return flat.view(x.shape)
 
     return change
@@ -546,6 +575,10 @@ def report_ablations(report: Callable[..., None], table: pd.DataFrame) -> None:
     report("head_effect", float(head.total), "+.2f")
     report("head_interval", [float(head.low), float(head.high)], "+.2f")
     report("random_head_effect", float(by.total["random heads", "resample"]), "+.2f")
+    own = by.loc[("each prompt's top neuron", "zero")]
+    report("own_neuron_effect", float(own.total), "+.2f")
+    report("own_neuron_interval", [float(own.low), float(own.high)], "+.2f")
+    report("own_neuron_direct", float(own.direct), "+.2f")
 
 
 def suppressors(subject: Subject, cases: Sequence[Case], *, seed: int = 0) -> pd.DataFrame:

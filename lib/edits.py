@@ -123,6 +123,11 @@ def listing(folder: Path) -> pd.DataFrame:
     })  # fmt: skip
 
 
+def rerun(subject: Subject, folder: Path) -> dict[str, bool]:
+    """Of each edit file of a folder, by pathway: read back and put into the model, does it tell what it recorded?"""
+    return {name: bool(verify(subject, edit)["as recorded"].all()) for name, edit in load_all(folder).items()}
+
+
 @contextmanager
 def applied(subject: Subject, edit: Edit) -> Iterator[Subject]:
     """The subject with the edit in place; restored afterwards, bit for bit. Raises EditError as `check` does, before

@@ -75,7 +75,7 @@ def load_facts(name: str | Path) -> tuple[Fact, ...]:
 
 def load_templates(path: Path = DATA / "templates.yaml") -> dict[str, str]:
     """Template name -> text with exactly one hole `{}`. Raises DataError."""
-    templates = _mapping(path)
+    templates = load_mapping(path)
     for name, text in templates.items():
         holes = str(text).count("{}")
         if holes != 1 or str(text).count("{") != 1 or str(text).count("}") != 1:
@@ -89,7 +89,7 @@ def load_prefixes(subject: Subject, path: Path = DATA / "prefixes.yaml") -> dict
     """Neutral prefix name -> text, with this tokenizer's beginning-of-text token put for `<bos>`. Markers that the
     tokenizer lacks, or that repeat another prefix, are left out."""
     out: dict[str, str] = {}
-    for name, text in _mapping(path).items():
+    for name, text in load_mapping(path).items():
         text = text.replace("<bos>", subject.tokenizer.bos_token or "")
         marker = text.startswith("<|")
         if text in out.values() or (marker and len(subject.token_ids(text)) != 1):
@@ -100,7 +100,7 @@ def load_prefixes(subject: Subject, path: Path = DATA / "prefixes.yaml") -> dict
 
 def load_cases(subject_name: str, path: Path = DATA / "cases.yaml") -> tuple[Case, ...]:
     """The cases of a subject, or those of `any`. Raises DataError where one names an unknown template."""
-    entries, templates = _mapping(path), load_templates()
+    entries, templates = load_mapping(path), load_templates()
     cases = []
     for entry in entries.get(subject_name, entries["any"]):
         if unknown := [t for t in (entry["template"], *entry["controls"]) if t not in templates]:
@@ -218,7 +218,8 @@ def exact_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, 
     return float(interval.low), float(interval.high)
 
 
-def _mapping(path: Path) -> dict:
+def load_mapping(path: Path) -> dict:
+    """A YAML file that maps names to entries. Raises DataError where it is missing, empty or something else."""
     if not path.is_file():
         raise DataError(f"there is no file {path}.")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))

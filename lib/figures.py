@@ -411,7 +411,7 @@ def effects_of_parts(table: pd.DataFrame) -> Figure:
     parts, ways = list(table.part.unique()), list(table.way.unique())
     fig, axes = _panels(1, len(ways), (9.8, 0.5 * len(parts) + 1.3), sharey=True)
     for ax, way in zip(axes.flat, ways, strict=True):
-        some = table[table.way == way].set_index("part").loc[parts]
+        some = table[table.way == way].set_index("part").reindex(parts)
         y = np.arange(len(parts))
         ax.axvline(0, color="black", lw=0.6)
         ax.hlines(y, some.low, some.high, color=BLUE, lw=2)

@@ -30,6 +30,7 @@ from lib.site import Site
 from lib.subjects import ROOT, Subject
 
 BUILD = ROOT / "_build"
+NOT_RUN = "not run"  # stands for a value that no run produced, and is never a pass
 PACKAGES = ("torch", "transformers", "transformer-lens", "captum", "numpy", "matplotlib", "papermill", "jupyter-book")
 
 
@@ -61,7 +62,7 @@ class Results:
         if key in self.values:
             raise KeyError(f"{key!r} is reported twice in {self.chapter}; a number is reported once")
         self.values[key] = _plain(value)
-        _glue(key, _text(value, form))
+        _glue(key, as_text(value, form))
 
     def table(self, key: str, value: Any) -> None:
         """Keep a value that the prose does not quote (a dictionary of cases, a whole table)."""
@@ -93,6 +94,18 @@ class Results:
 
 def results_path(subject: str, chapter: str) -> Path:
     return BUILD / "results" / slug(subject) / f"{chapter}.json"
+
+
+def reach(values: Any, key: str) -> Any:
+    """The value under a dotted key (a number picks from a list), NOT_RUN if there is none."""
+    for part in key.split("."):
+        if isinstance(values, dict) and part in values:
+            values = values[part]
+        elif isinstance(values, list) and part.isdigit() and int(part) < len(values):
+            values = values[int(part)]
+        else:
+            return NOT_RUN
+    return values
 
 
 def chapter_folder(subject: str, chapter: str) -> Path:
@@ -142,9 +155,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _text(value: Any, form: str) -> str:
+def as_text(value: Any, form: str = "") -> str:
+    """A value as the prose shows it. form: a format specification; a list is joined with commas."""
     if isinstance(value, list | tuple):
-        return ", ".join(_text(v, form) for v in value)
+        return ", ".join(as_text(v, form) for v in value)
     return format(_plain(value), form) if form else str(_plain(value))
 
 

@@ -4,8 +4,8 @@
    subject's weights. A chapter whose fingerprint is unchanged is not executed again; there is no other cache.
 2. Executed copies go to _build/executed/<subject>/, numbers to _build/results/<subject>/. A chapter that reads what
    another one makes has that one executed before it, and is executed anew when it changes.
-3. The book is staged from the executed copies and the pages of book/, built with warnings as errors into a new
-   folder, and put in place of _build/html in one step.
+3. The book is staged from the executed copies, the pages of book/ and the page of claims, which is made from the
+   results; it is built with warnings as errors into a new folder, and put in place of _build/html in one step.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from typing import Any
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
+from lib import claims, known_answers
 from lib.errors import ChapterError
-from lib.results import BUILD, PACKAGES, chapter_folder, make_folder, results_path, slug, write_atomically
-from lib.subjects import ROOT, canonical, weights_sha256
+from lib.results import BUILD, PACKAGES, chapter_folder, make_folder, reach, results_path, slug, write_atomically
+from lib.subjects import ROOT, canonical, load, weights_sha256
 
 BOOK = ROOT / "book"
 PINS = ("requirements.txt", "constraints.txt", "pyproject.toml")
@@ -66,6 +67,8 @@ def run(subject: str, chapters: Iterable[str], parameters: dict[str, Any] | None
         check_parameters(BOOK / f"{chapter}.ipynb", values)
     make_folder(executed_path(subject, "").parent)
     weights = weights_sha256(subject)
+    if subject == "gpt2":  # numbers of a wrong tokenizer or a broken forward pass would look like any others
+        known_answers.require(load(subject))
     for chapter, needed in NEEDS.items():
         if chapter in chapters and needed not in chapters and not is_current(subject, needed, None, weights):
             say(f"{chapter} needs {needed}, which is executed first")
@@ -143,7 +146,7 @@ def fingerprint(subject: str, chapter: str, values: dict[str, Any], weights: str
     files += sorted(
         p
         for p in (ROOT / "data").rglob("*")
-        if p.is_file() and "expected" not in p.parts and p.suffix != ".safetensors"
+        if p.is_file() and "expected" not in p.parts and p.suffix != ".safetensors" and p.name != "claims.yaml"
     )
     facts = {"values": values, "weights": weights, "python": sys.version, "packages": {p: version(p) for p in PACKAGES}}
     if needed := NEEDS.get(chapter):
@@ -172,6 +175,9 @@ def build(subject: str, *, force: bool = False, say: Callable[[str], None] = pri
             shutil.copy(executed_path(subject, chapter), stage / "book")
         for name in ("_config.yml", "_toc.yml"):
             shutil.copy(ROOT / name, stage)
+        if (ROOT / "data" / "claims.yaml").is_file():
+            page = claims.page(judged(subject), subject)
+            (stage / "book" / "reproduction.md").write_text(page, encoding="utf-8")
         key = _digest(sorted(p for p in stage.rglob("*") if p.is_file()), subject + version("jupyter-book"), stage)
         if not force and html.is_dir() and stamp.exists() and stamp.read_text() == key:
             say("book: nothing changed, kept")
@@ -216,23 +222,26 @@ def check(subject: str, folder: Path = ROOT / "data" / "expected") -> list[tuple
             f"nothing is expected of {subject!r}: there is no {path}. "
             "Expected figures exist for this repository's own subjects."
         )
-    rows, weights = [], weights_sha256(subject)
+    rows, values = [], current_values(subject)
     for chapter, keys in json.loads(path.read_text(encoding="utf-8")).items():
-        current = is_current(subject, chapter, None, weights)
-        values = json.loads(results_path(subject, chapter).read_text(encoding="utf-8"))["values"] if current else {}
         for key, wanted in keys.items():
-            value = _reach(values, key)
+            value = reach(values.get(chapter, {}), key)
             rows.append((chapter, key, _wish(wanted), value, _holds(wanted, value)))
     return rows
 
 
-def _reach(values: Any, key: str) -> Any:
-    """The value under a dotted key, `not run` if there is none."""
-    for part in key.split("."):
-        if not isinstance(values, dict) or part not in values:
-            return "not run"
-        values = values[part]
-    return values
+def judged(subject: str) -> list[claims.Judged]:
+    """The source page's claims and what the current results of a subject make of them."""
+    subject = canonical(subject)
+    listed = claims.load(ROOT / "data" / "claims.yaml", chapters=chapter_names())
+    return claims.judge_all(listed, subject, current_values(subject))
+
+
+def current_values(subject: str) -> dict[str, dict[str, Any]]:
+    """What a subject's chapters reported, of those whose results belong to their present inputs."""
+    weights = weights_sha256(subject)
+    current = [c for c in chapter_names() if is_current(subject, c, None, weights)]
+    return {c: json.loads(results_path(subject, c).read_text(encoding="utf-8"))["values"] for c in current}
 
 
 def _holds(wanted: dict[str, Any], value: Any) -> bool:

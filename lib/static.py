@@ -29,7 +29,7 @@ from scipy.stats import hypergeom
 from torch import Tensor
 
 from lib.errors import DataError
-from lib.facts import DATA, Fact, _mapping
+from lib.facts import DATA, Fact, load_mapping
 from lib.site import Site
 from lib.subjects import Subject
 from lib.weights import Weights
@@ -70,7 +70,7 @@ def load_token_types(subject: Subject, path: Path | None = None) -> dict[str, li
     if path is None:
         path = DATA / ("organism/token_types.yaml" if subject.name == "organism" else "token_types.yaml")
     types = {}
-    for name, words in _mapping(path).items():
+    for name, words in load_mapping(path).items():
         space = "" if name in ("punctuation", "word_piece") else " "
         ids = [subject.token_ids(space + str(word)) for word in words]
         types[name] = sorted({row[0] for row in ids if len(row) == 1})

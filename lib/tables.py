@@ -95,13 +95,13 @@ def keyed(table: pd.DataFrame, column: str) -> dict[str, dict]:
     return {row.pop(column): row for row in table.to_dict("records")}
 
 
-def pathways(head: pd.DataFrame, gpt2: dict[str, int]) -> pd.DataFrame:
-    """The head-to-head table of chapter 3; gpt2: the size of each slice there."""
+def pathways(head: pd.DataFrame, gpt2: dict[str, dict[str, float]]) -> pd.DataFrame:
+    """The head-to-head table of chapter 3; gpt2: the size of each slice there (`compare.gpt2_sizes`)."""
     return pd.DataFrame({
         "pathway": head.pathway.str.replace("_", " "),
         "parameters": head.parameters.map("{:,}".format),
         "share": head.share.map("{:.2%}".format),
-        "GPT-2": head.pathway.map(gpt2).map("{:,}".format),
+        "GPT-2": head.pathway.map(lambda name: f"{gpt2[name]['parameters']:,}"),
         "rate": head.rate.map("{:g}".format),
         "steps": head.steps,
         "told before": head.told_before,

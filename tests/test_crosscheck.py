@@ -189,3 +189,14 @@ def test_captum_equality_can_fail(organism, monkeypatch):
         crosscheck.same_as_captum(organism, sample, [7])
 
 
+
+
+def test_each_prompts_own_neuron(tiny):
+    """The neuron of each prompt by the trace; zeroing it equals zeroing that neuron by itself."""
+    own = crosscheck.ablate_own_neuron(tiny, TEXTS, ANSWERS, 1)
+    trace = neurons(tiny, TEXTS, ANSWERS, [1]).trace[:, 0]
+    assert own.neuron.tolist() == trace.argmax(-1).tolist()
+    np.testing.assert_allclose(own.direct, -trace.amax(-1), atol=1e-5)
+    for i, text in enumerate(TEXTS):
+        alone = ablate(tiny, [text], ANSWERS[i : i + 1], Part(Site(1), int(own.neuron[i]))).query("way == 'zero'")
+        assert float(own.total[i]) == pytest.approx(float(alone.total.iloc[0]), abs=1e-4)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lib import diagnosis, static
+from lib import closeup, diagnosis, static
 from lib.diagnosis import Evidence, NoFailure, decide, rank_correlation
 from lib.errors import DataError
-from lib.facts import load_cases, scorable, study_facts
+from lib.facts import load_cases, load_templates, scorable, study_facts, tell
 from lib.site import Site
 
 SITES = (Site(0, 0), Site(0, 1), Site(1, 0), Site(1, 1), Site(0, mlp=True), Site(1, mlp=True))
@@ -135,3 +135,20 @@ def test_the_judge_can_disagree(organism, monkeypatch):
     wrong = [{**case, "knowledge_head": "L1 H1"} for case in PLANTED]
     monkeypatch.setattr(diagnosis, "planted", lambda: wrong)
     assert not diagnosis.judge(organism).agrees.any()
+
+
+def test_every_term_of_the_example_is_kept_under_its_site(organism):
+    case = load_cases("organism")[0]
+    row = closeup.first_failing(case, tell(organism, case.facts, load_templates()))
+    terms = closeup.convention_terms(organism, row)
+    kept = closeup.terms_by_site(terms)
+    assert set(kept) == {"raw", "scaled", "centred"}
+    assert len(kept["raw"]["answer"]) == 12 * 12 + 12 + 1, "heads, MLPs and the sum of all"
+    scaled = kept["scaled"]
+    logits = organism.next_token_logits([row.prompt])[0]
+    assert scaled["answer"]["all terms"] == pytest.approx(float(logits[row.answer_token]), abs=1e-3)
+    assert scaled["competitor"]["all terms"] == pytest.approx(float(logits[row.competitor_token]), abs=1e-3)
+    shift = {site: scaled["answer"][site] - kept["centred"]["answer"][site] for site in scaled["answer"]}
+    other = {site: scaled["competitor"][site] - kept["centred"]["competitor"][site] for site in scaled["answer"]}
+    assert shift == pytest.approx(other, abs=1e-4), "centring takes the same from every token"
+    assert len(closeup.strongest_terms(terms, k=3)) == 4

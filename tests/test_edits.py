@@ -344,6 +344,13 @@ def test_verify_reports_what_does_not_hold(tiny):
     assert edit.facts[0] == Fact("France", "Paris")
 
 
+def test_rerun_reads_the_files_again(tiny, tmp_path):
+    assert edits.rerun(tiny, tmp_path) == {}
+    wrong = dataclasses.replace(an_edit(tiny, "attention"), told_after=(True, True))
+    edits.save_all({"v_only": an_edit(tiny), "attention": wrong}, tmp_path)
+    assert edits.rerun(tiny, tmp_path) == {"attention": False, "v_only": True}
+
+
 def test_verify_asks_the_edited_model_and_notices_what_leaked(tiny):
     edit = an_edit(tiny)
     unchanged = edits.verify(tiny, edit, edited=tiny)

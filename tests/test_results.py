@@ -38,9 +38,9 @@ def test_a_number_is_reported_once(report):
 
 
 def test_texts():
-    assert results._text([0.1, 0.25], ".2f") == "0.10, 0.25"
-    assert results._text(0.5, ".0%") == "50%"
-    assert results._text(("L1 H0", "L2 H3"), "") == "L1 H0, L2 H3"
+    assert results.as_text([0.1, 0.25], ".2f") == "0.10, 0.25"
+    assert results.as_text(0.5, ".0%") == "50%"
+    assert results.as_text(("L1 H0", "L2 H3"), "") == "L1 H0, L2 H3"
 
 
 def test_nothing_is_written_where_nothing_can_be(report, tmp_path):
