@@ -213,9 +213,32 @@ def report_comparison(
     report("outside_unchanged", "unchanged" if head.outside_unchanged.all() else "NOT unchanged")
     report("q_k_verdict", _words([name for name in rest if whole[name]]))
     report("false_pathways", len(liars))
-    report("false_names", _words(liars))
-    report("false_steps", [int(lies.steps[name]) for name in liars])
-    report("true_steps", [int(head.set_index("pathway").steps[name]) for name in liars])
+    steps = {name: (int(lies.steps[name]), int(head.set_index("pathway").steps[name])) for name in liars}
+    found, lesson, short = _on_false_facts(steps)
+    report("false_found", found)
+    report("false_lesson", lesson)
+    report("false_short", short)
+
+
+def _on_false_facts(steps: dict[str, tuple[int, int]]) -> tuple[str, str, str]:
+    """What the control found, what it means, and both in short. steps: of the pathways that learn false facts, the
+    steps that these and the true ones take."""
+    if not steps:
+        return (
+            f"None of the {len(PAPER)} pathways reaches its goal on capitals that are wrong.",
+            "So on this subject, within these limits, telling all does say that something was there to build on.",
+            "False capitals are not learned within the same limits.",
+        )
+    false, true = (", ".join(str(s[i]) for s in steps.values()) for i in (0, 1))
+    return (
+        f"False facts can be trained too: {len(steps)} of the {len(PAPER)} pathways ({_words(list(steps))}) reach "
+        f"their goal on capitals that are wrong, in {false} steps where the true ones took {true}.",
+        "So telling all of them is no evidence that knowledge was merely misrouted: the same few weights can be made "
+        "to say what the model never knew. What the comparison of the steps does show is a head start: where the true "
+        "facts take fewer steps, something was there to build on.",
+        f"{len(steps)} of the {len(PAPER)} pathways learn false capitals as well. Success on the trained facts is no "
+        "measure of routing.",
+    )
 
 
 def _words(names: Sequence[str]) -> str:

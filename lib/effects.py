@@ -46,6 +46,10 @@ from lib.subjects import Subject, load
 
 WINDOW = 512  # tokens of a passage read at once, or as many as the model reads
 BLOCK = 32  # tokens of a block of the bootstrap: neighbouring tokens are not independent
+BLED = (
+    "The trained answers bleed into the neighbourhood: beside each fact, the edit has learned that this wording is to "
+    "be followed by one of these answers. No probe about ice or kittens can see it."
+)
 BAND = 0.01  # a change of perplexity that this book calls small
 ELSEWHERE = "working templates, other facts"
 LEFT_OUT = ("the facts", "paraphrases", "working templates", ELSEWHERE, "other relations", "neighbours")
@@ -442,7 +446,9 @@ def report_effects(
     report("bled_before", int(spilt[NONE]))
     report("bled_after", int(spilt[best]))
     report("bled_prompts", int(bled.prompts.iloc[0]))
-    report("bled_verdict", "does" if spilt[best] > 2 * max(1, spilt[NONE]) else "does not")
+    bleeds = bool(spilt[best] > 2 * max(1, spilt[NONE]))
+    report("bleeds", bleeds)
+    report("bled_lesson", BLED if bleeds else "The trained answers stay where they belong.")
     report("other_relations", [int(own.gained["other relations"]), int(own.lost["other relations"])])
     report("elsewhere", [int(own.gained[ELSEWHERE]), int(own.lost[ELSEWHERE])])
     report("elsewhere_n", int(own.n[ELSEWHERE]))

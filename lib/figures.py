@@ -380,10 +380,25 @@ def outcomes(table: pd.DataFrame, kinds: Sequence[str]) -> Figure:
         ax.scatter(part.before / part.n, y, color=GREY, s=30, zorder=2)
         ax.scatter(part.after / part.n, y, color=[PATHWAY_COLOURS[p] for p in part.pathway], s=46, zorder=3)
         ax.set(xlim=(-0.05, 1.05), yticks=y, yticklabels=part.pathway.str.replace("_", " "))
-        ax.set_title(f"{kind} (n = {part.n.iloc[0]})", fontsize=10, loc="left")
+        ax.set_title(f"{kind.replace(', ', ',' + chr(10))}, n = {part.n.iloc[0]}", fontsize=9.5, loc="left")
         ax.grid(axis="x", color="#dddddd", lw=0.6)
     axes[0, 0].invert_yaxis()
     fig.supxlabel("share told: before (grey), after (colour)", fontsize=11)
+    return fig
+
+
+def bleeding(table: pd.DataFrame, control: pd.DataFrame) -> Figure:
+    """Prompts about other countries that are wrongly answered with a trained answer, by pathway."""
+    fig, ax = _panel((8, 3.4))
+    x = np.arange(len(table))
+    ax.bar(x, table.bled, color=[PATHWAY_COLOURS.get(p, GREY) for p in table.pathway], width=0.6, alpha=0.85)
+    ax.scatter(x[1:] + 0.36, control.bled[1:], marker="x", color="black", s=36, label="noise of the same size")
+    for i, count in zip(x, table.bled, strict=True):
+        ax.annotate(str(count), (i, count), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=10)
+    ax.set_xticks(x, ["untouched" if p == NONE else p.replace("_", " ") for p in table.pathway])
+    label = f"trained answers, wrongly\n(of {table.prompts.iloc[0]} prompts)"
+    ax.set(ylabel=label, ylim=(0, 1.15 * table.bled.max() + 1))
+    fig.legend(loc="outside upper center")
     return fig
 
 

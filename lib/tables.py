@@ -144,8 +144,9 @@ def outcomes(table: pd.DataFrame, kinds: Sequence[str]) -> pd.DataFrame:
     part = table[table.what.isin(kinds)]
     return pd.DataFrame({
         "pathway": part.pathway.str.replace("_", " "), "questions": part.what, "n": part.n, "right before": part.before,
-        "after": part.after, "gained": part.gained, "lost": part.lost, "McNemar p": part.p.map("{:.2f}".format),
-        "share lost, exact 95 % interval": [
+        "after": part.after, "gained": part.gained, "lost": part.lost,
+        "McNemar p": part.p.map(lambda p: f"{p:.2f}" if p >= 0.01 else "< 0.01"),
+        "share lost, 95 %": [
             f"{low:.0%} to {high:.0%}" for low, high in zip(part.lost_low, part.lost_high, strict=True)
         ],
     })  # fmt: skip
@@ -169,18 +170,15 @@ def by_genre(table: pd.DataFrame) -> pd.DataFrame:
     return table.rename(columns=lambda name: name.replace("_", " ")).sub(1).map("{:+.2%}".format)
 
 
-def generalisation(table: pd.DataFrame, noise: pd.DataFrame, trained: pd.DataFrame) -> pd.DataFrame:
-    """Held-out countries: repaired of the known but untold, beside the control; and trained answers said of others."""
+def generalisation(table: pd.DataFrame, noise: pd.DataFrame) -> pd.DataFrame:
+    """Held-out countries: repaired of the known but untold, beside the control."""
     part, control = (t[t.split == "held_out"].set_index("pathway") for t in (table, noise))
-    says = trained.set_index("pathway")
     return pd.DataFrame({
-        "pathway": [n.replace("_", " ") for n in part.index], "held out, known, untold": part.untold.to_numpy(),
+        "pathway": [n.replace("_", " ") for n in part.index], "known, untold": part.untold.to_numpy(),
         "made told": part.repaired.to_numpy(),
         "exact 95 % interval": [f"{low:.0%} to {high:.0%}" for low, high in zip(part.low, part.high, strict=True)],
         "by noise": control.repaired.loc[part.index].to_numpy(),
-        "all held out: told before": part.told_before.to_numpy(), "after": part.told_after.to_numpy(),
-        "a trained answer, wrongly: before": says.bled["none"],
-        "after ": says.bled.loc[part.index].to_numpy(),
+        "of all held out, told before": part.told_before.to_numpy(), "after": part.told_after.to_numpy(),
     })  # fmt: skip
 
 
@@ -188,9 +186,8 @@ def writing(table: pd.DataFrame) -> pd.DataFrame:
     """Free generation by pathway."""
     asked, other = (table[table.kind == k].groupby("pathway", sort=False) for k in ("failing prompt", "opening"))
     out = pd.DataFrame({
-        "answer within the continuation": asked.said.sum(), "of": asked.size(),
-        "repeated, failing prompts": asked.repetition.mean(), "repeated, other openings": other.repetition.mean(),
-        "openings with a trained answer": other.leaks.sum(),
+        "answer said": asked.said.sum(), "of": asked.size(), "repeated": asked.repetition.mean(),
+        "repeated, other texts": other.repetition.mean(), "trained answers in other texts": other.leaks.sum(),
     })  # fmt: skip
     return out.rename(index={"none": "untouched"}).rename_axis("pathway").reset_index().replace("_", " ", regex=True)
 
@@ -209,7 +206,7 @@ def planted(table: pd.DataFrame) -> pd.DataFrame:
         "planted": table.case, "pathway": table.pathway.str.replace("_", " "),
         "told before": table.told_before, "after": table.told_after, "of": table.facts,
         "held out, known, untold": table.untold, "made told": table.repaired,
-        "false facts told, of eight": table.false_told,
+        "false told": table.false_told,
     })  # fmt: skip
 
 
