@@ -17,11 +17,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import pandas as pd
 import torch
-from captum.attr import LayerGradientXActivation
 from jaxtyping import Float, Int
 from scipy.stats import bootstrap
 from torch import Tensor, nn
@@ -35,8 +35,24 @@ from lib.site import Site
 from lib.subjects import Subject, load
 from lib.trace import capture, logit_trace, subject_positions
 
+TOOLS = ("captum", "transformer-lens")
 BATCH = 8
 TOP = 5  # neurons compared as a set
+
+
+def require_tools() -> dict[str, str]:
+    """The versions of the tools that this chapter is about. Raises DataError for one that is not installed: a
+    cross-validation without the other side is none, and must not look like one."""
+    versions = {}
+    for name in TOOLS:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError as error:
+            raise DataError(
+                f"{name} is not installed, so nothing can be checked against it; install it with "
+                "`pip install -r requirements.txt` and run the chapter again."
+            ) from error
+    return versions
 
 
 # Captum: gradient x activation against the trace, neuron by neuron
@@ -78,6 +94,8 @@ def captum_neurons(
     subject: Subject, texts: Sequence[str], targets: Int[Tensor, " prompt"], layers: Sequence[int]
 ) -> Float[Tensor, "prompt layer d_mlp"]:
     """Gradient x activation by Captum itself: a full forward and backward pass for each batch of prompts."""
+    from captum.attr import LayerGradientXActivation
+
     modules = [subject.weights.blocks[i].mlp_out for i in layers]
     out = []
     for start in tqdm(range(0, len(texts), BATCH), desc="Captum"):

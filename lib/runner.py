@@ -241,7 +241,20 @@ def current_values(subject: str) -> dict[str, dict[str, Any]]:
     """What a subject's chapters reported, of those whose results belong to their present inputs."""
     weights = weights_sha256(subject)
     current = [c for c in chapter_names() if is_current(subject, c, None, weights)]
-    return {c: json.loads(results_path(subject, c).read_text(encoding="utf-8"))["values"] for c in current}
+    return {c: _own_values(subject, c, weights) for c in current}
+
+
+def _own_values(subject: str, chapter: str, weights: str) -> dict[str, Any]:
+    """Raises ChapterError for a results file that another subject's run, or another model's, has left there."""
+    path = results_path(subject, chapter)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    own = content["provenance"]
+    if (own["subject"], own["weights_sha256"]) != (subject, weights):
+        raise ChapterError(
+            f"{path} was made by {own['subject']} ({own['weights_sha256'][:12]}...), not by {subject} "
+            f"({weights[:12]}...). Run `python -m lib run {chapter} --subject {subject} --force`."
+        )
+    return content["values"]
 
 
 def _holds(wanted: dict[str, Any], value: Any) -> bool:

@@ -333,13 +333,14 @@ def test_agreement_counts_only_beyond_its_controls(same, controls, wanted):
 
 
 @pytest.mark.parametrize(
-    ("neuron", "head", "wanted"),
-    [((-0.6, -0.3), (-4, -3), "reproduced"), ((0.01, 0.04), (-4, -3), "differs"),
-     ((-0.1, 0.1), (-1, 1), "not reproduced")],
+    ("neuron", "own_neuron", "head", "wanted"),
+    [((-0.6, -0.3), 0.0, (-4, -3), "reproduced"), ((0.01, 0.04), -0.4, (-4, -3), "reproduced"),
+     ((0.01, 0.04), 0.0, (-4, -3), "differs"), ((-0.1, 0.1), 0.0, (-1, 1), "not reproduced")],
 )  # fmt: skip
-def test_patching_the_head_may_confirm_what_the_neuron_does_not(neuron, head, wanted):
+def test_patching_the_head_may_confirm_what_the_neuron_does_not(neuron, own_neuron, head, wanted):
     values = {
         "layer": 24, "patching_effect": sum(neuron) / 2, "patching_interval": neuron, "random_neuron_effect": 0.0,
+        "own_neuron_effect": own_neuron, "own_neuron_interval": (own_neuron - 0.1, own_neuron + 0.1),
         "head_effect": sum(head) / 2, "head_interval": head, "random_head_effect": -0.1,
     }  # fmt: skip
     values |= {k: list(v) for k, v in values.items() if isinstance(v, tuple)}

@@ -9,6 +9,7 @@ import torch
 
 from lib import crosscheck, diagnosis
 from lib.crosscheck import Part, ablate, agreement, captum_neurons, neurons, reading, replacing, sweep
+from lib.errors import DataError
 from lib.facts import load_cases, load_templates, prompts, trainable
 from lib.site import Site
 from lib.trace import capture, logit_trace
@@ -178,8 +179,6 @@ def test_suppressors_are_empty_where_there_is_none(organism, planted, monkeypatc
 
 
 def test_captum_equality_can_fail(organism, monkeypatch):
-    from lib.errors import DataError
-
     case = trainable(organism, load_cases("organism")[0])
     sample = crosscheck.large_prompts(organism, case, templates=1).head(3)
     assert crosscheck.same_as_captum(organism, sample, [7])["largest difference"].max() < 1e-5
@@ -200,3 +199,10 @@ def test_each_prompts_own_neuron(tiny):
     for i, text in enumerate(TEXTS):
         alone = ablate(tiny, [text], ANSWERS[i : i + 1], Part(Site(1), int(own.neuron[i]))).query("way == 'zero'")
         assert float(own.total[i]) == pytest.approx(float(alone.total.iloc[0]), abs=1e-4)
+
+
+def test_a_missing_tool_is_an_error(monkeypatch):
+    assert set(crosscheck.require_tools()) == {"captum", "transformer-lens"}
+    monkeypatch.setattr(crosscheck, "TOOLS", ("captum", "no-such-tool"))
+    with pytest.raises(DataError, match=r"no-such-tool is not installed.*pip install -r requirements\.txt"):
+        crosscheck.require_tools()

@@ -41,7 +41,8 @@ def workshop(tmp_path, monkeypatch):
 SAVE = (
     "import json, pathlib\np = pathlib.Path('../_build/results') / subject / '01_a.json'\n"
     "p.parent.mkdir(parents=True, exist_ok=True)\n"
-    "p.write_text(json.dumps({'provenance': {}, 'values': {'seed': seed, 'x': {'y': 0.5}}}))"
+    "own = {'subject': subject, 'weights_sha256': 'sum of ' + subject}\n"
+    "p.write_text(json.dumps({'provenance': own, 'values': {'seed': seed, 'x': {'y': 0.5}}}))"
 )
 
 
@@ -233,3 +234,13 @@ def test_command_line_teaches_and_reports():
     assert isinstance(failed.exception, BookError) and "no chapter '99'" in str(failed.exception)
     failed = cli.invoke(app, ["run", "1", "-p", "seed"])
     assert "write NAME=VALUE" in str(failed.exception)
+
+
+def test_results_of_another_subject_are_not_mixed_in(workshop):
+    notebook(workshop / "book" / "01_a.ipynb", SAVE)
+    runner.run("s", ["01_a"])
+    assert runner.current_values("s") == {"01_a": {"seed": 0, "x": {"y": 0.5}}}
+    path = runner.results_path("s", "01_a")
+    path.write_text(path.read_text().replace('"subject": "s"', '"subject": "other"'))
+    with pytest.raises(ChapterError, match=r"was made by other .*, not by s .*Run `python -m lib run 01_a"):
+        runner.current_values("s")
