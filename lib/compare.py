@@ -21,6 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib.diagnosis import prescribe
 from lib.edits import Edit, applied, load_all, outside_sha256
+from lib.errors import EditError
 from lib.facts import Case, load_templates, tell
 from lib.pathways import DEFAULT, Kept, Recipe, Trained, keep, train
 from lib.subjects import Subject
@@ -91,6 +92,16 @@ def recommended(edits: dict[str, Edit]) -> str:
     """The pathway that the rule recommends, `none` if no edit reaches its goal."""
     harm = {name: edit.recipe["neutral_kl"] for name, edit in edits.items() if edit.recipe["reached"]}
     return min(harm, key=harm.__getitem__) if harm else "none"
+
+
+def under_study(edits: dict[str, Edit]) -> tuple[str, str]:
+    """The pathway whose side effects are told of in full, and a clause that says why. Raises EditError for no edits."""
+    if not edits:
+        raise EditError("no pathway left an edit: every training diverged. Try smaller rates, or another case.")
+    if (best := recommended(edits)) != "none":
+        return best, "recommended by that chapter's rule, which saw none of what follows"
+    most = max(edits, key=lambda name: (sum(edits[name].told_after), -edits[name].recipe["neutral_kl"]))
+    return most, "the one that tells most, for none reaches its goal and the rule recommends none"
 
 
 def made(

@@ -588,14 +588,14 @@ def report_ablations(report: Callable[..., None], table: pd.DataFrame) -> None:
     by = table.set_index(["part", "way"])
     neuron, head = by.loc[("top neuron", "zero")], by.loc[("knowledge head", "resample")]
     report("patching_effect", float(neuron.total), "+.2f")
-    report("patching_interval", [float(neuron.low), float(neuron.high)], "+.2f")
+    report("patching_interval", (float(neuron.low), float(neuron.high)), "+.2f")
     report("random_neuron_effect", float(by.total["random neurons", "zero"]), "+.2f")
     report("head_effect", float(head.total), "+.2f")
-    report("head_interval", [float(head.low), float(head.high)], "+.2f")
+    report("head_interval", (float(head.low), float(head.high)), "+.2f")
     report("random_head_effect", float(by.total["random heads", "resample"]), "+.2f")
     own = by.loc[("each prompt's top neuron", "zero")]
     report("own_neuron_effect", float(own.total), "+.2f")
-    report("own_neuron_interval", [float(own.low), float(own.high)], "+.2f")
+    report("own_neuron_interval", (float(own.low), float(own.high)), "+.2f")
     report("own_neuron_direct", float(own.direct), "+.2f")
 
 

@@ -9,6 +9,7 @@ from test_edits import an_edit
 
 from lib import compare, edits
 from lib.compare import chosen, false_facts, recommended
+from lib.errors import EditError
 from lib.facts import load_cases, trainable
 from lib.pathways import Recipe, keep
 
@@ -44,6 +45,23 @@ def test_recommended_needs_its_goal(organism):
     }
     assert recommended(made) == "ffn"
     assert recommended({"v_only": made["v_only"]}) == "none"
+
+
+def test_what_is_studied_when_nothing_can_be_recommended(organism):
+    from dataclasses import replace
+
+    base, n = an_edit(organism), len(an_edit(organism).facts)
+    few, all_told = (False,) * n, (True,) * n
+    made = {
+        name: replace(base, told_after=told, recipe={"reached": False, "neutral_kl": kl})
+        for name, told, kl in (("full", few, 0.1), ("ffn", all_told, 0.3), ("v_only", all_told, 0.2))
+    }
+    studied, reason = compare.under_study(made)
+    assert studied == "v_only" and "none reaches its goal" in reason
+    reached = {"full": replace(base, recipe={"reached": True, "neutral_kl": 0.1})}
+    assert compare.under_study(made | reached)[0] == "full"
+    with pytest.raises(EditError, match="every training diverged"):
+        compare.under_study({})
 
 
 def test_gpt2_counts_are_the_papers():

@@ -40,6 +40,7 @@ def test_a_number_is_reported_once(report):
 def test_texts():
     assert results.as_text([0.1, 0.25], ".2f") == "0.10, 0.25"
     assert results.as_text(0.5, ".0%") == "50%"
+    assert results.as_text((-0.1, 0.25), "+.2f") == "-0.10 to +0.25"
     assert results.as_text(("L1 H0", "L2 H3"), "") == "L1 H0, L2 H3"
 
 
