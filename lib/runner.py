@@ -1,7 +1,8 @@
 """Execute chapters with papermill, build the book with Jupyter Book, check its numbers against expectation.
 
-1. Each chapter has a fingerprint: its notebook, all of lib/ and data/, the pins and the installed packages, the
-   subject's weights. A chapter whose fingerprint is unchanged is not executed again; there is no other cache.
+1. Each chapter has a fingerprint: its notebook, every module of lib/ that it imports, directly or through others, all
+   of data/, the pins and the installed packages, the subject's weights. A chapter whose fingerprint is unchanged is not
+   executed again; there is no other cache.
 2. Executed copies go to _build/executed/<subject>/, numbers to _build/results/<subject>/. A chapter that reads what
    another one makes has that one executed before it, and is executed anew when it changes.
 3. The book is staged from the executed copies, the pages of book/ and the page of claims, which is made from the
@@ -10,6 +11,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import logging
@@ -141,8 +143,7 @@ def execute(notebook: Path, output: Path, values: dict[str, Any]) -> None:
 
 def fingerprint(subject: str, chapter: str, values: dict[str, Any], weights: str) -> str:
     """sha256 over everything that a chapter's output can depend on."""
-    files = [BOOK / f"{chapter}.ipynb", *(ROOT / p for p in PINS)]
-    files += sorted((ROOT / "lib").rglob("*.py"))
+    files = [BOOK / f"{chapter}.ipynb", *(ROOT / p for p in PINS), *sources(BOOK / f"{chapter}.ipynb")]
     files += sorted(
         p
         for p in (ROOT / "data").rglob("*")
@@ -153,6 +154,34 @@ def fingerprint(subject: str, chapter: str, values: dict[str, Any], weights: str
         stamp = executed_path(subject, needed).with_suffix(".key")
         facts["needed"] = stamp.read_text(encoding="utf-8") if stamp.exists() else ""
     return _digest(files, json.dumps(facts, sort_keys=True, default=str), ROOT)
+
+
+def sources(notebook: Path) -> list[Path]:
+    """The files of lib/ that a chapter's cells import, and those that these import, and so on, functions included."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    lines = [line for cell in cells if cell["cell_type"] == "code" for line in "".join(cell["source"]).splitlines()]
+    todo = _imports("\n".join(line for line in lines if not line.startswith(("%", "!"))))
+    found = {ROOT / "lib" / "__init__.py"}
+    while todo:
+        path = ROOT / "lib" / f"{todo.pop()}.py"
+        if path.is_file() and path not in found:
+            found.add(path)
+            todo |= _imports(path.read_text(encoding="utf-8"))
+    return sorted(found)
+
+
+def _imports(code: str) -> set[str]:
+    """Modules of lib/ that some code imports, by name; `from lib import x` may also mean a plain name, which no file
+    has."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module == "lib":
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lib."):
+            found.add((node.module or "").split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {name.name.split(".")[1] for name in node.names if name.name.startswith("lib.")}
+    return found
 
 
 def build(subject: str, *, force: bool = False, say: Callable[[str], None] = print) -> Path:

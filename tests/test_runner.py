@@ -1,6 +1,8 @@
 """Running chapters: what is refused, what is kept, what a failure leaves behind; and `check`."""
 
 import json
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -72,7 +74,7 @@ def test_a_chapter_that_saves_no_results_fails(workshop):
 
 
 def test_only_what_changed_runs_again(workshop):
-    chapter = notebook(workshop / "book" / "01_a.ipynb", SAVE)
+    chapter = notebook(workshop / "book" / "01_a.ipynb", "if not seed + 1:\n    from lib import new", SAVE)
     said: list[str] = []
 
     def run(**options):
@@ -87,12 +89,41 @@ def test_only_what_changed_runs_again(workshop):
         assert run() == "executed" if change == "lib/new.py" else run() == "kept"
         (workshop / change).write_text("changed")
         assert run() == "executed", change
-    notebook(chapter, SAVE, "y = 2")
+    notebook(chapter, SAVE, "y = 2  # it imports nothing of lib any more")
     assert run() == "executed"
     assert run() == "kept"
     assert run(force=True) == "executed"
     (workshop / "_build" / "results" / "s" / "01_a.json").unlink()
     assert run() == "executed"
+
+
+def test_a_module_that_no_cell_needs_leaves_a_chapter_alone(workshop):
+    """a imports b inside a function; c is imported by nobody."""
+    made = {"a": "def f():\n    from lib import b\n", "b": "import lib.d as d", "c": "", "d": "x = 1"}
+    for name, code in made.items():
+        (workshop / "lib" / f"{name}.py").write_text(code)
+    path = notebook(
+        workshop / "book" / "01_a.ipynb", "%matplotlib inline\nif subject == 'never':\n    from lib.a import f"
+    )
+    assert [p.stem for p in runner.sources(path)] == ["__init__", "a", "b", "d"]
+    (workshop / "lib" / "__init__.py").write_text("")
+    old = runner.fingerprint("s", "01_a", {}, "")
+    (workshop / "lib" / "c.py").write_text("changed")
+    assert runner.fingerprint("s", "01_a", {}, "") == old
+    (workshop / "lib" / "d.py").write_text("x = 2")
+    assert runner.fingerprint("s", "01_a", {}, "") != old
+
+
+def test_every_chapter_depends_on_what_it_loads():
+    """What Python really loads for a chapter's imports is what the fingerprint holds."""
+    for chapter in runner.chapter_names():
+        cells = nbformat.read(runner.BOOK / f"{chapter}.ipynb", 4).cells
+        lines = {line for c in cells for line in c.source.splitlines() if line.startswith(("from lib", "import lib"))}
+        code = "; ".join(sorted(lines)) + "; import sys; print(*(m[4:] for m in sys.modules if m.startswith('lib.')))"
+        loaded = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=runner.ROOT
+        )
+        assert set(loaded.stdout.split()) <= {p.stem for p in runner.sources(runner.BOOK / f"{chapter}.ipynb")}
 
 
 def test_other_weights_run_again(workshop, monkeypatch):
