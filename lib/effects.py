@@ -118,9 +118,12 @@ def questions(subject: Subject, case: Case) -> pd.DataFrame:
     return table.assign(answer_token=[subject.first_token(a) for a in table.answer])
 
 
-def prepare(subject: Subject, case: Case, layer: int, *, texts: dict[str, str] | None = None) -> Protocol:
-    """Run everything below the layer once. texts: passages by name; the book's own if none are given."""
-    table = questions(subject, case)
+def prepare(
+    subject: Subject, case: Case, layer: int, *, texts: dict[str, str] | None = None, table: pd.DataFrame | None = None
+) -> Protocol:
+    """Run everything below the layer once. texts: passages by name; the book's own if none are given. table: the part
+    of `questions` to ask; all, if not given."""
+    table = questions(subject, case) if table is None else table.reset_index(drop=True)
     asked = list(packs(subject, [subject.token_ids(p) for p in table.prompt]))
     streams = [(p, entering(subject, p, layer)) for p in tqdm(asked, desc="questions", leave=False)]
     passages = []

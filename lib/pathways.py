@@ -12,7 +12,7 @@ else, and the model is not touched at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from time import perf_counter
@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -169,21 +169,43 @@ def losses(
 
 
 def train(
-    subject: Subject, kept: Kept, pathway: str, *, rate: float, seed: int = 0, bar: tqdm | None = None
-) -> Trained:
+    subject: Subject, kept: Kept, pathway: str, *, rate: float, seed: int = 0, bar: tqdm | None = None,
+    masks: Mapping[Slice, Bool[Tensor, "*shape"]] | None = None,
+) -> Trained:  # fmt: skip
     """Train one pathway at one rate (Adam, no weight decay). seed: of the order in which neutral windows come.
-    bar: a progress bar to move on by one when done."""
+    bar: a progress bar to move on by one when done. masks: of a slice, the entries that may change; all, if not
+    given."""
     recipe, start = kept.recipe, perf_counter()
     slices = pathway_slices(subject.model, kept.layer, pathway)
     leaves = {s: v.requires_grad_() for s, v in slice_values(subject, slices).items()}
-    optimiser = torch.optim.Adam(leaves.values(), lr=rate)
-    generator = torch.Generator().manual_seed(seed)
-    rows: list[tuple[float, ...]] = []
+    for part, mask in (masks or {}).items():  # Adam without weight decay leaves what has never had a gradient alone
+        leaves[part].register_hook(lambda gradient, mask=mask: gradient * mask)
+    name = f"{pathway}, rate {rate:g}, seed {seed}"
+    history = optimise(subject, kept, list(leaves.values()), leaves, rate=rate, seed=seed, name=name, bar=bar)
+    seconds, last = perf_counter() - start, history.iloc[-1]
+    reached = bool(np.isfinite(last.loss) and last.min_margin >= recipe.margin)
+    if not reached and not (np.isfinite(last.loss) and last.cross_entropy <= history.cross_entropy[0]):
+        return Trained(pathway, rate, seed, None, history, False, np.nan, seconds)
+    values = {s: v.detach() for s, v in leaves.items()}
+    harm = neutral_kl(subject, kept, values)
+    outcome = {"rate": rate, "steps": len(history) - 1, "reached": reached, "neutral_kl": harm}
+    edit = _edit(subject, kept, pathway, values, seed, outcome)
+    return Trained(pathway, rate, seed, edit, history, reached, harm, seconds)
+
+
+def optimise(
+    subject: Subject, kept: Kept, leaves: Sequence[Tensor], values: dict[Slice, Tensor], *, rate: float, seed: int = 0,
+    name: str = "", bar: tqdm | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """Minimise the objective over the leaves, in place, until the recipe says stop; a row a step. values: what the
+    leaves are put for in the layer; leaves that a hook puts somewhere else need none."""
+    recipe, rows = kept.recipe, []
+    optimiser, generator = torch.optim.Adam(leaves, lr=rate), torch.Generator().manual_seed(seed)
     for step in range(recipe.max_steps + 1):
         if bar is not None:
-            bar.set_postfix_str(f"{pathway}, rate {rate:g}, seed {seed}, step {step}", refresh=step % 10 == 0)
+            bar.set_postfix_str(f"{name}, step {step}", refresh=step % 10 == 0)
         windows = torch.randperm(kept.training, generator=generator)[: recipe.windows]
-        cross_entropy, kl, logits = losses(subject, kept, leaves, windows)
+        cross_entropy, kl, logits = losses(subject, kept, values, windows)
         loss, margins = cross_entropy + recipe.kl_weight * kl, _margins(logits.detach(), kept.answers)
         told, least = int((margins > 0).sum()), margins.min().item()
         rows.append((step, loss.item(), cross_entropy.item(), kl.item(), told, least))
@@ -192,17 +214,9 @@ def train(
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    history, seconds = pd.DataFrame(rows, columns=COLUMNS), perf_counter() - start
     if bar is not None:
         bar.update()
-    reached = bool(np.isfinite(loss.item())) and least >= recipe.margin
-    if not reached and not (np.isfinite(loss.item()) and cross_entropy.item() <= history.cross_entropy[0]):
-        return Trained(pathway, rate, seed, None, history, False, np.nan, seconds)
-    values = {s: v.detach() for s, v in leaves.items()}
-    harm = neutral_kl(subject, kept, values)
-    outcome = {"rate": rate, "steps": step, "reached": reached, "neutral_kl": harm}
-    edit = _edit(subject, kept, pathway, values, seed, outcome)
-    return Trained(pathway, rate, seed, edit, history, reached, harm, seconds)
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 @torch.no_grad()

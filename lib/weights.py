@@ -11,13 +11,13 @@ A new model family needs a builder here, and nothing elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from einops import einsum, rearrange, repeat
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
@@ -262,6 +262,40 @@ def pathway_slices(model: PreTrainedModel, layer: int, pathway: str) -> tuple[Sl
         return (Slice(f"{prefix}{attn}{letter}_proj.weight"),)
     d, third = weights.d_model, "qkv".index(letter)
     return (Slice(f"{prefix}{attn}{fused}", third * d, (third + 1) * d),)
+
+
+def part_masks(
+    model: PreTrainedModel, layer: int, part: str, picked: Sequence[int]
+) -> tuple[str, dict[Slice, Bool[Tensor, "*shape"]]]:
+    """A part of a layer (0-based): the pathway that holds it, and which entries of that pathway's slices it is. part:
+    `head` (query heads: what W_Q and W_O have of them), `values` (columns of W_V, counted over all key/value heads) or
+    `neurons` (rows of W_out). Raises ValueError for other words."""
+    pathways = {"head": "attention", "values": "v_only", "neurons": "ffn"}
+    if part not in pathways:
+        raise ValueError(f"unknown part {part!r}; choose from {', '.join(pathways)}")
+    weights, parameters = view(model), dict(model.named_parameters())
+    slices, index = pathway_slices(model, layer, pathways[part]), torch.tensor(picked)
+    masks = {s: torch.zeros_like(s.of(parameters[s.name]), dtype=torch.bool) for s in slices}
+    by_end = {s.name.split(".", 3)[-1]: mask for s, mask in masks.items()}  # name within the block
+    width, gpt2 = weights.d_head, weights.family == "gpt2"
+    if part == "head":
+        rows = (index[:, None] * width + torch.arange(width)).flatten()
+        _mark(by_end["attn.c_attn.weight" if gpt2 else "self_attn.q_proj.weight"], rows, gpt2)
+        _mark(by_end["attn.c_proj.weight" if gpt2 else "self_attn.o_proj.weight"], rows, not gpt2)
+    else:
+        (mask,) = masks.values() if part == "values" else (
+            by_end["mlp.c_proj.weight" if gpt2 else "mlp.down_proj.weight"],
+        )  # fmt: skip
+        _mark(mask, index, gpt2 == (part == "values"))
+    return pathways[part], masks
+
+
+def _mark(mask: Bool[Tensor, "a b"], index: Int[Tensor, " n"], columns: bool) -> None:
+    """GPT-2 keeps its matrices as (in, out), Llama as (out, in)."""
+    if columns:
+        mask[:, index] = True
+    else:
+        mask[index] = True
 
 
 def count_parameters(model: PreTrainedModel, slices: tuple[Slice, ...]) -> int:

@@ -1,0 +1,160 @@
+"""Is it the diagnosis that makes an edit work? Edits at every layer, and at random places of equal size.
+
+    edit_at   one pathway at any layer, under the one recipe and at one rate for all: the layer sweep
+    part_at   an equal number of parameters of that layer, chosen by the diagnosis or at random
+    rho       does a layer's diagnostic score say how well its edit does?
+
+Localisation need not inform editing (Hase et al. 2023), and edits at random heads can do as well as at localised ones
+(Wang and Veitch 2025): so every edit is put beside what it is when the place is drawn. Each run is a plain function of
+a subject and a few plain values, so that `sweep` can keep and repeat it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lib.diagnosis import Verdict, case_table, decide, gather
+from lib.effects import Protocol, ask, prepare
+from lib.errors import EditError
+from lib.facts import Case, load_cases, load_templates, trainable
+from lib.pathways import Kept, Trained, keep, train
+from lib.subjects import Subject
+from lib.trace import capture
+from lib.weights import part_masks
+
+RATE = 1e-3  # the middle of the recipe's grid, for every run here: an equal budget, and no choice to make a layer shine
+NEURONS = 128  # of an MLP, in the control of equal size
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs on a subject share: the case, the verdict, which questions were told by the untouched model."""
+
+    case: Case
+    verdict: Verdict
+    writes: Float[Tensor, " component"]  # of the answer under the controls, by component
+    untold: pd.DataFrame  # known and not told: a row a fact of the large set, with its split
+    table: pd.DataFrame  # the questions that every edit is asked
+
+
+@lru_cache(maxsize=1)
+def setting(subject: Subject) -> Setting:
+    """The first case of a subject, diagnosed; and what its untouched model says to every question."""
+    case = trainable(subject, load_cases(subject.name)[0])
+    evidence = gather(subject, case, case_table(subject, case))
+    asked = ask(subject, prepare(subject, case, 0, texts={}), None)
+    large = asked[asked.set == "large"]
+    told = large.pivot(index="subject", columns="template", values="told")
+    untold = told[list(case.controls)].any(axis=1) & ~told[case.template]
+    split = large.drop_duplicates("subject").set_index("subject").split
+    probes, failing = asked.set.isin(["capability", "unrelated"]), asked.template == case.template
+    table = asked[probes | (asked.set.isin(["eight", "large"]) & failing)]
+    return Setting(
+        case, decide(evidence), evidence.writes_control.mean(0),
+        pd.DataFrame({"subject": untold.index[untold], "split": split.loc[untold.index[untold]].to_numpy()}),
+        table.rename(columns={"told": "told_before", "top": "top_before"}).drop(columns=["prob", "margin"]),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _prepared(subject: Subject, layer: int) -> tuple[Kept, Protocol]:
+    """Streams that enter a layer; the runs of one layer follow each other in a sweep."""
+    own = setting(subject)
+    return keep(subject, own.case, layer), prepare(subject, own.case, layer, texts={}, table=own.table)
+
+
+def edit_at(subject: Subject, *, layer: int, pathway: str, seed: int = 0) -> dict[str, Any]:
+    """Train one pathway at a layer (counted from 1) and ask what it did. Raises EditError for a layer that is not
+    there."""
+    kept, protocol = _prepared(subject, _index(subject, layer))
+    run = train(subject, kept, pathway, rate=RATE, seed=seed)
+    return outcome(subject, protocol, run) | {"parameters": run.edit.parameters if run.edit else 0}
+
+
+def part_at(subject: Subject, *, layer: int, part: str, pick: str, seed: int = 0) -> dict[str, Any]:
+    """Train a part of a layer (counted from 1), of a size that does not depend on how it is picked. part: `head` (one
+    query head's rows of W_Q and columns of W_O), `values` (as many rows of W_V as a key/value head has) or `neurons`
+    (NEURONS rows of W_out). pick: `diagnosed` (the knowledge head; its value head's rows; the neurons that write most
+    of the answers) or `random`, drawn with the seed. Raises EditError for other words."""
+    index = _index(subject, layer)
+    kept, protocol = _prepared(subject, index)
+    pathway, masks = part_masks(subject.model, index, part, _picked(subject, index, part, pick, seed))
+    run = train(subject, kept, pathway, rate=RATE, seed=seed, masks=masks)
+    return outcome(subject, protocol, run) | {"parameters": int(sum(m.sum() for m in masks.values()))}
+
+
+def outcome(subject: Subject, protocol: Protocol, run: Trained) -> dict[str, Any]:
+    """What a run did, as plain values. kl: on the neutral windows that training does not see. repaired, untold: known
+    and untold facts of each split. bled: prompts about other countries answered with a trained answer, wrongly."""
+    own = {"reached": run.reached, "diverged": run.diverged, "steps": run.steps, "kl": float(run.kl),
+           "min_margin": float(run.history.min_margin.iloc[-1])}  # fmt: skip
+    if run.edit is None:
+        return own
+    return own | answers(subject, ask(subject, protocol, run.edit))
+
+
+def answers(subject: Subject, asked: pd.DataFrame) -> dict[str, Any]:
+    """What an `ask` table over the setting's questions comes to."""
+    own = setting(subject)
+    eight, large = asked[asked.set == "eight"], asked[asked.set == "large"]
+    large = large[large.template == own.case.template].set_index("subject")
+    eight = eight[eight.template == own.case.template]
+    trained = {subject.token_text(subject.first_token(f.answer)) for f in own.case.facts}
+    out = {"told": int(eight.told.sum()), "facts": len(eight),
+           "bled": int((large.top.isin(trained) & ~large.told).sum()), "prompts": len(large)}  # fmt: skip
+    for split in ("held_out", "selection", "fit"):
+        names = own.untold.subject[own.untold.split == split]
+        out |= {f"{split}_repaired": int(large.told[names].sum()), f"{split}_untold": len(names)}
+    for name in ("capability", "unrelated"):
+        part = asked[asked.set == name]
+        out |= {f"{name}_lost": int((part.told_before & ~part.told).sum()), name: int(part.told.sum())}
+    return out | {"neighbours_lost": int((large.told_before & ~large.told).sum()),
+                  "neighbours": int(large.told_before.sum())}  # fmt: skip
+
+
+def _index(subject: Subject, layer: int) -> int:
+    if not 1 <= layer <= subject.weights.n_layers:
+        raise EditError(f"there is no layer {layer}: {subject.name} has L1 to L{subject.weights.n_layers}.")
+    return layer - 1
+
+
+def _picked(subject: Subject, layer: int, part: str, pick: str, seed: int) -> list[int]:
+    """Heads, rows of W_V or neurons."""
+    weights, verdict, draw = subject.weights, setting(subject).verdict, np.random.default_rng(seed)
+    head, group = verdict.knowledge_head.head or 0, weights.n_heads // weights.n_kv_heads
+    sizes = {"head": weights.n_heads, "values": weights.n_kv_heads * weights.d_head,
+             "neurons": weights.blocks[layer].mlp.W_out.shape[0]}  # fmt: skip
+    counts = {"head": 1, "values": weights.d_head, "neurons": min(NEURONS, sizes["neurons"] // 2)}
+    if part not in sizes or pick not in ("diagnosed", "random"):
+        raise EditError(f"no part {part!r} picked {pick!r}; choose {', '.join(sizes)}, and diagnosed or random.")
+    if pick == "random":
+        away = [head] if part == "head" and layer == verdict.knowledge_head.layer else []
+        return sorted(draw.choice(np.setdiff1d(np.arange(sizes[part]), away), counts[part], replace=False).tolist())
+    if part == "neurons":
+        return strongest_neurons(subject, layer, counts[part])
+    return [head] if part == "head" else [head // group * weights.d_head + i for i in range(weights.d_head)]
+
+
+def strongest_neurons(subject: Subject, layer: int, k: int) -> list[int]:
+    """The neurons of a layer that write most of the case's answers under its first control template."""
+    case, weights = setting(subject).case, subject.weights
+    texts = [load_templates()[case.controls[0]].replace("{}", f.subject) for f in case.facts]
+    seen: list[Tensor] = []
+    handle = weights.blocks[layer].mlp_out.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        state = capture(subject, texts)
+    finally:
+        handle.remove()
+    answer = torch.tensor([subject.first_token(f.answer) for f in case.facts])
+    direction = weights.norm_final.fold(weights.W_U[:, answer]).T / weights.norm_final.scale(state.stream[:, -1])
+    neurons = seen[0].reshape(*state.tokens.shape, -1)[torch.arange(len(texts)), state.last]
+    written = (neurons * (direction @ weights.blocks[layer].mlp.W_out.T)).mean(0)
+    return sorted(written.topk(k).indices.tolist())
