@@ -26,6 +26,7 @@ from lib.effects import Protocol, ask, prepare
 from lib.errors import EditError
 from lib.facts import Case, load_cases, load_templates, trainable
 from lib.pathways import Kept, Trained, keep, train
+from lib.site import Site
 from lib.subjects import Subject
 from lib.trace import capture
 from lib.weights import part_masks
@@ -36,13 +37,16 @@ NEURONS = 128  # of an MLP, in the control of equal size
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs on a subject share: the case, the verdict, which questions were told by the untouched model."""
+    """What all runs on a subject share. writes: of the answers under the controls, by component. opponent: what pushes
+    hardest against the answers under the failing template. untold: a row a fact of the large set that is known and not
+    told. table: all questions, with what the untouched model says (told_before, top_before)."""
 
     case: Case
     verdict: Verdict
-    writes: Float[Tensor, " component"]  # of the answer under the controls, by component
-    untold: pd.DataFrame  # known and not told: a row a fact of the large set, with its split
-    table: pd.DataFrame  # the questions that every edit is asked
+    writes: Float[Tensor, " component"]
+    opponent: Site
+    untold: pd.DataFrame
+    table: pd.DataFrame
 
 
 @lru_cache(maxsize=1)
@@ -53,14 +57,13 @@ def setting(subject: Subject) -> Setting:
     asked = ask(subject, prepare(subject, case, 0, texts={}), None)
     large = asked[asked.set == "large"]
     told = large.pivot(index="subject", columns="template", values="told")
-    untold = told[list(case.controls)].any(axis=1) & ~told[case.template]
+    untold = told.index[told[list(case.controls)].any(axis=1) & ~told[case.template]]
     split = large.drop_duplicates("subject").set_index("subject").split
-    probes, failing = asked.set.isin(["capability", "unrelated"]), asked.template == case.template
-    table = asked[probes | (asked.set.isin(["eight", "large"]) & failing)]
     return Setting(
         case, decide(evidence), evidence.writes_control.mean(0),
-        pd.DataFrame({"subject": untold.index[untold], "split": split.loc[untold.index[untold]].to_numpy()}),
-        table.rename(columns={"told": "told_before", "top": "top_before"}).drop(columns=["prob", "margin"]),
+        evidence.sites[int(evidence.pushes_failing.mean(0).argmin())],
+        pd.DataFrame({"subject": untold, "split": split.loc[untold].to_numpy()}),
+        asked.rename(columns={"told": "told_before", "top": "top_before"}).drop(columns=["prob", "margin"]),
     )  # fmt: skip
 
 
@@ -68,7 +71,9 @@ def setting(subject: Subject) -> Setting:
 def _prepared(subject: Subject, layer: int) -> tuple[Kept, Protocol]:
     """Streams that enter a layer; the runs of one layer follow each other in a sweep."""
     own = setting(subject)
-    return keep(subject, own.case, layer), prepare(subject, own.case, layer, texts={}, table=own.table)
+    failing = own.table.set.isin(["eight", "large"]) & (own.table.template == own.case.template)
+    table = own.table[own.table.set.isin(["capability", "unrelated"]) | failing]
+    return keep(subject, own.case, layer), prepare(subject, own.case, layer, texts={}, table=table)
 
 
 def edit_at(subject: Subject, *, layer: int, pathway: str, seed: int = 0) -> dict[str, Any]:
@@ -102,22 +107,29 @@ def outcome(subject: Subject, protocol: Protocol, run: Trained) -> dict[str, Any
 
 
 def answers(subject: Subject, asked: pd.DataFrame) -> dict[str, Any]:
-    """What an `ask` table over the setting's questions comes to."""
+    """What an `ask` table over the setting's questions, or some of them, comes to. Of the kinds of questions that are
+    in it: how many there are (n), told now, and lost since."""
     own = setting(subject)
-    eight, large = asked[asked.set == "eight"], asked[asked.set == "large"]
-    large = large[large.template == own.case.template].set_index("subject")
-    eight = eight[eight.template == own.case.template]
+    failing, control = asked.template == own.case.template, asked.template.isin(own.case.controls)
+    eight, large = asked.set == "eight", asked.set == "large"
+    kinds = {
+        "facts": eight & failing, "neighbours": large & failing & asked.told_before,
+        "capability": asked.set == "capability", "unrelated": asked.set == "unrelated",
+        "relations": asked.set == "relations", "paraphrases": eight & ~failing & ~control,
+        "working": eight & control, "elsewhere": large & control,
+    }  # fmt: skip
+    out: dict[str, Any] = {}
+    for kind, pick in kinds.items():
+        if (part := asked[pick]).size:
+            out |= {f"{kind}_n": len(part), f"{kind}_told": int(part.told.sum()),
+                    f"{kind}_lost": int((part.told_before & ~part.told).sum())}  # fmt: skip
+    others = asked[large & failing].set_index("subject")
     trained = {subject.token_text(subject.first_token(f.answer)) for f in own.case.facts}
-    out = {"told": int(eight.told.sum()), "facts": len(eight),
-           "bled": int((large.top.isin(trained) & ~large.told).sum()), "prompts": len(large)}  # fmt: skip
+    out |= {"bled": int((others.top.isin(trained) & ~others.told).sum()), "bled_n": len(others)}
     for split in ("held_out", "selection", "fit"):
         names = own.untold.subject[own.untold.split == split]
-        out |= {f"{split}_repaired": int(large.told[names].sum()), f"{split}_untold": len(names)}
-    for name in ("capability", "unrelated"):
-        part = asked[asked.set == name]
-        out |= {f"{name}_lost": int((part.told_before & ~part.told).sum()), name: int(part.told.sum())}
-    return out | {"neighbours_lost": int((large.told_before & ~large.told).sum()),
-                  "neighbours": int(large.told_before.sum())}  # fmt: skip
+        out |= {f"{split}_n": len(names), f"{split}_repaired": int(others.told[names].sum())}
+    return out
 
 
 def _index(subject: Subject, layer: int) -> int:

@@ -164,12 +164,15 @@ def load_wikitext(articles: int = 10) -> dict[str, str]:
 
 
 @torch.no_grad()
-def ask(subject: Subject, protocol: Protocol, edit: Edit | None) -> pd.DataFrame:
-    """The questions, each with told, prob (of the answer), top (the token said) and margin (in logits)."""
+def ask(
+    subject: Subject, protocol: Protocol, edit: Edit | None, *, bias: Float[Tensor, " vocab"] | None = None
+) -> pd.DataFrame:
+    """The questions, each with told, prob (of the answer), top (the token said) and margin (in logits). bias: added to
+    all logits."""
     rows, answers, done = [], torch.tensor(protocol.questions.answer_token.to_numpy()), 0
     for some, stream in protocol.prompts:
         final = above(subject, some, protocol.layer, stream, _values(protocol, edit))[some.last]
-        logits = final @ subject.weights.W_U
+        logits = final @ subject.weights.W_U + (0 if bias is None else bias)
         own = answers[done : (done := done + len(logits)), None]
         right = logits.gather(1, own)[:, 0]
         wrong = logits.scatter(1, own, float("-inf")).amax(1)
@@ -180,12 +183,15 @@ def ask(subject: Subject, protocol: Protocol, edit: Edit | None) -> pd.DataFrame
 
 
 @torch.no_grad()
-def read(subject: Subject, protocol: Protocol, edit: Edit | None) -> pd.DataFrame:
-    """A row a predicted token of the passages: passage, block, nll and kl (untouched || edited), in nats."""
+def read(
+    subject: Subject, protocol: Protocol, edit: Edit | None, *, bias: Float[Tensor, " vocab"] | None = None
+) -> pd.DataFrame:
+    """A row a predicted token of the passages: passage, block, nll and kl (untouched || edited), in nats. bias: added
+    to all logits."""
     parts, block = [], 0
     for name, some, stream, untouched in protocol.passages:
         final = above(subject, some, protocol.layer, stream, _values(protocol, edit))[:-1]
-        now = (final @ subject.weights.W_U).log_softmax(-1)
+        now = (final @ subject.weights.W_U + (0 if bias is None else bias)).log_softmax(-1)
         base = (untouched[:-1] @ subject.weights.W_U).log_softmax(-1)
         kl = (base.exp() * (base - now)).sum(-1).clamp(min=0)
         nll = -now.gather(1, some.tokens[1:, None])[:, 0]

@@ -1,0 +1,358 @@
+"""Rivals of the edit: other ways to make the same facts told, judged by the same protocol.
+
+    no training      a neutral prefix, a beginning-of-text token, one example in the context; the knowledge head
+                     scaled up, the strongest opponent down; the competitors' logits lowered
+    few parameters   a bias vector, the layer's norm gains, rank-1 LoRA on its value matrix (Hu et al. 2022, by `peft`)
+    closed form      a change of the MLP's W_out at the same layer by least squares (after Meng et al. 2022 and 2023)
+    everything       all blocks of the model
+
+A rival changes what the model does inside a `with`, or what stands before its prompts. A strength is chosen on the
+case's facts by one rule: of those that tell most, the one that moves neutral text least. What is trained shares the
+pathways' objective, neutral windows and limit of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from lib.controls import answers, setting
+from lib.effects import NONE, Measured, Protocol, ask, prepare, read, reading
+from lib.errors import EditError
+from lib.facts import load_prefixes, load_templates, study_facts, tell
+from lib.pathways import DEFAULT, Kept, keep, losses, neutral_kl, optimise
+from lib.site import Site
+from lib.subjects import Subject
+from lib.weights import Slice, pathway_slices
+
+Change = Callable[[], AbstractContextManager[Any]]
+RATES = {"few": (3e-3, 1e-2, 3e-2), "all": (1e-5, 3e-5, 1e-4)}  # few parameters take larger steps, all smaller ones
+RIDGES = (0.1, 1.0, 10.0, 100.0, 1000.0)  # weight of neutral text against the facts, in the closed form
+SCALES = {"head": (1.5, 2.0, 3.0, 4.0, 6.0), "opponent": (0.75, 0.5, 0.25, 0.0)}
+LOWER = (0.5, 1.0, 2.0, 4.0, 8.0)  # logits
+
+
+@dataclass(frozen=True)
+class Rival:
+    """change: puts it in place, and takes it away again. prefix: before every prompt that is asked; it does not act on
+    running text. bias: added to the logits of every next token."""
+
+    name: str
+    parameters: int
+    strength: str = ""
+    change: Change = nullcontext
+    prefix: str = ""
+    bias: Float[Tensor, " vocab"] | None = None
+
+
+def rival(subject: Subject, *, name: str) -> dict[str, Any]:
+    """Build a rival by name (`RIVALS`) and ask it what every edit is asked. Plain values, as `controls.outcome` gives
+    them; seconds: of building it. Raises EditError for an unknown name."""
+    if name not in RIVALS:
+        raise EditError(f"there is no rival {name!r}; choose from {', '.join(RIVALS)}.")
+    start = perf_counter()
+    made = RIVALS[name](subject)
+    seconds = perf_counter() - start
+    protocol = _asked(subject, made.prefix)
+    with made.change():
+        asked = ask(subject, protocol, None, bias=made.bias)
+        tokens = {} if made.prefix else {NONE: _untouched(subject), name: read(subject, protocol, None, bias=made.bias)}
+    out = {"rival": made.name, "parameters": made.parameters, "strength": made.strength} | answers(subject, asked)
+    if tokens:
+        ppl = reading(Measured({NONE: asked, name: asked}, tokens)).iloc[0]
+        out |= {k: float(ppl[k]) for k in ("ratio", "ratio_low", "ratio_high", "kl")}
+    return out | {"seconds": round(seconds, 1)}
+
+
+@lru_cache(maxsize=2)
+def _asked(subject: Subject, prefix: str) -> Protocol:
+    """Everything from the first layer up: a rival may act anywhere. A prefix stands before every prompt."""
+    own = setting(subject)
+    table = own.table[(own.table.set != "large") | own.table.template.isin([own.case.template, own.case.controls[0]])]
+    return prepare(
+        subject,
+        own.case,
+        0,
+        texts={} if prefix else None,
+        table=table.assign(prompt=[prefix + p for p in table.prompt]),
+    )
+
+
+@lru_cache(maxsize=1)
+def _untouched(subject: Subject):
+    return read(subject, _asked(subject, ""), None)
+
+
+# Without training
+
+
+def _prefix(name: str, subject: Subject) -> Rival:
+    known = load_prefixes(subject)
+    if name not in known:  # a tokenizer without such a token
+        name = "bos" if "bos" in known else "newline"
+    return Rival(f"prefix: {name}", 0, repr(known[name]), prefix=known[name])
+
+
+def _example(subject: Subject) -> Rival:
+    """One told fact of the study set, under the failing template itself."""
+    own, text = setting(subject), load_templates()
+    told = tell(subject, study_facts(subject, own.case), {own.case.template: text[own.case.template]})
+    first = told[told.told].iloc[0] if told.told.any() else told.iloc[0]
+    return Rival("one example", 0, first.subject, prefix=f"{first.prompt} {first.answer}.\n")
+
+
+def _scaled(what: str, subject: Subject) -> Rival:
+    """The knowledge head made louder, or the component that pushes hardest against the answers made softer."""
+    own = setting(subject)
+    site = own.verdict.knowledge_head if what == "head" else own.opponent
+    made = [
+        Rival(f"{site} scaled" if what == "head" else f"opponent {site} scaled", 1, f"times {factor:g}",
+              partial(_times, subject, site, factor))
+        for factor in SCALES[what]
+    ]  # fmt: skip
+    return _chosen(subject, keep(subject, own.case, site.layer), made)
+
+
+def _competitors(subject: Subject) -> Rival:
+    """The logits of the case's competitors lowered, everywhere: by the least that tells most."""
+    own, text = setting(subject), load_templates()
+    table = tell(subject, own.case.facts, {"failing": text[own.case.template]})
+    rivals = sorted(set(table.competitor_token[~table.told]))
+    logits = subject.next_token_logits(list(table.prompt))
+    found = []
+    for lower in LOWER:
+        bias = torch.zeros(logits.shape[1]).index_fill(0, torch.tensor(rivals), -lower)
+        found.append((int(((logits + bias).argmax(1) == torch.tensor(table.answer_token.tolist())).sum()), lower, bias))
+    _, lower, bias = max(found, key=lambda row: (row[0], -row[1]))
+    return Rival("competitors lowered", len(rivals), f"by {lower:g} logits", bias=bias)
+
+
+@contextmanager
+def _times(subject: Subject, site: Site, factor: float) -> Iterator[None]:
+    """A head's z, or an MLP's output, multiplied at every position."""
+    block, width = subject.weights.blocks[site.layer], subject.weights.d_head
+
+    def head(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        scale = torch.ones(args[0].shape[-1])
+        scale[site.head * width : (site.head + 1) * width] = factor  # type: ignore[operator]
+        return (args[0] * scale,)
+
+    module = block.mlp_out if site.mlp else block.heads_out
+    with _hook(module.register_forward_hook(lambda m, a, out: out * factor) if site.mlp else
+               module.register_forward_pre_hook(head)):  # fmt: skip
+        yield
+
+
+# Few parameters
+
+
+def _vector(subject: Subject) -> Rival:
+    """One vector added to the stream after the diagnosed layer, at every position."""
+    layer = setting(subject).verdict.knowledge_head.layer
+    module = subject.weights.blocks[layer].mlp_out
+
+    @contextmanager
+    def added(vector: Tensor) -> Iterator[None]:
+        with _hook(module.register_forward_hook(lambda m, a, out: out + vector)):
+            yield
+
+    def trained(rate: float) -> Rival:
+        vector = torch.zeros(subject.weights.d_model, requires_grad=True)
+        with added(vector):
+            optimise(subject, _kept(subject), [vector], {}, rate=rate)
+        return Rival("bias vector", vector.numel(), f"rate {rate:g}", partial(added, vector.detach()))
+
+    return _chosen(subject, _kept(subject), [trained(rate) for rate in RATES["few"]])
+
+
+def _gains(subject: Subject) -> Rival:
+    """The gains of the diagnosed layer's two norms."""
+    layer, parameters = setting(subject).verdict.knowledge_head.layer, dict(subject.model.named_parameters())
+    slices = [s for s in pathway_slices(subject.model, layer, "full") if parameters[s.name].ndim == 1 and _gain(s)]
+
+    def trained(rate: float) -> Rival:
+        leaves = {s: parameters[s.name].detach().clone().requires_grad_() for s in slices}
+        optimise(subject, _kept(subject), list(leaves.values()), leaves, rate=rate)
+        values = {s: v.detach() for s, v in leaves.items()}
+        size = sum(v.numel() for v in values.values())
+        return Rival("norm gains", size, f"rate {rate:g}", partial(_written, subject, values))
+
+    return _chosen(subject, _kept(subject), [trained(rate) for rate in RATES["few"]])
+
+
+def _gain(part: Slice) -> bool:
+    return part.name.endswith(("layernorm.weight", "ln_1.weight", "ln_2.weight"))
+
+
+def _lora(subject: Subject) -> Rival:
+    """Rank 1 on the diagnosed layer's value projection; of GPT-2, on the fused projection that holds it."""
+    layer = setting(subject).verdict.knowledge_head.layer
+    name = "c_attn" if subject.weights.family == "gpt2" else "v_proj"
+    parent = subject.weights.blocks[layer].module.get_submodule("attn" if name == "c_attn" else "self_attn")
+    plain = getattr(parent, name)
+
+    @contextmanager
+    def swapped(module: nn.Module) -> Iterator[None]:
+        setattr(parent, name, module)
+        try:
+            yield
+        finally:
+            setattr(parent, name, plain)
+
+    def trained(rate: float) -> Rival:
+        torch.manual_seed(0)  # of the adapter's first values
+        config = LoraConfig(r=1, lora_alpha=1, target_modules=[name], fan_in_fan_out=name == "c_attn")
+        try:
+            inject_adapter_in_model(config, parent)  # type: ignore[arg-type]
+            adapted = getattr(parent, name)
+        finally:
+            setattr(parent, name, plain)
+            vars(parent).pop("peft_config", None)
+        leaves = [p for n, p in adapted.named_parameters() if "lora_" in n]
+        with swapped(adapted):
+            optimise(subject, _kept(subject), leaves, {}, rate=rate)
+        size = sum(p.numel() for p in leaves)
+        return Rival("LoRA, rank 1, on W_V", size, f"rate {rate:g}", partial(swapped, adapted.requires_grad_(False)))
+
+    return _chosen(subject, _kept(subject), [trained(rate) for rate in RATES["few"]])
+
+
+# Closed form, and everything
+
+
+def _closed_form(subject: Subject) -> Rival:
+    """ROME and MEMIT's two steps at the diagnosed layer: for each fact the vector that, added after the MLP at the last
+    position, makes it told; then the least-squares change of W_out that gives these for the facts' neurons and as
+    little as may be for those of neutral text: dW = (ridge C + K'K)^-1 K' V."""
+    kept, layer = _kept(subject), setting(subject).verdict.knowledge_head.layer
+    mlp_out, last = subject.weights.blocks[layer].mlp_out, kept.texts.last[: len(kept.facts)]
+    wanted = torch.zeros(len(last), subject.weights.d_model, requires_grad=True)
+    seen: list[Tensor] = []
+
+    def add(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+        seen.append(args[0].detach().reshape(-1, args[0].shape[-1]))
+        return out.index_add(-2, last, wanted[None] if out.ndim == 3 else wanted)
+
+    with _hook(mlp_out.register_forward_hook(add)):
+        optimise(subject, kept, [wanted], {}, rate=0.3)
+        neutral = _neutral_neurons(subject, kept, seen)
+    keys, values = neutral[0], wanted.detach()
+    moment = neutral[1].T @ neutral[1] / len(neutral[1])
+    (part,) = [
+        s
+        for s in pathway_slices(subject.model, layer, "ffn")
+        if s.name.endswith(("down_proj.weight", "mlp.c_proj.weight"))
+    ]
+    weight = dict(subject.model.named_parameters())[part.name].detach()
+    made = []
+    for ridge in RIDGES:
+        change = torch.linalg.solve(ridge * moment * len(keys) + keys.T @ keys, keys.T @ values)
+        new = weight + (change if subject.weights.family == "gpt2" else change.T)
+        made.append(
+            Rival("closed form on W_out", new.numel(), f"ridge {ridge:g}", partial(_written, subject, {part: new}))
+        )
+    return _chosen(subject, kept, made)
+
+
+def _neutral_neurons(subject: Subject, kept: Kept, seen: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The facts' neurons at their last position, and those of the windows that training draws from."""
+    windows = []
+    for start in range(0, kept.training, kept.recipe.windows):
+        seen.clear()
+        with torch.no_grad():
+            losses(subject, kept, {}, torch.arange(start, min(start + kept.recipe.windows, kept.training)))
+        windows.append(seen[0][len(kept.stream) :])
+    return seen[0][kept.texts.last[: len(kept.facts)]], torch.cat(windows)
+
+
+def _everything(subject: Subject) -> Rival:
+    """All blocks of the model, at small rates; the embedding, which is the unembedding too, stays."""
+    kept = keep(subject, setting(subject).case, 0)
+    names = [n for n, _ in subject.model.named_parameters() if n.startswith(subject.weights.prefix + ".")]
+    parameters = dict(subject.model.named_parameters())
+    before = {n: parameters[n].detach().clone() for n in names}
+
+    def trained(rate: float) -> Rival:
+        leaves = [parameters[n].requires_grad_() for n in names]
+        try:
+            optimise(subject, kept, leaves, {}, rate=rate)
+            values = {Slice(n): parameters[n].detach().clone() for n in names}
+        finally:
+            with torch.no_grad():
+                for n in names:
+                    parameters[n].requires_grad_(False).copy_(before[n])
+                    parameters[n].grad = None
+        size = sum(v.numel() for v in values.values())
+        return Rival("all blocks", size, f"rate {rate:g}", partial(_written, subject, values))
+
+    return _chosen(subject, kept, [trained(rate) for rate in RATES["all"]])
+
+
+# Shared
+
+
+@lru_cache(maxsize=1)
+def _kept(subject: Subject) -> Kept:
+    own = setting(subject)
+    return keep(subject, own.case, own.verdict.knowledge_head.layer, DEFAULT)
+
+
+@torch.no_grad()
+def _chosen(subject: Subject, kept: Kept, made: Sequence[Rival]) -> Rival:
+    """The rule: most facts told; of these, the least KL on the neutral windows that training does not see."""
+
+    def score(one: Rival) -> tuple[int, float]:
+        with one.change():
+            logits = losses(subject, kept, {}, torch.arange(kept.recipe.windows))[2]
+            harm = neutral_kl(subject, kept, {})
+        return int((logits.argmax(1) == kept.answers).sum()), -harm
+
+    return max(made, key=score)
+
+
+@contextmanager
+def _written(subject: Subject, values: dict[Slice, Tensor]) -> Iterator[None]:
+    """Values in the model's own weights, restored bit for bit."""
+    parameters = dict(subject.model.named_parameters())
+    before = {s: s.of(parameters[s.name]).clone() for s in values}
+    try:
+        with torch.no_grad():
+            for part, value in values.items():
+                part.of(parameters[part.name]).copy_(value)
+        yield
+    finally:
+        with torch.no_grad():
+            for part, value in before.items():
+                part.of(parameters[part.name]).copy_(value)
+
+
+@contextmanager
+def _hook(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+RIVALS: dict[str, Callable[[Subject], Rival]] = {
+    "newline": partial(_prefix, "newline"),
+    "bos": partial(_prefix, "document"),
+    "example": _example,
+    "head": partial(_scaled, "head"),
+    "opponent": partial(_scaled, "opponent"),
+    "competitors": _competitors,
+    "vector": _vector,
+    "gains": _gains,
+    "lora": _lora,
+    "closed_form": _closed_form,
+    "everything": _everything,
+}
