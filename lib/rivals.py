@@ -119,7 +119,7 @@ def _scaled(what: str, subject: Subject) -> Rival:
               partial(_times, subject, site, factor))
         for factor in SCALES[what]
     ]  # fmt: skip
-    return _chosen(subject, keep(subject, own.case, site.layer), made)
+    return _chosen(subject, keep(subject, own.case, site.layer, DEFAULT), made)
 
 
 def _competitors(subject: Subject) -> Rival:
@@ -276,7 +276,7 @@ def _neutral_neurons(subject: Subject, kept: Kept, seen: list[Tensor]) -> tuple[
 
 def _everything(subject: Subject) -> Rival:
     """All blocks of the model, at small rates; the embedding, which is the unembedding too, stays."""
-    kept = keep(subject, setting(subject).case, 0)
+    kept = keep(subject, setting(subject).case, 0, DEFAULT)
     names = [n for n, _ in subject.model.named_parameters() if n.startswith(subject.weights.prefix + ".")]
     parameters = dict(subject.model.named_parameters())
     before = {n: parameters[n].detach().clone() for n in names}
