@@ -170,3 +170,100 @@ def strongest_neurons(subject: Subject, layer: int, k: int) -> list[int]:
     neurons = seen[0].reshape(*state.tokens.shape, -1)[torch.arange(len(texts)), state.last]
     written = (neurons * (direction @ weights.blocks[layer].mlp.W_out.T)).mean(0)
     return sorted(written.topk(k).indices.tolist())
+
+
+# What chapter 6 shows of finished runs
+
+SUCCESS = {  # column of a run, and whether more is better
+    "facts_told": True, "steps": False, "held_out_repaired": True, "kl": False, "bled": False,
+}  # fmt: skip
+
+
+def by_layer(runs: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds of a layer sweep: one row a pathway and layer. A diverged run tells nothing and repairs
+    nothing."""
+    columns = ["facts_told", "held_out_repaired", "held_out_n", "steps", "kl", "bled", "bled_n", "probes_lost"]
+    filled = runs.assign(probes_lost=runs.capability_lost + runs.unrelated_lost)
+    filled[["facts_told", "held_out_repaired"]] = filled[["facts_told", "held_out_repaired"]].fillna(0)
+    means = filled.groupby(["pathway", "layer"], sort=False)[columns].mean()
+    return means.assign(reached=runs.groupby(["pathway", "layer"], sort=False).reached.mean()).reset_index()
+
+
+@torch.no_grad()
+def layer_scores(subject: Subject, relation: Float[Tensor, "n_layers n_heads"]) -> pd.DataFrame:
+    """How strongly each piece of evidence points to each layer: `static` (the strongest head of the relation map,
+    input-free), `writes` (what its heads and MLP write of the answers under the controls, where positive) and
+    `knowledge head` (its strongest head alone, the score that the rule prescribes by). One row a layer."""
+    own, weights = setting(subject), subject.weights
+    heads = own.writes[: weights.n_layers * weights.n_heads].view(weights.n_layers, -1)
+    mlps = own.writes[weights.n_layers * weights.n_heads :]
+    return pd.DataFrame({
+        "layer": range(1, weights.n_layers + 1), "static": relation.max(1).values.tolist(),
+        "writes": (heads.relu().sum(1) + mlps.relu()).tolist(), "knowledge head": heads.max(1).values.tolist(),
+    })  # fmt: skip
+
+
+def correlations(means: pd.DataFrame, scores: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
+    """Spearman's rho over layers between each diagnostic score and each measure of an edit's success, turned so that
+    more is better, with a 95 % bootstrap interval over layers; a row a pathway, score and measure."""
+    rows = []
+    for pathway, part in means.groupby("pathway", sort=False):
+        joined = part.merge(scores, on="layer")
+        for score in scores.columns.drop("layer"):
+            for measure, more in SUCCESS.items():
+                success = joined[measure] if more else -joined[measure]
+                rows.append((pathway, score, measure, len(joined), *rho(joined[score], success, seed=seed)))
+    return pd.DataFrame(rows, columns=["pathway", "score", "measure", "layers", "rho", "low", "high"])
+
+
+def rho(a: pd.Series, b: pd.Series, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Spearman's rank correlation with its bootstrap interval; NaN where one of them is constant. Resamples in which
+    one is constant are left out."""
+    if a.nunique() < 2 or b.nunique() < 2:
+        return np.nan, np.nan, np.nan
+    draws, rng = [], np.random.default_rng(seed)
+    x, y = a.to_numpy(float), b.to_numpy(float)
+    for pick in rng.integers(len(x), size=(resamples, len(x))):
+        if len(set(x[pick])) > 1 and len(set(y[pick])) > 1:
+            draws.append(np.corrcoef(rankdata(x[pick]), rankdata(y[pick]))[0, 1])
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(spearmanr(x, y).statistic), float(low), float(high)
+
+
+def at_least_as_good(means: pd.DataFrame, layer: int) -> pd.DataFrame:
+    """How many of the other layers do at least as well as one (counted from 1), by pathway: in facts told, in held-out
+    facts repaired, and in both the number of steps and the harm to neutral text."""
+    rows = []
+    for pathway, part in means.groupby("pathway", sort=False):
+        own, others = part[part.layer == layer].iloc[0], part[part.layer != layer]
+        best = part.sort_values(["held_out_repaired", "facts_told", "kl"], ascending=[False, False, True])
+        rows.append({
+            "pathway": pathway, "others": len(others),
+            "told": int((others.facts_told >= own.facts_told).sum()),
+            "repaired": int((others.held_out_repaired >= own.held_out_repaired).sum()),
+            "sooner": int(((others.facts_told >= own.facts_told) & (others.steps <= own.steps)).sum()),
+            "gentler": int(((others.facts_told >= own.facts_told) & (others.kl <= own.kl)).sum()),
+            "best_layer": int(best.layer.iloc[0]),
+            "most_repaired": float(part.held_out_repaired.max()),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def random_against_diagnosed(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of a sweep of parts: beside each diagnosed one, the random ones of equal size. percentile: share of the random
+    ones that do no better than the diagnosed one (told, then margin); with n random ones it cannot be told from 100 %
+    to better than 1/n."""
+    rows = []
+    for part, some in runs.groupby("part", sort=False):
+        diagnosed, random = some[some["pick"] == "diagnosed"].iloc[0], some[some["pick"] == "random"]
+        better = (random.facts_told > diagnosed.facts_told) | (
+            (random.facts_told == diagnosed.facts_told) & (random.min_margin > diagnosed.min_margin)
+        )
+        rows.append({
+            "part": part, "parameters": int(diagnosed.parameters), "random": len(random),
+            "told": int(diagnosed.facts_told), "random_told": random.facts_told.mean(),
+            "repaired": int(diagnosed.held_out_repaired), "random_repaired": random.held_out_repaired.mean(),
+            "margin": diagnosed.min_margin, "random_margin": random.min_margin.mean(),
+            "kl": diagnosed.kl, "random_kl": random.kl.mean(), "better": int(better.sum()),
+        })  # fmt: skip
+    return pd.DataFrame(rows)

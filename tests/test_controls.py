@@ -1,5 +1,7 @@
 """Edits at any layer and at parts of equal size."""
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -82,3 +84,50 @@ def test_places_that_are_not_there(organism):
         controls.part_at(organism, layer=5, part="tail", pick="random")
     with pytest.raises(ValueError, match="unknown part"):
         part_masks(organism.model, 0, "tail", [0])
+
+
+def runs(**columns):
+    base = {
+        "pathway": "v_only", "seed": 0, "reached": True, "steps": 10, "kl": 0.1, "bled": 0, "bled_n": 9,
+        "facts_told": 8, "held_out_repaired": 0, "held_out_n": 19, "capability_lost": 0, "unrelated_lost": 0,
+    }  # fmt: skip
+    return pd.DataFrame({**{k: [v] * len(columns["layer"]) for k, v in base.items()}, **columns})
+
+
+def test_correlations_worked_out():
+    """Layers 1 to 4 in the order of their score: told falls, steps fall (which is better), bled is constant."""
+    means = controls.by_layer(runs(layer=[1, 2, 3, 4], facts_told=[8, 7, 6, 5], steps=[40, 30, 20, 10]))
+    scores = pd.DataFrame({"layer": [1, 2, 3, 4], "score": [0.1, 0.2, 0.3, 0.4]})
+    found = controls.correlations(means, scores).set_index("measure")
+    assert found.rho["facts_told"] == -1 and found.rho["steps"] == 1
+    assert found.low["facts_told"] == -1 and found.high["facts_told"] == -1
+    assert found.rho.isna()["bled"] and (found.layers == 4).all()
+
+
+def test_rho_of_noise_has_a_wide_interval():
+    draw = np.random.default_rng(0)
+    value, low, high = controls.rho(pd.Series(draw.normal(size=10)), pd.Series(draw.normal(size=10)))
+    assert low < 0 < high and low <= value <= high and high - low > 0.5
+
+
+def test_other_layers_that_do_as_well_are_counted():
+    means = controls.by_layer(
+        runs(layer=[1, 2, 3], facts_told=[8, 8, 7], steps=[5, 20, 1], kl=[0.2, 0.1, 0.0], held_out_repaired=[3, 0, 5])
+    )
+    (row,) = controls.at_least_as_good(means, 2).to_dict("records")
+    assert (row["others"], row["told"], row["repaired"], row["sooner"], row["gentler"]) == (2, 1, 2, 1, 0)
+    assert row["best_layer"] == 3 and row["most_repaired"] == 5
+
+
+def test_a_diverged_run_tells_nothing():
+    means = controls.by_layer(runs(layer=[1, 1], facts_told=[8, None], reached=[True, False]))
+    assert means.facts_told.tolist() == [4.0] and means.reached.tolist() == [0.5]
+
+
+def test_random_parts_beside_the_diagnosed_one():
+    table = pd.DataFrame({
+        "part": "head", "pick": ["diagnosed", "random", "random"], "parameters": 5, "facts_told": [7, 8, 7],
+        "min_margin": [-0.1, 0.2, -0.2], "held_out_repaired": [1, 0, 2], "kl": [0.1, 0.2, 0.4],
+    })  # fmt: skip
+    (row,) = controls.random_against_diagnosed(table).to_dict("records")
+    assert row["better"] == 1 and row["random"] == 2 and row["random_told"] == 7.5
