@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from scipy.stats import rankdata, spearmanr
 from torch import Tensor
 
 from lib.diagnosis import Verdict, case_table, decide, gather
