@@ -11,6 +11,7 @@ a subject and a few plain values, so that `sweep` can keep and repeat it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -85,12 +86,13 @@ def edit_at(subject: Subject, *, layer: int, pathway: str, seed: int = 0) -> dic
     return outcome(subject, protocol, run) | {"parameters": run.edit.parameters if run.edit else 0}
 
 
-def part_at(subject: Subject, *, layer: int, part: str, pick: str, seed: int = 0) -> dict[str, Any]:
-    """Train a part of a layer (counted from 1), of a size that does not depend on how it is picked. part: `head` (one
-    query head's rows of W_Q and columns of W_O), `values` (as many rows of W_V as a key/value head has) or `neurons`
-    (NEURONS rows of W_out). pick: `diagnosed` (the knowledge head; its value head's rows; the neurons that write most
-    of the answers) or `random`, drawn with the seed. Raises EditError for other words."""
-    index = _index(subject, layer)
+def part_at(subject: Subject, *, part: str, pick: str, seed: int = 0, layer: int | None = None) -> dict[str, Any]:
+    """Train a part of a layer (counted from 1; the diagnosed one, if not given), of a size that does not depend on how
+    it is picked. part: `head` (one query head's rows of W_Q and columns of W_O), `values` (as many rows of W_V as a
+    key/value head has) or `neurons` (NEURONS rows of W_out). pick: `diagnosed` (the knowledge head; its value head's
+    rows; the neurons that write most of the answers) or `random`, drawn with the seed. Raises EditError for other
+    words."""
+    index = _index(subject, layer or setting(subject).verdict.knowledge_head.layer + 1)
     kept, protocol = _prepared(subject, index)
     pathway, masks = part_masks(subject.model, index, part, _picked(subject, index, part, pick, seed))
     run = train(subject, kept, pathway, rate=RATE, seed=seed, masks=masks)
@@ -268,3 +270,60 @@ def random_against_diagnosed(runs: pd.DataFrame) -> pd.DataFrame:
             "kl": diagnosed.kl, "random_kl": random.kl.mean(), "better": int(better.sum()),
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def report_layers(report: Callable[..., None], means: pd.DataFrame, others: pd.DataFrame) -> None:
+    """What the chapter's prose says of the layer sweep."""
+    told, facts = others.told.sum(), others.others.sum()
+    whole = means.groupby("pathway", sort=False).apply(lambda p: int((p.reached > 0).sum()), include_groups=False)
+    some = ", ".join(f"{_plain(name)} at {n}" for name, n in whole.items())
+    elsewhere = "is not special" if 2 * told >= facts else "stands out"
+    report("reached_by", some)
+    report(
+        "layers_verdict",
+        f"Of {means.layer.nunique()} layers the goal is reached by {some}. In {told} of {facts} comparisons another "
+        f"layer tells at least as many of the eight as the diagnosed one: for telling what was trained, the diagnosed "
+        f"layer {elsewhere}.",
+    )
+    best = others.loc[others.most_repaired.idxmax()]
+    n = int(means.held_out_n.max())
+    report("most_repaired", best.most_repaired, ".0f")
+    report("most_repaired_at", f"L{best.best_layer} ({_plain(best.pathway)})")
+    report(
+        "repair_verdict",
+        f"Of the {n} held-out facts no layer and pathway repairs more than {best.most_repaired:.0f} "
+        f"(L{best.best_layer}, {_plain(best.pathway)}).",
+    )
+
+
+def report_correlations(report: Callable[..., None], table: pd.DataFrame) -> None:
+    """What the chapter's prose says of the correlations."""
+    sure = table[(table.low > 0) | (table.high < 0)]
+    valid = table[table.rho.notna()]
+    report("correlations_n", len(valid))
+    report("correlations_sure", len(sure))
+    report("correlations_helpful", int((sure.low > 0).sum()))
+    rule = valid[(valid.score == "knowledge head") & (valid.measure == "held_out_repaired")]
+    own = "; ".join(f"{_plain(r.pathway)} {r.rho:+.2f} ({r.low:+.2f} to {r.high:+.2f})" for r in rule.itertuples())
+    report(
+        "correlation_verdict",
+        f"Of {len(valid)} correlations {len(sure)} have an interval that excludes zero, {int((sure.low > 0).sum())} of "
+        "them in the direction that the diagnosis promises. "
+        + (f"The rule's own score against held-out repairs: {own}." if own else "No layer's repairs vary enough to "
+           "correlate the rule's own score with them."),
+    )  # fmt: skip
+
+
+def report_parts(report: Callable[..., None], parts: pd.DataFrame) -> None:
+    """What the chapter's prose says of random parts."""
+    words = "; ".join(f"{r.part}: {r.better} of {r.random} random ones do better" for r in parts.itertuples())
+    ahead = int((2 * parts.better < parts.random).sum())
+    report("parts_better", words)
+    report(
+        "parts_verdict",
+        f"{words}. The named part beats the middle of its random peers in {ahead} of {len(parts)} kinds.",
+    )
+
+
+def _plain(name: str) -> str:
+    return {"ffn": "FFN", "v_only": "V-only", "q_only": "Q-only", "k_only": "K-only"}.get(name, name)

@@ -471,3 +471,70 @@ def _mark_layer(ax: Axes, site: Site, colour: str, height: float) -> None:
         str(site), (site.layer + 1, height), xycoords=("data", "axes fraction"), color=colour, fontsize=9, ha="right",
         va="top" if height > 0.5 else "bottom", xytext=(-3, 0), textcoords="offset points",
     )  # fmt: skip
+
+
+def layer_sweep(means: pd.DataFrame, layer: int) -> Figure:
+    """Told, held-out repaired and harm by layer, one line a pathway. layer: the diagnosed one, counted from 1."""
+    panels = {"facts_told": "facts told", "held_out_repaired": "held-out repaired", "kl": "KL on neutral text (nats)"}
+    fig, axes = _panels(1, 3, (10, 3.6))
+    for ax, (column, label) in zip(axes.flat, panels.items(), strict=True):
+        for name, part in means.groupby("pathway", sort=False):
+            part = part.sort_values("layer")
+            look = {"color": PATHWAY_COLOURS[name], "label": name.replace("_", " ")}
+            ax.plot(part.layer, part[column], "o-", ms=3.5, lw=1.4, **look)
+        ax.axvline(layer, color="black", lw=1, ls=":")
+        ax.set(xlabel="layer", ylabel=label)
+    axes[0, 1].set_ylim(-0.5, means.held_out_n.max() + 0.5)
+    axes[0, 2].set_yscale("log")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, ncols=6, loc="outside upper center")
+    return fig
+
+
+def correlations(table: pd.DataFrame) -> Figure:
+    """Rank correlations with intervals: a panel a score, a row a measure, a dot a pathway."""
+    scores, measures = table.score.unique(), list(table.measure.unique())
+    names = {"facts_told": "facts told", "steps": "fewer steps", "held_out_repaired": "held-out repaired",
+             "kl": "less harm (KL)", "bled": "less bleeding"}  # fmt: skip
+    fig, axes = _panels(1, len(scores), (10, 3.8))
+    for ax, score in zip(axes.flat, scores, strict=True):
+        ax.axvline(0, color="black", lw=0.6)
+        for i, (pathway, part) in enumerate(table[table.score == score].groupby("pathway", sort=False)):
+            for row in part[part.rho.notna()].itertuples():
+                y, sure = measures.index(row.measure) + 0.15 * (i - 1.5), row.low > 0 or row.high < 0
+                colour = PATHWAY_COLOURS[pathway]
+                ax.plot([row.low, row.high], [y, y], color=colour, lw=1)
+                ax.plot(row.rho, y, "o", color=colour, mfc=colour if sure else "white", ms=5)
+        ax.set(title=score, xlabel="rank correlation", xlim=(-1.05, 1.05))
+        ax.set_yticks(range(len(measures)), [names[m] for m in measures] if ax is axes[0, 0] else [])
+        ax.set_ylim(len(measures) - 0.5, -0.5)
+    handles = [mpl.lines.Line2D([], [], marker="o", color=PATHWAY_COLOURS[p], label=p.replace("_", " "))
+               for p in table.pathway.unique()]  # fmt: skip
+    fig.legend(handles=handles, ncols=6, loc="outside upper center")
+    return fig
+
+
+def ladder(rows: pd.DataFrame) -> Figure:
+    """Facts told and held-out facts repaired over the number of changed parameters, one labelled dot a method."""
+    kinds = {"no training": GREY, "few parameters": BLUE, "closed form": PINK, "pathway": ORANGE, "everything": RED,
+             "general": GREEN}  # fmt: skip
+    fig, axes = _panels(2, 1, (9.5, 6.4))
+    x = rows.parameters.clip(lower=0.3)
+    for ax, (got, n, label) in zip(
+        axes.flat, (("facts_told", "facts_n", "facts told"), ("held_out_repaired", "held_out_n", "held-out repaired")),
+        strict=True,
+    ):  # fmt: skip
+        top = rows[n].max()
+        ax.axhline(top, color="#cccccc", lw=0.8)
+        for i, row in enumerate(rows.itertuples()):
+            value = getattr(row, got)
+            ax.plot(x[i], value, "o", color=kinds[row.kind], ms=7)
+            ax.annotate(str(i + 1), (x[i], value), xytext=(4, 4 + 7 * (i % 2)), textcoords="offset points", fontsize=8)
+        ax.set(xscale="log", ylabel=label, ylim=(-0.05 * top, 1.15 * top))
+    axes[1, 0].set_xlabel("changed parameters (left edge: none)")
+    text = "   ".join(f"{i + 1} {r.rival}" + ("\n" if i % 4 == 3 else "") for i, r in enumerate(rows.itertuples()))
+    fig.supxlabel(text, fontsize=8)
+    handles = [mpl.lines.Line2D([], [], marker="o", lw=0, color=c, label=k) for k, c in kinds.items()
+               if (rows.kind == k).any()]  # fmt: skip
+    fig.legend(handles=handles, ncols=6, loc="outside upper center")
+    return fig

@@ -20,16 +20,19 @@ from functools import lru_cache, partial
 from time import perf_counter
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from lib.compare import PAPER, chosen, summary
 from lib.controls import answers, setting
+from lib.edits import applied
 from lib.effects import NONE, Measured, Protocol, ask, prepare, read, reading
 from lib.errors import EditError
 from lib.facts import load_prefixes, load_templates, study_facts, tell
-from lib.pathways import DEFAULT, Kept, keep, losses, neutral_kl, optimise
+from lib.pathways import DEFAULT, Kept, keep, losses, neutral_kl, optimise, train
 from lib.site import Site
 from lib.subjects import Subject
 from lib.weights import Slice, pathway_slices
@@ -297,6 +300,17 @@ def _everything(subject: Subject) -> Rival:
     return _chosen(subject, kept, [trained(rate) for rate in RATES["all"]])
 
 
+def _pathway(name: str, subject: Subject) -> Rival:
+    """A pathway of the diagnosed layer, its rate chosen from the recipe's as in chapter 3."""
+    kept = _kept(subject)
+    runs = [train(subject, kept, name, rate=rate) for rate in kept.recipe.rates]
+    run = runs[chosen(summary(runs))]
+    if run.edit is None:
+        raise EditError(f"every training of {name} diverged on {subject.name}; there is nothing to compare.")
+    return Rival(f"{name.replace('_', '-')}, L{kept.layer + 1}", run.edit.parameters, f"rate {run.rate:g}",
+                 partial(applied, subject, run.edit))  # fmt: skip
+
+
 # Shared
 
 
@@ -355,4 +369,56 @@ RIVALS: dict[str, Callable[[Subject], Rival]] = {
     "lora": _lora,
     "closed_form": _closed_form,
     "everything": _everything,
+    **{name: partial(_pathway, name) for name in PAPER},
 }
+
+# What chapter 6 shows of finished runs
+
+KINDS = {"newline": "no training", "bos": "no training", "example": "no training", "head": "no training",
+         "opponent": "no training", "competitors": "no training", "vector": "few parameters", "gains": "few parameters",
+         "lora": "few parameters", "closed_form": "closed form", "everything": "everything"}  # fmt: skip
+
+
+def table(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of a sweep over `rival`: a row a rival, by number of parameters. kind: of rival, or `pathway`. lost: of other
+    relations, working wordings and neighbours together, of `lost_n` told before."""
+    kept = ["relations", "working", "neighbours"]
+    out = runs.assign(
+        kind=runs["name"].map(KINDS).fillna("pathway"), lost=sum(runs[f"{k}_lost"] for k in kept),
+        probes_lost=runs.capability_lost + runs.unrelated_lost,
+    )  # fmt: skip
+    return out.sort_values(["parameters", "rival"], kind="stable").reset_index(drop=True)
+
+
+def report_rivals(report: Callable[..., None], rows: pd.DataFrame) -> None:
+    """What the chapter's prose says of the rivals."""
+    whole = rows[rows.facts_told == rows.facts_n]
+    free, small = whole[whole.kind == "no training"], whole[whole.parameters > 0]
+    best = rows.loc[rows.held_out_repaired.idxmax()]
+    n = int(rows.held_out_n.iloc[0])
+    trained = rows[~rows.kind.isin(["no training"])]
+    top = trained.loc[trained.held_out_repaired.idxmax()]
+    names = "; ".join(free.rival) or "none"
+    report("rivals", len(rows))
+    report("rivals_told", len(whole))
+    report("rivals_free", names)
+    report("fewest", "none" if small.empty else f"{small.rival.iloc[0]} ({small.parameters.iloc[0]:,})")
+    report("most_general", best.rival)
+    report("most_general_repaired", int(best.held_out_repaired))
+    report("most_general_trained", top.rival)
+    report("most_general_trained_repaired", int(top.held_out_repaired))
+    report(
+        "rivals_verdict",
+        f"{len(whole)} of {len(rows)} methods make all {int(rows.facts_n.iloc[0])} told. Without any training these do: "
+        f"{names}.",
+    )
+    report(
+        "ladder_verdict",
+        f"The fewest changed parameters that tell all are those of {_first(small)}. The most held-out facts are repaired "
+        f"by {best.rival} ({int(best.held_out_repaired)} of {n}), and among the trained by {top.rival} "
+        f"({int(top.held_out_repaired)} of {n}).",
+    )
+
+
+def _first(rows: pd.DataFrame) -> str:
+    return "no method here" if rows.empty else f"{rows.rival.iloc[0]} ({rows.parameters.iloc[0]:,})"

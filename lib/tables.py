@@ -242,3 +242,44 @@ def libraries(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
         }
         for name, t in tables.items()
     ])  # fmt: skip
+
+
+def other_layers(others: pd.DataFrame) -> pd.DataFrame:
+    """How many other layers do at least as well, by pathway."""
+    n = others.others.astype(str)
+    return pd.DataFrame({
+        "pathway": others.pathway.str.replace("_", " "), "as many told": others.told.astype(str) + " of " + n,
+        "as many repaired": others.repaired.astype(str) + " of " + n,
+        "as many, no later": others.sooner.astype(str) + " of " + n,
+        "as many, no more harm": others.gentler.astype(str) + " of " + n,
+        "most repaired": [f"{r.most_repaired:.0f} (L{r.best_layer})" for r in others.itertuples()],
+    })  # fmt: skip
+
+
+def random_parts(parts: pd.DataFrame) -> pd.DataFrame:
+    """The diagnosed part beside random ones of its size."""
+    return pd.DataFrame({
+        "part": parts.part, "parameters": parts.parameters.map("{:,}".format), "told": parts.told,
+        "random: told": parts.random_told.map("{:.1f}".format), "repaired": parts.repaired,
+        "random: repaired": parts.random_repaired.map("{:.1f}".format), "KL": parts.kl.map("{:.4f}".format),
+        "random: KL": parts.random_kl.map("{:.4f}".format),
+        "better": [f"{r.better} of {r.random}" for r in parts.itertuples()],
+    })  # fmt: skip
+
+
+def rivals(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rivals and pathways under one protocol, by number of parameters."""
+
+    def of(what: str, column: str = "told") -> list[str]:
+        return [f"{a:.0f} of {n:.0f}" for a, n in zip(rows[f"{what}_{column}"], rows[f"{what}_n"], strict=True)]
+
+    change = [
+        "–" if pd.isna(r.ratio) else f"{r.ratio - 1:+.2%} ({r.ratio_low - 1:+.2%} to {r.ratio_high - 1:+.2%})"
+        for r in rows.itertuples()
+    ]
+    return pd.DataFrame({
+        "method": rows.rival, "setting": rows.strength, "parameters": rows.parameters.map("{:,}".format),
+        "told": of("facts"), "repaired": of("held_out", "repaired"), "bled": rows.bled, "paraphrase": of("paraphrases"),
+        "lost": rows.lost, "probes lost": rows.probes_lost, "perplexity": change,
+        "seconds": rows.seconds.map("{:.0f}".format),
+    })  # fmt: skip
