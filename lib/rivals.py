@@ -409,13 +409,13 @@ def report_rivals(report: Callable[..., None], rows: pd.DataFrame) -> None:
     report("most_general_trained_repaired", int(top.held_out_repaired))
     report(
         "rivals_verdict",
-        f"{len(whole)} of {len(rows)} methods make all {int(rows.facts_n.iloc[0])} told. Without any training these do: "
-        f"{names}.",
+        f"{len(whole)} of {len(rows)} methods make all {int(rows.facts_n.iloc[0])} told. Without any training these "
+        f"do: {names}.",
     )
     report(
         "ladder_verdict",
-        f"The fewest changed parameters that tell all are those of {_first(small)}. The most held-out facts are repaired "
-        f"by {best.rival} ({int(best.held_out_repaired)} of {n}), and among the trained by {top.rival} "
+        f"The fewest changed parameters that tell all are those of {_first(small)}. The most held-out facts are "
+        f"repaired by {best.rival} ({int(best.held_out_repaired)} of {n}), and among the trained by {top.rival} "
         f"({int(top.held_out_repaired)} of {n}).",
     )
 
