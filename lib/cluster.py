@@ -113,4 +113,4 @@ def _finished(
             else:
                 raise ConnectionError(f"the call was {future.status}")
     finally:
-        client.cancel(list(keys), force=True)
+        client.cancel(list(keys))
