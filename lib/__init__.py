@@ -5,12 +5,15 @@ The rooms, in the order data flows through them (imports point to earlier rooms 
     site, errors   how a place in a model is named; errors that say what to do
     weights        one view of Q, K, V, O, norms and MLP         -> Weights
     subjects       load a model under study, with its view       -> Subject
+    inputs         which files an output depends on, and their digests
+    experiments    functions that a sweep may run on any machine
     facts          facts, templates, cases; told and known       -> FactSet, DataFrame
     static         input-free diagnostics of every head
     trace          the exact logit trace of one input            -> Capture, LogitTrace
     diagnosis      static and dynamic evidence                   -> Diagnosis
     closeup        what chapter 2 shows of diagnosed cases, and rival explanations
     edits          save, load, apply and restore, verify         -> Edit
+    noise          what random changes of a slice do to what is told
     export         an edit as a Hugging Face folder, and back
     replay         run a model from one layer up, many texts at once
     pathways       retrain one slice of one layer                -> Edit
@@ -18,6 +21,8 @@ The rooms, in the order data flows through them (imports point to earlier rooms 
     effects        side effects of edits, and what they leave out
     crosscheck     the same questions put to Captum, TransformerLens and interventions
     results        report a number once: JSON and prose
+    cluster        many independent calls, on this machine or on any Dask cluster
+    sweep          hundreds of runs of an experiment, kept one by one    -> DataFrame
     claims         the source page's statements, and what a run makes of each
     known_answers  does this GPT-2 say what others recorded of it?
     figures        arrays -> matplotlib figures

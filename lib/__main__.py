@@ -169,6 +169,49 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def sweep(
+    spec: Annotated[str, typer.Argument(help="A .yaml file, or the name of one in data/sweeps.")],
+    subject: Annotated[
+        str | None, typer.Option("--subject", "-s", help="Another subject than the specification names.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of a Dask scheduler, such as tcp://node1:8786; otherwise this machine.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="On this machine: processes, one model each; one a core.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Folder of results; _build/sweeps/SUBJECT/NAME if not given.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count runs and estimate the time.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Set results of another subject or version aside, and start anew.")
+    ] = False,
+) -> None:
+    """Do the runs of a sweep that are missing, on Dask; killed at any moment, the same command goes on.
+
+    Each finished run is a file in the store and is never repeated. Exit 1 if a run fails; the others are kept.
+
+    A cluster that Dask's own tools started (SLURM, Kubernetes, `dask scheduler` and `dask worker --nthreads 1`) is
+    used with --scheduler. Its workers need this project in the same version (`pip install --editable .`) and the
+    subject fetched (`python -m lib fetch`), but no shared disk.
+    """
+    from lib import sweep
+    from lib.results import write_atomically
+
+    loaded = sweep.load(spec, subject=subject)
+    planned = sweep.plan(loaded, store)
+    if dry_run:
+        typer.echo(sweep.estimate(planned, workers))
+        return
+    try:
+        found = sweep.run(loaded, store, scheduler=scheduler, workers=workers, fresh=fresh, say=typer.echo)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    path = planned.store / "table.csv"
+    write_atomically(path, found.to_csv(index=False))
+    typer.echo(f"{loaded.name} on {loaded.subject}: {len(found)} runs, all finished; the table is {path}")
+
+
 def _verified(found: DataFrame, template: str) -> Table:
     """The table of `edits.verify` for the terminal."""
     columns = [f"{what} {when}" for when in ("before", "after") for what in ("says", "told", "p")]

@@ -23,3 +23,11 @@ class ChapterError(BookError):
 
 class EditError(BookError):
     """An edit cannot be read, or does not belong to the model at hand."""
+
+
+class SweepError(BookError):
+    """A sweep cannot be read, started or finished, or its store belongs to something else."""
+
+
+class WorkerError(SweepError):
+    """A worker of a cluster does not run this project as it is here."""

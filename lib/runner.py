@@ -11,8 +11,6 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import json
 import logging
 import re
@@ -29,7 +27,7 @@ from typing import Any
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
-from lib import claims, known_answers
+from lib import claims, inputs, known_answers
 from lib.errors import ChapterError
 from lib.results import BUILD, PACKAGES, chapter_folder, make_folder, reach, results_path, slug, write_atomically
 from lib.subjects import ROOT, canonical, load, weights_sha256
@@ -144,44 +142,20 @@ def execute(notebook: Path, output: Path, values: dict[str, Any]) -> None:
 def fingerprint(subject: str, chapter: str, values: dict[str, Any], weights: str) -> str:
     """sha256 over everything that a chapter's output can depend on."""
     files = [BOOK / f"{chapter}.ipynb", *(ROOT / p for p in PINS), *sources(BOOK / f"{chapter}.ipynb")]
-    files += sorted(
-        p
-        for p in (ROOT / "data").rglob("*")
-        if p.is_file() and "expected" not in p.parts and p.suffix != ".safetensors" and p.name != "claims.yaml"
-    )
+    files += inputs.data_files(ROOT)
     facts = {"values": values, "weights": weights, "python": sys.version, "packages": {p: version(p) for p in PACKAGES}}
     if needed := NEEDS.get(chapter):
         stamp = executed_path(subject, needed).with_suffix(".key")
         facts["needed"] = stamp.read_text(encoding="utf-8") if stamp.exists() else ""
-    return _digest(files, json.dumps(facts, sort_keys=True, default=str), ROOT)
+    return inputs.digest(files, json.dumps(facts, sort_keys=True, default=str), ROOT)
 
 
 def sources(notebook: Path) -> list[Path]:
     """The files of lib/ that a chapter's cells import, and those that these import, and so on, functions included."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     lines = [line for cell in cells if cell["cell_type"] == "code" for line in "".join(cell["source"]).splitlines()]
-    todo = _imports("\n".join(line for line in lines if not line.startswith(("%", "!"))))
-    found = {ROOT / "lib" / "__init__.py"}
-    while todo:
-        path = ROOT / "lib" / f"{todo.pop()}.py"
-        if path.is_file() and path not in found:
-            found.add(path)
-            todo |= _imports(path.read_text(encoding="utf-8"))
-    return sorted(found)
-
-
-def _imports(code: str) -> set[str]:
-    """Modules of lib/ that some code imports, by name; `from lib import x` may also mean a plain name, which no file
-    has."""
-    found = set()
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.ImportFrom) and node.module == "lib":
-            found |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lib."):
-            found.add((node.module or "").split(".")[1])
-        elif isinstance(node, ast.Import):
-            found |= {name.name.split(".")[1] for name in node.names if name.name.startswith("lib.")}
-    return found
+    named = inputs.imports("\n".join(line for line in lines if not line.startswith(("%", "!"))))
+    return inputs.modules(named, ROOT)
 
 
 def build(subject: str, *, force: bool = False, say: Callable[[str], None] = print) -> Path:
@@ -207,7 +181,8 @@ def build(subject: str, *, force: bool = False, say: Callable[[str], None] = pri
         if (ROOT / "data" / "claims.yaml").is_file():
             page = claims.page(judged(subject), subject)
             (stage / "book" / "reproduction.md").write_text(page, encoding="utf-8")
-        key = _digest(sorted(p for p in stage.rglob("*") if p.is_file()), subject + version("jupyter-book"), stage)
+        staged = sorted(p for p in stage.rglob("*") if p.is_file())
+        key = inputs.digest(staged, subject + version("jupyter-book"), stage)
         if not force and html.is_dir() and stamp.exists() and stamp.read_text() == key:
             say("book: nothing changed, kept")
             return html / "index.html"
@@ -302,14 +277,6 @@ def _wish(wanted: dict[str, Any]) -> str:
     return " and ".join(
         f"{word} {wanted[end]}" for end, word in (("min", "at least"), ("max", "at most")) if end in wanted
     )
-
-
-def _digest(files: Iterable[Path], extra: str, base: Path) -> str:
-    total = hashlib.sha256(extra.encode())
-    for path in files:
-        total.update(f"\n{path.relative_to(base)}\n".encode())
-        total.update(path.read_bytes() if path.is_file() else b"")
-    return total.hexdigest()
 
 
 logging.getLogger("papermill").setLevel(logging.ERROR)

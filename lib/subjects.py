@@ -203,6 +203,17 @@ def weights_sha256(name: str) -> str:
     return found
 
 
+def n_layers(name: str) -> int:
+    """How many layers a subject has, read from its configuration alone. Raises SubjectError."""
+    folder, gguf = _locate(name)
+    try:
+        config = AutoConfig.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+        return int(config.num_hidden_layers)
+    except (OSError, ValueError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SubjectError(f"{name} cannot be read from {folder}: {reason}. {_remedy(name, folder)}") from error
+
+
 def cache_folder() -> Path:
     """Where fetched models are kept: $QKV_CACHE, or the user's cache folder."""
     return Path(os.environ.get("QKV_CACHE") or user_cache_path("qkv-decomposition"))

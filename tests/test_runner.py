@@ -114,6 +114,16 @@ def test_a_module_that_no_cell_needs_leaves_a_chapter_alone(workshop):
     assert runner.fingerprint("s", "01_a", {}, "") != old
 
 
+def test_a_chapter_that_shows_a_sweep_depends_on_the_experiments_that_are_specified(workshop):
+    """Their modules are found by name when the sweep runs; no import says so."""
+    for name in ("sweep", "trials", "others"):
+        (workshop / "lib" / f"{name}.py").write_text("")
+    (workshop / "data" / "sweeps").mkdir()
+    (workshop / "data" / "sweeps" / "s.yaml").write_text("name: s\nrun: trials.edit  # others.edit\n")
+    path = notebook(workshop / "book" / "01_a.ipynb", "from lib import sweep")
+    assert [p.stem for p in runner.sources(path)] == ["__init__", "sweep", "trials"]
+
+
 def test_every_chapter_depends_on_what_it_loads():
     """What Python really loads for a chapter's imports is what the fingerprint holds."""
     for chapter in runner.chapter_names():

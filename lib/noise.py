@@ -1,0 +1,55 @@
+"""What random changes of a slice do to what a model tells: the floor that any edit has to be judged against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from lib.edits import targets
+from lib.errors import DataError
+from lib.experiments import experiment
+from lib.facts import load_cases, load_templates, tell
+from lib.subjects import Subject
+from lib.weights import pathway_slices
+
+
+@experiment
+def told_under(
+    subject: Subject, *, layer: int, pathway: str = "v_only", scale: float, draws: int = 1, seed: int = 0
+) -> dict[str, Any]:
+    """Facts of the subject's first case that are told under its failing template and under its first control template
+    while a pathway of a layer (counted from 1) is noisy: means over draws. scale: as in `noisy`. Raises DataError for
+    a negative scale or no draw, ValueError for a layer or pathway that is not there."""
+    if scale < 0 or draws < 1:
+        raise DataError(f"scale {scale} and {draws} draws: noise is not less than none, 0, and drawn at least once.")
+    case, templates = load_cases(subject.name)[0], load_templates()
+    generator = torch.Generator().manual_seed(seed)
+    totals = dict.fromkeys(("told_failing", "margin_failing", "told_control", "margin_control"), 0.0)
+    for _ in range(draws):
+        with noisy(subject, layer - 1, pathway, scale, generator):
+            for name, template in (("failing", case.template), ("control", case.controls[0])):
+                found = tell(subject, case.facts, {template: templates[template]})
+                totals[f"told_{name}"] += float(found.told.sum())
+                totals[f"margin_{name}"] += float(found.margin.mean())
+    return {"facts": len(case.facts)} | {name: total / draws for name, total in totals.items()}
+
+
+@contextmanager
+@torch.no_grad()
+def noisy(subject: Subject, layer: int, pathway: str, scale: float, generator: torch.Generator) -> Iterator[None]:
+    """Gaussian noise on the tensors of a pathway of a layer (0-based), restored afterwards bit for bit. scale: root
+    mean square of the noise over that of each tensor."""
+    parameters = dict(subject.model.named_parameters())
+    values = {s: s.of(parameters[s.name]).clone() for s in pathway_slices(subject.model, layer, pathway)}
+    places = targets(subject.model, values)
+    try:
+        for place, value in zip(places, values.values(), strict=True):
+            noise = torch.randn(value.shape, generator=generator)
+            place.copy_(value + scale * value.square().mean().sqrt() * noise)
+        yield
+    finally:
+        for place, value in zip(places, values.values(), strict=True):
+            place.copy_(value)
