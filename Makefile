@@ -4,7 +4,7 @@ SUBJECT ?= smollm2
 BIN     := .venv/bin
 LIB     := $(BIN)/python -m lib
 
-.PHONY: help book test smoke check lint clean
+.PHONY: help book test smoke check colab clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -25,6 +25,9 @@ smoke: .venv/ready  ## execute every chapter on the small planted model, and che
 
 check: .venv/ready  ## compare the last run on SUBJECT with data/expected
 	$(LIB) check --subject $(SUBJECT)
+
+colab: .venv/ready  ## execute each chapter by itself as Colab would, in a new environment
+	PYTHONPATH=. $(BIN)/python tests/simulate_colab.py
 
 clean:  ## delete what was built (the environment and the fetched models stay)
 	rm -rf _build
