@@ -169,6 +169,64 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command("release-settings")
+def release_settings() -> None:
+    """Put the repository and tag of _config.yml into every chapter: badge and set-up cell for Colab.
+
+    Then say where version, tag, CITATION.cff and .zenodo.json do not agree; exit 1 if they do not.
+    """
+    from lib import release
+
+    changed = release.write()
+    repo = release.repository()
+    typer.echo(f"{repo.url} at {repo.tag}: {', '.join(changed) or 'no chapter'} changed")
+    if wrong := release.disagreements():
+        raise BookError("the release does not agree with itself: " + "; ".join(wrong) + ". Change these files.")
+
+
+@app.command()
+def snapshot(
+    subject: SubjectOption = "smollm2",
+    output: Annotated[Path | None, typer.Option(help="The archive to write; by default in _build.")] = None,
+) -> None:
+    """Put the last run into one archive to deposit: book, numbers, edits, data, source, licences.
+
+    Chapters, dashboard and PDF must be there and up to date; `make snapshot` sees to it. The same run gives the same
+    bytes. The archive's sum is written beside it. Changes that are not committed are named in MANIFEST.json.
+    """
+    from lib import snapshot as room
+
+    path = room.snapshot(subject, output, say=typer.echo)
+    typer.echo(f"check it with: python -m lib verify-snapshot {path}")
+
+
+@app.command("verify-snapshot")
+def verify_snapshot(
+    archive: Annotated[Path, typer.Argument(help="An archive that `snapshot` wrote.")],
+) -> None:
+    """Check an archive without unpacking it: name every file that is wrong, missing or extra; exit 1 if one is.
+
+    A wrong byte between the files is found as well. If the sum is there beside it (ARCHIVE.sha256), it must fit.
+    """
+    from lib import snapshot as room
+
+    found = room.verify(archive)
+    for what in ("wrong", "missing", "extra"):
+        for name in getattr(found, what):
+            typer.echo(f"{what}: {name}")
+    if found.structure:
+        typer.echo(f"damaged: {found.structure}")
+    if not found.sound:
+        typer.echo(f"{archive} is NOT as it was made; get it again")
+        raise typer.Exit(1)
+    made = found.manifest
+    typer.echo(f"{archive}: all {found.files:,} files are as they were made, and so is every byte between them")
+    typer.echo(f"  {made['subject']}, weights sha256 {made['weights_sha256']}")
+    typer.echo(f"  version {made['version']}, commit {made['commit']}, {made['date']}")
+    if made["changes"]:
+        typer.echo("  made from a work tree that differs from the commit: " + ", ".join(made["changes"]))
+
+
 def _verified(found: DataFrame, template: str) -> Table:
     """The table of `edits.verify` for the terminal."""
     columns = [f"{what} {when}" for when in ("before", "after") for what in ("says", "told", "p")]

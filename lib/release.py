@@ -108,6 +108,7 @@ def disagreements(root: Path = ROOT, version: str = __version__) -> list[str]:
         citation = yaml.safe_load((root / "CITATION.cff").read_text(encoding="utf-8"))
         zenodo = json.loads((root / ".zenodo.json").read_text(encoding="utf-8"))
         repo = repository(root / "_config.yml")
+        creators = [c["name"] for c in zenodo["creators"]]
         pairs = {
             "the tag in _config.yml": (repo.tag, f"v{version}"),
             "version in CITATION.cff": (citation["version"], version),
@@ -116,7 +117,7 @@ def disagreements(root: Path = ROOT, version: str = __version__) -> list[str]:
             "title in .zenodo.json": (zenodo["title"], citation["title"]),
             "license in .zenodo.json": (zenodo["license"], citation["license"]),
             "publication_date in .zenodo.json": (zenodo["publication_date"], str(citation["date-released"])),
-            "creators in .zenodo.json": ([c["name"] for c in zenodo["creators"]], list(map(_name, citation["authors"]))),
+            "creators in .zenodo.json": (creators, list(map(_name, citation["authors"]))),
             "references in CITATION.cff": (SOURCE_RECORD in [r.get("url") for r in citation["references"]], True),
             "isDerivedFrom in .zenodo.json": (_related(zenodo, "isDerivedFrom"), [SOURCE_RECORD]),
             "isSupplementTo in .zenodo.json": (_related(zenodo, "isSupplementTo"), [f"{repo.url}/tree/{repo.tag}"]),

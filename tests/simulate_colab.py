@@ -27,7 +27,10 @@ START = "import google.colab\n"  # Colab's kernel has it loaded before the first
 
 
 def call(*words: object, **options) -> str:
-    return subprocess.run([*map(str, words)], check=True, text=True, stdout=subprocess.PIPE, **options).stdout.strip()
+    done = subprocess.run([*map(str, words)], text=True, capture_output=True, **options)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, words))} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return done.stdout.strip()
 
 
 def environment(place: Path) -> Path:
