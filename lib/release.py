@@ -89,14 +89,16 @@ def dressed(notebook: dict[str, Any], chapter: str, repo: Repository) -> dict[st
     return {**notebook, "cells": [first, setup, *rest]}
 
 
-def write(book: Path = ROOT / "book", repo: Repository | None = None) -> list[str]:
-    """Put badge and set-up cell of the setting into every chapter. Returns the names of the chapters that changed."""
+def write(book: Path = ROOT / "book", repo: Repository | None = None, *, dry: bool = False) -> list[str]:
+    """Put badge and set-up cell of the setting into every chapter. Returns the names of the chapters that changed, or,
+    if dry, that would."""
     repo, changed = repo or repository(), []
     for path in sorted(book.glob("[0-9]*.ipynb")):
         old = path.read_text(encoding="utf-8")
         new = json.dumps(dressed(json.loads(old), path.stem, repo), indent=1, ensure_ascii=False) + "\n"
         if new != old:
-            write_atomically(path, new)
+            if not dry:
+                write_atomically(path, new)
             changed.append(path.stem)
     return changed
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from lib import __version__, colab, release
+from lib.__main__ import app
 from lib.errors import ChapterError, ReleaseError
 from lib.release import Repository, dressed, repository, setup_code
 from lib.runner import chapter_names
@@ -224,3 +226,84 @@ def test_set_up_needs_nothing_but_python():
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code, str(ROOT)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "numpy" not in done.stdout and "torch" not in done.stdout
+
+
+def test_the_command_writes_and_checks(monkeypatch):
+    cli = CliRunner()
+    done = cli.invoke(app, ["release-settings", "--check", OURS.tag])
+    assert done.exit_code == 0 and "no chapter changed, everything agrees" in done.output
+    wrong = cli.invoke(app, ["release-settings", "--check", "v9.9.9"])
+    assert f"the tag in _config.yml is '{OURS.tag}', not 'v9.9.9'" in str(wrong.exception)
+    monkeypatch.setattr(release, "repository", lambda *_: OTHER)
+    wrong = cli.invoke(app, ["release-settings", "--check", OTHER.tag])
+    assert "badge or set-up cell of 01_static_diagnostics, " in str(wrong.exception)
+    assert chapter("01_static_diagnostics") == dressed(chapter("01_static_diagnostics"), "01_static_diagnostics", OURS)
+
+
+# the workflows
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").iterdir())
+
+
+@pytest.fixture(params=WORKFLOWS, ids=lambda p: p.stem)
+def workflow(request) -> tuple[str, dict]:
+    text = request.param.read_text(encoding="utf-8")
+    return text, yaml.load(text, yaml.BaseLoader)  # with YAML 1.1's rules, `on` would be read as true
+
+
+def test_every_action_is_pinned_by_commit(workflow):
+    text, content = workflow
+    used = [step["uses"] for job in content["jobs"].values() for step in job["steps"] if "uses" in step]
+    pinned = re.findall(r"uses: ([\w-]+/[\w./-]+@[0-9a-f]{40}) # v\d+\.\d+\.\d+$", text, re.M)
+    assert used == pinned and used, "40 digits, with the version in a comment"
+
+
+def test_an_action_has_one_version_in_all_workflows():
+    found = {}
+    for path in WORKFLOWS:
+        for name, at in re.findall(r"uses: (\S+)@(.*)", path.read_text(encoding="utf-8")):
+            found.setdefault(name, set()).add(at)
+    assert all(len(versions) == 1 for versions in found.values()), found
+
+
+def test_least_permissions(workflow):
+    """None by default; who may write checks nothing out, so that no code of a change runs with that right."""
+    text, content = workflow
+    assert content["permissions"] == {} and "pull_request_target" not in text and "secrets." not in text
+    for name, job in content["jobs"].items():
+        writes = [p for p, level in job["permissions"].items() if level != "read"]
+        assert "timeout-minutes" in job, name
+        for step in job["steps"]:
+            if "actions/checkout" in step.get("uses", ""):
+                assert step["with"]["persist-credentials"] == "false" and not writes, name
+            assert "${{" not in step.get("run", ""), "what others may name reaches a shell through env alone"
+
+
+def test_what_the_workflows_call_exists(workflow):
+    _, content = workflow
+    targets = set(re.findall(r"^([.\w/-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    commands = [c.name or c.callback.__name__ for c in app.registered_commands]
+    for job in content["jobs"].values():
+        for step in job["steps"]:
+            for words in re.findall(r"\bmake ([^#\n]+)", step.get("run", "")):
+                assert {w for w in words.split() if "=" not in w} <= targets
+            for command in re.findall(r"-m lib ([\w-]+)", step.get("run", "")):
+                assert command in commands
+
+
+def test_each_occasion_has_its_workflow():
+    """Changes: tests, smoke, book. Weekly: from scratch, links, Colab. Tags: snapshot, asset, pages."""
+    content = {p.stem: yaml.load(p.read_text(encoding="utf-8"), yaml.BaseLoader) for p in WORKFLOWS}
+    called = {
+        name: " ".join(s.get("run", "") + s.get("uses", "") for j in c["jobs"].values() for s in j["steps"])
+        for name, c in content.items()
+    }
+    assert "pull_request" in content["pull-request"]["on"] and "schedule" in content["weekly"]["on"]
+    assert content["release"]["on"]["push"] == {"tags": ["v*"]}
+    for name, wanted in {
+        "pull-request": ["make test", "make smoke", "make book SUBJECT=organism"],
+        "weekly": ["make book", "make check", "make links", "make colab"],
+        "release": ["make snapshot", "verify-snapshot", "gh release create", "deploy-pages"],
+    }.items():
+        assert all(word in called[name] for word in wanted), name
+    assert "actions/cache" not in called["weekly"], "a cold build is cold"
