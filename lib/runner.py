@@ -130,10 +130,10 @@ def execute(notebook: Path, output: Path, values: dict[str, Any]) -> None:
             str(notebook), str(partial), values, kernel_name="python3", cwd=str(notebook.parent),
             progress_bar={"desc": notebook.stem, "leave": False}, log_output=False,
         )  # fmt: skip
-        content = json.loads(partial.read_text(encoding="utf-8"))
-        names = {"input_path": notebook.name, "output_path": output.name}  # not where they stand on this machine
-        content["metadata"]["papermill"] |= names
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = partial.read_text(encoding="utf-8")
+        for folder in (ROOT, sys.prefix):  # a published notebook names no folder of this machine
+            text = text.replace(f"{folder}/", "")
+        partial.write_text(text, encoding="utf-8")
         partial.replace(output)
     except PapermillExecutionError as error:
         trace = _ANSI.sub("", "\n".join(error.traceback))

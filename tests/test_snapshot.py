@@ -10,6 +10,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 import time
 import zipfile
 from datetime import UTC, datetime, timedelta, timezone
@@ -200,9 +201,10 @@ def test_sha256sum_reads_the_manifest(tmp_path):
 
 
 SAVE = """
-import json, pathlib
+import json, pathlib, sys
 p = pathlib.Path('../_build/results') / subject / (NAME + '.json')
 p.parent.mkdir(parents=True, exist_ok=True)
+print(p.resolve(), sys.prefix + '/lib')
 own = {'subject': subject, 'weights_sha256': '0' * 64, 'commit': 'c', 'python': '3', 'packages': {}, 'start': '', 'seconds': 1}
 p.write_text(json.dumps({'provenance': own, 'values': {'seed': seed}}))
 """  # noqa: E501
@@ -274,7 +276,7 @@ def run(made, tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_a_snapshot_made_twice_is_the_same_to_the_byte(run, tmp_path):
+def test_a_snapshot_made_twice_is_the_same_to_the_byte(made, run, tmp_path):
     """Also after the book was built anew, file times moved on, and everything was touched."""
     first = snapshot.snapshot("s", tmp_path / "one.zip", say=lambda _: None).read_bytes()
     again = snapshot.snapshot("s", tmp_path / "two.zip", say=lambda _: None).read_bytes()
@@ -285,7 +287,9 @@ def test_a_snapshot_made_twice_is_the_same_to_the_byte(run, tmp_path):
     assert snapshot.snapshot("s", tmp_path / "three.zip", say=lambda _: None).read_bytes() == first
     found = snapshot.verify(tmp_path / "one.zip")
     assert found.sound and found.files == found.manifest["files"] and found.manifest["changes"] == []
-    assert str(run).encode() not in first, "no path of this machine"
+    for folder in (made, run, Path(sys.prefix)):
+        assert str(folder).encode() not in first, "no path of this machine"
+    assert b"_build/results/s/01_a.json" in first, "which the chapter printed"
     names = {n.partition("/")[2] for n in zipfile.ZipFile(tmp_path / "one.zip").namelist()}
     assert {f"edits/{name}.safetensors" for name in snapshot.PAPER} < names
     assert {"html/index.html", "html/book/01_a.html", "book.pdf", "dashboard.html", "executed/01_a.ipynb"} < names
