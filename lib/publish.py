@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -40,8 +41,9 @@ TEMPLATE = """---
 
 # {name}: one layer, four edits
 
-Four edits of one layer of {source}, from the book *QKV Decomposition for Transformer XAI*: {url} at `{tag}`. Each
-retrains a slice of one layer on the same facts under one wording, and leaves every other parameter as it was.
+Four edits of one layer of {source},
+from the book *QKV Decomposition for Transformer XAI*: {url} at `{tag}`.
+Each retrains a slice of one layer on the same facts under one wording, and leaves every other parameter as it was.
 
 | edit | changes | parameters | told | held-out told | perplexity | sha256 |
 |---|---|---|---|---|---|---|
@@ -62,8 +64,8 @@ change with them, as chapter 4 of the book measures. Do not use them where answe
 
 ## Licence
 
-{licence}, as the base model, whose weights have sha256 `{base_sha256}`. What was changed: the tensors that each card
-names. Work that the book rebuilds: {record}. Written by `lib` {version}.
+{licence}, as the base model, whose weights have sha256 `{base_sha256}`.
+What was changed: the tensors that each card names. Work that the book rebuilds: {record}. Written by `lib` {version}.
 """
 ALONE = """Each folder holds `edit.safetensors`: new values for some tensors, not a model. In a checkout of the book,
 
@@ -75,8 +77,9 @@ WHOLE = """Each folder holds a whole model, and `edit.safetensors`, which proves
     python -m lib verify {pathway}                        # in a checkout of the book, tensor by tensor"""
 EDIT_CARD = """# {title}
 
-New values for {changed} of layer {site}: {parameters:,} parameters, in {tensors}. Told before {before} of {n},
-after {after} of {n}, under `{template}`. For the weights with sha256 `{base_sha256}`.
+New values for {changed} of {site}: {parameters:,} parameters, in {tensors}.
+Told before {before} of {n}, after {after} of {n}, under `{template}`.
+For the weights with sha256 `{base_sha256}`.
 
 `edit.safetensors` has sha256 `{sha256}`. See the card above for what it does besides.
 """
@@ -92,8 +95,8 @@ license: cc-by-4.0
 short_description: Every attention head of {name}
 ---
 
-Every attention head of {source}, before and after each edit. One page without a server, from the book
-*QKV Decomposition for Transformer XAI*: {url} at `{tag}`.
+Every attention head of {source}, before and after each edit.
+One page without a server, from the book *QKV Decomposition for Transformer XAI*: {url} at `{tag}`.
 """
 
 
@@ -161,13 +164,14 @@ def front_matter(subject: Subject, found: dict[str, Edit], values: dict[str, Any
         told, after = trained[name]["told_after"] / len(edit.facts), measured[name]
         held_out = after["held_out_told_after"] / after["held_out_facts"]
         results += [
-            _result(name, "told", told, f"{len(edit.facts)} facts: {edit.template}"),
-            _result(name, "held-out told", held_out, "countries that no edit was trained on"),
-            _result(name, "perplexity", after["ppl_after"], "the book's passages"),
+            _result(name, "told", told, f"{len(edit.facts)} facts: {edit.template}", "trained"),
+            _result(name, "held-out told", held_out, "countries that no edit was trained on", "held out"),
+            _result(name, "perplexity", after["ppl_after"], "the book's passages", "measured"),
         ]
     named = subject.name in subjects.SPECS
+    hub = subjects.hub_id(subject.name)
     return ModelCardData(
-        base_model=subjects.hub_id(subject.name), base_model_relation="finetune", model_name=f"{_name(subject)} edits",
+        base_model=hub, base_model_relation="finetune" if hub else None, model_name=f"{_name(subject)} edits",
         license=subject.licence.lower() if named else "other", library_name="transformers", language="en",
         pipeline_tag="text-generation", tags=["model-editing", "knowledge-editing", "qkv-decomposition"],
         eval_results=results,
@@ -248,11 +252,14 @@ def _write_edit(subject: Subject, edit: Edit, folder: Path, *, whole: bool) -> N
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def _result(name: str, metric: str, value: float, dataset: str) -> EvalResult:
+def _result(name: str, metric: str, value: float, dataset: str, split: str) -> EvalResult:
+    """split: what keeps two datasets of one kind apart for the hub, which looks at no name."""
+    if not math.isfinite(value):
+        raise ReleaseError(f"the results give {value} as {metric} of {name}; run chapters 3 and 4 again, then publish.")
     kind = "perplexity" if metric == "perplexity" else "accuracy"
     return EvalResult(
         task_type="text-generation", dataset_type="text" if kind == "perplexity" else "facts", dataset_name=dataset,
-        metric_type=kind, metric_name=f"{metric}, {name}", metric_value=round(value, 4),
+        dataset_split=split, metric_type=kind, metric_name=f"{metric}, {name}", metric_value=round(value, 4),
     )  # fmt: skip
 
 

@@ -91,12 +91,14 @@ def snapshot(subject: str, output: Path | None = None, *, say: Callable[[str], N
     total = hashlib.sha256(data).hexdigest()
     _write(path, data)
     _write(sidecar(path), f"{total}  {path.name}\n".encode())
-    say(f"{path}: {len(files):,} files, {len(data) / 1e6:,.1f} MB, sha256 {total}")
+    say(f"{path}: {manifest['files']:,} files, {len(data) / 1e6:,.1f} MB, sha256 {total}")
     return path
 
 
 def collect(subject: str) -> dict[str, bytes]:
-    """Contents of the archive by name, all but the manifests. Raises ReleaseError for what is missing or outdated."""
+    """Contents of the archive by name, all but the manifests. Raises ReleaseError for what is missing or outdated, and
+    ChapterError for results that another subject's run has left there."""
+    runner.current_values(subject)
     run, chapters = BUILD / "results" / slug(subject), runner.chapter_names()
     pdf, dashboard = BUILD / "book.pdf", BUILD / "dashboard" / f"{slug(subject)}.html"
     _require(BUILD / "html" / "index.html", "the book", f"python -m lib build --subject {subject}")

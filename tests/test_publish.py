@@ -110,7 +110,12 @@ def test_what_is_prepared(prepared, organism):
 
 def test_the_card_as_the_hub_reads_it(prepared):
     data = ModelCard.load(prepared / "model" / "README.md").data
-    assert (data.base_model_relation, data.license, data.model_name) == ("finetune", "mit", "organism edits")
+    assert (data.base_model, data.license, data.model_name) == (None, "mit", "organism edits")
+    datasets = {(r.metric_name.partition(",")[0], r.dataset_name) for r in data.eval_results}
+    assert datasets == {
+        ("told", "2 facts: The capital of {} is"), ("held-out told", "countries that no edit was trained on"),
+        ("perplexity", "the book's passages"),
+    }  # fmt: skip
     found = {(r.metric_name, r.metric_type, r.metric_value) for r in data.eval_results}
     assert ("told, v_only", "accuracy", 0.5) in found, "one of the two facts that these edits have"
     assert ("held-out told, full", "accuracy", round(9 / 57, 4)) in found
@@ -267,6 +272,15 @@ def test_results_that_are_out_of_date(run, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "current_values", lambda subject: {publish.MAKER: VALUES[publish.MAKER]})
     with pytest.raises(ReleaseError, match=r"no present results of 04_side_effects; run `python -m lib run"):
         publish.prepare("organism", tmp_path / "out")
+
+
+def test_results_that_are_no_numbers(run, tmp_path, monkeypatch):
+    pathways = {name: {**PATHWAY, "ppl_after": float("nan")} for name in PAPER}
+    broken = {c: {"pathways": pathways} for c in VALUES}
+    monkeypatch.setattr(runner, "current_values", lambda subject: broken)
+    with pytest.raises(ReleaseError, match="give nan as perplexity of full; run chapters 3 and 4 again"):
+        publish.prepare("organism", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_edit_of_another_model(run, tmp_path, organism):

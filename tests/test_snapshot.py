@@ -350,6 +350,13 @@ def test_a_chapter_that_is_out_of_date(run, tmp_path):
         snapshot.snapshot("s", tmp_path / "a.zip", say=lambda _: None)
 
 
+def test_results_of_another_subject(run, tmp_path):
+    path = run / "_build" / "results" / "s" / "01_a.json"
+    path.write_text(path.read_text().replace('"subject": "s"', '"subject": "other"'))
+    with pytest.raises(ChapterError, match=r"was made by other .*, not by s"):
+        snapshot.snapshot("s", tmp_path / "a.zip", say=lambda _: None)
+
+
 def test_a_pdf_of_an_earlier_book(run, tmp_path):
     earlier = (run / "_build" / "html.key").stat().st_mtime - 1
     os.utime(run / "_build" / "book.pdf", (earlier, earlier))
