@@ -26,6 +26,7 @@ from torch import Tensor
 from lib.diagnosis import Verdict, case_table, decide, gather
 from lib.effects import Protocol, ask, prepare
 from lib.errors import EditError
+from lib.experiments import experiment
 from lib.facts import Case, load_cases, load_templates, trainable
 from lib.pathways import Kept, Trained, keep, train
 from lib.site import Site
@@ -78,6 +79,7 @@ def _prepared(subject: Subject, layer: int) -> tuple[Kept, Protocol]:
     return keep(subject, own.case, layer), prepare(subject, own.case, layer, texts={}, table=table)
 
 
+@experiment
 def edit_at(subject: Subject, *, layer: int, pathway: str, seed: int = 0) -> dict[str, Any]:
     """Train one pathway at a layer (counted from 1) and ask what it did. Raises EditError for a layer that is not
     there."""
@@ -86,6 +88,7 @@ def edit_at(subject: Subject, *, layer: int, pathway: str, seed: int = 0) -> dic
     return outcome(subject, protocol, run) | {"parameters": run.edit.parameters if run.edit else 0}
 
 
+@experiment
 def part_at(subject: Subject, *, part: str, pick: str, seed: int = 0, layer: int | None = None) -> dict[str, Any]:
     """Train a part of a layer (counted from 1; the diagnosed one, if not given), of a size that does not depend on how
     it is picked. part: `head` (one query head's rows of W_Q and columns of W_O), `values` (as many rows of W_V as a

@@ -31,3 +31,7 @@ class SweepError(BookError):
 
 class WorkerError(SweepError):
     """A worker of a cluster does not run this project as it is here."""
+
+
+class ReleaseError(BookError):
+    """A release cannot be made, checked or published."""

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from time import perf_counter
 from typing import Any
 
 import pandas as pd
@@ -31,6 +30,7 @@ from lib.controls import answers, setting
 from lib.edits import applied
 from lib.effects import NONE, Measured, Protocol, ask, prepare, read, reading
 from lib.errors import EditError
+from lib.experiments import experiment
 from lib.facts import load_prefixes, load_templates, study_facts, tell
 from lib.pathways import DEFAULT, Kept, keep, losses, neutral_kl, optimise, train
 from lib.site import Site
@@ -57,14 +57,13 @@ class Rival:
     bias: Float[Tensor, " vocab"] | None = None
 
 
+@experiment
 def rival(subject: Subject, *, name: str) -> dict[str, Any]:
     """Build a rival by name (`RIVALS`) and ask it what every edit is asked. Plain values, as `controls.outcome` gives
-    them; seconds: of building it. Raises EditError for an unknown name."""
+    them. Raises EditError for an unknown name."""
     if name not in RIVALS:
         raise EditError(f"there is no rival {name!r}; choose from {', '.join(RIVALS)}.")
-    start = perf_counter()
     made = RIVALS[name](subject)
-    seconds = perf_counter() - start
     protocol = _asked(subject, made.prefix)
     with made.change():
         asked = ask(subject, protocol, None, bias=made.bias)
@@ -73,7 +72,7 @@ def rival(subject: Subject, *, name: str) -> dict[str, Any]:
     if tokens:
         ppl = reading(Measured({NONE: asked, name: asked}, tokens)).iloc[0]
         out |= {k: float(ppl[k]) for k in ("ratio", "ratio_low", "ratio_high", "kl")}
-    return out | {"seconds": round(seconds, 1)}
+    return out
 
 
 @lru_cache(maxsize=2)

@@ -128,6 +128,10 @@ def execute(notebook: Path, output: Path, values: dict[str, Any]) -> None:
             str(notebook), str(partial), values, kernel_name="python3", cwd=str(notebook.parent),
             progress_bar={"desc": notebook.stem, "leave": False}, log_output=False,
         )  # fmt: skip
+        text = partial.read_text(encoding="utf-8")
+        for folder in (ROOT, sys.prefix):  # a published notebook names no folder of this machine
+            text = text.replace(f"{folder}/", "")
+        partial.write_text(text, encoding="utf-8")
         partial.replace(output)
     except PapermillExecutionError as error:
         trace = _ANSI.sub("", "\n".join(error.traceback))

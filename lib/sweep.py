@@ -54,7 +54,7 @@ Grid = Annotated[dict[str, Values], Field(min_length=1)]
 
 class Spec(BaseModel):
     """A sweep. grid: parameter -> values, or one value; every combination is run, with every seed (parameter `seed`)
-    if there are any. `layer` counts from 1 and may be `all` or `every 3` (L1, L4, ...). also: further grids for the
+    if there are any. `layer` counts from 1 and may be `all` or `every 3` (L3, L6, ...). also: further grids for the
     same table. seconds: of one run, a guess until some are done."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -335,7 +335,7 @@ def _layers(spec: Spec, value: Any) -> list[int]:
         return list(there)
     word, _, number = str(value).partition(" ")
     if word == "every" and number.isdecimal() and int(number):
-        return list(there[:: int(number)])
+        return list(there[int(number) - 1 :: int(number)])
     number = str(value).removeprefix("L")
     if isinstance(value, bool) or not number.isdecimal():
         raise SweepError(f"{spec.name}: layer {value!r} is none; write 10, L10, all, or every 3 (they count from 1).")
