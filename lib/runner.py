@@ -29,7 +29,7 @@ from typing import Any
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
-from lib import claims, known_answers
+from lib import claims, colophon, known_answers
 from lib.errors import ChapterError
 from lib.results import BUILD, PACKAGES, chapter_folder, make_folder, reach, results_path, slug, write_atomically
 from lib.subjects import ROOT, canonical, load, weights_sha256
@@ -202,6 +202,7 @@ def build(subject: str, *, force: bool = False, say: Callable[[str], None] = pri
         shutil.copytree(BOOK, stage / "book", ignore=shutil.ignore_patterns("*.ipynb", ".ipynb_checkpoints"))
         for chapter in chapter_names():
             shutil.copy(executed_path(subject, chapter), stage / "book")
+            colophon.add(stage / "book" / f"{chapter}.ipynb", results_path(subject, chapter))
         for name in ("_config.yml", "_toc.yml"):
             shutil.copy(ROOT / name, stage)
         if (ROOT / "data" / "claims.yaml").is_file():
