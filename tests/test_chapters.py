@@ -16,6 +16,38 @@ def cells(chapter: str, kind: str) -> list[str]:
     return ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == kind]
 
 
+NOT_THE_WORD = r"in case\b|in (?:both|95 % of) cases|head to head|\btold of in full|in fact\b"
+
+
+def glossary_terms() -> list[str]:
+    text = (BOOK / "glossary.md").read_text(encoding="utf-8")
+    return re.findall(r"^(?![\s:])(.+)$", text[text.index(":sorted:") : text.rindex("```")], re.M)
+
+
+def page_text(page: str) -> str:
+    return "\n\n".join(cells(page, "markdown")) if "." not in page else (BOOK / page).read_text(encoding="utf-8")
+
+
+def words_before_links(text: str, terms: list[str]) -> dict[str, str]:
+    """The words of the glossary that a text uses before it links them, with the place. Headings, code, formulas,
+    quotations and the texts of other links are not prose."""
+    text = re.sub(r"(?ms)^#+ .*?$|^```bash$.*?^```$|^(?:```|:::).*?$|^:\w+:.*?$|\$[^$]+\$|\(\S+\)=", " ", text)
+    text = re.sub(r"(\{[\w:]+\})?`[^`]*`", lambda role: role[0] if role[1] == "{term}" else " ", text)
+    text = re.sub(r"\"[^\"]*\"|" + NOT_THE_WORD, " ", text)
+    seen, gaps = set(), {}
+    words = "|".join(re.escape(t) for t in sorted(terms, key=len, reverse=True))
+    for found in re.finditer(rf"\{{term\}}`([^`<]*)(?:<([^>]*)>)?`|\b(?:{words})s?\b", text, re.I):
+        if found[1] is not None:
+            seen.add((found[2] or found[1]).strip().lower())
+            seen |= {"subject"} & {word for term in seen for word in term.split()}  # a subject model, for short
+        else:
+            term = found[0].lower()
+            term = term if term in map(str.lower, terms) else term.removesuffix("s")
+            if term not in seen:
+                gaps.setdefault(term, text[max(0, found.start() - 40) : found.end() + 30].replace("\n", " "))
+    return gaps
+
+
 @pytest.fixture(params=chapter_names())
 def chapter(request) -> str:
     return request.param
