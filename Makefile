@@ -4,7 +4,7 @@ SUBJECT ?= smollm2
 BIN     := .venv/bin
 LIB     := $(BIN)/python -m lib
 
-.PHONY: help book test smoke check lint clean
+.PHONY: help book test smoke check pages pdf clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -25,6 +25,12 @@ smoke: .venv/ready  ## execute every chapter on the small planted model, and che
 
 check: .venv/ready  ## compare the last run on SUBJECT with data/expected
 	$(LIB) check --subject $(SUBJECT)
+
+pages: .venv/ready  ## look at every built page in a browser without network: scripts, pictures, links, accessibility
+	$(BIN)/python -m pytest tests/pages
+
+pdf: .venv/ready  ## print the built book of SUBJECT into _build/book.pdf
+	$(LIB) pdf --subject $(SUBJECT)
 
 clean:  ## delete what was built (the environment and the fetched models stay)
 	rm -rf _build

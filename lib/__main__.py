@@ -88,6 +88,23 @@ def build(subject: SubjectOption = "smollm2", force: Force = False) -> None:
 
 
 @app.command()
+def pdf(
+    subject: SubjectOption = "smollm2",
+    output: Annotated[Path | None, typer.Option(help="The file to write; by default _build/book.pdf.")] = None,
+) -> None:
+    """Print the whole book into one PDF, from the pages that `build` makes. Needs Chromium.
+
+    The same pages give the same bytes.
+    """
+    from lib import pdf, runner
+    from lib.results import BUILD
+
+    html = runner.build(subject, say=typer.echo).parent
+    path = pdf.make(html, output or BUILD / "book.pdf", **runner.imprint(subject))
+    typer.echo(f"pdf: {path}, {path.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command()
 def check(subject: SubjectOption = "smollm2") -> None:
     """Compare the last run's numbers with data/expected; exit 1 if one misses."""
     from lib import runner

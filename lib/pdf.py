@@ -9,12 +9,15 @@
 from __future__ import annotations
 
 import io
+import logging
 import posixpath
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from bs4 import BeautifulSoup, Tag
@@ -25,8 +28,9 @@ from lib.errors import ChapterError
 DROPPED = ".headerlink, button, script[src], details.hide, .cell_input.tag_remove-input, .pst-breadcrumbs, noscript"
 _SHRINK = """() => {
     for (const box of document.querySelectorAll('.scroll, .dt-container, .pst-scrollable-table-container')) {
-        const table = box.querySelector('table'), room = box.parentElement.clientWidth;
-        if (table && table.scrollWidth > room) table.style.zoom = room / table.scrollWidth;
+        const room = box.parentElement.clientWidth;
+        const width = Math.max(...[...box.querySelectorAll('table')].map(t => t.scrollWidth));
+        if (width > room) box.style.zoom = room / width;
     }
 }"""
 _WIDTH = 660  # CSS pixels between the margins of an A4 page
@@ -37,11 +41,12 @@ def make(html: Path, path: Path, *, title: str, author: str, about: str, date: s
     date: ISO, of that run. Raises ChapterError without a built book or without Chromium."""
     built_pages(html)
     document = assemble(html, title=title, author=author, about=about)
-    printed = tidy(_print(document, html / "book"), title=title, author=author, date=date)
+    printed = _print(document, html / "book")
+    finished = tidy(printed, headings(document), title=title, author=author, date=date)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     try:
-        temporary.write_bytes(printed)
+        temporary.write_bytes(finished)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -67,7 +72,9 @@ def assemble(html: Path, *, title: str, author: str, about: str) -> str:
     pages = reading_order(html)
     soups = [BeautifulSoup(p.read_text(encoding="utf-8"), "html.parser") for p in pages]
     articles = [_article(soup, page) for soup, page in zip(soups, pages, strict=True)]
-    shared = {name for name, n in Counter(i for a in articles for i in {t["id"] for t in _named(a)}).items() if n > 1}
+    shared = {
+        name for name, n in Counter(i for a in articles for i in {str(t["id"]) for t in _named(a)}).items() if n > 1
+    }
     for article, page in zip(articles, pages, strict=True):
         _relink(article, page, shared, {p.name: p.stem for p in pages})
     styles = "".join(str(link) for link in soups[0].find_all("link", rel="stylesheet"))
@@ -80,11 +87,24 @@ def assemble(html: Path, *, title: str, author: str, about: str) -> str:
     )  # fmt: skip
 
 
-def tidy(printed: bytes, *, title: str, author: str, date: str) -> bytes:
-    """The same PDF with the book's own metadata and nothing of the moment in it."""
+def headings(document: str) -> list[str]:
+    """The texts of all headings, in order."""
+    found = BeautifulSoup(document, "html.parser").find_all(re.compile(r"^h[1-6]$"))
+    return [" ".join(heading.get_text().split()) for heading in found]
+
+
+def tidy(printed: bytes, bookmarks: list[str], *, title: str, author: str, date: str) -> bytes:
+    """The same PDF with the book's own metadata and nothing of the moment in it. bookmarks: their texts, because
+    Chromium drops the space where a heading breaks into lines. Raises ChapterError if there are more or fewer."""
     from pypdf import PdfReader, PdfWriter
+    from pypdf.generic import NameObject, TextStringObject
 
     writer = PdfWriter(clone_from=PdfReader(io.BytesIO(printed)))
+    marks = list(_outline(writer.root_object["/Outlines"].get_object()))
+    if len(marks) != len(bookmarks):
+        raise ChapterError(f"the PDF has {len(marks)} bookmarks for {len(bookmarks)} headings; report this as a bug.")
+    for mark, text in zip(marks, bookmarks, strict=True):
+        mark[NameObject("/Title")] = TextStringObject(text)
     day = "D:" + "".join(c for c in date if c.isdigit())[:14] + "Z"
     writer.metadata = {
         "/Title": title, "/Author": author, "/CreationDate": day, "/ModDate": day, "/Producer": "Chromium, pypdf",
@@ -92,6 +112,16 @@ def tidy(printed: bytes, *, title: str, author: str, date: str) -> bytes:
     out = io.BytesIO()
     writer.write(out)
     return out.getvalue()
+
+
+def _outline(parent: Any) -> Iterator[Any]:
+    """Bookmarks below one, in the order of the pages."""
+    mark = parent.get("/First")
+    while mark is not None:
+        mark = mark.get_object()
+        yield mark
+        yield from _outline(mark)
+        mark = mark.get("/Next")
 
 
 def _article(soup: BeautifulSoup, page: Path) -> Tag:
@@ -124,9 +154,9 @@ def _relink(article: Tag, page: Path, shared: set[str], stems: dict[str, str]) -
         return f"{stem}--{name}" if name in shared else name
 
     for named in list(_named(article)):
-        named["id"] = anchor(page.stem, named["id"])
+        named["id"] = anchor(page.stem, str(named["id"]))
     for link in article.find_all("a", href=True):
-        parts = urlsplit(link["href"])
+        parts = urlsplit(str(link["href"]))
         stem = stems.get(posixpath.basename(parts.path)) if parts.path else page.stem
         if not parts.scheme and stem:
             link["href"] = "#" + (anchor(stem, parts.fragment) if parts.fragment else f"{stem}--page")
@@ -165,6 +195,7 @@ _DOCUMENT = """<!DOCTYPE html>
 <head><meta charset="utf-8"><title>{title}</title>{styles}<style>{css}</style></head>
 <body>
 <section class="title-page"><p class="book-title">{title}</p><p>{author}</p><p>{about}</p>
+<p>The code of the cells is left out here; the pages on screen and the notebooks have it.</p>
 <nav><ol>{contents}</ol></nav></section>
 <main class="bd-content">{articles}</main>
 </body>
@@ -185,11 +216,14 @@ h1, h2, h3 { break-after: avoid; margin-top: 1.5rem; }
 p, li { orphans: 2; widows: 2; }
 figure, .admonition, tr, .cell_input { break-inside: avoid; }
 figure.table-figure:has(tr:nth-of-type(16)) { break-inside: auto; }
-figure img { max-width: 100%; max-height: 190mm; }
+figure img { max-width: 100%; max-height: 105mm; }
 a, a:visited { color: #0b4f8a; text-decoration: none; }
-.scroll { overflow: visible !important; white-space: normal !important; background: none !important; }
+.scroll { overflow: visible !important; background: none !important; }
 .dt-scroll, .dt-scroll-head, .dt-scroll-body { overflow: visible !important; }
 .dt-search, .dt-length, .dt-paging { display: none; }
 .sd-summary-icon, .sd-summary-state-marker { display: none; }
+.colophon p + p { display: none; }
 .toggle-hidden { display: block !important; }
 """
+
+logging.getLogger("pypdf").setLevel(logging.ERROR)  # Chromium counts its objects in another way

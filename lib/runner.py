@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import papermill
+import yaml
 from papermill.exceptions import PapermillExecutionError
 
 from lib import claims, colophon, known_answers
@@ -244,6 +245,18 @@ def build(subject: str, *, force: bool = False, say: Callable[[str], None] = pri
     write_atomically(stamp, key)
     say(f"book: built {html / 'index.html'}")
     return html / "index.html"
+
+
+def imprint(subject: str) -> dict[str, str]:
+    """What the title page of a built book says: title and author, of which runs it is, and the date of the last."""
+    subject = canonical(subject)
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    runs = [json.loads(results_path(subject, c).read_text(encoding="utf-8"))["provenance"] for c in chapter_names()]
+    commits = ", ".join(dict.fromkeys(run["commit"] for run in runs))
+    about = (
+        f"Made on {subject}, weights sha256 {runs[0]['weights_sha256']}, by version {runs[0]['lib']}, commit {commits}."
+    )
+    return {"title": config["title"], "author": config["author"], "about": about, "date": max(r["start"] for r in runs)}
 
 
 def check(subject: str, folder: Path = ROOT / "data" / "expected") -> list[tuple[str, str, Any, Any, bool]]:

@@ -4,7 +4,7 @@
 if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
 
 document.addEventListener("DOMContentLoaded", () => {
-  for (const image of document.querySelectorAll("figure .cell_output img, figure > img")) offerZoom(image);
+  for (const image of document.querySelectorAll(".cell_output figure > img")) offerZoom(image);
   new MutationObserver(nameScrolling).observe(document.body, { childList: true, subtree: true }); // sortable tables
   nameScrolling();
 });
@@ -20,7 +20,10 @@ function offerZoom(image) {
   button.setAttribute("aria-haspopup", "dialog");
   button.addEventListener("click", () => enlarge(image, number));
   image.addEventListener("click", () => enlarge(image, number));
-  image.after(button);
+  const frame = document.createElement("div"); // the button stands in a corner of the picture
+  frame.className = "framed";
+  image.replaceWith(frame);
+  frame.append(image, button);
 }
 
 function enlarge(image, number) {
