@@ -106,3 +106,19 @@ def test_nothing_in_git_names_a_machine():
     for name in names:
         if name.endswith((".py", ".md", ".yml", ".yaml", ".ipynb", ".toml", ".txt", ".cff", ".json")):
             assert not re.search(r"(?<![\w.])/(root|home|work|tmp)/\w", (ROOT / name).read_text(encoding="utf-8")), name
+
+
+@pytest.mark.parametrize("page", [*chapter_names(), "index.md", "verify.md"])
+def test_words_of_the_glossary_are_linked_at_first_use(page):
+    assert words_before_links(page_text(page), glossary_terms()) == {}
+
+
+def test_a_word_that_is_used_before_it_is_linked_is_found():
+    terms = ["Head", "Routing failure", "Subject model", "Subject"]
+    fine = (
+        '# Heads\n\nA {term}`head`, heads, in {doc}`a head <x>` `head` "head" $head$. {term}`subject model`: a subject.'
+    )
+    assert words_before_links(fine, terms) == {}
+    assert set(words_before_links("Two heads. A {term}`head`.", terms)) == {"head"}
+    assert set(words_before_links("{term}`heads <Head>` and a routing failure", terms)) == {"routing failure"}
+    assert len(glossary_terms()) > 40

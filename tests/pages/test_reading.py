@@ -4,6 +4,9 @@ import json
 
 import pytest
 from checks import PHONE
+from pypdf import PdfReader
+
+from lib import pdf
 
 FIGURES, TABLES = "book/02_knowledge_path.html", "book/05_cross_validation.html"
 
@@ -68,3 +71,12 @@ def test_a_chapter_ends_with_its_run_and_its_files(page, html):
     assert numbers["provenance"]["weights_sha256"] in foot.inner_text()
     assert numbers["provenance"]["start"] in foot.inner_text()
     assert any(cell.get("outputs") for cell in notebook["cells"])
+
+
+def test_the_pdf_is_the_same_twice(html, tmp_path):
+    about = {"title": "T", "author": "A", "about": "of a test", "date": "2026-01-02T03:04:05+00:00"}
+    one, two = (pdf.make(html, tmp_path / f"{i}.pdf", **about) for i in (1, 2))
+    assert one.read_bytes() == two.read_bytes()
+    chapters = [mark.title for mark in PdfReader(one).outline if not isinstance(mark, list)]
+    assert len(chapters) == len(pdf.reading_order(html)) and any(title.startswith("5. ") for title in chapters)
+    assert not list((html / "book").glob(".print-*"))
