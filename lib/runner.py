@@ -212,7 +212,7 @@ def build(subject: str, *, force: bool = False, say: Callable[[str], None] = pri
         expected = ROOT / "data" / "expected" / f"{slug(subject)}.json"
         wanted = json.loads(expected.read_text(encoding="utf-8")) if expected.is_file() else {}
         (stage / "book" / "tolerances.txt").write_text(colophon.tolerances(subject, wanted), encoding="utf-8")
-        ways = "".join((ROOT / "lib" / f"{name}.py").read_text(encoding="utf-8") for name in ("mathml", "theme"))
+        ways = "".join(Path(__file__).with_name(f"{name}.py").read_text("utf-8") for name in ("mathml", "theme"))
         files = sorted(p for p in stage.rglob("*") if p.is_file())
         key = _digest(files, subject + version("jupyter-book") + ways, stage)
         if not force and html.is_dir() and stamp.exists() and stamp.read_text() == key:
