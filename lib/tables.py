@@ -38,8 +38,7 @@ def plain(table: pd.DataFrame, *, digits: int = 2, index: bool = False) -> HTML:
     styler = Styler(table, uuid=name, cell_ids=False, precision=digits, escape="html", na_rep="–")
     styler = styler.format_index(escape="html").format_index(escape="html", axis="columns")
     styler = styler.set_table_styles([*styles, {"selector": ".col_heading", "props": "white-space: normal"}])
-    if not index:
-        styler = styler.hide(axis="index")
+    styler = styler.hide(axis="index", names=index).hide(axis="columns", names=True)  # names: of the axes only
     html = styler.set_table_attributes('class="dataframe"').to_html()
     wrap = "normal" if index else "nowrap"
     style = f"overflow-x:auto;font-size:85%;white-space:{wrap};font-variant-numeric:tabular-nums"
