@@ -4,7 +4,7 @@ SUBJECT ?= smollm2
 BIN     := .venv/bin
 LIB     := $(BIN)/python -m lib
 
-.PHONY: help book test smoke check pages pdf clean
+.PHONY: help book test smoke check pages pdf colab snapshot links clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -31,6 +31,19 @@ pages: .venv/ready  ## look at every built page in a browser without network: sc
 
 pdf: .venv/ready  ## print the built book of SUBJECT into _build/book.pdf
 	$(LIB) pdf --subject $(SUBJECT)
+
+colab: .venv/ready  ## execute each chapter by itself as Colab would, in a new environment
+	PYTHONPATH=. $(BIN)/python tests/simulate_colab.py
+
+snapshot: book  ## one archive of the run on SUBJECT, to deposit, with its checksum beside it
+	$(LIB) pdf --subject $(SUBJECT)
+	$(LIB) snapshot --subject $(SUBJECT)
+
+links: .venv/ready  ## check every link that the built book follows to the outside (needs the network)
+	rm -rf _build/links && mkdir -p _build/links
+	cp -r book _config.yml _toc.yml _build/links
+	cp _build/executed/$(SUBJECT)/*.ipynb _build/html/_sources/book/reproduction.md _build/links/book
+	$(BIN)/jupyter-book build _build/links --builder linkcheck
 
 clean:  ## delete what was built (the environment and the fetched models stay)
 	rm -rf _build

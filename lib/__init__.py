@@ -23,6 +23,10 @@ The rooms, in the order data flows through them (imports point to earlier rooms 
     figures        arrays -> matplotlib figures
     tables         DataFrames as chapters show them
     runner         execute chapters, build the book, check its numbers
+    release        repository and tag, and what must agree with them; badges and set-up cells
+    snapshot       one archive to deposit, and its check
+    publish        edits and dashboard as repositories of a model hub
+    colab          what a chapter installs first, in Colab alone
     mathml         Sphinx extension: formulas without network or script
 """
 

@@ -186,6 +186,109 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command("release-settings")
+def release_settings(
+    check: Annotated[
+        str, typer.Option(help="A tag: change nothing; exit 1 unless the release is called so, and everything says so.")
+    ] = "",
+) -> None:
+    """Put the repository and tag of _config.yml into every chapter: badge and set-up cell for Colab.
+
+    Then say where version, tag, CITATION.cff and .zenodo.json do not agree; exit 1 if they do not.
+    """
+    from lib import release
+
+    repo, changed = release.repository(), release.write(dry=bool(check))
+    wrong = release.disagreements()
+    if check and changed:
+        wrong.append(f"badge or set-up cell of {', '.join(changed)} is of another setting")
+    if check and check != repo.tag:
+        wrong.append(f"the tag in _config.yml is {repo.tag!r}, not {check!r}")
+    if wrong:
+        raise BookError("the release does not agree with itself: " + "; ".join(wrong) + ". Change these files.")
+    typer.echo(f"{repo.url} at {repo.tag}: {', '.join(changed) or 'no chapter'} changed, everything agrees")
+
+
+@app.command()
+def snapshot(
+    subject: SubjectOption = "smollm2",
+    output: Annotated[Path | None, typer.Option(help="The archive to write; by default in _build.")] = None,
+) -> None:
+    """Put the last run into one archive to deposit: book, numbers, edits, data, source, licences.
+
+    Chapters, dashboard and PDF must be there and up to date; `make snapshot` sees to it. The same run gives the same
+    bytes. The archive's sum is written beside it. Changes that are not committed are named in MANIFEST.json.
+    """
+    from lib import snapshot as room
+
+    path = room.snapshot(subject, output, say=typer.echo)
+    typer.echo(f"check it with: python -m lib verify-snapshot {path}")
+
+
+@app.command("verify-snapshot")
+def verify_snapshot(
+    archive: Annotated[Path, typer.Argument(help="An archive that `snapshot` wrote.")],
+) -> None:
+    """Check an archive without unpacking it: name every file that is wrong, missing or extra; exit 1 if one is.
+
+    A wrong byte between the files is found as well. If the sum is there beside it (ARCHIVE.sha256), it must fit.
+    """
+    from lib import snapshot as room
+
+    found = room.verify(archive)
+    for what in ("wrong", "missing", "extra"):
+        for name in getattr(found, what):
+            typer.echo(f"{what}: {name}")
+    if found.structure:
+        typer.echo(f"damaged: {found.structure}")
+    if not found.sound:
+        typer.echo(f"{archive} is NOT as it was made; get it again")
+        raise typer.Exit(1)
+    made = found.manifest
+    typer.echo(f"{archive}: all {found.files:,} files are as they were made, and so is every byte between them")
+    typer.echo(f"  {made['subject']}, weights sha256 {made['weights_sha256']}")
+    typer.echo(f"  version {made['version']}, commit {made['commit']}, {made['date']}")
+    if made["changes"]:
+        typer.echo("  made from a work tree that differs from the commit: " + ", ".join(made["changes"]))
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="The folder to prepare, new; or one that was prepared before.")],
+    subject: SubjectOption = "smollm2",
+    whole: Annotated[bool, typer.Option("--whole", help="The edited models themselves, not the edits alone.")] = False,
+    upload: Annotated[bool, typer.Option("--upload", help="Upload it, after asking. Without: a dry run.")] = False,
+    repo: Annotated[str, typer.Option(help="OWNER/NAME of the model repository and of the Space.")] = "",
+) -> None:
+    """Prepare the edits and the dashboard for a model hub: a model repository and a static Space.
+
+    A dry run: it writes FOLDER and lists what would be uploaded. Look at it, then upload the same folder with
+    `--upload --repo OWNER/NAME`: the token is taken from HF_TOKEN or asked for, and nothing is sent without a yes.
+    """
+    import os
+    import re
+
+    from lib import publish as room
+    from lib.subjects import canonical
+
+    if upload and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise BookError(f"--upload needs --repo OWNER/NAME, for example --repo me/qkv-edits; it is {repo!r}.")
+    if not (folder / room.SUMS).is_file():
+        room.prepare(canonical(subject), folder, whole=whole)
+    files = room.listing(folder)
+    table = Table("file", "bytes", title=escape(str(folder)))
+    for name, size in files:
+        table.add_row(escape(name), f"{size:,}")
+    _print(table)
+    total = f"{len(files)} files, {sum(size for _, size in files) / 1e6:,.1f} MB"
+    if not upload:
+        typer.echo(f"{total}; a dry run, nothing was uploaded. To do it: add --upload --repo OWNER/NAME")
+        return
+    token = os.environ.get("HF_TOKEN") or typer.prompt("Token that may write", hide_input=True, default="")
+    typer.confirm(f"Upload {total} to {repo}, as a model repository and a Space that everyone can see?", abort=True)
+    room.upload(folder, repo, token, say=typer.echo)
+
+
 def _verified(found: DataFrame, template: str) -> Table:
     """The table of `edits.verify` for the terminal."""
     columns = [f"{what} {when}" for when in ("before", "after") for what in ("says", "told", "p")]

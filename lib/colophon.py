@@ -46,6 +46,9 @@ threads {threads}.
 """
 
 
+MARK = "% what may differ\n"  # a comment in a page, in whose place the list stands
+
+
 def tolerances(subject: str, expected: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Which numbers may differ on another machine and by how much, as MyST markdown. expected: as data/expected holds
     them, by chapter and key; empty where nothing is expected of the subject."""

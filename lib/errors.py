@@ -23,3 +23,7 @@ class ChapterError(BookError):
 
 class EditError(BookError):
     """An edit cannot be read, or does not belong to the model at hand."""
+
+
+class ReleaseError(BookError):
+    """A release cannot be made, checked or published."""
