@@ -25,7 +25,7 @@ from bs4 import BeautifulSoup, Tag
 from lib.browser import built_pages, chromium
 from lib.errors import ChapterError
 
-DROPPED = ".headerlink, button, script[src], details.hide, .cell_input.tag_remove-input, .pst-breadcrumbs, noscript"
+DROPPED = ".headerlink, button, script[src], noscript, details.hide, a:has(> img[alt='Open in Colab'])"
 _SHRINK = """() => {
     for (const box of document.querySelectorAll('.scroll, .dt-container, .pst-scrollable-table-container')) {
         const room = box.parentElement.clientWidth;
