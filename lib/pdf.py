@@ -33,6 +33,8 @@ _SHRINK = """() => {
         if (width > room) box.style.zoom = room / width;
     }
 }"""
+_READY = """() => document.fonts.status === 'loaded' && [...document.images].every(image => image.complete)
+    && [...document.querySelectorAll('table[id^="itables"]')].every(t => t.closest('.dt-container')?.innerText)"""
 _WIDTH = 660  # CSS pixels between the margins of an A4 page
 
 
@@ -105,6 +107,7 @@ def tidy(printed: bytes, bookmarks: list[str], *, title: str, author: str, date:
         raise ChapterError(f"the PDF has {len(marks)} bookmarks for {len(bookmarks)} headings; report this as a bug.")
     for mark, text in zip(marks, bookmarks, strict=True):
         mark[NameObject("/Title")] = TextStringObject(text)
+    _rename_elements(writer.root_object)
     day = "D:" + "".join(c for c in date if c.isdigit())[:14] + "Z"
     writer.metadata = {
         "/Title": title, "/Author": author, "/CreationDate": day, "/ModDate": day, "/Producer": "Chromium, pypdf",
@@ -122,6 +125,49 @@ def _outline(parent: Any) -> Iterator[Any]:
         yield mark
         yield from _outline(mark)
         mark = mark.get("/Next")
+
+
+def _rename_elements(root: Any) -> None:
+    """Number the elements that screen readers follow in the order of reading: Chromium numbers them as they came to
+    be, which differs from run to run. The names stand at the elements, in the headers of table cells, and in a tree."""
+    from pypdf.generic import ArrayObject, DictionaryObject, NameObject, TextStringObject
+
+    if "/StructTreeRoot" not in root:
+        return
+    tree = root["/StructTreeRoot"]
+    elements = list(_elements(tree))
+    named = [element for element in elements if "/ID" in element]
+    names = {str(e["/ID"]): TextStringObject(f"node{i:08d}") for i, e in enumerate(named)}
+    for element in named:
+        element[NameObject("/ID")] = names[str(element["/ID"])]
+    for element in elements:
+        for attributes in element["/A"] if isinstance(element.get("/A"), list) else []:
+            if "/Headers" in attributes:
+                headers = ArrayObject(names[str(name)] for name in attributes["/Headers"])
+                attributes[NameObject("/Headers")] = headers
+    pairs = ArrayObject(part for e in named for part in (e["/ID"], e.indirect_reference))
+    if named:
+        _empty(tree["/IDTree"])
+        tree[NameObject("/IDTree")] = DictionaryObject({NameObject("/Names"): pairs})
+
+
+def _empty(node: Any) -> None:
+    """Clear a tree of names: its nodes stay in the file, though nothing leads to them any more."""
+    for kid in node.get("/Kids", []):
+        _empty(kid.get_object())
+    node.clear()
+
+
+def _elements(parent: Any) -> Iterator[Any]:
+    """Elements of the tree of tags below one, in the order of reading."""
+    todo = [parent]
+    while todo:
+        found = todo.pop()
+        if "/S" in found:
+            yield found
+        below = found.get("/K", [])
+        below = [one.get_object() for one in (below if isinstance(below, list) else [below])]
+        todo += [one for one in reversed(below) if isinstance(one, dict) and "/S" in one]
 
 
 def _article(soup: BeautifulSoup, page: Path) -> Tag:
@@ -180,7 +226,7 @@ def _print(document: str, folder: Path) -> bytes:
         page = browser.new_context(offline=True, viewport={"width": _WIDTH, "height": 900}).new_page()
         page.emulate_media(media="print", color_scheme="light")
         page.goto(Path(file.name).as_uri(), wait_until="load", timeout=120_000)
-        page.wait_for_timeout(1000)  # scripts that set tables
+        page.wait_for_function(_READY, timeout=120_000)
         page.evaluate(_SHRINK)
         return page.pdf(
             format="A4", margin={"top": "18mm", "bottom": "20mm", "left": "17mm", "right": "17mm"}, outline=True,
@@ -212,7 +258,8 @@ body { background: white; display: block; }
 main.bd-content { display: block; }
 article.bd-article { break-before: page; padding: 0; }
 article.bd-article:first-child { break-before: auto; }
-h1, h2, h3 { break-after: avoid; margin-top: 1.5rem; }
+h1, h2, h3, dt { break-after: avoid; }
+h1, h2, h3 { margin-top: 1.5rem; }
 p, li { orphans: 2; widows: 2; }
 figure, .admonition, tr, .cell_input { break-inside: avoid; }
 figure.table-figure:has(tr:nth-of-type(16)) { break-inside: auto; }

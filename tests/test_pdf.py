@@ -5,6 +5,7 @@ import io
 import pytest
 from bs4 import BeautifulSoup
 from pypdf import PdfReader, PdfWriter
+from pypdf.generic import ArrayObject, DictionaryObject, NameObject, TextStringObject
 
 from lib import pdf
 from lib.errors import ChapterError
@@ -66,9 +67,29 @@ def test_a_book_that_is_not_whole_is_refused(html, tmp_path):
         pdf.make(tmp_path / "none", tmp_path / "x.pdf", title="T", author="A", about="", date="2026")
 
 
-def printed(marks: list[str]) -> bytes:
+def dictionary(entries: dict) -> DictionaryObject:
+    return DictionaryObject({NameObject(key): value for key, value in entries.items()})
+
+
+def tagged(kind: str, name: str, headers: list[str] | None = None) -> DictionaryObject:
+    entries = {"/S": NameObject(kind), "/ID": TextStringObject(name)}
+    if headers:
+        attributes = dictionary({"/Headers": ArrayObject(map(TextStringObject, headers))})
+        entries["/A"] = ArrayObject([attributes])
+    return dictionary(entries)
+
+
+def printed(marks: list[str], first: int = 1) -> bytes:
+    """A page with bookmarks and two tagged cells, whose names count on from a first one, as Chromium's do."""
     writer, out = PdfWriter(), io.BytesIO()
     writer.add_blank_page(100, 100)
+    names = [f"node{first + i:08d}" for i in range(2)]
+    head = writer._add_object(tagged("/TH", names[0]))
+    cell = writer._add_object(tagged("/TD", names[1], headers=names[:1]))
+    tree = {"/Type": NameObject("/StructTreeRoot"), "/K": ArrayObject([head, cell])}
+    kid = writer._add_object(dictionary({"/Names": ArrayObject([TextStringObject(names[0]), head])}))
+    tree["/IDTree"] = writer._add_object(dictionary({"/Kids": ArrayObject([kid])}))
+    writer.root_object[NameObject("/StructTreeRoot")] = writer._add_object(dictionary(tree))
     parent = None
     for mark in marks:
         parent = writer.add_outline_item(mark, 0, parent=parent)
@@ -85,3 +106,13 @@ def test_the_pdf_says_what_the_book_says_and_not_when_it_was_printed():
     assert reader.metadata["/CreationDate"] == reader.metadata["/ModDate"] == "D:20260102030405Z"
     with pytest.raises(ChapterError, match="2 bookmarks for 1 headings"):
         pdf.tidy(printed(["A", "B"]), ["A"], **options)
+
+
+def test_names_of_elements_that_came_to_be_at_another_moment_make_no_difference():
+    options = {"title": "T", "author": "A", "date": "2026-01-02T03:04:05+00:00"}
+    one, two = (pdf.tidy(printed(["A"], first), ["A"], **options) for first in (7, 400))
+    assert one == two and printed(["A"], 7) != printed(["A"], 400)
+    tree = PdfReader(io.BytesIO(one)).root_object["/StructTreeRoot"]
+    names = tree["/IDTree"]["/Names"]
+    assert [names[i + 1].get_object()["/ID"] for i in (0, 2)] == [names[0], names[2]]
+    assert names[3].get_object()["/A"][0]["/Headers"] == [names[0]], "the cell still names its header"
