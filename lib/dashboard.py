@@ -37,9 +37,9 @@ from tqdm.auto import tqdm
 from lib import __version__
 from lib.crosscheck import climb
 from lib.edits import Edit, applied, check, load_all
-from lib.errors import ChapterError, EditError
+from lib.errors import ChapterError, DataError, EditError
 from lib.facts import Case, Fact, load_cases, load_templates, prompts, study_facts, tell, trainable
-from lib.figures import BLUE, GREEN, ORANGE, RED, ROLE_COLOURS, TYPE_COLOURS, visible
+from lib.figures import BLUE, GREEN, ORANGE, PINK, RED, SKY, visible
 from lib.results import Results, chapter_folder, results_path
 from lib.static import (
     RelationMap,
@@ -51,7 +51,7 @@ from lib.static import (
     relation_maps,
 )
 from lib.subjects import Subject
-from lib.trace import Capture, capture, logit_trace
+from lib.trace import Capture, capture, logit_trace, recapture
 
 HERE = Path(__file__).parent
 PARTS = tuple(HERE / f"dashboard.{kind}" for kind in ("html", "css", "js"))
@@ -65,7 +65,7 @@ TAKEN = {  # what is read from the chapters' results
 MOST = 16  # facts of a case that the page shows; a case of hundreds would make a file that no browser likes
 TOP = 8  # tokens that a value channel promotes most, and suppresses most
 UNTOUCHED = "none"
-ROLES = ("seeks", "advertises", "value")
+VALUE_ROLES = ("neither", "copies", "suppresses", "maps relation")  # the first is drawn grey, as "none" is
 ROLE_NUMBERS = (
     "seeks_effect", "seeks_p", "advertises_effect", "advertises_p", "copy_score", "copy_p", "relation_score",
     "relation_p",
@@ -157,8 +157,9 @@ class Shown:
         as the diagnosis takes them."""
         failing, control = np.zeros(len(self.prompts)), np.zeros(len(self.prompts))
         for fact in self.failing:
+            mine = self.told_by(fact)
             failing[fact] = 1 / len(self.failing)
-            control[(mine := self.told_by(fact))] = 1 / len(mine) / len(self.failing)
+            control[mine] = 1 / len(mine) / len(self.failing)
         return {"failing": failing.tolist(), "control": control.tolist()}
 
 
@@ -169,19 +170,20 @@ class Board:
         qk_overlap, k_norm       none               k_norm_by_type    type
         relation                 raw, enriched      role_numbers      as ROLE_NUMBERS
         seeks, advertises        index of a type (-1: none)
-        value                    index of a role, as in ROLE_COLOURS
+        value                    index of a role, as in VALUE_ROLES
         tokens, token_scores     source, promoted or suppressed, TOP (index of a word; standard deviations)
         answer_ranks             source that is a fact (1 is the top)
         patterns                 byte: the lower triangle of each text's attention, row by row (0 to 255)
         writes/CASE, pushes/CASE prompt             patching/CASE     fact (NaN: told, nothing to bring back)
 
-    sources: whose embedding a value channel reads: each fact's subject, then the mean over each case's."""
+    sources: the facts whose subject's embedding a value channel reads; in `tokens` and `token_scores`, the mean over
+    each case's facts follows them."""
 
     provenance: dict[str, Any]
     states: tuple[State, ...]
     cases: tuple[Shown, ...]
     texts: dict[str, tuple[str, ...]]
-    sources: tuple[str, ...]
+    sources: tuple[Fact, ...]
     types: tuple[str, ...]
     words: tuple[str, ...]
     studied: int
@@ -244,7 +246,7 @@ def made_edits(subject: Subject, cases: Sequence[Case], listed: Sequence[dict[st
             raise EditError(f"{path} is not the file that chapter 3 reports. Run `python -m lib run {EDITS} --force`.")
         check(subject, edit)
         if edit.template not in [texts[c.template] for c in cases]:
-            raise EditError(f"{path} is for the template {edit.template!r}, which is that of no case of {subject.name}.")
+            raise EditError(f"{path} is for {edit.template!r}, which is the template of no case of {subject.name}.")
     if missing := sorted(set(sums) - {f"{name}.safetensors" for name in edits}):
         raise EditError(f"{folder} lacks {', '.join(missing)}. Run `python -m lib run {EDITS} --force`.")
     return edits
@@ -258,12 +260,12 @@ def collect(subject: Subject, *, progress: bool = True) -> Board:
     edits = made_edits(subject, cases, found[EDITS]["edits"])
     asked = [_ask(subject, replace(c, facts=c.facts[:MOST])) for c in cases]
     weighing = _Weighing.of(subject, study_facts(subject, whole[0]), asked, seed)
-    base = weighing(subject, progress="value channels" if progress else None)
+    base = weighing.whole(subject, "relation maps" if progress else None)
     seen = [[_observe(subject, test)] for test in asked]
     static = [base.arrays]
     for edit in tqdm(edits.values(), desc="edits", disable=not progress):
         with applied(subject, edit):
-            static.append(weighing(subject, before=base, layer=edit.layer).arrays)
+            static.append(weighing.edited(subject, base, edit))
             for test, runs in zip(asked, seen, strict=True):
                 runs.append(_observe(subject, test, before=runs[0], layer=edit.layer))
     arrays = {key: np.stack([own[key] for own in static]) for key in base.arrays}
@@ -273,15 +275,16 @@ def collect(subject: Subject, *, progress: bool = True) -> Board:
     held = [dict(chain.from_iterable(run.patterns.items() for run in state)) for state in zip(*seen, strict=True)]
     arrays["patterns"] = np.stack([np.concatenate([own[text] for text in patterns], -1) for own in held])
     ids, arrays["tokens"] = np.unique(arrays["tokens"], return_inverse=True)
+    states = [State(name, edit.layer, found[EDITS]["pathways"][name]) for name, edit in edits.items()]
     return Board(
         provenance={k: v for k, v in Results("dashboard", subject, seed=seed).provenance.items() if k != "start"},
-        states=(State(UNTOUCHED, None, {}), *(State(n, e.layer, found[EDITS]["pathways"][n]) for n, e in edits.items())),
+        states=(State(UNTOUCHED, None, {}), *states),
         cases=tuple(
             _shown(test, runs, len(case.facts), patterns, found["02_knowledge_path"]["diagnosis"].get(case.name))
             for test, runs, case in zip(asked, seen, cases, strict=True)
         ),
         texts={text: tuple(visible(subject.token_text(t)) for t in subject.token_ids(text)) for text in patterns},
-        sources=(*(f.subject for f in weighing.sources), *(f"mean: {test.case.title}" for test in asked)),
+        sources=weighing.sources,
         types=tuple(weighing.types),
         words=tuple(subject.token_text(int(i)) for i in ids),
         studied=len(weighing.study),
@@ -326,8 +329,9 @@ def _ask(subject: Subject, case: Case) -> _Asked:
 
 @dataclass(frozen=True)
 class _Run:
-    """One state's answers to a case. arrays: (layer, head, ...). patterns: by text, (layer, head, byte). climbed: the
-    patched streams by layer, and lost the margin they are a share of: of the untouched model."""
+    """One state's answers to a case. arrays: (layer, head, ...). patterns: by text, (layer, head, byte). Of the
+    untouched model, which the edited ones go on from: climbed, the patched streams by layer; lost, the margin that they
+    are a share of; and what was seen."""
 
     arrays: dict[str, NDArray]
     patterns: dict[str, NDArray]
@@ -336,13 +340,17 @@ class _Run:
     margin: list[float]
     climbed: list[Tensor]
     lost: Tensor | None
+    seen: Capture | None
 
 
 @torch.no_grad()
 def _observe(subject: Subject, test: _Asked, *, before: _Run | None = None, layer: int = 0) -> _Run:
-    """before: the untouched model's run, for a model that is edited in a layer (0-based)."""
-    seen, n = capture(subject, test.texts, everywhere=True), len(test.templates)
-    pairs, bank = test.pairs.repeat(n, 1), test.pairs[:, 0].unique()
+    """before: the untouched model's run, for a subject that is edited in a layer (0-based)."""
+    if before is None or before.seen is None:
+        seen = capture(subject, test.texts, everywhere=True)
+    else:
+        seen = recapture(subject, before.seen, layer)
+    pairs, bank = test.pairs.repeat(len(test.templates), 1), test.pairs[:, 0].unique()
     answers = logit_trace(subject, seen, bank.expand(len(pairs), -1)).heads  # (prompt, bank, layer, head)
     own = answers[(bank == pairs[:, :1]).nonzero(as_tuple=True)]
     writes = own - (answers.sum(1) - own) / max(1, len(bank) - 1)
@@ -350,22 +358,32 @@ def _observe(subject: Subject, test: _Asked, *, before: _Run | None = None, laye
     arrays = {k: rearrange(v, "p l h -> l h p").numpy() for k, v in (("writes", writes), ("pushes", pushes))}
     climbed, lost = [], None
     if test.untold:
-        bad, good = (_pick(seen, test.at(name)) for name in (test.case.template, test.case.controls[0]))
-        base, other = (_margins(x.logits, test.pairs[list(test.untold)]) for x in (bad, good))
-        lost = other - base if before is None else before.lost
-        climbed = climb(subject, bad, good, start=layer, below=None if before is None else before.climbed[layer])
-        weights, pair = subject.weights, test.pairs[list(test.untold)]
-        final = weights.norm_final(climbed[-1])
-        margin = einsum(final, weights.W_U[:, pair[:, 0]] - weights.W_U[:, pair[:, 1]], "v f d, d f -> v f")
-        shares = np.full((weights.n_layers, weights.n_heads, len(test.pairs)), np.nan, np.float32)
-        shares[..., list(test.untold)] = ((margin - base) / lost).view(*shares.shape[:2], -1).numpy()
-        arrays["patching"] = shares
-    top, answer = seen.logits.argmax(-1), seen.logits.gather(1, pairs[:, :1])[:, 0]
-    wrong = seen.logits.scatter(1, pairs[:, :1], float("-inf")).amax(-1)
+        arrays["patching"], climbed, lost = _patch(subject, test, seen, before, layer)
+    answer, wrong = seen.logits.gather(1, pairs[:, :1])[:, 0], seen.logits.scatter(1, pairs[:, :1], float("-inf"))
     return _Run(
-        arrays, _bytes(subject, seen), (answer > wrong).tolist(), [visible(subject.token_text(int(t))) for t in top],
-        _margins(seen.logits, pairs).tolist(), climbed if before is None else [], lost,
+        arrays, _bytes(subject, seen),
+        told=(answer > wrong.amax(-1)).tolist(),
+        top=[visible(subject.token_text(int(t))) for t in seen.logits.argmax(-1)],
+        margin=_margins(seen.logits, pairs).tolist(),
+        climbed=climbed if before is None else [], lost=lost, seen=seen if before is None else None,
     )  # fmt: skip
+
+
+def _patch(
+    subject: Subject, test: _Asked, seen: Capture, before: _Run | None, layer: int
+) -> tuple[NDArray, list[Tensor], Tensor]:
+    """Share of the margin lost by the untouched model that each head brings back (layer, head, fact), as
+    `crosscheck.sweep_case` has it; the patched streams; and the margin lost."""
+    weights, pairs = subject.weights, test.pairs[list(test.untold)]
+    bad, good = (_pick(seen, test.at(name)) for name in (test.case.template, test.case.controls[0]))
+    base = _margins(bad.logits, pairs)
+    lost = _margins(good.logits, pairs) - base if before is None or before.lost is None else before.lost
+    climbed = climb(subject, bad, good, start=layer, below=before.climbed[layer] if before else None)
+    read = weights.W_U[:, pairs[:, 0]] - weights.W_U[:, pairs[:, 1]]
+    margin = einsum(weights.norm_final(climbed[-1]), read, "v f d, d f -> v f")
+    shares = np.full((weights.n_layers, weights.n_heads, len(test.pairs)), np.nan, np.float32)
+    shares[..., list(test.untold)] = ((margin - base) / lost).view(*shares.shape[:2], -1).numpy()
+    return shares, climbed, lost
 
 
 def _margins(logits: Float[Tensor, "b vocab"], pairs: Int[Tensor, "b 2"]) -> Float[Tensor, " b"]:
@@ -418,24 +436,25 @@ class _Weighing:
         groups = torch.tensor([[float(f in test.case.facts) for f in sources] for test in asked])
         return cls(study, load_token_types(subject), sources, groups / groups.sum(1, keepdim=True), seed)
 
-    def __call__(
-        self, subject: Subject, *, before: _Weighed | None = None, layer: int = 0, progress: str | None = None
-    ) -> _Weighed:
-        """before: of the untouched model, for one that is edited in a layer; the other layers are taken from it, but
-        for the first layer's edit, whose MLP the enriched embedding passes on its way to every head."""
-        layers = list(range(subject.weights.n_layers)) if before is None or layer == 0 else [layer]
-        maps = relation_maps(subject, self.study, layers=layers, progress=progress)
-        if before is not None:
-            maps = {name: _splice_map(before.maps[name], m, layers) for name, m in maps.items()}
-        new = self._layers(subject, layers, maps)
-        if before is None:
-            return _Weighed(new, maps)
-        arrays = {key: value.copy() for key, value in before.arrays.items()}
-        for key, value in new.items():
-            arrays[key][layers] = value
-        return _Weighed(arrays, maps)
+    def whole(self, subject: Subject, progress: str | None) -> _Weighed:
+        layers = range(subject.weights.n_layers)
+        maps = relation_maps(subject, self.study, progress=progress)
+        return _Weighed(self._layers(subject, layers, maps), maps)
 
-    def _layers(self, subject: Subject, layers: list[int], maps: dict[str, RelationMap]) -> dict[str, NDArray]:
+    def edited(self, subject: Subject, before: _Weighed, edit: Edit) -> dict[str, NDArray]:
+        """The arrays of the untouched model, with the edited layer's own; all layers where the edit is of the first
+        one, whose MLP the enriched embedding passes on its way to every head."""
+        if edit.layer and edit.pathway == "ffn":
+            return before.arrays  # no head's weights are touched
+        layers = [edit.layer] if edit.layer else list(range(subject.weights.n_layers))
+        new = relation_maps(subject, self.study, layers=layers)
+        maps = {name: _splice_map(before.maps[name], m, layers) for name, m in new.items()}
+        arrays = {key: value.copy() for key, value in before.arrays.items()}
+        for key, value in self._layers(subject, layers, maps).items():
+            arrays[key][layers] = value
+        return arrays
+
+    def _layers(self, subject: Subject, layers: Sequence[int], maps: dict[str, RelationMap]) -> dict[str, NDArray]:
         weights, names = subject.weights, list(self.types)
         roles = head_roles(subject, self.types, list(maps.values()), seed=self.seed, layers=layers)
         shape = (len(layers), weights.n_heads)
@@ -452,7 +471,7 @@ class _Weighing:
             "advertises": (
                 roles.advertises.map({"none": -1, **{t: i for i, t in enumerate(names)}}).to_numpy().reshape(shape)
             ),
-            "value": roles.value.map(list(ROLE_COLOURS).index).to_numpy().reshape(shape),
+            "value": roles.value.map(VALUE_ROLES.index).to_numpy().reshape(shape),
             **_value_channels(subject, self.sources, self.groups, layers),
         }
 
@@ -499,3 +518,264 @@ def _shown(
     known = {p.fact for p in asked if p.control and p.told[0]}
     failing = tuple(f for f in test.untold if f in known)
     return Shown(test.case, all_facts - len(facts), test.competitors, failing or tuple(facts), asked, finding)
+
+
+# Rendering
+
+
+def render(board: Board) -> str:
+    """One HTML file, complete in itself."""
+    content, own = _page(board), board.provenance
+    scripts = {"vega": vl_convert.javascript_bundle(), "js": PARTS[2].read_text(encoding="utf-8")}
+    if odd := [name for name, script in scripts.items() if "</script" in script.lower()]:
+        raise DataError(f"the script {odd[0]} would end its own element; it cannot be written into a page.")
+    sums = " ".join(f"'sha256-{_sum(script)}'" for script in scripts.values())
+    layers, heads = content["shape"]
+    parts = {
+        "policy": f"default-src 'none'; script-src {sums}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+        "form-action 'none'",
+        "name": escape(own["subject"]),
+        "source": escape(own["source"]),
+        "heads": f"{layers} layers of {heads} heads, {layers * heads} in all.",
+        "footer": _footer(board),
+        "css": PARTS[1].read_text(encoding="utf-8"),
+        # json within a script element: what could end the element is written as an escape
+        "board": json.dumps(content, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c"),
+        **scripts,
+    }
+    page = PARTS[0].read_text(encoding="utf-8")
+    return re.sub(r"\{(" + "|".join(parts) + r")\}", lambda hole: parts[hole[1]], page)
+
+
+def _sum(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _footer(board: Board) -> str:
+    own = board.provenance
+    return (
+        f"Subject {escape(own['subject'])} ({escape(own['source'])}), weights sha256 {escape(own['weights_sha256'])}. "
+        f"Computed with lib {escape(own['lib'])} at commit {escape(own['commit'])}, seed {own['seed']}, from the "
+        "results of chapters 1, 2, 3 and 5. Every number here is this subject's: figures of GPT-2 need a run on GPT-2 "
+        "(<code>make book SUBJECT=gpt2</code>, where the model hub is reachable)."
+    )
+
+
+def _page(board: Board) -> dict[str, Any]:
+    """The board as JSON. Numbers are base64 of little-endian values."""
+    first = board.found["01_static_diagnostics"]
+    low, high = first["qk_overlap_band"]
+    checked = board.found["05_cross_validation"]
+    lengths = [len(tokens) * (len(tokens) + 1) // 2 for tokens in board.texts.values()]
+    return {
+        "shape": board.arrays["qk_overlap"].shape[1:],
+        "measures": [asdict(m) | ({"labels": _labels(board, m.key)} if m.kind == "role" else {}) for m in MEASURES],
+        "states": [_state(s, board.found[EDITS]["recommended"]) for s in board.states],
+        "cases": [_case(c, board.sources) for c in board.cases],
+        "texts": [
+            {"text": text, "tokens": tokens, "start": start}
+            for (text, tokens), start in zip(board.texts.items(), np.cumsum([0, *lengths[:-1]]).tolist(), strict=True)
+        ],
+        "facts": len(board.sources),
+        "top": TOP,
+        "types": board.types,
+        "words": board.words,
+        "role_numbers": ROLE_NUMBERS,
+        "studied": board.studied,
+        "chance": {"mean": first["qk_overlap_chance"], "low": low, "high": high},
+        "ablated": {key: checked[key] for key in ("knowledge_head", "head_effect", "head_interval")},
+        "arrays": {name: pack(values) for name, values in board.arrays.items()},
+        "specs": specs(board),
+        "themes": THEMES,
+    }
+
+
+def _labels(board: Board, role: str) -> list[str]:
+    return list(VALUE_ROLES) if role == "value" else ["none", *board.types]
+
+
+def _state(state: State, recommended: str) -> dict[str, Any]:
+    if state.layer is None:
+        return {"key": state.key, "title": "untouched model", "layer": None, "text": ""}
+    words, found = state.key.replace("_", " "), state.found
+    text = f"{found['parameters']:,} parameters of L{state.layer + 1}, KL {found['kl']:.4f} on neutral text"
+    if words == recommended:
+        text += ", recommended by chapter 3"
+    return {"key": state.key, "title": f"{words} of L{state.layer + 1}", "layer": state.layer, "text": text}
+
+
+def _case(shown: Shown, sources: Sequence[Fact]) -> dict[str, Any]:
+    texts, finding = load_templates(), shown.finding
+    marks = {} if finding is None else {"K": finding["knowledge_head"], "S": finding["suppressor"]}
+    return {
+        "name": shown.case.name,
+        "title": shown.case.title,
+        "template": texts[shown.case.template].replace("{}", "…"),
+        "left_out": shown.left_out,
+        "facts": [
+            {"subject": f.subject, "answer": f.answer, "competitor": visible(c), "source": sources.index(f)}
+            for f, c in zip(shown.case.facts, shown.competitors, strict=True)
+        ],
+        "failing": shown.failing,
+        "told_by": [shown.told_by(i) for i in range(len(shown.case.facts))],
+        "means": shown.means(),
+        "prompts": [asdict(p) for p in shown.prompts],
+        "marks": {site.replace(" ", ""): mark for mark, site in marks.items() if site and " H" in site},
+        "finding": finding,
+    }
+
+
+def pack(values: NDArray) -> dict[str, Any]:
+    """An array (state, layer, head, ...) as the page reads it: each layer of a state that differs from state 0 once.
+    at: by state and layer, which of the stored layers it is; size: numbers a head."""
+    stored, at = list(values[0]), [list(range(len(values[0])))]
+    for state in values[1:]:
+        own = []
+        for layer, (now, before) in enumerate(zip(state, values[0], strict=True)):
+            same = np.array_equal(now, before, equal_nan=values.dtype.kind == "f")
+            own.append(layer if same else len(stored))
+            if not same:
+                stored.append(now)
+        at.append(own)
+    block = np.stack(stored)
+    if block.dtype.kind == "i" and block.min() >= 0 and block.max() < 2**16:
+        block = block.astype(np.uint16)
+    data = base64.b64encode(block.astype(block.dtype.newbyteorder("<")).tobytes()).decode()
+    size = int(np.prod(values.shape[3:]))
+    return {"kind": f"{block.dtype.kind}{block.dtype.itemsize}", "size": size, "at": at, "data": data}
+
+
+# Charts
+
+
+def specs(board: Board) -> dict[str, dict[str, Any]]:
+    """Vega-Lite specifications by name, each of the data set `rows`."""
+    out = {"attention": _attention()}
+    for name, n in (("", 1), (" edited", 2)):
+        out |= {f"points{name}": _points(KINDS[: n + 1]), f"norms{name}": _norms(board.types, STATES[:n])}
+    for m in MEASURES:
+        for layout in ("wide", "tall"):
+            out[f"grid {m.key} {layout}"] = _grid(m, layout, _labels(board, m.key) if m.kind == "role" else [])
+            if m.kind != "role":
+                out[f"grid {m.key} change {layout}"] = _grid(replace(m, kind="signed"), layout, [], "change")
+    return {name: _spec(chart) for name, chart in out.items()}
+
+
+def _spec(chart: alt.Chart | alt.LayerChart) -> dict[str, Any]:
+    spec = chart.to_dict()
+    return {k: v for k, v in spec.items() if k not in ("config", "$schema")}
+
+
+def _grid(measure: Measure, layout: str, labels: Sequence[str], prefix: str = "") -> alt.LayerChart:
+    """Layers across and heads down (wide), as in the chapters, or heads across and layers down (tall)."""
+    high = alt.param(name="high", value=1)
+    title = " ".join(filter(None, (prefix, measure.unit))) or measure.title
+    legend = alt.Legend(title=title, orient="bottom", direction="horizontal", gradientLength=220, gradientThickness=10,
+                        tickCount=4, columns=5, symbolType="square", titleLimit=300)  # fmt: skip
+    if measure.kind == "role":
+        shown = [label.replace("_", " ") for label in labels]
+        colour = alt.Color("value:N", legend=legend.copy(), scale=alt.Scale(domain=list(labels), range="category"))
+        colour.legend.labelExpr = "replace(datum.label, /_/g, ' ')" if shown != list(labels) else alt.Undefined
+    else:
+        signed = measure.kind == "signed"
+        scale = alt.Scale(
+            domainMin=alt.expr("-high") if signed else 0, domainMax=alt.expr("high"), nice=False,
+            range="diverging" if signed else "heatmap", domainMid=0 if signed else alt.Undefined,
+        )  # fmt: skip
+        colour = alt.Color("value:Q", legend=legend, scale=scale)
+    across, down = ("layer", "head") if layout == "wide" else ("head", "layer")
+    axis = {"labelAngle": 0, "labelOverlap": True, "ticks": False, "domain": False}
+    base = alt.Chart(alt.NamedData("rows")).encode(
+        x=alt.X(f"{across}:O", axis=alt.Axis(title=across, orient="top", **axis)),
+        y=alt.Y(f"{down}:O", axis=alt.Axis(title=down, **axis)),
+    )
+    cells = base.mark_rect(strokeWidth=1, invalid=None).encode(
+        color=colour, opacity=alt.Opacity("shade:Q", scale=None, legend=None)
+    )
+    dark = "luminance(scale('color', datum.value)) < 0.4"
+    marks = base.mark_text(fontWeight="bold", fontSize=13).encode(
+        text="mark:N", color=alt.condition(dark, alt.value("white"), alt.value("black"))
+    )
+    return alt.layer(cells, marks).add_params(high)
+
+
+KINDS = ("control prompts", "failing prompt", "failing prompt, edited")
+STATES = ("untouched", "edited")
+SHAPES = ["circle", "diamond", "triangle-up"]
+BEFORE = "#3f8fce"  # as blue as figures.BLUE, readable on a dark page too
+FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
+
+
+def _points(kinds: Sequence[str]) -> alt.LayerChart:
+    """A row a fact, a mark a prompt."""
+    base, scale = alt.Chart(alt.NamedData("rows")), {"domain": list(kinds)}
+    points = base.mark_point(size=70, filled=True, opacity=0.8).encode(
+        x=alt.X("value:Q", axis=alt.Axis(title="logits", tickCount=6)),
+        y=alt.Y("fact:N", sort=alt.EncodingSortField("order"), axis=alt.Axis(title=None, grid=True, labelLimit=150)),
+        color=alt.Color("kind:N", scale=alt.Scale(**scale, range=[BEFORE, RED, GREEN][: len(kinds)]),
+                        legend=alt.Legend(title=None, orient="top", columns=2, symbolOpacity=1)),
+        shape=alt.Shape("kind:N", scale=alt.Scale(**scale, range=SHAPES[: len(kinds)])),
+        size=alt.condition(f"datum.kind == '{KINDS[0]}'", alt.value(35), alt.value(110)),
+        tooltip=[alt.Tooltip("prompt:N"), alt.Tooltip("value:Q", format="+.2f", title="logits"),
+                 alt.Tooltip("told:N", title="untouched")],
+    )  # fmt: skip
+    zero = base.mark_rule(strokeDash=[3, 3], opacity=0.7).encode(x=alt.datum(0))
+    return alt.layer(zero, points).properties(width="container", height=200, autosize=FIT)
+
+
+def _attention() -> alt.Chart:
+    label = "slice(datum.label, indexof(datum.label, ' ') + 1)"
+    return (
+        alt.Chart(alt.NamedData("rows"))
+        .mark_rect(strokeWidth=0.5)
+        .encode(
+            x=alt.X("key:N", sort=alt.EncodingSortField("k"),
+                    axis=alt.Axis(title="looked at", labelExpr=label, labelAngle=-50, orient="top", labelLimit=90)),
+            y=alt.Y("query:N", sort=alt.EncodingSortField("q"),
+                    axis=alt.Axis(title="looks", labelExpr=label, labelLimit=90)),
+            color=alt.Color("weight:Q", scale=alt.Scale(domain=[0, 1], range="heatmap"),
+                            legend=alt.Legend(title="attention", orient="bottom", direction="horizontal",
+                                              gradientLength=120, gradientThickness=8, format=".0%", tickCount=2)),
+            tooltip=[alt.Tooltip("query:N"), alt.Tooltip("key:N"), alt.Tooltip("weight:Q", format=".1%")],
+        )
+    )  # fmt: skip
+
+
+def _norms(types: Sequence[str], states: Sequence[str]) -> alt.Chart:
+    domain = {"domain": list(states)}
+    return (
+        alt.Chart(alt.NamedData("rows"))
+        .mark_point(filled=True, size=90, opacity=0.9)
+        .encode(
+            x=alt.X("norm:Q", scale=alt.Scale(zero=False), axis=alt.Axis(title="mean length of the key", tickCount=5)),
+            y=alt.Y("type:N", sort=[t.replace("_", " ") for t in types], axis=alt.Axis(title=None, grid=True)),
+            color=alt.Color("state:N", scale=alt.Scale(range=[BEFORE, GREEN][: len(states)], **domain),
+                            legend=alt.Legend(title=None, orient="top") if len(states) > 1 else None),
+            shape=alt.Shape("state:N", scale=alt.Scale(range=SHAPES[::2][: len(states)], **domain)),
+            tooltip=[alt.Tooltip("type:N"), alt.Tooltip("state:N"), alt.Tooltip("norm:Q", format=".2f")],
+        )
+        .properties(width="container", height=22 * len(types), autosize=FIT)
+    )  # fmt: skip
+
+
+def _theme(text: str, quiet: str, line: str, none: str, diverging: Sequence[str]) -> dict[str, Any]:
+    """Vega's configuration. Categories: grey for none, then Okabe and Ito's colours."""
+    axis = {"labelColor": quiet, "titleColor": quiet, "gridColor": line, "domainColor": line, "tickColor": line,
+            "titleFontWeight": "normal", "labelFontSize": 11, "titleFontSize": 12}  # fmt: skip
+    return {
+        "background": None, "font": "system-ui, sans-serif", "axis": axis, "view": {"stroke": None}, "aria": False,
+        "legend": {"labelColor": text, "titleColor": quiet, "titleFontWeight": "normal", "labelFontSize": 11},
+        "rule": {"color": quiet}, "rect": {"stroke": line},
+        "range": {
+            "heatmap": {"scheme": "viridis"}, "diverging": list(diverging),
+            "category": [none, BLUE, RED, GREEN, ORANGE, PINK, SKY, "#8c6bb1", "#f0e442"],
+        },
+    }  # fmt: skip
+
+
+THEMES = {
+    "light": _theme("#1b1f24", "#4f5864", "#d9dde3", "#d5d9de",
+                    ["#2166ac", "#67a9cf", "#d1e5f0", "#f7f7f7", "#fddbc7", "#ef8a62", "#b2182b"]),
+    "dark": _theme("#e8ebef", "#adb6c2", "#363d48", "#3b424d",
+                   ["#8ec5f4", "#3d86c6", "#224765", "#20252d", "#6a3323", "#d2603a", "#ffb38a"]),
+}  # fmt: skip

@@ -99,8 +99,15 @@ class Attention:
         v = _add_bias(einsum(x, self.W_V, "b t d, n d h -> b n t h"), self.b_V)
         return repeat(v, "b kv t h -> b (kv group) t h", group=self.W_Q.shape[0] // v.shape[1])
 
+    def mixed(self, x: Float[Tensor, "b t d_model"]) -> Float[Tensor, "b n_heads t d_head"]:
+        """z: what each head gathers at each position, before W_O."""
+        return einsum(self.pattern(x), self.values(x), "b n q k, b n k h -> b n q h")
+
     def __call__(self, x: Float[Tensor, "b t d_model"]) -> Float[Tensor, "b t d_model"]:
-        z = einsum(self.pattern(x), self.values(x), "b n q k, b n k h -> b n q h")
+        return self.out(self.mixed(x))
+
+    def out(self, z: Float[Tensor, "b n_heads t d_head"]) -> Float[Tensor, "b t d_model"]:
+        """What the heads write together, with the output bias."""
         out = einsum(z, self.W_O, "b n q h, n h d -> b q d")
         return out if self.b_O is None else out + self.b_O
 
