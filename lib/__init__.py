@@ -22,6 +22,7 @@ The rooms, in the order data flows through them (imports point to earlier rooms 
     known_answers  does this GPT-2 say what others recorded of it?
     figures        arrays -> matplotlib figures
     tables         DataFrames as chapters show them
+    dashboard      every head on one page, before and after each edit -> HTML
     runner         execute chapters, build the book, check its numbers
     mathml         Sphinx extension: formulas without network or script
 """

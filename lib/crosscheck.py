@@ -399,8 +399,7 @@ def _attend_last(
     _, keys = attn.queries_keys(around)
     flat = rearrange(x, "v f d -> (v f) 1 d")
     q, k = (
-        rearrange(t, "(v f) n 1 h -> v f n h", v=len(x))
-        for t in attn.queries_keys(flat, last.repeat(len(x))[:, None])
+        rearrange(t, "(v f) n 1 h -> v f n h", v=len(x)) for t in attn.queries_keys(flat, last.repeat(len(x))[:, None])
     )
     v = rearrange(attn.values(flat), "(v f) n 1 h -> v f n h", v=len(x))
     scores = einsum(q, keys, "v f n h, f n t h -> v f n t")
@@ -694,6 +693,4 @@ def best_heads(grid: Float[Tensor, "n_layers n_heads fact"], k: int = 5) -> list
     """The heads that bring most of the margin back, on average."""
     mean = grid.mean(-1)
     order = mean.flatten().topk(k)
-    return [
-        {"head": str(Site(*divmod(int(i), mean.shape[1]))), "share": float(v)} for v, i in zip(*order, strict=True)
-    ]
+    return [{"head": str(Site(*divmod(int(i), mean.shape[1]))), "share": float(v)} for v, i in zip(*order, strict=True)]

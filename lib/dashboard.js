@@ -419,7 +419,7 @@ async function showAttention(site) {
   for (const n of [0, 1]) { (await views[`attention-${n}`]?.ready)?.finalize(); delete views[`attention-${n}`]; }
   $("attention").replaceChildren(...boxes);
   const longest = Math.max(...panels.map(([i]) => board.texts[c.prompts[i].text].tokens.length));
-  const step = Math.max(15, Math.min(26, Math.floor(300 / longest)));
+  const step = Math.max(15, Math.min(32, Math.floor(300 / longest)));
   await Promise.all(panels.map(([i, s], n) => draw(`attention-${n}`, "attention", pattern(c.prompts[i].text, s, site),
     { patch: (made) => Object.assign(made, { width: { step }, height: { step } }) })));
 }
@@ -568,10 +568,20 @@ function setTheme(theme, keep) {
   if (keep) try { localStorage.setItem("heads-theme", theme); } catch { /* a file may have no storage */ }
 }
 
+/** Inside a page of the book that may be read from here (not from a file), its colours are followed. */
+function followBook() {
+  let root;
+  try { root = parent === window ? null : parent.document.documentElement; } catch { return null; }
+  if (!root?.dataset.theme) return null;
+  new MutationObserver(() => { setTheme(root.dataset.theme, false); show(); })
+    .observe(root, { attributes: true, attributeFilter: ["data-theme"] });
+  return root.dataset.theme;
+}
+
 function start() {
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  let kept = null;
-  try { kept = localStorage.getItem("heads-theme"); } catch { /* the same */ }
+  let kept = followBook();
+  try { kept ??= localStorage.getItem("heads-theme"); } catch { /* the same */ }
   setTheme(kept ?? (dark.matches ? "dark" : "light"), false);
   dark.addEventListener("change", () => { setTheme(dark.matches ? "dark" : "light", false); show(); });
   $("theme").addEventListener("click", () => {

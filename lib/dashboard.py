@@ -1,13 +1,13 @@
 """Every head of a subject on one page, before and after each edit: numbers (`collect`) and one HTML file (`render`).
 
-    1. Chapters 1, 2, 3 and 5 must have run. What they report is read from their results; edits are chapter 3's files.
-    2. The rest is computed by the same functions that the chapters call: on the untouched model, and with each edit in
-       place. Every array begins with the axes state, layer, head; state 0 is the untouched model.
-    3. The page holds each layer of an array once; an edit's layer is stored only where it differs from the untouched
-       one. Attention is rounded to 8 bits, everything else is fp32.
-    4. Charts are Vega-Lite, made with Altair; its JavaScript comes with vl-convert and is written into the page, as is
-       lib/dashboard.js, which only routes: choices, search, focus and words. A content security policy names both
-       scripts by their sha256 and forbids everything else, so no text of a template, a token or a model can run.
+1. Chapters 1, 2, 3 and 5 must have run. What they report is read from their results; edits are chapter 3's files.
+2. The rest is computed by the same functions that the chapters call: on the untouched model, and with each edit in
+   place. Every array begins with the axes state, layer, head; state 0 is the untouched model.
+3. The page holds each layer of an array once; an edit's layer is stored only where it differs from the untouched
+   one. Attention is rounded to 8 bits, everything else is fp32.
+4. Charts are Vega-Lite, made with Altair; its JavaScript comes with vl-convert and is written into the page, as is
+   lib/dashboard.js, which only routes: choices, search, focus and words. A content security policy names both
+   scripts by their sha256 and forbids everything else, so no text of a template, a token or a model can run.
 """
 
 from __future__ import annotations
@@ -356,7 +356,8 @@ def _observe(subject: Subject, test: _Asked, *, before: _Run | None = None, laye
     writes = own - (answers.sum(1) - own) / max(1, len(bank) - 1)
     pushes = logit_trace(subject, seen, pairs).difference().heads[:, 0]
     arrays = {k: rearrange(v, "p l h -> l h p").numpy() for k, v in (("writes", writes), ("pushes", pushes))}
-    climbed, lost = [], None
+    climbed: list[Tensor] = []
+    lost = None
     if test.untold:
         arrays["patching"], climbed, lost = _patch(subject, test, seen, before, layer)
     answer, wrong = seen.logits.gather(1, pairs[:, :1])[:, 0], seen.logits.scatter(1, pairs[:, :1], float("-inf"))
@@ -393,9 +394,9 @@ def _margins(logits: Float[Tensor, "b vocab"], pairs: Int[Tensor, "b 2"]) -> Flo
 
 def _pick(seen: Capture, rows: Sequence[int]) -> Capture:
     """Some prompts of a capture."""
-    parts = (seen.tokens, seen.last, seen.stream, seen.z, seen.mlps, seen.logits)
+    parts = {name: getattr(seen, name)[rows] for name in ("tokens", "last", "stream", "z", "mlps", "logits")}
     everywhere = None if seen.everywhere is None else seen.everywhere[rows]
-    return Capture(tuple(seen.prompts[i] for i in rows), *(part[rows] for part in parts), everywhere)
+    return Capture(prompts=tuple(seen.prompts[i] for i in rows), everywhere=everywhere, **parts)
 
 
 @torch.no_grad()
@@ -526,7 +527,8 @@ def _shown(
 def render(board: Board) -> str:
     """One HTML file, complete in itself."""
     content, own = _page(board), board.provenance
-    scripts = {"vega": vl_convert.javascript_bundle(), "js": PARTS[2].read_text(encoding="utf-8")}
+    bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub forgets the default
+    scripts = {"vega": bundle, "js": PARTS[2].read_text(encoding="utf-8")}
     if odd := [name for name, script in scripts.items() if "</script" in script.lower()]:
         raise DataError(f"the script {odd[0]} would end its own element; it cannot be written into a page.")
     sums = " ".join(f"'sha256-{_sum(script)}'" for script in scripts.values())
@@ -650,7 +652,7 @@ def pack(values: NDArray) -> dict[str, Any]:
 
 def specs(board: Board) -> dict[str, dict[str, Any]]:
     """Vega-Lite specifications by name, each of the data set `rows`."""
-    out = {"attention": _attention()}
+    out: dict[str, alt.TopLevelMixin] = {"attention": _attention()}
     for name, n in (("", 1), (" edited", 2)):
         out |= {f"points{name}": _points(KINDS[: n + 1]), f"norms{name}": _norms(board.types, STATES[:n])}
     for m in MEASURES:
@@ -661,21 +663,18 @@ def specs(board: Board) -> dict[str, dict[str, Any]]:
     return {name: _spec(chart) for name, chart in out.items()}
 
 
-def _spec(chart: alt.Chart | alt.LayerChart) -> dict[str, Any]:
-    spec = chart.to_dict()
-    return {k: v for k, v in spec.items() if k not in ("config", "$schema")}
+def _spec(chart: alt.TopLevelMixin) -> dict[str, Any]:
+    return {k: v for k, v in chart.to_dict().items() if k not in ("config", "$schema")}
 
 
-def _grid(measure: Measure, layout: str, labels: Sequence[str], prefix: str = "") -> alt.LayerChart:
+def _grid(measure: Measure, layout: str, labels: Sequence[str], prefix: str = "") -> alt.TopLevelMixin:
     """Layers across and heads down (wide), as in the chapters, or heads across and layers down (tall)."""
-    high = alt.param(name="high", value=1)
     title = " ".join(filter(None, (prefix, measure.unit))) or measure.title
     legend = alt.Legend(title=title, orient="bottom", direction="horizontal", gradientLength=220, gradientThickness=10,
-                        tickCount=4, columns=5, symbolType="square", titleLimit=300)  # fmt: skip
-    if measure.kind == "role":
-        shown = [label.replace("_", " ") for label in labels]
-        colour = alt.Color("value:N", legend=legend.copy(), scale=alt.Scale(domain=list(labels), range="category"))
-        colour.legend.labelExpr = "replace(datum.label, /_/g, ' ')" if shown != list(labels) else alt.Undefined
+                        tickCount=4, columns=5, symbolType="square", titleLimit=300,
+                        labelExpr="replace(datum.label, /_/g, ' ')" if labels else alt.Undefined)  # fmt: skip
+    if labels:
+        colour = alt.Color("value:N", legend=legend, scale=alt.Scale(domain=list(labels), range="category"))
     else:
         signed = measure.kind == "signed"
         scale = alt.Scale(
@@ -684,10 +683,10 @@ def _grid(measure: Measure, layout: str, labels: Sequence[str], prefix: str = ""
         )  # fmt: skip
         colour = alt.Color("value:Q", legend=legend, scale=scale)
     across, down = ("layer", "head") if layout == "wide" else ("head", "layer")
-    axis = {"labelAngle": 0, "labelOverlap": True, "ticks": False, "domain": False}
+    axis = alt.Axis(labelAngle=0, labelOverlap=True, ticks=False, domain=False)
     base = alt.Chart(alt.NamedData("rows")).encode(
-        x=alt.X(f"{across}:O", axis=alt.Axis(title=across, orient="top", **axis)),
-        y=alt.Y(f"{down}:O", axis=alt.Axis(title=down, **axis)),
+        x=alt.X(f"{across}:O", title=across, axis=axis).axis(orient="top"),
+        y=alt.Y(f"{down}:O", title=down, axis=axis),
     )
     cells = base.mark_rect(strokeWidth=1, invalid=None).encode(
         color=colour, opacity=alt.Opacity("shade:Q", scale=None, legend=None)
@@ -696,7 +695,7 @@ def _grid(measure: Measure, layout: str, labels: Sequence[str], prefix: str = ""
     marks = base.mark_text(fontWeight="bold", fontSize=13).encode(
         text="mark:N", color=alt.condition(dark, alt.value("white"), alt.value("black"))
     )
-    return alt.layer(cells, marks).add_params(high)
+    return alt.layer(cells, marks).add_params(alt.param(name="high", value=1))
 
 
 KINDS = ("control prompts", "failing prompt", "failing prompt, edited")
@@ -706,15 +705,15 @@ BEFORE = "#3f8fce"  # as blue as figures.BLUE, readable on a dark page too
 FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
 
 
-def _points(kinds: Sequence[str]) -> alt.LayerChart:
+def _points(kinds: Sequence[str]) -> alt.TopLevelMixin:
     """A row a fact, a mark a prompt."""
-    base, scale = alt.Chart(alt.NamedData("rows")), {"domain": list(kinds)}
+    base, n = alt.Chart(alt.NamedData("rows")), len(kinds)
     points = base.mark_point(size=70, filled=True, opacity=0.8).encode(
         x=alt.X("value:Q", axis=alt.Axis(title="logits", tickCount=6)),
         y=alt.Y("fact:N", sort=alt.EncodingSortField("order"), axis=alt.Axis(title=None, grid=True, labelLimit=150)),
-        color=alt.Color("kind:N", scale=alt.Scale(**scale, range=[BEFORE, RED, GREEN][: len(kinds)]),
+        color=alt.Color("kind:N", scale=alt.Scale(domain=list(kinds), range=[BEFORE, RED, GREEN][:n]),
                         legend=alt.Legend(title=None, orient="top", columns=2, symbolOpacity=1)),
-        shape=alt.Shape("kind:N", scale=alt.Scale(**scale, range=SHAPES[: len(kinds)])),
+        shape=alt.Shape("kind:N", scale=alt.Scale(domain=list(kinds), range=SHAPES[:n])),
         size=alt.condition(f"datum.kind == '{KINDS[0]}'", alt.value(35), alt.value(110)),
         tooltip=[alt.Tooltip("prompt:N"), alt.Tooltip("value:Q", format="+.2f", title="logits"),
                  alt.Tooltip("told:N", title="untouched")],
@@ -742,16 +741,16 @@ def _attention() -> alt.Chart:
 
 
 def _norms(types: Sequence[str], states: Sequence[str]) -> alt.Chart:
-    domain = {"domain": list(states)}
+    domain, n = list(states), len(states)
     return (
         alt.Chart(alt.NamedData("rows"))
         .mark_point(filled=True, size=90, opacity=0.9)
         .encode(
             x=alt.X("norm:Q", scale=alt.Scale(zero=False), axis=alt.Axis(title="mean length of the key", tickCount=5)),
             y=alt.Y("type:N", sort=[t.replace("_", " ") for t in types], axis=alt.Axis(title=None, grid=True)),
-            color=alt.Color("state:N", scale=alt.Scale(range=[BEFORE, GREEN][: len(states)], **domain),
-                            legend=alt.Legend(title=None, orient="top") if len(states) > 1 else None),
-            shape=alt.Shape("state:N", scale=alt.Scale(range=SHAPES[::2][: len(states)], **domain)),
+            color=alt.Color("state:N", scale=alt.Scale(domain=domain, range=[BEFORE, GREEN][:n]),
+                            legend=alt.Legend(title=None, orient="top") if n > 1 else None),
+            shape=alt.Shape("state:N", scale=alt.Scale(domain=domain, range=SHAPES[::2][:n])),
             tooltip=[alt.Tooltip("type:N"), alt.Tooltip("state:N"), alt.Tooltip("norm:Q", format=".2f")],
         )
         .properties(width="container", height=22 * len(types), autosize=FIT)
