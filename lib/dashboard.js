@@ -63,9 +63,9 @@ const short = ([layer, head]) => `L${layer + 1}H${head}`;
 const words = (text) => text.replaceAll("_", " ");
 const number = (v, digits = 2) => (Math.abs(v) >= 100 ? v.toFixed(0) : v.toFixed(digits)).replace("-", "−");
 const plus = (v, digits = 2) => (v > 0 ? "+" : "") + number(v, digits);
-const share = (v) => `${(100 * v).toFixed(v && Math.abs(v) < 0.1 ? 1 : 0)} %`.replace("-", "−");
+const share = (v) => `${(100 * v).toFixed(v && Math.abs(v) < 0.1 ? 1 : 0)}\u00a0%`.replace("-", "−");
 const ordinal = (n) => n + (["th", "st", "nd", "rd"][n % 100 > 10 && n % 100 < 14 ? 0 : n % 10] ?? "th");
-const p = (v) => (v < 0.0015 ? "p ≤ 0.001" : `p = ${v.toFixed(3)}`);
+const p = (v) => (v < 0.0015 ? "p\u00a0≤\u00a00.001" : `p\u00a0=\u00a0${v.toFixed(3)}`);
 
 function said(key, v, { change = false } = {}) {
   if (v === null) return "none";
@@ -324,7 +324,7 @@ function showRoles(site) {
   const strength = (key, unit) => (s) => {
     const v = value(key, s, site);
     return v === null ? ["none", "the fact is told: nothing to bring back"]
-      : [`${plus(v)} ${unit}`, `${ordinal(rank(key, s, site))} of ${SITES.length} by size; ${whose}`];
+      : [`${plus(v)} ${unit}`, `${ordinal(rank(key, s, site))} of ${SITES.length} by size; ${key === "patching" && isMean() ? "untold facts" : whose}`];
   };
   const rows = [
     ["Query seeks", (s) => [words(value("seeks", s, site)),
@@ -533,7 +533,7 @@ function showChoices() {
   $("told").textContent = `Case “${c.title}”: “${c.template}” tells ${told(0)} of ${c.facts.length} facts on the untouched model` +
     (chosen.edit ? `, ${told(chosen.edit)} with the edit ${edit.title} (${edit.text}).` : ".") +
     (isMean() ? "" : ` “${board.texts[prompt().text].text}” is followed by “${prompt().top[0]}”` +
-      (chosen.edit ? `, edited by “${prompt().top[chosen.edit]}”.` : "."));
+      (chosen.edit ? `, with the edit by “${prompt().top[chosen.edit]}”.` : "."));
 }
 
 let trouble = "";

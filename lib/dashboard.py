@@ -678,15 +678,17 @@ def _grid(measure: Measure, layout: str, labels: Sequence[str], prefix: str = ""
     else:
         signed = measure.kind == "signed"
         scale = alt.Scale(
-            domainMin=alt.expr("-high") if signed else 0, domainMax=alt.expr("high"), nice=False,
+            domain=[alt.expr("-high") if signed else 0, alt.expr("high")], nice=False,
             range="diverging" if signed else "heatmap", domainMid=0 if signed else alt.Undefined,
         )  # fmt: skip
         colour = alt.Color("value:Q", legend=legend, scale=scale)
     across, down = ("layer", "head") if layout == "wide" else ("head", "layer")
-    axis = alt.Axis(labelAngle=0, labelOverlap=True, ticks=False, domain=False)
+    top, left = (
+        alt.Axis(labelAngle=0, labelOverlap=True, ticks=False, domain=False, orient=side) for side in ("top", "left")
+    )
     base = alt.Chart(alt.NamedData("rows")).encode(
-        x=alt.X(f"{across}:O", title=across, axis=axis).axis(orient="top"),
-        y=alt.Y(f"{down}:O", title=down, axis=axis),
+        x=alt.X(f"{across}:O", title=across, axis=top),
+        y=alt.Y(f"{down}:O", title=down, axis=left),
     )
     cells = base.mark_rect(strokeWidth=1, invalid=None).encode(
         color=colour, opacity=alt.Opacity("shade:Q", scale=None, legend=None)
