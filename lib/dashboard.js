@@ -530,7 +530,8 @@ function showChoices() {
     (isMean() ? $("prompt").selectedOptions[0].textContent + "." : `prompt: ${board.texts[prompt().text].text}`));
   const told = (s) => c.prompts.filter((q) => !q.control && q.told[s]).length;
   const edit = board.states[chosen.edit];
-  $("told").textContent = `Case “${c.title}”: “${c.template}” tells ${told(0)} of ${c.facts.length} facts on the untouched model` +
+  $("told").textContent = `Case “${c.title}”: “${c.template}” tells ${told(0)} of ${c.facts.length} facts` +
+    (c.left_out ? ` (${c.left_out} more of the case are not shown)` : "") + " on the untouched model" +
     (chosen.edit ? `, ${told(chosen.edit)} with the edit ${edit.title} (${edit.text}).` : ".") +
     (isMean() ? "" : ` “${board.texts[prompt().text].text}” is followed by “${prompt().top[0]}”` +
       (chosen.edit ? `, with the edit by “${prompt().top[chosen.edit]}”.` : "."));

@@ -40,7 +40,7 @@ from lib.edits import Edit, applied, check, load_all
 from lib.errors import ChapterError, DataError, EditError
 from lib.facts import Case, Fact, load_cases, load_templates, prompts, study_facts, tell, trainable
 from lib.figures import BLUE, GREEN, ORANGE, PINK, RED, SKY, visible
-from lib.results import Results, chapter_folder, results_path
+from lib.results import Results, chapter_folder, reach, results_path
 from lib.static import (
     RelationMap,
     enrich,
@@ -57,7 +57,7 @@ HERE = Path(__file__).parent
 PARTS = tuple(HERE / f"dashboard.{kind}" for kind in ("html", "css", "js"))
 EDITS = "03_four_pathways"
 TAKEN = {  # what is read from the chapters' results
-    "01_static_diagnostics": ("qk_overlap_k", "qk_overlap_chance", "qk_overlap_band", "qk_overlap_mean"),
+    "01_static_diagnostics": ("qk_overlap_chance", "qk_overlap_band", "qk_overlap_mean"),
     "02_knowledge_path": ("told", "diagnosis"),
     EDITS: ("pathways", "edits", "recommended"),
     "05_cross_validation": ("knowledge_head", "head_effect", "head_interval", "sweep_last_share"),
@@ -137,8 +137,9 @@ class Prompt:
 @dataclass(frozen=True)
 class Shown:
     """A case as the page shows it. prompts: of the failing template, fact by fact, then of each control. failing: the
-    facts that are known and not told, over which means are taken (all facts where there are none). finding: the
-    diagnosis of chapter 2, None where it had nothing to diagnose."""
+    facts that are known and not told, over which means are taken (all facts where there are none). left_out: facts that
+    are not shown, because their answer's first token does not tell it or there are more than MOST. finding:
+    the diagnosis of chapter 2, None where it had nothing to diagnose."""
 
     case: Case
     left_out: int
@@ -253,7 +254,7 @@ def made_edits(subject: Subject, cases: Sequence[Case], listed: Sequence[dict[st
 
 
 def collect(subject: Subject, *, progress: bool = True) -> Board:
-    """Everything that the page shows. Raises what `taken` and `made_edits` do."""
+    """Everything that the page shows. Raises what `taken`, `made_edits` and `agree` do."""
     found, seed = taken(subject)
     whole = load_cases(subject.name)
     cases = [trainable(subject, c) for c in whole]
@@ -276,12 +277,12 @@ def collect(subject: Subject, *, progress: bool = True) -> Board:
     arrays["patterns"] = np.stack([np.concatenate([own[text] for text in patterns], -1) for own in held])
     ids, arrays["tokens"] = np.unique(arrays["tokens"], return_inverse=True)
     states = [State(name, edit.layer, found[EDITS]["pathways"][name]) for name, edit in edits.items()]
-    return Board(
+    board = Board(
         provenance={k: v for k, v in Results("dashboard", subject, seed=seed).provenance.items() if k != "start"},
         states=(State(UNTOUCHED, None, {}), *states),
         cases=tuple(
             _shown(test, runs, len(case.facts), patterns, found["02_knowledge_path"]["diagnosis"].get(case.name))
-            for test, runs, case in zip(asked, seen, cases, strict=True)
+            for test, runs, case in zip(asked, seen, whole, strict=True)
         ),
         texts={text: tuple(visible(subject.token_text(t)) for t in subject.token_ids(text)) for text in patterns},
         sources=weighing.sources,
@@ -291,6 +292,30 @@ def collect(subject: Subject, *, progress: bool = True) -> Board:
         found=found,
         arrays={key: _small(value) for key, value in arrays.items()},
     )
+    agree(board)
+    return board
+
+
+def agree(board: Board) -> None:
+    """Where the page computes what a chapter reported, both must say the same: the mean QK overlap, the facts told, and
+    the best head's patching effect, which chapter 5 measures in another way. Raises ChapterError: then the results are
+    not of this model, these data or this library."""
+    whole = [shown for shown in board.cases if not shown.left_out]
+    rows = [("01_static_diagnostics", "qk_overlap_mean", float(board.arrays["qk_overlap"][0].mean()))]
+    for shown in whole:
+        count = sum(p.told[0] for p in shown.prompts if not p.control)
+        rows.append(("02_knowledge_path", f"told.{shown.case.name}", float(count)))
+    patched = board.arrays.get(f"patching/{board.cases[0].case.name}")
+    if patched is not None and board.cases[0] in whole:
+        rows.append(("05_cross_validation", "sweep_last_share", float(np.nanmean(patched[0], -1).max())))
+    for chapter, key, ours in rows:
+        theirs = reach(board.found[chapter], key)
+        if not (isinstance(theirs, int | float) and abs(ours - theirs) <= 1e-3):
+            raise ChapterError(
+                f"chapter {chapter} reports {theirs} for {key}, and the model says {ours:.4g}: its results are of "
+                f"other data or another library. Run `python -m lib run {chapter} --subject "
+                f"{board.provenance['subject']} --force`."
+            )
 
 
 def _small(values: NDArray) -> NDArray:

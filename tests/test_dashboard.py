@@ -25,15 +25,16 @@ from lib.weights import PATHWAYS, pathway_slices
 SIZE = 8_000_000
 
 
-def chapters(subject: Subject, pathways=PATHWAYS) -> None:
-    """Results and edits as the chapters leave them, without their work: an edit scales its slices a little."""
+def chapters(subject: Subject, share: float) -> None:
+    """Results and edits as the chapters leave them, without their work: an edit scales its slices a little. share: the
+    best head's patching effect, as chapter 5 has it."""
     cases = [trainable(subject, c) for c in load_cases(subject.name)]
     verdicts = {c.name: diagnosis.prescribe(subject, c) for c in cases}
     first = verdicts[cases[0].name]
     layer, parameters = first.knowledge_head.layer, dict(subject.model.named_parameters())
     told = (False,) * len(cases[0].facts)
     listed, made = [], {}
-    for name in pathways:
+    for name in PATHWAYS:
         slices = pathway_slices(subject.model, layer, name)
         edit = Edit(
             subject.name, subject.weights_sha256, name, layer, cases[0].facts, load_templates()[cases[0].template],
@@ -42,6 +43,7 @@ def chapters(subject: Subject, pathways=PATHWAYS) -> None:
         path = save(edit, chapter_folder(subject.name, "03_four_pathways") / f"{name}.safetensors")
         listed.append({"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
         made[name] = {"parameters": edit.parameters, "kl": 0.01, "told_before": 2, "told_after": 8}
+    told_by = {c.name: diagnosis.tell(subject, c.facts, {"": load_templates()[c.template]}).told for c in cases}
     mean, low, high = static.qk_overlap_chance(subject.weights.d_model)
     found = {
         c.name: {
@@ -52,13 +54,14 @@ def chapters(subject: Subject, pathways=PATHWAYS) -> None:
     }  # fmt: skip
     values = {
         "01_static_diagnostics": {
-            "qk_overlap_k": 20, "qk_overlap_chance": mean, "qk_overlap_band": [low, high], "qk_overlap_mean": 0.2,
+            "qk_overlap_chance": mean, "qk_overlap_band": [low, high],
+            "qk_overlap_mean": static.qk_overlap(subject.weights).mean(),
         },
-        "02_knowledge_path": {"told": {c.name: 2 for c in cases}, "diagnosis": found},
+        "02_knowledge_path": {"told": {name: int(told.sum()) for name, told in told_by.items()}, "diagnosis": found},
         "03_four_pathways": {"pathways": made, "edits": listed, "recommended": "v only"},
         "05_cross_validation": {
             "knowledge_head": first.knowledge_head, "head_effect": -3.3, "head_interval": [-3.9, -2.9],
-            "sweep_last_share": 1.0,
+            "sweep_last_share": share,
         },
     }  # fmt: skip
     for chapter, entries in values.items():
@@ -80,7 +83,7 @@ def build(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def board(build, organism) -> dashboard.Board:
-    chapters(organism)
+    chapters(organism, 1.00494)
     return dashboard.collect(organism, progress=False)
 
 
@@ -267,6 +270,18 @@ def test_results_that_do_not_belong_are_refused(board, organism, chapter, key, v
         assert f"python -m lib run {chapter}" in str(error.value), "it says what to do"
     finally:
         path.write_text(kept)
+
+
+@pytest.mark.parametrize(
+    ("chapter", "key"), [("01_static_diagnostics", "qk_overlap_mean"), ("05_cross_validation", "sweep_last_share")]
+)
+def test_results_that_the_model_contradicts_are_refused(board, chapter, key):
+    dashboard.agree(board)
+    found = board.found | {chapter: board.found[chapter] | {key: board.found[chapter][key] + 0.01}}
+    with pytest.raises(ChapterError, match=rf"chapter {chapter} reports .* for {key}, and the model says"):
+        dashboard.agree(replace(board, found=found))
+    with pytest.raises(ChapterError, match=r"reports not run for told\.overridden, and the model says 2"):
+        dashboard.agree(replace(board, found=board.found | {"02_knowledge_path": {"told": {}}}))
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "there is no .*05_cross"), ("{", "is no results file")])
@@ -657,7 +672,7 @@ def test_nothing_in_the_page_points_outside(html):
 @pytest.mark.model
 def test_smollm2s_270_heads_fit_and_read(build, smollm2, browser, tmp_path):
     """The real model with six edits: size, the numbers that the book tells of, and the page itself."""
-    chapters(smollm2)
+    chapters(smollm2, 0.82743)
     board = dashboard.collect(smollm2, progress=False)
     page = dashboard.render(board)
     assert len(page.encode()) < SIZE
