@@ -12,6 +12,7 @@ help:  ## this list
 
 book: .venv/ready  ## execute every chapter on SUBJECT (default smollm2) and build _build/html
 	$(LIB) run --subject $(SUBJECT)
+	$(LIB) dashboard --subject $(SUBJECT)
 	$(LIB) build --subject $(SUBJECT)
 
 test: .venv/ready  ## lint, types and tests, the real model's included
