@@ -61,8 +61,12 @@ const signed = () => changes() || measureOf[chosen.measure].kind === "signed";
 const name = ([layer, head]) => `L${layer + 1} H${head}`;
 const short = ([layer, head]) => `L${layer + 1}H${head}`;
 const words = (text) => text.replaceAll("_", " ");
-const number = (v, digits = 2) => (Math.abs(v) >= 100 ? v.toFixed(0) : v.toFixed(digits)).replace("-", "−");
-const plus = (v, digits = 2) => (v > 0 ? "+" : "") + number(v, digits);
+/** Two decimals; three where two would hide what is there; none from a hundred on. Never a minus zero. */
+function number(v, digits = Math.abs(v) >= 100 ? 0 : Math.abs(v) < 0.095 ? 3 : 2) {
+  const text = v.toFixed(digits);
+  return Number(text) === 0 ? "0" : text.replace("-", "−");
+}
+const plus = (v, digits) => (Number(v.toFixed(digits ?? 3)) > 0 ? "+" : "") + number(v, digits);
 const share = (v) => `${(100 * v).toFixed(v && Math.abs(v) < 0.1 ? 1 : 0)}\u00a0%`.replace("-", "−");
 const ordinal = (n) => n + (["th", "st", "nd", "rd"][n % 100 > 10 && n % 100 < 14 ? 0 : n % 10] ?? "th");
 const p = (v) => (v < 0.0015 ? "p\u00a0≤\u00a00.001" : `p\u00a0=\u00a0${v.toFixed(3)}`);

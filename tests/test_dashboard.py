@@ -97,6 +97,12 @@ def edit_of(board, subject, name) -> tuple[int, Edit]:
     return state, load(chapter_folder(subject.name, "03_four_pathways") / f"{name}.safetensors")
 
 
+def signed(value: float) -> str:
+    """A number as the page writes it: three decimals where two would hide it, a true minus, no signed zero."""
+    text = f"{value:+.{3 if abs(value) < 0.095 else 2}f}"
+    return text.replace("-", "−") if float(text) else "0"
+
+
 # Numbers
 
 
@@ -454,10 +460,10 @@ def test_switching_the_edit_changes_what_is_shown(opened, board):
     values = board.arrays["writes/overridden"] @ np.array(board.cases[0].means()["failing"])
     for state, key in enumerate(s.key for s in board.states):
         view.page.select_option("#edit", str(state))
-        assert f"{values[state, 7, 5]:+.2f} logits" in view.text("readout").replace("−", "-"), key
+        assert f"{signed(values[state, 7, 5])} logits" in view.text("readout"), key
     view.page.check("#change")
     change = values[-1, 7, 5] - values[0, 7, 5]
-    assert f"{change:+.2f} logits" in view.text("readout").replace("−", "-")
+    assert f"{signed(change)} logits" in view.text("readout")
     assert "change by the edit" in view.text("grid-title")
     assert view.page.locator("#roles thead th").all_inner_texts()[-1] == "k only of L8"
 
@@ -483,7 +489,7 @@ def test_all_by_keyboard(opened, board):
     assert page.evaluate("document.activeElement.id") == "cell-L7H7", "the place is kept"
     assert page.locator("#cell-L7H7").get_attribute("aria-selected") == "true"
     value = board.arrays["pushes/overridden"][0, 6, 7] @ np.array(board.cases[0].means()["control"])
-    assert f"{value:+.2f} logits".replace("-", "−") in page.locator("#cell-L7H7").get_attribute("aria-label")
+    assert f"{signed(value)} logits" in page.locator("#cell-L7H7").get_attribute("aria-label")
     for _ in range(20):
         keys.press("ArrowUp")
     assert page.evaluate("document.activeElement.id") == "cell-L7H0", "the edge holds"
