@@ -208,7 +208,7 @@ print(p.resolve(), sys.prefix + '/lib')
 own = {'subject': subject, 'source': '', 'weights_sha256': '0' * 64, 'lib': '0', 'commit': 'c', 'python': '3',
        'packages': {}, 'seed': 0, 'threads': 1, 'start': '', 'seconds': 1}
 p.write_text(json.dumps({'provenance': own, 'values': {'seed': seed}}))
-"""  # noqa: E501
+"""
 CONFIG = """
 title: t
 execute: {execute_notebooks: 'off'}
