@@ -108,7 +108,7 @@ def test_nothing_in_git_names_a_machine():
             assert not re.search(r"(?<![\w.])/(root|home|work|tmp)/\w", (ROOT / name).read_text(encoding="utf-8")), name
 
 
-@pytest.mark.parametrize("page", [*chapter_names(), "index.md", "verify.md"])
+@pytest.mark.parametrize("page", [*chapter_names(), "index.md", "dashboard.md", "verify.md"])
 def test_words_of_the_glossary_are_linked_at_first_use(page):
     assert words_before_links(page_text(page), glossary_terms()) == {}
 
