@@ -4,7 +4,7 @@ SUBJECT ?= smollm2
 BIN     := .venv/bin
 LIB     := $(BIN)/python -m lib
 
-.PHONY: help book test smoke check colab snapshot links clean
+.PHONY: help book test smoke check pages pdf colab snapshot links clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -12,6 +12,7 @@ help:  ## this list
 
 book: .venv/ready  ## execute every chapter on SUBJECT (default smollm2) and build _build/html
 	$(LIB) run --subject $(SUBJECT)
+	$(LIB) dashboard --subject $(SUBJECT)
 	$(LIB) build --subject $(SUBJECT)
 
 test: .venv/ready  ## lint, types and tests, the real model's included
@@ -25,6 +26,12 @@ smoke: .venv/ready  ## execute every chapter on the small planted model, and che
 
 check: .venv/ready  ## compare the last run on SUBJECT with data/expected
 	$(LIB) check --subject $(SUBJECT)
+
+pages: .venv/ready  ## look at every built page in a browser without network: scripts, pictures, links, accessibility
+	$(BIN)/python -m pytest tests/pages
+
+pdf: .venv/ready  ## print the built book of SUBJECT into _build/book.pdf
+	$(LIB) pdf --subject $(SUBJECT)
 
 colab: .venv/ready  ## execute each chapter by itself as Colab would, in a new environment
 	PYTHONPATH=. $(BIN)/python tests/simulate_colab.py

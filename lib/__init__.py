@@ -27,12 +27,17 @@ The rooms, in the order data flows through them (imports point to earlier rooms 
     known_answers  does this GPT-2 say what others recorded of it?
     figures        arrays -> matplotlib figures
     tables         DataFrames as chapters show them
+    dashboard      every head on one page, before and after each edit -> HTML
+    colophon       what a page says of the run behind it
     runner         execute chapters, build the book, check its numbers
     release        repository and tag, and what must agree with them; badges and set-up cells
     snapshot       one archive to deposit, and its check
     publish        edits and dashboard as repositories of a model hub
     colab          what a chapter installs first, in Colab alone
+    browser        a headless Chromium without network
+    pdf            the built pages as one PDF
     mathml         Sphinx extension: formulas without network or script
+    theme          Sphinx extension: tables called tables, no live code
 """
 
 __version__ = "0.1.0"

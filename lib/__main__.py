@@ -80,11 +80,44 @@ def run(
 
 
 @app.command()
+def dashboard(
+    subject: SubjectOption = "smollm2",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a copy of the page here.")] = None,
+    force: Force = False,
+) -> None:
+    """Make one HTML file of every head, before and after each edit, into _build/dashboard.
+
+    It is made from the results of chapters 1, 2, 3 and 5, needs no server and no network, and is kept if nothing
+    that it depends on changed.
+    """
+    from lib import runner
+
+    runner.dashboard(subject, output, force=force, say=typer.echo)
+
+
+@app.command()
 def build(subject: SubjectOption = "smollm2", force: Force = False) -> None:
     """Build the HTML book from the executed chapters into _build/html."""
     from lib import runner
 
     runner.build(subject, force=force, say=typer.echo)
+
+
+@app.command()
+def pdf(
+    subject: SubjectOption = "smollm2",
+    output: Annotated[Path | None, typer.Option(help="The file to write; by default _build/book.pdf.")] = None,
+) -> None:
+    """Print the whole book into one PDF, from the pages that `build` makes. Needs Chromium.
+
+    The same pages give the same bytes.
+    """
+    from lib import pdf, runner
+    from lib.results import BUILD
+
+    html = runner.build(subject, say=typer.echo).parent
+    path = pdf.make(html, output or BUILD / "book.pdf", **runner.imprint(subject))
+    typer.echo(f"pdf: {path}, {path.stat().st_size / 1e6:.1f} MB")
 
 
 @app.command()

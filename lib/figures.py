@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from IPython import get_ipython
 from jaxtyping import Float
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 from torch import Tensor
 
 from lib.diagnosis import Diagnosis
@@ -35,9 +37,12 @@ ROLE_COLOURS = {"copies": BLUE, "suppresses": RED, "maps relation": GREEN, "neit
 
 
 def style() -> None:
-    """The book's look: call it once in a chapter's set-up cell."""
+    """The book's look: call it once in a chapter's set-up cell. In a notebook figures are drawn as SVG, sharp at every
+    size, with nothing in the file that differs from run to run."""
+    if get_ipython() is not None:
+        set_matplotlib_formats("svg", metadata={"Date": None})
     mpl.rcParams.update({
-        "figure.dpi": 110, "savefig.dpi": 160, "figure.facecolor": "white", "font.size": 11,
+        "figure.dpi": 220, "savefig.dpi": 160, "svg.hashsalt": "book", "figure.facecolor": "white", "font.size": 11,
         "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11, "axes.titleweight": "bold",
         "legend.frameon": False, "figure.constrained_layout.use": True, "image.interpolation": "nearest",
     })  # fmt: skip

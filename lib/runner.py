@@ -5,12 +5,15 @@
    executed again; there is no other cache.
 2. Executed copies go to _build/executed/<subject>/, numbers to _build/results/<subject>/. A chapter that reads what
    another one makes has that one executed before it, and is executed anew when it changes.
-3. The book is staged from the executed copies, the pages of book/ and the page of claims, which is made from the
-   results; it is built with warnings as errors into a new folder, and put in place of _build/html in one step.
+3. The dashboard is made from the results and the edits, and kept by the same rule, as _build/dashboard/<subject>.html.
+4. The book is staged from the executed copies, the pages of book/ and the page of claims, which is made from the
+   results; it is built with warnings as errors into a new folder, gets the dashboard beside it, and is put in place of
+   _build/html in one step.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -25,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import papermill
+import yaml
 from papermill.exceptions import PapermillExecutionError
 
-from lib import claims, inputs, known_answers
+from lib import claims, colophon, inputs, known_answers
 from lib.errors import ChapterError
 from lib.results import BUILD, PACKAGES, chapter_folder, make_folder, reach, results_path, slug, write_atomically
 from lib.subjects import ROOT, canonical, load, weights_sha256
@@ -145,13 +149,17 @@ def execute(notebook: Path, output: Path, values: dict[str, Any]) -> None:
 
 def fingerprint(subject: str, chapter: str, values: dict[str, Any], weights: str) -> str:
     """sha256 over everything that a chapter's output can depend on."""
-    files = [BOOK / f"{chapter}.ipynb", *(ROOT / p for p in PINS), *sources(BOOK / f"{chapter}.ipynb")]
-    files += inputs.data_files(ROOT)
+    files = [BOOK / f"{chapter}.ipynb", *_everyones(), *sources(BOOK / f"{chapter}.ipynb")]
     facts = {"values": values, "weights": weights, "python": sys.version, "packages": {p: version(p) for p in PACKAGES}}
     if needed := NEEDS.get(chapter):
         stamp = executed_path(subject, needed).with_suffix(".key")
         facts["needed"] = stamp.read_text(encoding="utf-8") if stamp.exists() else ""
     return inputs.digest(files, json.dumps(facts, sort_keys=True, default=str), ROOT)
+
+
+def _everyones() -> list[Path]:
+    """The pins and the data, on which every output depends."""
+    return [*(ROOT / p for p in PINS), *inputs.data_files(ROOT)]
 
 
 def sources(notebook: Path) -> list[Path]:
@@ -160,6 +168,52 @@ def sources(notebook: Path) -> list[Path]:
     lines = [line for cell in cells if cell["cell_type"] == "code" for line in "".join(cell["source"]).splitlines()]
     named = inputs.imports("\n".join(line for line in lines if not line.startswith(("%", "!"))))
     return inputs.modules(named, ROOT)
+
+
+def dashboard_path(subject: str) -> Path:
+    return BUILD / "dashboard" / f"{slug(subject)}.html"
+
+
+def dashboard(
+    subject: str, output: Path | None = None, *, force: bool = False, say: Callable[[str], None] = print
+) -> Path:
+    """The page of all heads of a subject, from its results and edits; kept if nothing that it depends on changed.
+    output: a copy elsewhere. Raises BookError as `lib.dashboard.collect` does; then no page is left standing."""
+    from lib.dashboard import collect, render
+
+    subject = canonical(subject)
+    weights, path = weights_sha256(subject), dashboard_path(subject)
+    if not force and dashboard_is_current(subject, weights):
+        say(f"dashboard: nothing changed, kept {path}")
+    else:
+        for old in (path.with_suffix(".key"), path):
+            old.unlink(missing_ok=True)
+        start = time.perf_counter()
+        write_atomically(path, render(collect(load(subject))))
+        write_atomically(path.with_suffix(".key"), _dashboard_key(subject, weights))
+        size, seconds = path.stat().st_size / 1e6, time.perf_counter() - start
+        say(f"dashboard: made {path}, {size:.1f} MB, in {seconds:.0f} s")
+    if output is not None:
+        write_atomically(output, path.read_text(encoding="utf-8"))
+        say(f"dashboard: copied to {output}")
+    return output or path
+
+
+def dashboard_is_current(subject: str, weights: str) -> bool:
+    """Whether the page is there and belongs to the present results, edits, weights and sources."""
+    path = dashboard_path(subject)
+    stamp = path.with_suffix(".key")
+    return path.is_file() and stamp.is_file() and stamp.read_text() == _dashboard_key(subject, weights)
+
+
+def _dashboard_key(subject: str, weights: str) -> str:
+    from lib.dashboard import EDITS, PARTS, TAKEN
+
+    files = [*_everyones(), *inputs.modules({"dashboard"}, ROOT), *(ROOT / "lib" / part.name for part in PARTS)]
+    files += [results_path(subject, chapter) for chapter in TAKEN]
+    files += sorted(chapter_folder(subject, EDITS).glob("*.safetensors"))
+    packages = {p: version(p) for p in (*PACKAGES, "altair", "vl-convert-python")}
+    return inputs.digest(files, json.dumps([weights, sys.version, packages], sort_keys=True), ROOT)
 
 
 def build(subject: str, *, force: bool = False, say: Callable[[str], None] = print) -> Path:
@@ -173,6 +227,12 @@ def build(subject: str, *, force: bool = False, say: Callable[[str], None] = pri
             f"not executed on {subject} since its inputs changed: {', '.join(missing)}. "
             f"Run `python -m lib run --subject {subject}` first."
         )
+    page = dashboard_path(subject) if (BOOK / "dashboard.md").is_file() else None  # the book's page that shows it
+    if page and not dashboard_is_current(subject, weights):
+        raise ChapterError(
+            f"there is no dashboard of the present results of {subject}. "
+            f"Run `python -m lib dashboard --subject {subject}` first."
+        )
     make_folder(BUILD)
     html, stamp = BUILD / "html", BUILD / "html.key"
     with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
@@ -180,13 +240,21 @@ def build(subject: str, *, force: bool = False, say: Callable[[str], None] = pri
         shutil.copytree(BOOK, stage / "book", ignore=shutil.ignore_patterns("*.ipynb", ".ipynb_checkpoints"))
         for chapter in chapter_names():
             shutil.copy(executed_path(subject, chapter), stage / "book")
+            colophon.add(stage / "book" / f"{chapter}.ipynb", results_path(subject, chapter))
         for name in ("_config.yml", "_toc.yml"):
             shutil.copy(ROOT / name, stage)
         if (ROOT / "data" / "claims.yaml").is_file():
-            page = claims.page(judged(subject), subject)
-            (stage / "book" / "reproduction.md").write_text(page, encoding="utf-8")
-        staged = sorted(p for p in stage.rglob("*") if p.is_file())
-        key = inputs.digest(staged, subject + version("jupyter-book"), stage)
+            text = claims.page(judged(subject), subject)
+            (stage / "book" / "reproduction.md").write_text(text, encoding="utf-8")
+        for path in stage.glob("book/verify.md"):
+            expected = ROOT / "data" / "expected" / f"{slug(subject)}.json"
+            wanted = json.loads(expected.read_text(encoding="utf-8")) if expected.is_file() else {}
+            text = path.read_text(encoding="utf-8").replace(colophon.MARK, colophon.tolerances(subject, wanted))
+            path.write_text(text, encoding="utf-8")
+        ways = "".join(Path(__file__).with_name(f"{name}.py").read_text("utf-8") for name in ("mathml", "theme"))
+        shown = hashlib.sha256(page.read_bytes()).hexdigest() if page else ""
+        files = sorted(p for p in stage.rglob("*") if p.is_file())
+        key = inputs.digest(files, subject + version("jupyter-book") + ways + shown, stage)
         if not force and html.is_dir() and stamp.exists() and stamp.read_text() == key:
             say("book: nothing changed, kept")
             return html / "index.html"
@@ -211,12 +279,26 @@ def build(subject: str, *, force: bool = False, say: Callable[[str], None] = pri
                 "the book does not build without warnings:\n" + "\n".join(trouble or output.splitlines()[-30:])
             )
         fresh = Path(temporary) / "_build" / "html"
+        if page:
+            shutil.copy(page, fresh / "dashboard.html")
         if html.exists():
             shutil.rmtree(html)
         fresh.rename(html)
     write_atomically(stamp, key)
     say(f"book: built {html / 'index.html'}")
     return html / "index.html"
+
+
+def imprint(subject: str) -> dict[str, str]:
+    """What the title page of a built book says: title and author, of which runs it is, and the date of the last."""
+    subject = canonical(subject)
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    runs = [json.loads(results_path(subject, c).read_text(encoding="utf-8"))["provenance"] for c in chapter_names()]
+    commits = ", ".join(dict.fromkeys(run["commit"] for run in runs))
+    about = (
+        f"Made on {subject}, weights sha256 {runs[0]['weights_sha256']}, by version {runs[0]['lib']}, commit {commits}."
+    )
+    return {"title": config["title"], "author": config["author"], "about": about, "date": max(r["start"] for r in runs)}
 
 
 def check(subject: str, folder: Path = ROOT / "data" / "expected") -> list[tuple[str, str, Any, Any, bool]]:

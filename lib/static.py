@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from scipy.stats import hypergeom
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from lib.errors import DataError
 from lib.facts import DATA, Fact, load_mapping
@@ -82,12 +83,17 @@ def load_token_types(subject: Subject, path: Path | None = None) -> dict[str, li
 
 
 @torch.no_grad()
-def k_norms(weights: Weights, token_ids: Sequence[int]) -> Float[Tensor, "n_layers token"]:
-    """Norm of `norm(e) W_K`, averaged over the layer's key heads, for each token's embedding e."""
+def k_norms_by_head(weights: Weights, token_ids: Sequence[int]) -> Float[Tensor, "n_layers n_kv_heads token"]:
+    """Norm of `norm(e) W_K` of every key head, for each token's embedding e."""
     e = weights.W_E[list(token_ids)]
     return torch.stack(
-        [einsum(b.norm_attn(e), b.attn.W_K, "t d, n d h -> n t h").norm(dim=-1).mean(0) for b in weights.blocks]
+        [einsum(b.norm_attn(e), b.attn.W_K, "t d, n d h -> n t h").norm(dim=-1) for b in weights.blocks]
     ).cpu()
+
+
+def k_norms(weights: Weights, token_ids: Sequence[int]) -> Float[Tensor, "n_layers token"]:
+    """`k_norms_by_head`, averaged over the layer's key heads."""
+    return k_norms_by_head(weights, token_ids).mean(1)
 
 
 def k_norm_table(
@@ -221,18 +227,22 @@ def report_relation(report: Callable[..., None], name: str, relation: RelationMa
 
 
 @torch.no_grad()
-def relation_maps(subject: Subject, facts: Sequence[Fact], *, k: int = 10) -> dict[str, RelationMap]:
+def relation_maps(
+    subject: Subject, facts: Sequence[Fact], *, k: int = 10, layers: Sequence[int] | None = None,
+    progress: str | None = None,
+) -> dict[str, RelationMap]:  # fmt: skip
     """Push each subject's embedding, `raw` and `enriched` by the first MLP, through a head's norm, W_V, W_O and the
     unembedding (final gain folded in), and ask whether the answer is among the k most promoted tokens of the whole
     vocabulary. A subject of several tokens is read at its last one. Source: design, section 4; compare MAPS
-    (Elhelo and Geva)."""
+    (Elhelo and Geva). layers: only these (0-based), all if not given."""
     weights, n = subject.weights, len(facts)
     raw = weights.W_E[[subject.token_ids(f" {f.subject}")[-1] for f in facts]]
     e = torch.cat((raw, enrich(weights, raw)))
     answers = torch.tensor([subject.first_token(f.answer) for f in facts])
     W_U = weights.norm_final.fold(weights.W_U)
     hits = []
-    for block in weights.blocks:
+    chosen = range(weights.n_layers) if layers is None else layers
+    for block in tqdm([weights.blocks[i] for i in chosen], desc=progress, disable=progress is None, leave=False):
         v = einsum(block.norm_attn(e), block.attn.per_head(block.attn.W_V), "s d, n d h -> n s h")
         # W_O W_U first: both kinds of embedding share it, and d_head is small
         hits.append(torch.stack([_in_top(v[h] @ (block.attn.W_O[h] @ W_U), answers, k) for h in range(len(v))]))
@@ -259,8 +269,9 @@ def head_roles(
     rules: RoleRules = RoleRules(),
     permutations: int = 1000,
     seed: int = 0,
+    layers: Sequence[int] | None = None,
 ) -> pd.DataFrame:
-    """One row a head, with the numbers behind three labels.
+    """One row a head of the layers (0-based, all if not given), with the numbers behind three labels.
 
     seeks       the type whose keys get the highest mean attention score from the average query, `none` unless its
                 mean lies `effect` standard deviations above the mean word and permuted type labels do that with p
@@ -281,7 +292,8 @@ def head_roles(
     moments = _unembedding_moments(weights)
     shuffles = _shuffled(labels, permutations, seed)
     rows = []
-    for layer, block in enumerate(weights.blocks):
+    for layer in range(weights.n_layers) if layers is None else layers:
+        block = weights.blocks[layer]
         x, attn = block.norm_attn(e), block.attn
         q, k, v = (
             einsum(x, W, "t d, n d h -> n t h") for W in (attn.W_Q, attn.per_head(attn.W_K), attn.per_head(attn.W_V))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Sequence
 
 import itables
 import pandas as pd
 from IPython.display import HTML
 from itables.javascript import generate_init_offline_itables_html
+from pandas.io.formats.style import Styler
 
 from lib.diagnosis import Diagnosis
 from lib.facts import Case, exact_interval
+
+_NUMBER = r"(?:nan|–|<? ?[-+]?\d[\d.,]*(?:e[-+]\d+)?%?(?:[ (/].*)?)"
 
 
 def sortable(table: pd.DataFrame, *, rows: int = 12) -> HTML:
@@ -23,12 +28,26 @@ def sortable(table: pd.DataFrame, *, rows: int = 12) -> HTML:
 
 
 def plain(table: pd.DataFrame, *, digits: int = 2, index: bool = False) -> HTML:
-    """A small table, numbers to a number of digits, that scrolls sideways where the page is narrow."""
-    wrap = "normal" if index else "nowrap"
+    """A small table, numbers to a number of digits and flush right, that scrolls sideways where the page is narrow.
+    index: show the row names; then texts may wrap."""
     if index:  # names of sites stay on one line, sentences may wrap
         table = table.rename(index=lambda name: name.replace(" ", "\u00a0") if len(name) < 12 else name)
-    html = table.to_html(index=index, float_format=lambda v: f"{v:.{digits}f}", border=0, classes="dataframe")
-    return HTML(f'<div style="overflow-x:auto;font-size:85%;white-space:{wrap}" tabindex="0">{html}</div>')
+    align = [("th, td", "left"), *((f".col{i}", "right") for i, c in enumerate(table) if _is_numbers(table[c]))]
+    styles = [{"selector": cells, "props": f"text-align: {side}"} for cells, side in align]
+    name = hashlib.sha256(table.to_csv().encode()).hexdigest()[:8]  # the same table has the same name in every run
+    styler = Styler(table, uuid=name, cell_ids=False, precision=digits, escape="html", na_rep="–")
+    styler = styler.format_index(escape="html").format_index(escape="html", axis="columns")
+    styler = styler.set_table_styles([*styles, {"selector": ".col_heading", "props": "white-space: normal"}])
+    styler = styler.hide(axis="index", names=index).hide(axis="columns", names=True)  # names: of the axes only
+    html = styler.set_table_attributes('class="dataframe"').to_html()
+    wrap = "normal" if index else "nowrap"
+    style = f"overflow-x:auto;font-size:85%;white-space:{wrap};font-variant-numeric:tabular-nums"
+    return HTML(f'<div class="scroll" style="{style}" tabindex="0" role="region" aria-label="table">{html}</div>')
+
+
+def _is_numbers(column: pd.Series) -> bool:
+    """Whether a column holds nothing but numbers, or texts that begin with one: `3 of 8`, `-0.1 to 0.2`."""
+    return len(column) > 0 and all(re.fullmatch(_NUMBER, str(v)) for v in column)
 
 
 def told_by_template(table: pd.DataFrame) -> pd.DataFrame:

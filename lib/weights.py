@@ -73,15 +73,17 @@ class Attention:
         return repeat(kv, "kv ... -> (kv group) ...", group=self.W_Q.shape[0] // self.W_K.shape[0])
 
     def queries_keys(
-        self, x: Float[Tensor, "b t d_model"]
+        self, x: Float[Tensor, "b t d_model"], position: Int[Tensor, "b t"] | None = None
     ) -> tuple[Float[Tensor, "b n_heads t d_head"], Float[Tensor, "b n_heads t d_head"]]:
-        """Queries and keys of every position, rotated to their positions where the family does so."""
+        """Queries and keys of every position, rotated to their positions where the family does so. position: where
+        x stands in its text, from 0 on if not given."""
         q, k = (
             _add_bias(einsum(x, W, "b t d, n d h -> b n t h"), b)
             for W, b in ((self.W_Q, self.b_Q), (self.W_K, self.b_K))
         )
         if self.rotary is not None:
-            cos, sin = self.rotary(x, torch.arange(x.shape[1], device=x.device)[None])
+            place = torch.arange(x.shape[1], device=x.device)[None] if position is None else position
+            cos, sin = self.rotary(x, place)
             q, k = (t * cos[:, None] + _rotate_half(t) * sin[:, None] for t in (q, k))
         return q, repeat(k, "b kv t h -> b (kv group) t h", group=q.shape[1] // k.shape[1])
 
@@ -92,10 +94,20 @@ class Attention:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
         return scores.masked_fill(future, float("-inf")).softmax(-1)
 
-    def __call__(self, x: Float[Tensor, "b t d_model"]) -> Float[Tensor, "b t d_model"]:
+    def values(self, x: Float[Tensor, "b t d_model"]) -> Float[Tensor, "b n_heads t d_head"]:
+        """Values of every position, repeated so that each query head has its own."""
         v = _add_bias(einsum(x, self.W_V, "b t d, n d h -> b n t h"), self.b_V)
-        v = repeat(v, "b kv t h -> b (kv group) t h", group=self.W_Q.shape[0] // v.shape[1])
-        z = einsum(self.pattern(x), v, "b n q k, b n k h -> b n q h")
+        return repeat(v, "b kv t h -> b (kv group) t h", group=self.W_Q.shape[0] // v.shape[1])
+
+    def mixed(self, x: Float[Tensor, "b t d_model"]) -> Float[Tensor, "b n_heads t d_head"]:
+        """z: what each head gathers at each position, before W_O."""
+        return einsum(self.pattern(x), self.values(x), "b n q k, b n k h -> b n q h")
+
+    def __call__(self, x: Float[Tensor, "b t d_model"]) -> Float[Tensor, "b t d_model"]:
+        return self.out(self.mixed(x))
+
+    def out(self, z: Float[Tensor, "b n_heads t d_head"]) -> Float[Tensor, "b t d_model"]:
+        """What the heads write together, with the output bias."""
         out = einsum(z, self.W_O, "b n q h, n h d -> b q d")
         return out if self.b_O is None else out + self.b_O
 

@@ -16,6 +16,38 @@ def cells(chapter: str, kind: str) -> list[str]:
     return ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == kind]
 
 
+NOT_THE_WORD = r"in case\b|in (?:both|95 % of) cases|head to head|\btold of in full|in fact\b"
+
+
+def glossary_terms() -> list[str]:
+    text = (BOOK / "glossary.md").read_text(encoding="utf-8")
+    return re.findall(r"^(?![\s:])(.+)$", text[text.index(":sorted:") : text.rindex("```")], re.M)
+
+
+def page_text(page: str) -> str:
+    return "\n\n".join(cells(page, "markdown")) if "." not in page else (BOOK / page).read_text(encoding="utf-8")
+
+
+def words_before_links(text: str, terms: list[str]) -> dict[str, str]:
+    """The words of the glossary that a text uses before it links them, with the place. Headings, code, formulas,
+    quotations and the texts of other links are not prose."""
+    text = re.sub(r"(?ms)^#+ .*?$|^```bash$.*?^```$|^(?:```|:::).*?$|^:\w+:.*?$|\$[^$]+\$|\(\S+\)=", " ", text)
+    text = re.sub(r"(\{[\w:]+\})?`[^`]*`", lambda role: role[0] if role[1] == "{term}" else " ", text)
+    text = re.sub(r"\"[^\"]*\"|" + NOT_THE_WORD, " ", text)
+    seen, gaps = set(), {}
+    words = "|".join(re.escape(t) for t in sorted(terms, key=len, reverse=True))
+    for found in re.finditer(rf"\{{term\}}`([^`<]*)(?:<([^>]*)>)?`|\b(?:{words})s?\b", text, re.I):
+        if found[1] is not None:
+            seen.add((found[2] or found[1]).strip().lower())
+            seen |= {"subject"} & {word for term in seen for word in term.split()}  # a subject model, for short
+        else:
+            term = found[0].lower()
+            term = term if term in map(str.lower, terms) else term.removesuffix("s")
+            if term not in seen:
+                gaps.setdefault(term, text[max(0, found.start() - 40) : found.end() + 30].replace("\n", " "))
+    return gaps
+
+
 @pytest.fixture(params=chapter_names())
 def chapter(request) -> str:
     return request.param
@@ -74,3 +106,19 @@ def test_nothing_in_git_names_a_machine():
     for name in names:
         if name.endswith((".py", ".md", ".yml", ".yaml", ".ipynb", ".toml", ".txt", ".cff", ".json")):
             assert not re.search(r"(?<![\w.])/(root|home|work|tmp)/\w", (ROOT / name).read_text(encoding="utf-8")), name
+
+
+@pytest.mark.parametrize("page", [*chapter_names(), "index.md", "dashboard.md", "verify.md"])
+def test_words_of_the_glossary_are_linked_at_first_use(page):
+    assert words_before_links(page_text(page), glossary_terms()) == {}
+
+
+def test_a_word_that_is_used_before_it_is_linked_is_found():
+    terms = ["Head", "Routing failure", "Subject model", "Subject"]
+    fine = (
+        '# Heads\n\nA {term}`head`, heads, in {doc}`a head <x>` `head` "head" $head$. {term}`subject model`: a subject.'
+    )
+    assert words_before_links(fine, terms) == {}
+    assert set(words_before_links("Two heads. A {term}`head`.", terms)) == {"head"}
+    assert set(words_before_links("{term}`heads <Head>` and a routing failure", terms)) == {"routing failure"}
+    assert len(glossary_terms()) > 40

@@ -223,7 +223,7 @@ def test_only_a_run_of_the_present_inputs_counts(small_book):
         yaml.safe_dump({"claims": [{**RUN_CLAIM, "must": [{"key": "seed", "equals": 1}]}]})
     )
     assert [j.verdict for j in runner.judged("s")] == ["not reproduced"], "a new rule needs no new run"
-    (small_book / "lib" / "new.py").write_text("changed")
+    (small_book / "data" / "new.csv").write_text("changed")
     assert [j.verdict for j in runner.judged("s")] == ["not run"], "numbers of other inputs do not count"
 
 

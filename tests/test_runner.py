@@ -43,7 +43,8 @@ def workshop(tmp_path, monkeypatch):
 SAVE = (
     "import json, pathlib\np = pathlib.Path('../_build/results') / subject / '01_a.json'\n"
     "p.parent.mkdir(parents=True, exist_ok=True)\n"
-    "own = {'subject': subject, 'weights_sha256': 'sum of ' + subject}\n"
+    "words = ('source', 'start', 'seconds', 'lib', 'commit', 'python', 'seed', 'threads')\n"
+    "own = dict.fromkeys(words, 'x') | {'subject': subject, 'weights_sha256': 'sum of ' + subject, 'packages': {}}\n"
     "p.write_text(json.dumps({'provenance': own, 'values': {'seed': seed, 'x': {'y': 0.5}}}))"
 )
 

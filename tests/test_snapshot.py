@@ -205,9 +205,10 @@ import json, pathlib, sys
 p = pathlib.Path('../_build/results') / subject / (NAME + '.json')
 p.parent.mkdir(parents=True, exist_ok=True)
 print(p.resolve(), sys.prefix + '/lib')
-own = {'subject': subject, 'weights_sha256': '0' * 64, 'commit': 'c', 'python': '3', 'packages': {}, 'start': '', 'seconds': 1}
+own = {'subject': subject, 'source': '', 'weights_sha256': '0' * 64, 'lib': '0', 'commit': 'c', 'python': '3',
+       'packages': {}, 'seed': 0, 'threads': 1, 'start': '', 'seconds': 1}
 p.write_text(json.dumps({'provenance': own, 'values': {'seed': seed}}))
-"""  # noqa: E501
+"""
 CONFIG = """
 title: t
 execute: {execute_notebooks: 'off'}

@@ -1,0 +1,9 @@
+"""Every page of the built book, from disk, with the network cut."""
+
+import pytest
+from checks import DESK, PHONE, look
+
+
+@pytest.mark.parametrize("scheme, width", [("light", DESK), ("dark", DESK), ("light", PHONE)])
+def test_a_page_is_whole_without_network(browser, html, page_name, scheme, width):
+    assert look(browser, html / page_name, html, scheme=scheme, width=width) == []

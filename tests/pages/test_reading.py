@@ -1,0 +1,84 @@
+"""What a reader does with the built book: enlarge a figure, scroll a table, search, go on, take the numbers along."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from checks import PHONE
+from pypdf import PdfReader
+
+from lib import pdf
+
+FIGURES, TABLES = "book/02_knowledge_path.html", "book/05_cross_validation.html"
+
+
+@pytest.fixture
+def page(browser):
+    context = browser.new_context(viewport={"width": PHONE, "height": 800}, offline=True)
+    yield context.new_page()
+    context.close()
+
+
+def test_a_figure_opens_large_by_keyboard_and_closes_by_escape(page, html):
+    page.goto((html / FIGURES).as_uri())
+    button = page.get_by_role("button", name="Enlarge Fig. 2.1", exact=True)
+    button.focus()
+    page.keyboard.press("Enter")
+    large = page.get_by_role("dialog").get_by_role("img")
+    assert large.get_attribute("alt") and large.bounding_box()["width"] > 2 * PHONE  # wider than the phone
+    page.keyboard.press("Escape")
+    assert page.locator("dialog.zoom").count() == 0
+    assert button.evaluate("b => b === document.activeElement")
+
+
+def test_a_figure_opens_large_by_a_click_and_closes_by_one(page, html):
+    page.goto((html / FIGURES).as_uri())
+    page.locator("#fig-told img").click()
+    page.locator("dialog.zoom img").click()
+    assert page.locator("dialog.zoom").count() == 0
+
+
+def test_a_wide_table_scrolls_by_keyboard_in_a_region_named_by_its_caption(page, html):
+    page.goto((html / TABLES).as_uri())
+    box = page.get_by_role("region", name="Table 5.5")
+    assert box.evaluate("b => b.scrollWidth > b.clientWidth")
+    box.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("b => b.scrollLeft > 0", arg=box.element_handle())
+
+
+def test_search_finds_a_word_from_disk(page, html):
+    page.goto((html / "search.html").as_uri() + "?q=suppressor")
+    page.wait_for_selector("#search-results li a")
+    assert any("02_knowledge_path" in a.get_attribute("href") for a in page.locator("#search-results li a").all())
+
+
+def test_previous_and_next_lead_through_all_chapters(page, html):
+    page.goto((html / "book" / "index.html").as_uri())
+    seen = [page.url]
+    while (following := page.locator("a.right-next")).count():
+        page.goto(following.evaluate("a => a.href"))
+        assert page.locator("a.left-prev").evaluate("a => a.href") == seen[-1]
+        seen.append(page.url)
+    names = [url.rpartition("/")[2].removesuffix(".html") for url in seen]
+    assert names[1:6] == sorted(p.stem for p in (html / "book").glob("0*.html"))[:5] and names[-1] == "references"
+
+
+def test_a_chapter_ends_with_its_run_and_its_files(page, html):
+    page.goto((html / FIGURES).as_uri())
+    foot = page.locator(".colophon")
+    links = [html / "book" / a.get_attribute("href") for a in foot.locator("a").all()]
+    numbers, notebook = (json.loads(path.read_text(encoding="utf-8")) for path in links)
+    assert numbers["provenance"]["weights_sha256"] in foot.inner_text()
+    assert numbers["provenance"]["start"] in foot.inner_text()
+    assert any(cell.get("outputs") for cell in notebook["cells"])
+
+
+def test_the_pdf_is_the_same_twice(html, tmp_path):
+    about = {"title": "T", "author": "A", "about": "of a test", "date": "2026-01-02T03:04:05+00:00"}
+    with ThreadPoolExecutor(1) as pool:  # one browser a thread
+        one, two = (pool.submit(pdf.make, html, tmp_path / f"{i}.pdf", **about).result() for i in (1, 2))
+    assert one.read_bytes() == two.read_bytes()
+    chapters = [mark.title for mark in PdfReader(one).outline if not isinstance(mark, list)]
+    assert len(chapters) == len(pdf.reading_order(html)) and any(title.startswith("5. ") for title in chapters)
+    assert not list((html / "book").glob(".print-*"))
