@@ -68,7 +68,7 @@ class Attention:
     b_O: Float[Tensor, " d_model"] | None
     rotary: nn.Module | None
 
-    def per_head(self, kv: Float[Tensor, n_kv_heads * rest]) -> Float[Tensor, n_heads * rest]:
+    def per_head(self, kv: Float[Tensor, n_kv_heads * rest]) -> Float[Tensor, n_heads * rest]:  # noqa: F821
         """A key or value tensor repeated so that query head h reads key/value head `h // group`."""
         return repeat(kv, "kv ... -> (kv group) ...", group=self.W_Q.shape[0] // self.W_K.shape[0])
 
