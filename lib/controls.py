@@ -126,9 +126,9 @@ def answers(subject: Subject, asked: pd.DataFrame) -> dict[str, Any]:
     }  # fmt: skip
     out: dict[str, Any] = {}
     for kind, pick in kinds.items():
-        if (part := asked[pick]).size:
-            out |= {f"{kind}_n": len(part), f"{kind}_told": int(part.told.sum()),
-                    f"{kind}_lost": int((part.told_before & ~part.told).sum())}  # fmt: skip
+        part = asked[pick]
+        out |= {f"{kind}_n": len(part), f"{kind}_told": int(part.told.sum()),
+                f"{kind}_lost": int((part.told_before & ~part.told).sum())}  # fmt: skip
     others = asked[large & failing].set_index("subject")
     trained = {subject.token_text(subject.first_token(f.answer)) for f in own.case.facts}
     out |= {"bled": int((others.top.isin(trained) & ~others.told).sum()), "bled_n": len(others)}
@@ -238,7 +238,10 @@ def rho(a: pd.Series, b: pd.Series, *, resamples: int = 2000, seed: int = 0) -> 
 
 def at_least_as_good(means: pd.DataFrame, layer: int) -> pd.DataFrame:
     """How many of the other layers do at least as well as one (counted from 1), by pathway: in facts told, in held-out
-    facts repaired, and in both the number of steps and the harm to neutral text."""
+    facts repaired, and in both the number of steps and the harm to neutral text. Raises EditError if the layer was not
+    tried."""
+    if layer not in set(means.layer):
+        raise EditError(f"the sweep tried no edit at the diagnosed layer {layer}; add it to data/sweeps/layers.yaml.")
     rows = []
     for pathway, part in means.groupby("pathway", sort=False):
         own, others = part[part.layer == layer].iloc[0], part[part.layer != layer]
