@@ -108,13 +108,15 @@ def tidy(printed: bytes, bookmarks: list[str], *, title: str, author: str, date:
     for mark, text in zip(marks, bookmarks, strict=True):
         mark[NameObject("/Title")] = TextStringObject(text)
     _rename_elements(writer.root_object)
+    _join_links(writer)
     day = "D:" + "".join(c for c in date if c.isdigit())[:14] + "Z"
     writer.metadata = {
         "/Title": title, "/Author": author, "/CreationDate": day, "/ModDate": day, "/Producer": "Chromium, pypdf",
     }  # fmt: skip
-    out = io.BytesIO()
-    writer.write(out)
-    return out.getvalue()
+    once, twice = io.BytesIO(), io.BytesIO()
+    writer.write(once)
+    PdfWriter(clone_from=PdfReader(once)).write(twice)  # leaves out, and does not number, what nothing leads to
+    return twice.getvalue()
 
 
 def _outline(parent: Any) -> Iterator[Any]:
@@ -149,6 +151,62 @@ def _rename_elements(root: Any) -> None:
     if named:
         _empty(tree["/IDTree"])
         tree[NameObject("/IDTree")] = DictionaryObject({NameObject("/Names"): pairs})
+
+
+def _join_links(writer: Any) -> None:
+    """One area a link and line: where a link changes its type, Chromium makes one area or several, as it happens. Then
+    number pages and areas anew in the tree that leads from them to their elements."""
+    from pypdf.generic import ArrayObject, DictionaryObject, FloatObject, NameObject, NumberObject
+
+    if "/ParentTree" not in writer.root_object.get("/StructTreeRoot", {}):
+        return
+    tree = writer.root_object["/StructTreeRoot"]
+    elements = dict(_numbered(tree["/ParentTree"]))
+    led: list[Any] = []
+    for page in writer.pages:
+        kept: list[Any] = []
+        for area in page.get("/Annots", []):
+            one, other = kept[-1].get_object() if kept else {}, area.get_object()
+            if not _touch(one, other) or elements[one["/StructParent"]] != elements[other["/StructParent"]]:
+                kept.append(area)
+                continue
+            one[NameObject("/Rect")] = ArrayObject(map(FloatObject, [*one["/Rect"][:2], *other["/Rect"][2:]]))
+            link = elements[other["/StructParent"]].get_object()
+            link[NameObject("/K")] = ArrayObject(k for k in link["/K"] if _area(k) != area)
+        if kept:
+            page[NameObject("/Annots")] = ArrayObject(kept)
+        places = [(page, "/StructParents"), *((area.get_object(), "/StructParent") for area in kept)]
+        for place, key in places:
+            if key in place:
+                led += [NumberObject(len(led) // 2), elements[place[key]]]
+                place[NameObject(key)] = led[-2]
+    entries = {NameObject("/Type"): NameObject("/ParentTree"), NameObject("/Nums"): ArrayObject(led)}
+    tree[NameObject("/ParentTree")] = writer._add_object(DictionaryObject(entries))
+    tree[NameObject("/ParentTreeNextKey")] = NumberObject(len(led) // 2)
+
+
+def _numbered(node: Any) -> Iterator[tuple[int, Any]]:
+    """Entries of a tree of numbers."""
+    numbers = node.get_object().get("/Nums", [])
+    yield from zip(numbers[::2], numbers[1::2], strict=True)
+    for kid in node.get_object().get("/Kids", []):
+        yield from _numbered(kid)
+
+
+def _touch(one: Any, other: Any) -> bool:
+    """Whether an area begins where one before it ends, on the same line and as high."""
+    if "/StructParent" not in one or "/StructParent" not in other:
+        return False
+    before, after = ([float(x) for x in area["/Rect"]] for area in (one, other))
+    return before[1::2] == after[1::2] and abs(before[2] - after[0]) < 0.01  # points
+
+
+def _area(kid: Any) -> Any:
+    """Reference to the area that an element names, or None for its other parts."""
+    from pypdf.generic import DictionaryObject
+
+    kid = kid.get_object()
+    return kid.raw_get("/Obj") if isinstance(kid, DictionaryObject) and "/Obj" in kid else None
 
 
 def _empty(node: Any) -> None:

@@ -213,8 +213,6 @@ def test_captum_equality_can_fail(organism, monkeypatch):
         crosscheck.same_as_captum(organism, sample, [7])
 
 
-
-
 def test_each_prompts_own_neuron(tiny):
     """The neuron of each prompt by the trace; zeroing it equals zeroing that neuron by itself."""
     own = crosscheck.ablate_own_neuron(tiny, TEXTS, ANSWERS, 1)

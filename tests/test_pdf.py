@@ -1,11 +1,12 @@
 """The PDF's document from hand-made pages; the printing itself is tested with a browser in tests/pages."""
 
 import io
+from itertools import pairwise
 
 import pytest
 from bs4 import BeautifulSoup
 from pypdf import PdfReader, PdfWriter
-from pypdf.generic import ArrayObject, DictionaryObject, NameObject, TextStringObject
+from pypdf.generic import ArrayObject, DictionaryObject, FloatObject, NameObject, NumberObject, TextStringObject
 
 from lib import pdf
 from lib.errors import ChapterError
@@ -116,3 +117,52 @@ def test_names_of_elements_that_came_to_be_at_another_moment_make_no_difference(
     names = tree["/IDTree"]["/Names"]
     assert [names[i + 1].get_object()["/ID"] for i in (0, 2)] == [names[0], names[2]]
     assert names[3].get_object()["/A"][0]["/Headers"] == [names[0]], "the cell still names its header"
+
+
+def linked(*edges: float) -> bytes:
+    """A page with one link, whose area on a line is cut at the edges between, and a link on the next line."""
+    writer, out = PdfWriter(), io.BytesIO()
+    page = writer.add_blank_page(100, 100)
+    page[NameObject("/StructParents")] = NumberObject(0)
+    ends = [(*pair, 50, 60) for pair in pairwise(edges)] + [(10, 30, 30, 40)]
+    rectangles = [ArrayObject(map(FloatObject, (left, low, right, high))) for left, right, low, high in ends]
+    areas = [writer._add_object(dictionary({"/Rect": r, "/StructParent": NumberObject(i + 1)})) for i, r in
+             enumerate(rectangles)]  # fmt: skip
+    page[NameObject("/Annots")] = ArrayObject(areas)
+    kids = [dictionary({"/Type": NameObject("/OBJR"), "/Obj": area}) for area in areas]
+    links = [writer._add_object(dictionary({"/S": NameObject("/Link"), "/K": ArrayObject([NumberObject(0), *part])}))
+             for part in (kids[:-1], kids[-1:])]  # fmt: skip
+    owners = [ArrayObject(links), *[links[0]] * (len(areas) - 1), links[1]]
+    numbers = ArrayObject(part for i, owner in enumerate(owners) for part in (NumberObject(i), owner))
+    tree = {"/K": ArrayObject(links), "/ParentTree": writer._add_object(dictionary({"/Nums": numbers}))}
+    writer.root_object[NameObject("/StructTreeRoot")] = writer._add_object(dictionary(tree))
+    writer.add_outline_item("A", 0)
+    writer.write(out)
+    return out.getvalue()
+
+
+def test_a_link_in_several_types_is_one_area_however_chromium_cut_it():
+    options = {"title": "T", "author": "A", "date": "2026-01-02T03:04:05+00:00"}
+    one, two = (pdf.tidy(linked(*edges), ["A"], **options) for edges in ((10, 90), (10, 40, 60, 90)))
+    assert one == two and linked(10, 90) != linked(10, 40, 60, 90)
+    reader = PdfReader(io.BytesIO(two))
+    areas = [area.get_object() for area in reader.pages[0]["/Annots"]]
+    assert [[float(x) for x in area["/Rect"]] for area in areas] == [[10, 50, 90, 60], [10, 30, 30, 40]]
+    tree = reader.root_object["/StructTreeRoot"]
+    owners = dict(pdf._numbered(tree["/ParentTree"]))
+    for area in areas:
+        (named,) = [kid["/Obj"] for kid in owners[area["/StructParent"]].get_object()["/K"] if isinstance(kid, dict)]
+        assert named == area, "the element of an area names it"
+    apart = PdfReader(io.BytesIO(pdf.tidy(linked(10, 39, 40, 41), ["A"], **options)))
+    assert len(apart.pages[0]["/Annots"]) == 2 and len(owners) == 3
+
+
+def test_two_links_that_touch_stay_two():
+    options = {"title": "T", "author": "A", "date": "2026-01-02T03:04:05+00:00"}
+    reader = PdfReader(io.BytesIO(linked(10, 90)))
+    other = reader.pages[0]["/Annots"][1].get_object()
+    other[NameObject("/Rect")] = ArrayObject(map(FloatObject, (90, 50, 95, 60)))
+    out = io.BytesIO()
+    PdfWriter(clone_from=reader).write(out)
+    found = PdfReader(io.BytesIO(pdf.tidy(out.getvalue(), ["A"], **options)))
+    assert len(found.pages[0]["/Annots"]) == 2

@@ -125,16 +125,28 @@ def test_a_chapter_that_shows_a_sweep_depends_on_the_experiments_that_are_specif
     assert [p.stem for p in runner.sources(path)] == ["__init__", "sweep", "trials"]
 
 
+LOADED = """
+import sys
+for lines in sys.argv[1:]:
+    for name in [m for m in sys.modules if m.partition(".")[0] == "lib"]:
+        del sys.modules[name]
+    exec(lines)
+    print(*(m[4:] for m in sys.modules if m.startswith("lib.")))
+"""
+
+
 def test_every_chapter_depends_on_what_it_loads():
     """What Python really loads for a chapter's imports is what the fingerprint holds."""
-    for chapter in runner.chapter_names():
-        cells = nbformat.read(runner.BOOK / f"{chapter}.ipynb", 4).cells
-        lines = {line for c in cells for line in c.source.splitlines() if line.startswith(("from lib", "import lib"))}
-        code = "; ".join(sorted(lines)) + "; import sys; print(*(m[4:] for m in sys.modules if m.startswith('lib.')))"
-        loaded = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=runner.ROOT
-        )
-        assert set(loaded.stdout.split()) <= {p.stem for p in runner.sources(runner.BOOK / f"{chapter}.ipynb")}
+    notebooks = [runner.BOOK / f"{chapter}.ipynb" for chapter in runner.chapter_names()]
+    imports = []
+    for path in notebooks:
+        lines = {line for c in nbformat.read(path, 4).cells for line in c.source.splitlines()}
+        imports.append("\n".join(sorted(line for line in lines if line.startswith(("from lib", "import lib")))))
+    run = subprocess.run(
+        [sys.executable, "-c", LOADED, *imports], capture_output=True, text=True, check=True, cwd=runner.ROOT
+    )
+    for path, loaded in zip(notebooks, run.stdout.splitlines(), strict=True):
+        assert loaded and set(loaded.split()) <= {p.stem for p in runner.sources(path)}
 
 
 def test_other_weights_run_again(workshop, monkeypatch):
