@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lib import blind
 from lib.effects import load_relations
+from lib.errors import DataError
 from lib.facts import Case, Fact, exact_interval, load_cases, load_templates, prompts, study_facts, tell
 from lib.patching import Run, margins, patched, rerun
 from lib.pathways import slice_values
@@ -93,7 +94,14 @@ def grounds(subject: Subject) -> dict[str, Ground]:
     if subject.weights_sha256 not in _grounds:
         case = load_cases(subject.name)[0]
         sets = {"capital": (study_facts(subject, case), load_templates()), **_relations(subject, case)}
-        _grounds[subject.weights_sha256] = {name: _ground(subject, *given) for name, given in sets.items()}
+        found = {name: _ground(subject, *given) for name, given in sets.items()}
+        found = {name: g for name, g in found.items() if len({t.split("{}")[0] for t in g.templates}) > 1}
+        if not found:
+            raise DataError(
+                f"{subject.name} tells {FEWEST} facts under too few templates: there is nothing to break. Choose a "
+                "subject that tells more, or give it facts that it knows."
+            )
+        _grounds[subject.weights_sha256] = found
     return _grounds[subject.weights_sha256]
 
 
@@ -119,7 +127,9 @@ def _ground(subject: Subject, facts: Sequence[Fact], templates: dict[str, str]) 
 
 def draw(subject: Subject, seed: int, attempt: int = 0) -> Plant:
     """The plant of a seed. Its lowest bit says the kind, the next whether it has one site or two; relation, template,
-    controls and facts come from the seed, the damage from the seed and the attempt."""
+    controls and facts come from the seed, the damage from the seed and the attempt. Raises DataError."""
+    if seed < 0 or attempt < 0:
+        raise DataError(f"seed {seed}, attempt {attempt}: neither may be negative.")
     scene, rng = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1 + attempt])
     kind, several = KINDS[seed % 2], bool(seed // 2 % 2)
     relations = grounds(subject)
@@ -456,7 +466,7 @@ def _repairs(subject: Subject, plant: Plant, found: blind.Look, verdict: blind.N
 
 
 def retrain(
-    subject: Subject, found: blind.Look, plant: Plant, layer: int, pathway: str, *, rate: float = 1e-3, steps: int = 30
+    subject: Subject, found: blind.Look, plant: Plant, layer: int, pathway: str, *, rate: float = 3e-3, steps: int = 60
 ) -> tuple[int, float]:
     """Train one slice (Adam, cross-entropy of the answers under the failing template) until every untold fact is told
     with half a logit to spare, or `steps`. How many are told then; and of what the controls told, the share they still
