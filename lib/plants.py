@@ -533,7 +533,7 @@ def _shares(hits: dict[str, pd.Series]) -> dict[str, float]:
 
 def _constant(runs: pd.DataFrame) -> dict[str, Any]:
     truths = [{Site.parse(s) for s in text.split(", ")} for text in runs.truth]
-    best = Counter(s for sites in truths for s in sorted(sites)).most_common(1)[0][0]
+    best = Counter(s for sites in truths for s in sorted(sites, key=str)).most_common(1)[0][0]
     kind = runs.kind.mode()[0]
     off = pd.Series([min(abs(best.layer - s.layer) for s in sites) for sites in truths], index=runs.index)
     site = pd.Series([best in sites for sites in truths], index=runs.index)

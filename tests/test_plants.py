@@ -202,7 +202,7 @@ def test_smollm2s_own_failures(smollm2):
 
 
 def test_tables_by_hand(run):
-    wrong = {**run, "seed": 1, "kind": OVERRIDDEN, "sites": 2, "truth": "L11 H2, L12 MLP", "joined: kind": False,
+    wrong = {**run, "seed": 1, "kind": OVERRIDDEN, "sites": 2, "truth": "L12 H2, L12 MLP", "joined: kind": False,
              "joined: off": 3, "joined: site": False, "repair named: told": 0}  # fmt: skip
     table = pd.DataFrame([run, {**run, "seed": 2}, wrong, {"seed": 3, "accepted": False}])
     table["accepted"] = table.accepted.astype(bool)
