@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lib import blind
-from lib.effects import load_relations
+from lib.effects import load_relations, paired
 from lib.errors import DataError
 from lib.facts import Case, Fact, exact_interval, load_cases, load_templates, prompts, study_facts, tell
 from lib.patching import Run, margins, patched, rerun
@@ -458,9 +458,10 @@ def _repairs(subject: Subject, plant: Plant, found: blind.Look, verdict: blind.N
         "knowledge": (blind.knowledge_head(found).layer, "attention"),
         "random": (drawn, pathway),
     }
+    done = {place: retrain(subject, found, plant, *place) for place in dict.fromkeys(tries.values())}
     out: dict[str, Any] = {}
     for name, (layer, part) in tries.items():
-        told, kept = retrain(subject, found, plant, layer, part)
+        told, kept = done[layer, part]
         out |= {f"repair {name}: layer": layer + 1, f"repair {name}: told": told, f"repair {name}: kept": kept}
     return out
 
@@ -560,6 +561,18 @@ def confusion(runs: pd.DataFrame, rule: str = "joined") -> pd.DataFrame:
     """Planted kind against the kind that a rule says."""
     some = runs[runs.accepted]
     return pd.crosstab(some.kind.rename("planted"), some[f"{rule}: says"].rename("said"))
+
+
+def against(runs: pd.DataFrame, rule: str = "joined") -> pd.DataFrame:
+    """A rule beside every other, plant by plant: kind and site right together by the one and not by the other, and
+    McNemar's exact p."""
+    some, rows = runs[runs.accepted], []
+    right = {r: some[f"{r}: kind"].astype(bool) & some[f"{r}: site"].astype(bool) for r in blind.RULES}
+    for other in right:
+        if other != rule:
+            found = paired(right[other], right[rule])
+            rows.append({"rule": other, "only it": found["lost"], f"only {rule}": found["gained"], "p": found["p"]})
+    return pd.DataFrame(rows)
 
 
 def repairs(runs: pd.DataFrame) -> pd.DataFrame:

@@ -202,8 +202,10 @@ def test_smollm2s_own_failures(smollm2):
 
 
 def test_tables_by_hand(run):
-    wrong = {**run, "seed": 1, "kind": OVERRIDDEN, "sites": 2, "truth": "L12 H2, L12 MLP", "joined: kind": False,
-             "joined: off": 3, "joined: site": False, "repair named: told": 0}  # fmt: skip
+    wrong = {
+        **run, "seed": 1, "kind": OVERRIDDEN, "sites": 2, "truth": "L12 H2, L12 MLP", "joined: kind": False,
+        "joined: off": 3, "joined: site": False, "dynamic alone: site": False, "repair named: told": 0,
+    }  # fmt: skip
     table = pd.DataFrame([run, {**run, "seed": 2}, wrong, {"seed": 3, "accepted": False}])
     table["accepted"] = table.accepted.astype(bool)
     summary = plants.summarise(table).set_index("rule")
@@ -214,6 +216,10 @@ def test_tables_by_hand(run):
     assert constant.kind == constant.site == pytest.approx(2 / 3)
     assert plants.by_group(table).site.tolist() == [2, 0]
     assert plants.confusion(table).loc[OVERRIDDEN].to_dict() == {NOT_RETRIEVED: 1}
+    beside = plants.against(table.assign(**{"dynamic alone: kind": True})).set_index("rule")
+    assert beside.loc["dynamic alone", ["only it", "only joined", "p"]].tolist() == [0, 0, 1.0], "its site counts too"
+    beside = plants.against(table.assign(**{"chapter 2: kind": True, "chapter 2: site": True})).set_index("rule")
+    assert beside.loc["chapter 2", ["only it", "only joined", "p"]].tolist() == [1, 0, 1.0]
     repaired = plants.repairs(table).set_index(["planted", "trained layer"]).repaired
     assert repaired[OVERRIDDEN, "named"] == 0
     assert repaired[NOT_RETRIEVED, "named"] == 2 * (run["repair named: told"] == run["untold"])
