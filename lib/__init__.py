@@ -19,6 +19,9 @@ The rooms, in the order data flows through them (imports point to earlier rooms 
     pathways       retrain one slice of one layer                -> Edit
     compare        six pathways head to head, with controls      -> Edits
     effects        side effects of edits, and what they leave out
+    patching       run prompts again from one layer up; give one component what it did elsewhere -> Run
+    blind          rules that name the component at fault, given only a subject, facts and templates -> Named
+    plants         break a subject at a known place and see whether the rules find it -> a row a plant
     crosscheck     the same questions put to Captum, TransformerLens and interventions
     results        report a number once: JSON and prose
     cluster        many independent calls, on this machine or on any Dask cluster
