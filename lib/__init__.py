@@ -16,6 +16,7 @@ The rooms, in the order data flows through them (imports point to earlier rooms 
     pathways       retrain one slice of one layer                -> Edit
     compare        six pathways head to head, with controls      -> Edits
     effects        side effects of edits, and what they leave out
+    generalise     an edit that should carry over: self-distillation, chosen on selection countries
     crosscheck     the same questions put to Captum, TransformerLens and interventions
     results        report a number once: JSON and prose
     claims         the source page's statements, and what a run makes of each

@@ -139,7 +139,7 @@ def teachers(subject: Subject, case: Case) -> pd.DataFrame:
     known = np.any([asked[c].told for c in case.controls], axis=0)
     if not known.any():
         raise DataError(f"case {case.name!r}: no fit fact is known, so {subject.name} has nothing to teach itself.")
-    rows = [(name, int(known.sum()), int(t.told[known].sum()), np.log(t.prob[known]).mean()) for name, t in asked.items()]
+    rows = [(n, int(known.sum()), int(t.told[known].sum()), np.log(t.prob[known]).mean()) for n, t in asked.items()]
     table = pd.DataFrame(rows, columns=["context", "n", "told", "log_probability"])
     return table.sort_values("log_probability", ascending=False, kind="stable", ignore_index=True)
 
@@ -158,14 +158,9 @@ def lesson(subject: Subject, case: Case, facts: Sequence[Fact], places: Sequence
     read, last = torch.tensor(READ), torch.tensor([-1])
     taught = _say(subject, [subject.token_ids(p) for p in prompts(names, template, prefix)], last)[:, 0]
     answers = torch.tensor([subject.first_token(f.answer) for f in facts])
-    can = {f.subject for f in scorable(subject, facts)}
-    said = torch.stack([
-        _say(subject, [subject.token_ids(p) for p in prompts(facts, text[c])], last)[:, 0].argmax(-1) for c in case.controls
-    ])  # fmt: skip
-    known = (said == answers).any(0) & torch.tensor([f.subject in can for f in facts])
     return Lesson(
-        tuple(facts), answers, known, teacher, text[case.template], pupils, others, windows[:training],
-        taught, _say(subject, others, last)[:, 0], _say(subject, windows[:training], read),
+        tuple(facts), answers, _known(subject, case, facts), teacher, text[case.template], pupils, others,
+        windows[:training], taught, _say(subject, others, last)[:, 0], _say(subject, windows[:training], read),
     )  # fmt: skip
 
 
@@ -276,6 +271,13 @@ def _scorable_fit(subject: Subject, case: Case) -> tuple[Fact, ...]:
     return tuple(f for f in fit_countries(case) if f.subject in known)
 
 
+def _known(subject: Subject, case: Case, facts: Sequence[Fact]) -> Bool[Tensor, " fact"]:
+    """Which facts a control template tells, of those that their first token identifies."""
+    text, can = load_templates(), {f.subject for f in scorable(subject, facts)}
+    told = np.any([tell(subject, facts, {c: text[c]}).told for c in case.controls], axis=0)
+    return torch.tensor([bool(t) and f.subject in can for t, f in zip(told, facts, strict=True)])
+
+
 def _other(case: Case, i: int) -> str:
     """The control template under which the i-th fit country is held to what it says: they take turns."""
     return case.controls[i % len(case.controls)]
@@ -309,7 +311,8 @@ def _draw(lesson: Lesson, config: Config, generator: torch.Generator) -> tuple[T
     facts = torch.randperm(n, generator=generator)[: config.batch - elsewhere]
     places = n + torch.randperm(rest, generator=generator)[:elsewhere]
     others = torch.randperm(len(lesson.others), generator=generator)[: config.others]
-    return torch.cat((facts, places)), others, torch.randperm(len(lesson.windows), generator=generator)[: config.windows]
+    windows = torch.randperm(len(lesson.windows), generator=generator)[: config.windows]
+    return torch.cat((facts, places)), others, windows
 
 
 def _forward(
@@ -341,7 +344,7 @@ def _edit(subject: Subject, lesson: Lesson, config: Config, values: dict[Slice, 
     facts = tuple(f for f, known in zip(lesson.facts, lesson.known.tolist(), strict=True) if known)
     template = {"failing": lesson.template}
     told = tuple(tell(subject, facts, template).told.tolist())
-    recipe = {"objective": f"self-distillation from {lesson.teacher}", **asdict(config), "places": len(lesson.pupils) - len(lesson.facts)}
+    recipe = {"objective": f"self-distillation from {lesson.teacher}", **asdict(config), "pupils": len(lesson.pupils)}
     common = (subject.name, subject.weights_sha256, config.pathway, config.layer, facts, lesson.template, told)
     draft = Edit(*common, told, seed, recipe, values)
     with applied(subject, draft):
