@@ -1,0 +1,352 @@
+"""An edit that should carry over: fitted on the fit countries, chosen on the selection countries, judged once.
+
+    teacher     the model itself, where it does tell: of the control templates and of the failing template after two
+                worked examples, the context that gives the fit facts' answers the highest mean log-probability
+    pupils      the failing prompt of every fit country, and of places that no fact names: for these the teacher's
+                distribution stands in for an answer, so that names without a fact can be learned from as well
+    objective   KL(teacher || pupil) at the last position, mixed with cross-entropy of the answer where the model knows
+                it; plus KL from the untouched model on other prompts of the same countries and on neutral passages
+    rule        of the runs that cost little (`LIMITS`), the one that makes most selection countries told that are
+                known and untold; ties go to the higher mean log-probability of their answers
+
+Held-out countries take no part. `lesson` and `frontier` refuse them; `effects.generalisation` asks them, once, after
+the rule has chosen. That the model's own answer in a better context can train it is context distillation (Snell et
+al., 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lib import effects
+from lib.edits import Edit, applied
+from lib.effects import BAND, NONE
+from lib.errors import DataError, EditError
+from lib.facts import DATA, Case, Fact, known_and_told, load_mapping, load_templates, prompts, scorable, tell
+from lib.pathways import neutral_windows, slice_values
+from lib.replay import above, entering, pack, packs
+from lib.subjects import Subject
+from lib.weights import Slice, pathway_slices
+
+EXAMPLES = 2  # worked examples before the failing prompt
+WINDOW = 32  # tokens of a neutral window
+READ = (1, 2, 3, 5, 8, 12, 20, 30)  # its compared positions: most of them early, where a text's start is felt
+TRAINED = ("fit", "eight", "")  # the splits that training may see
+LIMITS = {"perplexity": BAND, "capability": 0, "working templates": 0}  # what a run may cost, at most
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. layer: 0-based. truth: share of the cross-entropy in the objective. batch, others, windows: pupils,
+    other prompts and neutral windows a step; places: share of the pupils that are places without a fact. hold,
+    neutral: weights of the two penalties. The rate falls along a half cosine to a twentieth."""
+
+    layer: int
+    pathway: str = "full"
+    rate: float = 1e-3
+    steps: int = 60
+    truth: float = 0.3
+    places: float = 0.5
+    batch: int = 24
+    others: int = 6
+    windows: int = 1
+    hold: float = 1.0
+    neutral: float = 10.0
+
+    def __post_init__(self) -> None:
+        low = [n for n in ("steps", "batch", "others", "windows") if getattr(self, n) < 1]
+        if low or self.rate <= 0 or not 0 <= self.truth <= 1 or not 0 <= self.places < 1:
+            raise EditError(
+                f"this configuration cannot train ({', '.join(low) or 'rate, truth or places'}): steps, batch, others, "
+                "windows and rate must be positive, truth from 0 to 1, places from 0 to below 1."
+            )
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What training sees, whatever the layer: tokens of pupils, other prompts and windows, and their targets as
+    log-probabilities. facts: the fit facts, which are the first pupils; known: told by the model under a control."""
+
+    facts: tuple[Fact, ...]
+    answers: Int[Tensor, " fact"]
+    known: Bool[Tensor, " fact"]
+    teacher: str
+    template: str  # the failing one, its text
+    pupils: list[list[int]]
+    others: list[list[int]]
+    windows: list[list[int]]  # those that training draws from
+    taught: Float[Tensor, "pupil vocab"]
+    untouched: Float[Tensor, "other vocab"]
+    neutral: Float[Tensor, "window position vocab"]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """One run: its edit, and a row a step (loss, pupils, truth, others, neutral)."""
+
+    config: Config
+    edit: Edit
+    history: pd.DataFrame
+    seconds: float
+
+
+def fit_countries(case: Case) -> tuple[Fact, ...]:
+    """The case's own facts and the fit part of its large set, scorable or not: a teacher needs no score."""
+    own = {f.subject for f in case.facts}
+    return (*case.facts, *(f for f in case.large if f.split == "fit" and f.subject not in own))
+
+
+def without_held_out(subject: Subject, case: Case) -> Case:
+    """The case as choosing may see it: the selection countries, screened among all, and no other of the large set."""
+    return replace(case, large=tuple(f for f in scorable(subject, case.large) if f.split == "selection"))
+
+
+def load_places(case: Case) -> list[str]:
+    """Names that no fact of the case bears. Raises DataError if one of them is a subject of the large set."""
+    names = [n for group in load_mapping(DATA / "places.yaml").values() for n in group]
+    taken = {f.subject for f in (*case.facts, *case.large)}
+    if both := sorted(taken & set(names)):
+        raise DataError(f"data/places.yaml names {both[0]}, which is a fact's subject; take it out.")
+    return names
+
+
+def contexts(case: Case) -> dict[str, tuple[str, str]]:
+    """Where the model might tell: name -> prefix and template. The control templates, and the failing template after
+    worked examples, which are the case's own first facts."""
+    text = load_templates()
+    shown = zip(prompts(case.facts[:EXAMPLES], text[case.template]), case.facts, strict=False)
+    worked = "".join(f"{prompt} {fact.answer}. " for prompt, fact in shown)
+    return {**{c: ("", text[c]) for c in case.controls}, "worked examples": (worked, text[case.template])}
+
+
+def teachers(subject: Subject, case: Case) -> pd.DataFrame:
+    """The contexts on the fit facts that are known (under a control template) and can be scored: n, told, and mean
+    log-probability of the answer; the best first. The examples themselves are left out: theirs would be copied."""
+    facts = _scorable_fit(subject, case)[EXAMPLES:]
+    asked = {name: tell(subject, facts, {name: t}, prefix=p) for name, (p, t) in contexts(case).items()}
+    known = np.any([asked[c].told for c in case.controls], axis=0)
+    if not known.any():
+        raise DataError(f"case {case.name!r}: no fit fact is known, so {subject.name} has nothing to teach itself.")
+    rows = [(n, int(known.sum()), int(t.told[known].sum()), np.log(t.prob[known]).mean()) for n, t in asked.items()]
+    table = pd.DataFrame(rows, columns=["context", "n", "told", "log_probability"])
+    return table.sort_values("log_probability", ascending=False, kind="stable", ignore_index=True)
+
+
+def lesson(subject: Subject, case: Case, facts: Sequence[Fact], places: Sequence[str], teacher: str) -> Lesson:
+    """Collect what training sees, and run the teacher. Raises DataError for a fact of another split, or for none."""
+    if barred := [f for f in facts if f.split not in TRAINED]:
+        raise DataError(f"{barred[0].subject} is of the split {barred[0].split!r}; training sees fit countries only.")
+    if not facts:
+        raise DataError("there is no fit country to learn from.")
+    text, (prefix, template) = load_templates(), contexts(case)[teacher]
+    names = [*facts, *(Fact(p, "") for p in places)]
+    pupils = [subject.token_ids(p) for p in prompts(names, text[case.template])]
+    others = [subject.token_ids(p) for i, f in enumerate(facts) for p in prompts([f], text[_other(case, i)])]
+    windows, training = neutral_windows(subject, WINDOW)
+    read, last = torch.tensor(READ), torch.tensor([-1])
+    taught = _say(subject, [subject.token_ids(p) for p in prompts(names, template, prefix)], last)[:, 0]
+    answers = torch.tensor([subject.first_token(f.answer) for f in facts])
+    return Lesson(
+        tuple(facts), answers, _known(subject, case, facts), teacher, text[case.template], pupils, others,
+        windows[:training], taught, _say(subject, others, last)[:, 0], _say(subject, windows[:training], read),
+    )  # fmt: skip
+
+
+def losses(
+    lesson: Lesson, logits: Float[Tensor, "n vocab"], rows: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """KL(teacher || pupil); cross-entropy of the answers that are known; KL(untouched || edited) on other prompts and
+    on windows. logits: of the pupils, the others, then the windows' positions; rows: which of each."""
+    pupils, others, windows = rows
+    own, rest, text = logits.log_softmax(-1).split((len(pupils), len(others), len(windows) * len(READ)))
+    known = torch.tensor([int(i) < len(lesson.facts) and bool(lesson.known[i]) for i in pupils])
+    truth = F.nll_loss(own[known], lesson.answers[pupils[known]]) if known.any() else own.new_zeros(())
+    return (
+        _kl(lesson.taught[pupils], own), truth, _kl(lesson.untouched[others], rest),
+        _kl(lesson.neutral[windows].flatten(0, 1), text),
+    )  # fmt: skip
+
+
+def learn(subject: Subject, lesson: Lesson, config: Config, *, seed: int = 0, bar: tqdm | None = None) -> Learned:
+    """One run (Adam, no weight decay). seed: of the order in which everything comes. Raises EditError for a layer that
+    is not there, and where the loss stops being a number."""
+    if not 0 <= config.layer < subject.weights.n_layers:
+        raise EditError(f"there is no layer index {config.layer}: {subject.name} has {subject.weights.n_layers}.")
+    start, generator = perf_counter(), torch.Generator().manual_seed(seed)
+    slices = pathway_slices(subject.model, config.layer, config.pathway)
+    leaves = {s: v.requires_grad_() for s, v in slice_values(subject, slices).items()}
+    optimiser = torch.optim.Adam(leaves.values(), lr=config.rate)
+    streams = [_streams(subject, ids, config.layer) for ids in (lesson.pupils, lesson.others, lesson.windows)]
+    rows = []
+    for step in range(config.steps):
+        drawn = _draw(lesson, config, generator)
+        logits = _forward(subject, lesson, config.layer, streams, drawn, leaves)
+        taught, truth, others, neutral = parts = losses(lesson, logits, drawn)
+        loss = (1 - config.truth) * taught + config.truth * truth + config.hold * others + config.neutral * neutral
+        if not bool(loss.isfinite()):
+            raise EditError(f"the loss of {config} is {loss.item()} after {step} steps; try a smaller rate.")
+        rows.append((step, loss.item(), *(p.item() for p in parts)))
+        optimiser.param_groups[0]["lr"] = config.rate * _schedule(step, config.steps)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if bar is not None:
+            bar.update()
+    history = pd.DataFrame(rows, columns=["step", "loss", "pupils", "truth", "others", "neutral"])
+    edit = _edit(subject, lesson, config, {s: v.detach() for s, v in leaves.items()}, seed)
+    return Learned(config, edit, history, perf_counter() - start)
+
+
+def frontier(
+    subject: Subject, case: Case, lesson: Lesson, configs: Sequence[Config], *, seed: int = 0, progress: bool = True
+) -> tuple[pd.DataFrame, list[Learned]]:
+    """Train every configuration and ask the selection countries, the probes, the working templates of the case's own
+    facts, and the neutral passages that training does not see. One row a configuration, `chosen` by the rule."""
+    runs, rows = [], []
+    with tqdm(total=sum(c.steps for c in configs), desc="frontier", disable=not progress) as bar:
+        for config in configs:
+            run = learn(subject, lesson, config, seed=seed, bar=bar)
+            runs.append(run)
+            rows.append(asdict(config) | cost(subject, case, run.edit) | {"seconds": run.seconds})
+    table = pd.DataFrame(rows)
+    return table.assign(chosen=table.index == choose(table)), runs
+
+
+def cost(subject: Subject, case: Case, edit: Edit) -> dict[str, Any]:
+    """What the rule reads of an edit: known and untold selection countries, how many are told after, the mean
+    log-probability of their answers; perplexity's ratio on the neutral passages that choose; items lost."""
+    chosen = without_held_out(subject, case)
+    protocol = effects.prepare(subject, chosen, edit.layer, texts=choosing_texts(subject))
+    measured = effects.measure(subject, protocol, {"edit": edit})
+    before, after = measured.asked[NONE], measured.asked["edit"]
+    states = known_and_told(before[before.set == "large"], chosen)
+    untold = states[states.routing_failure].subject
+    pick = (before.set == "large") & (before.template == case.template) & before.subject.isin(untold)
+    lost = effects.outcomes(measured, chosen).set_index("what").lost
+    return {
+        "untold": int(pick.sum()), "repaired": int(after.told[pick].sum()),
+        "log_probability": float(np.log(after.prob[pick].clip(1e-30)).mean()),
+        "ratio": float(effects.reading(measured).ratio[0]), "kl": float(measured.tokens["edit"].kl.mean()),
+        "capability_lost": int(lost["capability"]), "working_lost": int(lost["working templates"]),
+    }  # fmt: skip
+
+
+def choosing_texts(subject: Subject) -> dict[str, str]:
+    """The neutral passages that training does not see, put together again from their windows."""
+    windows, training = neutral_windows(subject, WINDOW)
+    return {"neutral": str(subject.tokenizer.decode([t for w in windows[training:] for t in w]))}
+
+
+def harmless(table: pd.DataFrame) -> pd.Series:
+    """Which rows of a frontier cost no more than `LIMITS` allows."""
+    return (
+        ((table.ratio - 1).abs() <= LIMITS["perplexity"])
+        & (table.capability_lost <= LIMITS["capability"])
+        & (table.working_lost <= LIMITS["working templates"])
+    )
+
+
+def choose(table: pd.DataFrame) -> int:
+    """The row that the rule chooses; among all rows, where none is harmless. Raises EditError for an empty table."""
+    if table.empty:
+        raise EditError("there is no configuration to choose from; give at least one.")
+    return int(np.lexsort((-table.log_probability, -table.repaired, ~harmless(table)))[0])
+
+
+def _scorable_fit(subject: Subject, case: Case) -> tuple[Fact, ...]:
+    """The fit countries that can be scored, the screen being that of the whole set; the case's own facts first."""
+    known = {f.subject for f in scorable(subject, case.large)} | {f.subject for f in case.facts}
+    return tuple(f for f in fit_countries(case) if f.subject in known)
+
+
+def _known(subject: Subject, case: Case, facts: Sequence[Fact]) -> Bool[Tensor, " fact"]:
+    """Which facts a control template tells, of those that their first token identifies."""
+    text, can = load_templates(), {f.subject for f in scorable(subject, facts)}
+    told = np.any([tell(subject, facts, {c: text[c]}).told for c in case.controls], axis=0)
+    return torch.tensor([bool(t) and f.subject in can for t, f in zip(told, facts, strict=True)])
+
+
+def _other(case: Case, i: int) -> str:
+    """The control template under which the i-th fit country is held to what it says: they take turns."""
+    return case.controls[i % len(case.controls)]
+
+
+@torch.no_grad()
+def _say(
+    subject: Subject, texts: Sequence[Sequence[int]], read: Int[Tensor, " position"]
+) -> Float[Tensor, "text position vocab"]:
+    """The untouched model's log-probabilities at some positions of each text (-1: its last)."""
+    out = []
+    for some in packs(subject, texts):
+        final = above(subject, some, 0, entering(subject, some, 0))
+        ends = some.last + 1
+        starts = torch.cat((ends.new_zeros(1), ends[:-1]))
+        at = torch.where(read < 0, ends[:, None], starts[:, None]) + read
+        out.append((final[at] @ subject.weights.W_U).log_softmax(-1))
+    return torch.cat(out)
+
+
+def _streams(subject: Subject, texts: Sequence[Sequence[int]], layer: int) -> list[Float[Tensor, "t d_model"]]:
+    """The stream that enters the layer, text by text."""
+    whole = torch.cat([entering(subject, some, layer) for some in packs(subject, texts)])
+    return list(whole.split([len(t) for t in texts]))
+
+
+def _draw(lesson: Lesson, config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of one step: pupils (fit countries and places), other prompts, windows. Without replacement."""
+    n, rest = len(lesson.facts), len(lesson.pupils) - len(lesson.facts)
+    elsewhere = min(rest, round(config.batch * config.places))
+    facts = torch.randperm(n, generator=generator)[: config.batch - elsewhere]
+    places = n + torch.randperm(rest, generator=generator)[:elsewhere]
+    others = torch.randperm(len(lesson.others), generator=generator)[: config.others]
+    windows = torch.randperm(len(lesson.windows), generator=generator)[: config.windows]
+    return torch.cat((facts, places)), others, windows
+
+
+def _forward(
+    subject: Subject, lesson: Lesson, layer: int, streams: list[list[Tensor]], rows: tuple[Tensor, ...],
+    values: dict[Slice, Tensor],
+) -> Float[Tensor, "n vocab"]:  # fmt: skip
+    """Logits at the last position of pupils and other prompts, and at the windows' positions, in one pass."""
+    groups = (lesson.pupils, lesson.others, lesson.windows)
+    texts = [group[i] for group, at in zip(groups, rows, strict=True) for i in at.tolist()]
+    stream = torch.cat([group[i] for group, at in zip(streams, rows, strict=True) for i in at.tolist()])
+    some, short = pack(subject, texts), len(rows[0]) + len(rows[1])
+    starts = torch.tensor(list(accumulate(map(len, texts), initial=0)))[short:-1]
+    at = torch.cat((some.last[:short], (starts[:, None] + torch.tensor(READ)).flatten()))
+    return above(subject, some, layer, stream, values)[at] @ subject.weights.W_U
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Share of the rate: a short rise, then a half cosine down to a twentieth."""
+    return min(1.0, (step + 1) / 5) * (0.05 + 0.95 * 0.5 * (1 + float(np.cos(np.pi * step / steps))))
+
+
+def _kl(target: Float[Tensor, "n vocab"], now: Float[Tensor, "n vocab"]) -> Float[Tensor, ""]:
+    """KL(target || now) of log-probabilities, in nats a row."""
+    return F.kl_div(now, target, log_target=True, reduction="none").sum(-1).mean()
+
+
+def _edit(subject: Subject, lesson: Lesson, config: Config, values: dict[Slice, Tensor], seed: int) -> Edit:
+    """The trained values as an edit; its facts are the fit countries that the model knows."""
+    facts = tuple(f for f, known in zip(lesson.facts, lesson.known.tolist(), strict=True) if known)
+    template = {"failing": lesson.template}
+    told = tuple(tell(subject, facts, template).told.tolist())
+    recipe = {"objective": f"self-distillation from {lesson.teacher}", **asdict(config), "pupils": len(lesson.pupils)}
+    common = (subject.name, subject.weights_sha256, config.pathway, config.layer, facts, lesson.template, told)
+    draft = Edit(*common, told, seed, recipe, values)
+    with applied(subject, draft):
+        after = tell(subject, facts, template)
+    return Edit(*common, tuple(after.told.tolist()), seed, recipe, values)
