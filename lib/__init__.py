@@ -23,10 +23,13 @@ The rooms, in the order data flows through them (imports point to earlier rooms 
     blind          rules that name the component at fault, given only a subject, facts and templates -> Named
     plants         break a subject at a known place and see whether the rules find it -> a row a plant
     generalise     an edit that should carry over: self-distillation, chosen on selection countries
+    controls       edits at every layer, and at parts of equal size, named or random
+    rivals         other ways to make the same facts told, under one protocol
     crosscheck     the same questions put to Captum, TransformerLens and interventions
     results        report a number once: JSON and prose
     cluster        many independent calls, on this machine or on any Dask cluster
     sweep          hundreds of runs of an experiment, kept one by one    -> DataFrame
+    contest        what finished sweeps say of layers, parts and rivals
     claims         the source page's statements, and what a run makes of each
     known_answers  does this GPT-2 say what others recorded of it?
     figures        arrays -> matplotlib figures

@@ -41,7 +41,7 @@ from lib.edits import Edit, applied
 from lib.errors import DataError, EditError
 from lib.facts import DATA, Case, Fact, exact_interval, load_cases, load_templates, prompts, scorable, trainable
 from lib.pathways import keep, slice_values
-from lib.replay import Pack, above, entering, pack, packs
+from lib.replay import Pack, above, pack, packs, streams
 from lib.subjects import Subject, load
 
 WINDOW = 512  # tokens of a passage read at once, or as many as the model reads
@@ -121,19 +121,34 @@ def questions(subject: Subject, case: Case) -> pd.DataFrame:
 def prepare(
     subject: Subject, case: Case, layer: int, *, texts: dict[str, str] | None = None, table: pd.DataFrame | None = None
 ) -> Protocol:
-    """Run everything below the layer once. texts: passages by name; the book's own if none are given. table: the part
+    """Run everything below the layer once. texts, table: as in `prepare_all`."""
+    return prepare_all(subject, case, [layer], texts=texts, table=table)[layer]
+
+
+@torch.no_grad()
+def prepare_all(
+    subject: Subject, case: Case, layers: Sequence[int], *, texts: dict[str, str] | None = None,
+    table: pd.DataFrame | None = None,
+) -> dict[int, Protocol]:  # fmt: skip
+    """A protocol for edits of each of some layers, from one run of the model; the layer that would follow the last one
+    stands for changes of the logits alone. texts: passages by name; the book's own if none are given. table: the part
     of `questions` to ask; all, if not given."""
     table = questions(subject, case) if table is None else table.reset_index(drop=True)
+    end, passages = subject.weights.n_layers, []
     asked = list(packs(subject, [subject.token_ids(p) for p in table.prompt]))
-    streams = [(p, entering(subject, p, layer)) for p in tqdm(asked, desc="questions", leave=False)]
-    passages = []
+    enter = [(p, streams(subject, p, layers)) for p in tqdm(asked, desc="questions", leave=False)]
     for name, text in tqdm((load_passages() if texts is None else texts).items(), desc="passages", leave=False):
         ids, room = subject.token_ids(text), min(WINDOW, subject.weights.context)
         for some in (pack(subject, [ids[i : i + room]]) for i in range(0, len(ids) - 1, room)):
-            stream = entering(subject, some, layer)
-            with torch.no_grad():
-                passages.append((name, some, stream, above(subject, some, layer, stream)))
-    return Protocol(layer, table, streams, passages)
+            found = streams(subject, some, [*layers, end])
+            passages.append((name, some, found, subject.weights.norm_final_module(found[end])))
+    return {
+        layer: Protocol(
+            layer, table, [(p, found[layer]) for p, found in enter],
+            [(name, some, found[layer], final) for name, some, found, final in passages],
+        )
+        for layer in layers
+    }  # fmt: skip
 
 
 def load_passages() -> dict[str, str]:
@@ -184,16 +199,18 @@ def ask(
 
 @torch.no_grad()
 def read(
-    subject: Subject, protocol: Protocol, edit: Edit | None, *, bias: Float[Tensor, " vocab"] | None = None
-) -> pd.DataFrame:
+    subject: Subject, protocol: Protocol, edit: Edit | None, *, bias: Float[Tensor, " vocab"] | None = None,
+    divergence: bool = True,
+) -> pd.DataFrame:  # fmt: skip
     """A row a predicted token of the passages: passage, block, nll and kl (untouched || edited), in nats. bias: added
-    to all logits."""
-    parts, block = [], 0
+    to all logits. divergence: False leaves kl out (NaN), which takes half of the time where little is run again."""
+    parts, block, W_U = [], 0, subject.weights.W_U
     for name, some, stream, untouched in protocol.passages:
         final = above(subject, some, protocol.layer, stream, _values(protocol, edit))[:-1]
-        now = (final @ subject.weights.W_U + (0 if bias is None else bias)).log_softmax(-1)
-        base = (untouched[:-1] @ subject.weights.W_U).log_softmax(-1)
-        kl = (base.exp() * (base - now)).sum(-1).clamp(min=0)
+        now, kl = (final @ W_U + (0 if bias is None else bias)).log_softmax(-1), torch.full((len(final),), torch.nan)
+        if divergence:
+            base = (untouched[:-1] @ W_U).log_softmax(-1)
+            kl = (base.exp() * (base - now)).sum(-1).clamp(min=0)
         nll = -now.gather(1, some.tokens[1:, None])[:, 0]
         blocks = block + np.arange(len(nll)) // BLOCK
         parts.append(pd.DataFrame({"passage": name, "block": blocks, "nll": nll.numpy(), "kl": kl.numpy()}))

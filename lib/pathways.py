@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from lib.edits import Edit, applied
 from lib.errors import DataError, EditError
 from lib.facts import DATA, Case, Fact, load_templates, screen, tell
-from lib.replay import Pack, above, entering, pack, packs
+from lib.replay import Pack, above, pack, packs, streams
 from lib.subjects import Subject
 from lib.weights import Slice, pathway_slices
 
@@ -125,12 +125,18 @@ def neutral_windows(subject: Subject, length: int) -> tuple[list[list[int]], int
     return training + choosing, len(training)
 
 
-@torch.no_grad()
 def keep(subject: Subject, case: Case, layer: int, recipe: Recipe = DEFAULT) -> Kept:
-    """Run everything below the layer once. Raises EditError for a layer that is not there, DataError for no facts, or
-    for one whose answer its first token does not identify."""
-    if not 0 <= layer < subject.weights.n_layers:
-        raise EditError(f"there is no layer index {layer}: {subject.name} has {subject.weights.n_layers}, from 0.")
+    """Run everything below the layer once. Raises as `keep_all`."""
+    return keep_all(subject, case, [layer], recipe)[layer]
+
+
+@torch.no_grad()
+def keep_all(subject: Subject, case: Case, layers: Sequence[int], recipe: Recipe = DEFAULT) -> dict[int, Kept]:
+    """What stays the same while each of some layers is trained, from one run of the model. Raises EditError for a layer
+    that is not there, DataError for no facts, or for one whose answer its first token does not identify."""
+    end = subject.weights.n_layers
+    if odd := [layer for layer in layers if not 0 <= layer < end]:
+        raise EditError(f"there is no layer index {odd[0]}: {subject.name} has {end}, from 0.")
     _identifiable(subject, case.facts)
     template, (windows, training) = load_templates()[case.template], neutral_windows(subject, recipe.window)
     if training < recipe.windows:
@@ -139,15 +145,19 @@ def keep(subject: Subject, case: Case, layer: int, recipe: Recipe = DEFAULT) -> 
     texts = [subject.token_ids(p) for p in told.prompt]
     neutral, base = [], []
     for some in packs(subject, windows):
-        stream = entering(subject, some, layer)
-        final = _read(above(subject, some, layer, stream), recipe)
-        neutral.append(stream.view(-1, recipe.window, stream.shape[-1]))
+        found = streams(subject, some, [*layers, end])
+        final = _read(subject.weights.norm_final_module(found[end]), recipe)
+        neutral.append({layer: found[layer].view(-1, recipe.window, final.shape[-1]) for layer in layers})
         base.append((final @ subject.weights.W_U).log_softmax(-1).unflatten(0, (-1, recipe.positions)))
-    return Kept(
-        case.facts, template, tuple(told.told.tolist()), recipe, layer,
-        pack(subject, texts + windows[: recipe.windows]), entering(subject, pack(subject, texts), layer),
-        torch.tensor(told.answer_token.tolist()), windows, training, torch.cat(neutral), torch.cat(base),
-    )  # fmt: skip
+    prompts, known = streams(subject, pack(subject, texts), layers), torch.cat(base)
+    return {
+        layer: Kept(
+            case.facts, template, tuple(told.told.tolist()), recipe, layer,
+            pack(subject, texts + windows[: recipe.windows]), prompts[layer], torch.tensor(told.answer_token.tolist()),
+            windows, training, torch.cat([some[layer] for some in neutral]), known,
+        )
+        for layer in layers
+    }  # fmt: skip
 
 
 def slice_values(subject: Subject, slices: Sequence[Slice]) -> dict[Slice, Tensor]:

@@ -10,7 +10,7 @@ reads each weight once for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,9 +72,19 @@ def packs(subject: Subject, texts: Sequence[Sequence[int]], room: int = ROOM) ->
 @torch.no_grad()
 def entering(subject: Subject, texts: Pack, layer: int) -> Float[Tensor, "t d_model"]:
     """The residual stream before a layer (0-based)."""
-    weights = subject.weights
+    return streams(subject, texts, [layer])[layer]
+
+
+@torch.no_grad()
+def streams(subject: Subject, texts: Pack, layers: Iterable[int]) -> dict[int, Float[Tensor, "t d_model"]]:
+    """The residual stream before each of some layers, in one pass; before the layer that would follow the last one, it
+    is the final stream, not yet normalised."""
+    weights, out, done = subject.weights, {}, 0
     stream = weights.W_E[texts.tokens] + (0 if weights.W_pos is None else weights.W_pos[texts.position])
-    return _blocks(subject, texts, stream, range(layer), {})
+    for layer in sorted(set(layers)):
+        stream = out[layer] = _blocks(subject, texts, stream, range(done, layer), {})
+        done = layer
+    return out
 
 
 def above(

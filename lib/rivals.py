@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -26,31 +26,33 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from lib.compare import PAPER, chosen, summary
-from lib.controls import answers, setting
+from lib.controls import answers, prepared, protocols, setting
 from lib.edits import applied
-from lib.effects import NONE, Measured, Protocol, ask, prepare, read, reading
+from lib.effects import NONE, Measured, Protocol, ask, prepare, questions, read, reading
 from lib.errors import EditError
 from lib.experiments import experiment
 from lib.facts import load_prefixes, load_templates, study_facts, tell
-from lib.pathways import DEFAULT, Kept, keep, losses, neutral_kl, optimise, train
+from lib.pathways import DEFAULT, Kept, losses, neutral_kl, optimise, train
 from lib.site import Site
 from lib.subjects import Subject
 from lib.weights import Slice, pathway_slices
 
 Change = Callable[[], AbstractContextManager[Any]]
-RATES = {"few": (3e-3, 1e-2, 3e-2), "all": (1e-5, 3e-5, 1e-4)}  # few parameters take larger steps, all smaller ones
-RIDGES = (0.1, 1.0, 10.0, 100.0, 1000.0)  # weight of neutral text against the facts, in the closed form
+RATES = {"few": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "all": (1e-5, 3e-5, 1e-4)}  # few parameters take larger steps
+RIDGES = (1.0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6)  # weight of neutral text against the facts, in the closed form
 SCALES = {"head": (1.5, 2.0, 3.0, 4.0, 6.0), "opponent": (0.75, 0.5, 0.25, 0.0)}
 LOWER = (0.5, 1.0, 2.0, 4.0, 8.0)  # logits
 
 
 @dataclass(frozen=True)
 class Rival:
-    """change: puts it in place, and takes it away again. prefix: before every prompt that is asked; it does not act on
-    running text. bias: added to the logits of every next token."""
+    """layer: the first one (0-based) that it changes; below it nothing is run again. change: puts it in place, and
+    takes it away again. prefix: before every prompt that is asked; it does not act on running text. bias: added to the
+    logits of every next token."""
 
     name: str
     parameters: int
+    layer: int
     strength: str = ""
     change: Change = nullcontext
     prefix: str = ""
@@ -64,34 +66,37 @@ def rival(subject: Subject, *, name: str) -> dict[str, Any]:
     if name not in RIVALS:
         raise EditError(f"there is no rival {name!r}; choose from {', '.join(RIVALS)}.")
     made = RIVALS[name](subject)
-    protocol = _asked(subject, made.prefix)
+    protocol = _asked_after(subject, made.prefix) if made.prefix else _asked(subject)[made.layer]
     with made.change():
         asked = ask(subject, protocol, None, bias=made.bias)
-        tokens = {} if made.prefix else {NONE: _untouched(subject), name: read(subject, protocol, None, bias=made.bias)}
+        read_now = None if made.prefix else read(subject, protocol, None, bias=made.bias, divergence=False)
     out = {"rival": made.name, "parameters": made.parameters, "strength": made.strength} | answers(subject, asked)
-    if tokens:
-        ppl = reading(Measured({NONE: asked, name: asked}, tokens)).iloc[0]
-        out |= {k: float(ppl[k]) for k in ("ratio", "ratio_low", "ratio_high", "kl")}
+    if read_now is not None:
+        ppl = reading(Measured({NONE: asked, name: asked}, {NONE: _untouched(subject), name: read_now})).iloc[0]
+        out |= {k: float(ppl[k]) for k in ("ratio", "ratio_low", "ratio_high")}
     return out
 
 
-@lru_cache(maxsize=2)
-def _asked(subject: Subject, prefix: str) -> Protocol:
-    """Everything from the first layer up: a rival may act anywhere. A prefix stands before every prompt."""
-    own = setting(subject)
-    table = own.table[(own.table.set != "large") | own.table.template.isin([own.case.template, own.case.controls[0]])]
-    return prepare(
-        subject,
-        own.case,
-        0,
-        texts={} if prefix else None,
-        table=table.assign(prompt=[prefix + p for p in table.prompt]),
-    )
+@lru_cache(maxsize=1)
+def _asked(subject: Subject) -> dict[int, Protocol]:
+    """All questions but the rarer controls about other countries, and the passages, for each layer at which a rival may
+    begin."""
+    own, table = setting(subject), questions(subject, setting(subject).case)
+    layers = {0, own.verdict.knowledge_head.layer, own.opponent.layer}
+    some = (table.set != "large") | table.template.isin([own.case.template, own.case.controls[0]])
+    return protocols(subject, own.case, sorted(layers), texts=None, table=table[some])
+
+
+def _asked_after(subject: Subject, prefix: str) -> Protocol:
+    """The same questions, each with a prefix before its prompt."""
+    table = _asked(subject)[0].questions
+    table = table.assign(prompt=[prefix + p for p in table.prompt])
+    return prepare(subject, setting(subject).case, 0, texts={}, table=table)
 
 
 @lru_cache(maxsize=1)
-def _untouched(subject: Subject):
-    return read(subject, _asked(subject, ""), None)
+def _untouched(subject: Subject) -> pd.DataFrame:
+    return read(subject, _asked(subject)[subject.weights.n_layers], None, divergence=False)
 
 
 # Without training
@@ -101,7 +106,7 @@ def _prefix(name: str, subject: Subject) -> Rival:
     known = load_prefixes(subject)
     if name not in known:  # a tokenizer without such a token
         name = "bos" if "bos" in known else "newline"
-    return Rival(f"prefix: {name}", 0, repr(known[name]), prefix=known[name])
+    return Rival(f"prefix: {name}", 0, 0, repr(known[name]), prefix=known[name])
 
 
 def _example(subject: Subject) -> Rival:
@@ -109,7 +114,7 @@ def _example(subject: Subject) -> Rival:
     own, text = setting(subject), load_templates()
     told = tell(subject, study_facts(subject, own.case), {own.case.template: text[own.case.template]})
     first = told[told.told].iloc[0] if told.told.any() else told.iloc[0]
-    return Rival("one example", 0, first.subject, prefix=f"{first.prompt} {first.answer}.\n")
+    return Rival("one example", 0, 0, first.subject, prefix=f"{first.prompt} {first.answer}.\n")
 
 
 def _scaled(what: str, subject: Subject) -> Rival:
@@ -117,11 +122,11 @@ def _scaled(what: str, subject: Subject) -> Rival:
     own = setting(subject)
     site = own.verdict.knowledge_head if what == "head" else own.opponent
     made = [
-        Rival(f"{site} scaled" if what == "head" else f"opponent {site} scaled", 1, f"times {factor:g}",
-              partial(_times, subject, site, factor))
+        Rival(f"{site} scaled" if what == "head" else f"opponent {site} scaled", 1, site.layer,
+              f"times {factor:g}", partial(_times, subject, site, factor))
         for factor in SCALES[what]
     ]  # fmt: skip
-    return _chosen(subject, keep(subject, own.case, site.layer, DEFAULT), made)
+    return _chosen(subject, _kept(subject, site.layer), made)
 
 
 def _competitors(subject: Subject) -> Rival:
@@ -135,7 +140,7 @@ def _competitors(subject: Subject) -> Rival:
         bias = torch.zeros(logits.shape[1]).index_fill(0, torch.tensor(rivals), -lower)
         found.append((int(((logits + bias).argmax(1) == torch.tensor(table.answer_token.tolist())).sum()), lower, bias))
     _, lower, bias = max(found, key=lambda row: (row[0], -row[1]))
-    return Rival("competitors lowered", len(rivals), f"by {lower:g} logits", bias=bias)
+    return Rival("competitors lowered", len(rivals), subject.weights.n_layers, f"by {lower:g} logits", bias=bias)
 
 
 @contextmanager
@@ -171,7 +176,7 @@ def _vector(subject: Subject) -> Rival:
         vector = torch.zeros(subject.weights.d_model, requires_grad=True)
         with added(vector):
             optimise(subject, _kept(subject), [vector], {}, rate=rate)
-        return Rival("bias vector", vector.numel(), f"rate {rate:g}", partial(added, vector.detach()))
+        return Rival("bias vector", vector.numel(), layer, f"rate {rate:g}", partial(added, vector.detach()))
 
     return _chosen(subject, _kept(subject), [trained(rate) for rate in RATES["few"]])
 
@@ -186,7 +191,7 @@ def _gains(subject: Subject) -> Rival:
         optimise(subject, _kept(subject), list(leaves.values()), leaves, rate=rate)
         values = {s: v.detach() for s, v in leaves.items()}
         size = sum(v.numel() for v in values.values())
-        return Rival("norm gains", size, f"rate {rate:g}", partial(_written, subject, values))
+        return Rival("norm gains", size, layer, f"rate {rate:g}", partial(_written, subject, values))
 
     return _chosen(subject, _kept(subject), [trained(rate) for rate in RATES["few"]])
 
@@ -223,7 +228,8 @@ def _lora(subject: Subject) -> Rival:
         with swapped(adapted):
             optimise(subject, _kept(subject), leaves, {}, rate=rate)
         size = sum(p.numel() for p in leaves)
-        return Rival("LoRA, rank 1, on W_V", size, f"rate {rate:g}", partial(swapped, adapted.requires_grad_(False)))
+        return Rival("LoRA, rank 1, on W_V", size, layer, f"rate {rate:g}",
+                     partial(swapped, adapted.requires_grad_(False)))  # fmt: skip
 
     return _chosen(subject, _kept(subject), [trained(rate) for rate in RATES["few"]])
 
@@ -260,7 +266,9 @@ def _closed_form(subject: Subject) -> Rival:
         change = torch.linalg.solve(ridge * moment * len(keys) + keys.T @ keys, keys.T @ values)
         new = weight + (change if subject.weights.family == "gpt2" else change.T)
         made.append(
-            Rival("closed form on W_out", new.numel(), f"ridge {ridge:g}", partial(_written, subject, {part: new}))
+            Rival(
+                "closed form on W_out", new.numel(), layer, f"ridge {ridge:g}", partial(_written, subject, {part: new})
+            )
         )
     return _chosen(subject, kept, made)
 
@@ -278,7 +286,7 @@ def _neutral_neurons(subject: Subject, kept: Kept, seen: list[Tensor]) -> tuple[
 
 def _everything(subject: Subject) -> Rival:
     """All blocks of the model, at small rates; the embedding, which is the unembedding too, stays."""
-    kept = keep(subject, setting(subject).case, 0, DEFAULT)
+    kept = _kept(subject, 0)
     names = [n for n, _ in subject.model.named_parameters() if n.startswith(subject.weights.prefix + ".")]
     parameters = dict(subject.model.named_parameters())
     before = {n: parameters[n].detach().clone() for n in names}
@@ -294,7 +302,7 @@ def _everything(subject: Subject) -> Rival:
                     parameters[n].requires_grad_(False).copy_(before[n])
                     parameters[n].grad = None
         size = sum(v.numel() for v in values.values())
-        return Rival("all blocks", size, f"rate {rate:g}", partial(_written, subject, values))
+        return Rival("all blocks", size, 0, f"rate {rate:g}", partial(_written, subject, values))
 
     return _chosen(subject, kept, [trained(rate) for rate in RATES["all"]])
 
@@ -306,17 +314,17 @@ def _pathway(name: str, subject: Subject) -> Rival:
     run = runs[chosen(summary(runs))]
     if run.edit is None:
         raise EditError(f"every training of {name} diverged on {subject.name}; there is nothing to compare.")
-    return Rival(f"{name.replace('_', '-')}, L{kept.layer + 1}", run.edit.parameters, f"rate {run.rate:g}",
-                 partial(applied, subject, run.edit))  # fmt: skip
+    return Rival(f"{name.replace('_', '-')}, L{kept.layer + 1}", run.edit.parameters, kept.layer,
+                 f"rate {run.rate:g}", partial(applied, subject, run.edit))  # fmt: skip
 
 
 # Shared
 
 
-@lru_cache(maxsize=1)
-def _kept(subject: Subject) -> Kept:
-    own = setting(subject)
-    return keep(subject, own.case, own.verdict.knowledge_head.layer, DEFAULT)
+def _kept(subject: Subject, layer: int | None = None) -> Kept:
+    """What training at a layer needs; at the diagnosed one, if none is given."""
+    layer = setting(subject).verdict.knowledge_head.layer if layer is None else layer
+    return replace(prepared(subject)[layer][0], recipe=DEFAULT)
 
 
 @torch.no_grad()
@@ -370,54 +378,3 @@ RIVALS: dict[str, Callable[[Subject], Rival]] = {
     "everything": _everything,
     **{name: partial(_pathway, name) for name in PAPER},
 }
-
-# What chapter 6 shows of finished runs
-
-KINDS = {"newline": "no training", "bos": "no training", "example": "no training", "head": "no training",
-         "opponent": "no training", "competitors": "no training", "vector": "few parameters", "gains": "few parameters",
-         "lora": "few parameters", "closed_form": "closed form", "everything": "everything"}  # fmt: skip
-
-
-def table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Of a sweep over `rival`: a row a rival, by number of parameters. kind: of rival, or `pathway`. lost: of other
-    relations, working wordings and neighbours together, of `lost_n` told before."""
-    kept = ["relations", "working", "neighbours"]
-    out = runs.assign(
-        kind=runs["name"].map(KINDS).fillna("pathway"), lost=sum(runs[f"{k}_lost"] for k in kept),
-        probes_lost=runs.capability_lost + runs.unrelated_lost,
-    )  # fmt: skip
-    return out.sort_values(["parameters", "rival"], kind="stable").reset_index(drop=True)
-
-
-def report_rivals(report: Callable[..., None], rows: pd.DataFrame) -> None:
-    """What the chapter's prose says of the rivals."""
-    whole = rows[rows.facts_told == rows.facts_n]
-    free, small = whole[whole.kind == "no training"], whole[whole.parameters > 0]
-    best = rows.loc[rows.held_out_repaired.idxmax()]
-    n = int(rows.held_out_n.iloc[0])
-    trained = rows[~rows.kind.isin(["no training"])]
-    top = trained.loc[trained.held_out_repaired.idxmax()]
-    names = "; ".join(free.rival) or "none"
-    report("rivals", len(rows))
-    report("rivals_told", len(whole))
-    report("rivals_free", names)
-    report("fewest", "none" if small.empty else f"{small.rival.iloc[0]} ({small.parameters.iloc[0]:,})")
-    report("most_general", best.rival)
-    report("most_general_repaired", int(best.held_out_repaired))
-    report("most_general_trained", top.rival)
-    report("most_general_trained_repaired", int(top.held_out_repaired))
-    report(
-        "rivals_verdict",
-        f"{len(whole)} of {len(rows)} methods make all {int(rows.facts_n.iloc[0])} told. Without any training these "
-        f"do: {names}.",
-    )
-    report(
-        "ladder_verdict",
-        f"The fewest changed parameters that tell all are those of {_first(small)}. The most held-out facts are "
-        f"repaired by {best.rival} ({int(best.held_out_repaired)} of {n}), and among the trained by {top.rival} "
-        f"({int(top.held_out_repaired)} of {n}).",
-    )
-
-
-def _first(rows: pd.DataFrame) -> str:
-    return "no method here" if rows.empty else f"{rows.rival.iloc[0]} ({rows.parameters.iloc[0]:,})"

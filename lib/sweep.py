@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -167,31 +168,47 @@ def run(
     machine, with `workers` processes (one a core unless told). fresh: results of another subject or version are set
     aside instead of being an error; those of this one are kept in any case. Raises SweepError at the end if runs
     failed, with their errors; the others are kept."""
+    return run_all([spec], [store], scheduler=scheduler, workers=workers, fresh=fresh, say=say)[0]
+
+
+def run_all(
+    specs: Sequence[Spec], stores: Sequence[Path | None] | None = None, *, scheduler: str | None = None,
+    workers: int | None = None, fresh: bool = False, say: Callable[[str], None] = print,
+) -> list[pd.DataFrame]:  # fmt: skip
+    """As `run`, of several sweeps, in their order, on the same workers: these load a subject once, keep what they know
+    of it, and none waits for the end of one sweep to begin the next."""
     if workers is not None and workers < 1:
         raise SweepError(f"{workers} workers cannot do anything; give at least one.")
-    planned = plan(spec, store)
-    if not (fresh and _fault(planned)) and len(records := finished(planned)) == len(planned.runs):
-        return _frame(planned, records)
-    with _locked(planned.store):
-        if fresh and _fault(planned):
-            _set_aside(planned.store, say)
-        records = finished(planned)
-        write_atomically(planned.store / HEADER, json.dumps(planned.header, indent=1) + "\n")
-        for left_over in planned.store.glob("*.part"):
-            left_over.unlink()
-        todo = [r for r in planned.runs if r.key not in records]
+    plans = [plan(spec, store) for spec, store in zip(specs, stores or [None] * len(specs), strict=True)]
+    if len({p.store for p in plans}) < len(plans):
+        raise SweepError("two of these sweeps have one store; give each its own name.")
+    with ExitStack() as locks:
+        todo: list[tuple[Plan, Run]] = []
+        for planned in plans:
+            if not (fresh and _fault(planned)) and len(finished(planned)) == len(planned.runs):
+                continue
+            locks.enter_context(_locked(planned.store))
+            if fresh and _fault(planned):
+                _set_aside(planned.store, say)
+            records = finished(planned)
+            write_atomically(planned.store / HEADER, json.dumps(planned.header, indent=1) + "\n")
+            for left_over in planned.store.glob("*.part"):
+                left_over.unlink()
+            todo += [(planned, r) for r in planned.runs if r.key not in records]
         try:
-            failed = _do(planned, todo, scheduler, workers, say)
+            failed = _do(todo, scheduler, workers, say) if todo else {}
         except KeyboardInterrupt:
-            say(f"stopped: {_count(planned)}; the same command goes on from there")
+            say(f"stopped: {_counts(todo)}; the same command goes on from there")
             raise
         except ConnectionError as error:
             raise SweepError(
-                f"the scheduler is gone; {_count(planned)}. Start it again; the same command goes on from there."
+                f"the scheduler is gone; {_counts(todo)}. Start it again; the same command goes on from there."
             ) from error
     if failed:
-        raise SweepError(_report(planned, failed))
-    return table(spec, store)
+        raise SweepError(
+            "\n".join(_report(planned, failed[planned.store]) for planned in plans if planned.store in failed)
+        )
+    return [_frame(planned, finished(planned)) for planned in plans]
 
 
 def estimate(planned: Plan, workers: int | None = None) -> str:
@@ -209,29 +226,41 @@ def estimate(planned: Plan, workers: int | None = None) -> str:
 
 
 def _do(
-    planned: Plan, todo: Sequence[Run], scheduler: str | None, workers: int | None, say: Callable[[str], None]
-) -> list[tuple[Run, BaseException]]:
-    """Run what is to do, write each result as it arrives, return what failed."""
-    spec, by_key, failed = planned.spec, {r.key: r for r in todo}, []
-    common = {"name": spec.run, "subject": spec.subject, "weights": planned.header["weights_sha256"]}
-    common |= {"code": code_sha256(spec.run)}
-    calls = {r.key: common | {"parameters": r.parameters, "seed": int(r.key[:8], 16)} for r in todo}
-    with connect(scheduler, workers=min(workers or threads(), len(todo))) as client:
+    todo: Sequence[tuple[Plan, Run]], scheduler: str | None, workers: int | None, say: Callable[[str], None]
+) -> dict[Path, list[tuple[Run, BaseException]]]:
+    """Run what is to do, write each result as it arrives, return what failed, by store."""
+    plans, by_key = {p.store: p for p, _ in todo}, defaultdict(list)
+    for planned, one in todo:  # a run that two sweeps share is done once
+        by_key[one.key].append((planned, one))
+    failed: dict[Path, list[tuple[Run, BaseException]]] = defaultdict(list)
+    with connect(scheduler, workers=min(workers or threads(), len(by_key))) as client:
         if scheduler:
-            _same_code(planned, ask_workers(client, code, spec.run), say)
-        bar = tqdm(total=len(planned.runs), initial=len(planned.runs) - len(todo), desc=spec.name, unit="run")
-        with bar:
-            for key, outcome in each(client, perform, calls):
+            for planned in plans.values():
+                _same_code(planned, ask_workers(client, code, planned.spec.run), say)
+        total = sum(len(planned.runs) for planned in plans.values())
+        name = ", ".join(planned.spec.name for planned in plans.values())
+        with tqdm(total=total, initial=total - len(todo), desc=name, unit="run") as bar:
+            for key, outcome in each(client, perform, {r.key: _call(p, r) for p, r in todo}):
                 if isinstance(outcome, WorkerError):
                     raise outcome
-                if isinstance(outcome, BaseException):
-                    failed.append((by_key[key], outcome))
-                    bar.set_postfix_str(f"{len(failed)} failed")
-                else:
-                    content = {"parameters": by_key[key].parameters, **outcome}
-                    write_atomically(planned.store / f"{key}.json", json.dumps(content) + "\n")
-                bar.update()
+                for planned, one in by_key[key]:
+                    if isinstance(outcome, BaseException):
+                        failed[planned.store].append((one, outcome))
+                        bar.set_postfix_str(f"{sum(map(len, failed.values()))} failed")
+                    else:
+                        content = {"parameters": one.parameters, **outcome}
+                        write_atomically(planned.store / f"{key}.json", json.dumps(content) + "\n")
+                    bar.update()
     return failed
+
+
+def _call(planned: Plan, one: Run) -> dict[str, Any]:
+    """What `perform` is given."""
+    return {
+        "name": planned.spec.run, "subject": planned.spec.subject, "parameters": one.parameters,
+        "weights": planned.header["weights_sha256"], "code": code_sha256(planned.spec.run),
+        "seed": int(one.key[:8], 16),
+    }  # fmt: skip
 
 
 def _same_code(planned: Plan, answers: dict[str, dict[str, str]], say: Callable[[str], None]) -> None:
@@ -366,6 +395,10 @@ def _faults(error: ValidationError) -> str:
         else:
             out.append(f"{where}: {fault['msg']}, not {fault['input']!r}")
     return "; ".join(out)
+
+
+def _counts(todo: Sequence[tuple[Plan, Run]]) -> str:
+    return ", ".join(_count(planned) for planned in {p.store: p for p, _ in todo}.values())
 
 
 def _count(planned: Plan) -> str:
