@@ -519,8 +519,9 @@ def correlations(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def ladder(rows: pd.DataFrame) -> Figure:
-    """Facts told and held-out facts repaired over the number of changed parameters, one labelled dot a method."""
+def ladder(rows: pd.DataFrame, general: float) -> Figure:
+    """Facts told and held-out facts repaired over the number of changed parameters, one labelled dot a method. general:
+    the share of the held-out facts from which a method generalises."""
     kinds = {"no training": GREY, "few parameters": BLUE, "closed form": PINK, "pathway": ORANGE, "everything": RED,
              "general": GREEN}  # fmt: skip
     fig, axes = _panels(2, 1, (9.5, 6.4))
@@ -536,6 +537,7 @@ def ladder(rows: pd.DataFrame) -> Figure:
             ax.plot(x[i], value, "o", color=kinds[row.kind], ms=7)
             ax.annotate(str(i + 1), (x[i], value), xytext=(4, 4 + 7 * (i % 2)), textcoords="offset points", fontsize=8)
         ax.set(xscale="log", ylabel=label, ylim=(-0.05 * top, 1.15 * top))
+    axes[1, 0].axhline(general * rows.held_out_n.max(), color="black", lw=1, ls=":")
     axes[1, 0].set_xlabel("changed parameters (left edge: none)")
     text = "   ".join(f"{i + 1} {r.rival}" + ("\n" if i % 4 == 3 else "") for i, r in enumerate(rows.itertuples()))
     fig.supxlabel(text, fontsize=8)

@@ -225,6 +225,13 @@ def estimate(planned: Plan, workers: int | None = None) -> str:
     return f"{text}, {left} to do at {each_run:.3g} s each ({source}): {_duration(wall)} on {_plural(n, 'worker')}"
 
 
+def hours(spec: Spec) -> float:
+    """What a whole sweep costs on one core, by the specification's own guess of a run. Raises SweepError for none."""
+    if spec.seconds is None:
+        raise SweepError(f"{spec.name} does not say how many seconds a run takes; give it `seconds`.")
+    return len(expand(spec)) * spec.seconds / 3600
+
+
 def _do(
     todo: Sequence[tuple[Plan, Run]], scheduler: str | None, workers: int | None, say: Callable[[str], None]
 ) -> dict[Path, list[tuple[Run, BaseException]]]:

@@ -268,15 +268,29 @@ def other_layers(others: pd.DataFrame) -> pd.DataFrame:
     n = others.others.astype(str)
     return pd.DataFrame({
         "pathway": others.pathway.str.replace("_", " "), "as many told": others.told.astype(str) + " of " + n,
-        "as many repaired": others.repaired.astype(str) + " of " + n,
-        "as many, no later": others.sooner.astype(str) + " of " + n,
-        "as many, no more harm": others.gentler.astype(str) + " of " + n,
+        "as many repaired": others.repaired.astype(str) + " of " + n, "both": others.as_well.astype(str) + " of " + n,
+        "as many told, no later": others.sooner.astype(str) + " of " + n,
+        "as many told, no more harm": others.gentler.astype(str) + " of " + n,
+        "repaired at the diagnosed layer": others.own_repaired.map("{:.0f}".format),
         "most repaired": [f"{r.most_repaired:.0f} (L{r.best_layer})" for r in others.itertuples()],
     })  # fmt: skip
 
 
+def seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """The diagnosed layer and its neighbours over seeds."""
+
+    def ends(column: str, form: str = ".0f") -> list[str]:
+        low, high = table[f"{column}_min"], table[f"{column}_max"]
+        return [f"{a:{form}}" if a == b else f"{a:{form}} to {b:{form}}" for a, b in zip(low, high, strict=True)]
+
+    return pd.DataFrame({
+        "pathway": table.pathway.str.replace("_", " "), "layer": table.layer.map("L{}".format), "seeds": table.seeds,
+        "told": ends("told"), "repaired": ends("repaired"), "steps": ends("steps"), "KL": ends("kl", ".4f"),
+    })  # fmt: skip
+
+
 def random_parts(parts: pd.DataFrame) -> pd.DataFrame:
-    """The diagnosed part beside random ones of its size."""
+    """The named part beside random ones of its size."""
     return pd.DataFrame({
         "part": parts.part, "parameters": parts.parameters.map("{:,}".format), "told": parts.told,
         "random: told": parts.random_told.map("{:.1f}".format), "repaired": parts.repaired,
@@ -288,17 +302,29 @@ def random_parts(parts: pd.DataFrame) -> pd.DataFrame:
 
 def rivals(rows: pd.DataFrame) -> pd.DataFrame:
     """Rivals and pathways under one protocol, by number of parameters."""
-
-    def of(what: str, column: str = "told") -> list[str]:
-        return [f"{a:.0f} of {n:.0f}" for a, n in zip(rows[f"{what}_{column}"], rows[f"{what}_n"], strict=True)]
-
     change = [
         "–" if pd.isna(r.ratio) else f"{r.ratio - 1:+.2%} ({r.ratio_low - 1:+.2%} to {r.ratio_high - 1:+.2%})"
         for r in rows.itertuples()
     ]
+    share = [
+        f"{r.held_out_repaired:.0f} of {r.held_out_n:.0f} ({r.low:.0%} to {r.high:.0%})" for r in rows.itertuples()
+    ]
     return pd.DataFrame({
-        "method": rows.rival, "setting": rows.strength, "parameters": rows.parameters.map("{:,}".format),
-        "told": of("facts"), "repaired": of("held_out", "repaired"), "bled": rows.bled, "paraphrase": of("paraphrases"),
-        "lost": rows.lost, "probes lost": rows.probes_lost, "perplexity": change,
+        "": range(1, len(rows) + 1), "method": rows.rival, "setting": rows.strength,
+        "parameters": rows.parameters.map("{:,}".format),
+        "told": [f"{r.facts_told:.0f} of {r.facts_n:.0f}" for r in rows.itertuples()], "held-out told": share,
+        "paraphrase": [f"{r.paraphrases_told:.0f} of {r.paraphrases_n:.0f}" for r in rows.itertuples()],
+        "locality": [f"{r.local_lost:.0f} lost" for r in rows.itertuples()], "bled": rows.bled,
+        "other relations": [f"{r.relations_told:.0f}, {r.relations_lost:.0f} lost" for r in rows.itertuples()],
+        "probes": [f"{r.probes_lost:.0f} lost" for r in rows.itertuples()], "perplexity": change,
         "seconds": rows.seconds.map("{:.0f}".format),
+    })  # fmt: skip
+
+
+def ladder(steps: pd.DataFrame) -> pd.DataFrame:
+    """The fewest parameters that reach each goal."""
+    names = {"whole": "all trained facts told", "general": "half of the held-out facts told"}
+    return pd.DataFrame({
+        "goal": [names[goal] for goal in steps.index], "fewest parameters": steps.parameters.to_numpy(),
+        "with the model as it is": steps.free.to_numpy(), "fewest with a change of the model": steps.changed.to_numpy(),
     })  # fmt: skip
