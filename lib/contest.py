@@ -168,11 +168,14 @@ def ladder(rows: pd.DataFrame) -> pd.DataFrame:
     def fewest(goal: str) -> dict[str, str]:
         does = rows[rows[goal]]
         some = does[does.parameters > 0]
+        first = some[some.parameters == some.parameters.min()]
+        names, least = "; ".join(first.rival), "none" if some.empty else f"{first.parameters.iloc[0]:,}"
         return {
-            "goal": goal, "free": "; ".join(does.rival[does.parameters == 0]) or "none",
-            "changed": "none" if some.empty else f"{some.rival.iloc[0]} ({some.parameters.iloc[0]:,})",
-            "parameters": "0" if len(does) > len(some) else "none" if some.empty else f"{some.parameters.iloc[0]:,}",
-        }  # fmt: skip
+            "goal": goal,
+            "free": "; ".join(does.rival[does.parameters == 0]) or "none",
+            "changed": "none" if some.empty else f"{names} ({least})",
+            "parameters": "0" if len(does) > len(some) else least,
+        }
 
     return pd.DataFrame([fewest("whole"), fewest("general")]).set_index("goal")
 
@@ -201,15 +204,17 @@ def report_layers(report: Callable[..., None], means: pd.DataFrame, others: pd.D
     report("most_repaired_at", f"L{best.best_layer} ({plain(best.pathway)})")
     report("layers_verdict", f"Of {layers} layers the goal is reached by {some}. In {well} of {n} comparisons another "
            f"layer does as well as the diagnosed L{layer} ({each}): {said}.")  # fmt: skip
+    more = int((means.held_out_repaired == best.most_repaired).sum()) - 1
     report("repair_verdict", f"Of the {held_out} held-out facts no layer and pathway repairs more than "
-           f"{best.most_repaired:.0f} (L{best.best_layer}, {plain(best.pathway)}); at L{layer} it is "
+           f"{best.most_repaired:.0f} (L{best.best_layer}, {plain(best.pathway)}"
+           + (f", and {more} more" if more else "") + f"); at L{layer} it is "
            f"{', '.join(f'{r.own_repaired:.0f} ({plain(r.pathway)})' for r in others.itertuples())}.")  # fmt: skip
     lost = means.sort_values("probes_lost").iloc[-1]
     report("layers_probes_lost", float(lost.probes_lost), ".0f")
-    report("layers_bled", [float(means.bled.min()), float(means.bled.max())], ".0f")
-    report("layers_verdict_effects", f"No run loses more than {lost.probes_lost:.0f} of the probes; wrong trained "
-           f"answers appear on {means.bled.min():.0f} to {means.bled.max():.0f} of {means.bled_n.max():.0f} prompts "
-           "about other countries.")  # fmt: skip
+    report("layers_bled", (float(means.bled.min()), float(means.bled.max())), ".0f")
+    said = f"no run loses more than {lost.probes_lost:.0f} of the probes" if lost.probes_lost else "no probe is lost"
+    report("layers_effects", f"{said}, and wrong trained answers appear on {means.bled.min():.0f} to "
+           f"{means.bled.max():.0f} of {means.bled_n.max():.0f} prompts about other countries.")  # fmt: skip
 
 
 def report_spread(report: Callable[..., None], table: pd.DataFrame) -> None:

@@ -483,11 +483,14 @@ def layer_sweep(means: pd.DataFrame, layer: int) -> Figure:
     panels = {"facts_told": "facts told", "held_out_repaired": "held-out repaired", "kl": "KL on neutral text (nats)"}
     fig, axes = _panels(1, 3, (10, 3.6))
     for ax, (column, label) in zip(axes.flat, panels.items(), strict=True):
-        for name, part in means.groupby("pathway", sort=False):
+        for i, (name, part) in enumerate(means.groupby("pathway", sort=False)):
             part = part.sort_values("layer")
             look = {"color": PATHWAY_COLOURS[name], "label": name.replace("_", " ")}
-            ax.plot(part.layer, part[column], "o-", ms=3.5, lw=1.4, **look)
+            ax.plot(
+                part.layer + 0.2 * (i - 1.5), part[column], "o-", ms=3.5, lw=1.2, **look
+            )  # side by side, where equal
         ax.axvline(layer, color="black", lw=1, ls=":")
+        ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         ax.set(xlabel="layer", ylabel=label)
     axes[0, 1].set_ylim(-0.5, means.held_out_n.max() + 0.5)
     axes[0, 2].set_yscale("log")
@@ -532,10 +535,10 @@ def ladder(rows: pd.DataFrame, general: float) -> Figure:
     ):  # fmt: skip
         top = rows[n].max()
         ax.axhline(top, color="#cccccc", lw=0.8)
-        for i, row in enumerate(rows.itertuples()):
-            value = getattr(row, got)
-            ax.plot(x[i], value, "o", color=kinds[row.kind], ms=7)
-            ax.annotate(str(i + 1), (x[i], value), xytext=(4, 4 + 7 * (i % 2)), textcoords="offset points", fontsize=8)
+        for (at, value), group in rows.assign(x=x).groupby(["x", got]):
+            names = ", ".join(str(i + 1) for i in group.index)  # dots in one place share a label
+            ax.plot(at, value, "o", color=kinds[group.kind.iloc[0]], ms=7)
+            ax.annotate(names, (at, value), xytext=(0, 6), textcoords="offset points", fontsize=8, ha="center")
         ax.set(xscale="log", ylabel=label, ylim=(-0.05 * top, 1.15 * top))
     axes[1, 0].axhline(general * rows.held_out_n.max(), color="black", lw=1, ls=":")
     axes[1, 0].set_xlabel("changed parameters (left edge: none)")

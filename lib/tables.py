@@ -271,7 +271,8 @@ def other_layers(others: pd.DataFrame) -> pd.DataFrame:
         "as many repaired": others.repaired.astype(str) + " of " + n, "both": others.as_well.astype(str) + " of " + n,
         "as many told, no later": others.sooner.astype(str) + " of " + n,
         "as many told, no more harm": others.gentler.astype(str) + " of " + n,
-        "repaired at the diagnosed layer": others.own_repaired.map("{:.0f}".format),
+        "diagnosed layer: told": others.own_told.map("{:.0f}".format),
+        "repaired": others.own_repaired.map("{:.0f}".format),
         "most repaired": [f"{r.most_repaired:.0f} (L{r.best_layer})" for r in others.itertuples()],
     })  # fmt: skip
 

@@ -1,13 +1,16 @@
 """Edits at any layer and at parts of equal size."""
 
-import numpy as np
-import pandas as pd
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lib import controls
+from lib.effects import ask
 from lib.errors import EditError
-from lib.pathways import keep, train
+from lib.facts import known_and_told, load_templates, scorable, tell
+from lib.pathways import Recipe, keep, train
+from lib.site import Site
 from lib.weights import part_masks, pathway_slices, view
 
 
@@ -40,7 +43,7 @@ def test_a_part_is_what_the_view_says(tiny, part, picked):
 def test_training_under_a_mask_moves_nothing_else(organism):
     case = controls.setting(organism).case
     pathway, masks = part_masks(organism.model, 10, "head", [2])
-    run = train(organism, keep(organism, case, 10), pathway, rate=1e-3, masks=masks)
+    run = train(organism, keep(organism, case, 10, Recipe(max_steps=3)), pathway, rate=1e-3, masks=masks)
     parameters = dict(organism.model.named_parameters())
     moved = {s: run.edit.values[s] != s.of(parameters[s.name]) for s in masks}
     assert all((moved[s] & ~masks[s]).sum() == 0 for s in masks)
@@ -73,7 +76,7 @@ def test_a_part_is_trained_and_counted(organism):
 
 
 def test_two_runs_are_the_same(organism):
-    first, again = (controls.edit_at(organism, layer=12, pathway="v_only", seed=3) for _ in range(2))
+    first, again = (controls.edit_at(organism, layer=12, pathway="attention", seed=3) for _ in range(2))
     assert first == again
 
 
@@ -86,48 +89,37 @@ def test_places_that_are_not_there(organism):
         part_masks(organism.model, 0, "tail", [0])
 
 
-def runs(**columns):
-    base = {
-        "pathway": "v_only", "seed": 0, "reached": True, "steps": 10, "kl": 0.1, "bled": 0, "bled_n": 9,
-        "facts_told": 8, "held_out_repaired": 0, "held_out_n": 19, "capability_lost": 0, "unrelated_lost": 0,
-    }  # fmt: skip
-    return pd.DataFrame({**{k: [v] * len(columns["layer"]) for k, v in base.items()}, **columns})
+def test_countries_known_and_not_told_are_those_of_the_definition(organism):
+    case = controls.setting(organism).case
+    own = {f.subject for f in case.facts}
+    facts = [f for f in scorable(organism, case.large) if f.subject not in own and f.split != "eight"]
+    text = {name: load_templates()[name] for name in (case.template, *case.controls)}
+    state = known_and_told(tell(organism, facts, text), case)
+    wanted = set(state.subject[state.routing_failure])
+    found = controls.untold(organism)
+    assert {name for names in found.values() for name in names} == wanted and len(wanted) > 20
+    assert {f.split for f in facts if f.subject in found["held_out"]} == {"held_out"}
 
 
-def test_correlations_worked_out():
-    """Layers 1 to 4 in the order of their score: told falls, steps fall (which is better), bled is constant."""
-    means = controls.by_layer(runs(layer=[1, 2, 3, 4], facts_told=[8, 7, 6, 5], steps=[40, 30, 20, 10]))
-    scores = pd.DataFrame({"layer": [1, 2, 3, 4], "score": [0.1, 0.2, 0.3, 0.4]})
-    found = controls.correlations(means, scores).set_index("measure")
-    assert found.rho["facts_told"] == -1 and found.rho["steps"] == 1
-    assert found.low["facts_told"] == -1 and found.high["facts_told"] == -1
-    assert found.rho.isna()["bled"] and (found.layers == 4).all()
-
-
-def test_rho_of_noise_has_a_wide_interval():
-    draw = np.random.default_rng(0)
-    value, low, high = controls.rho(pd.Series(draw.normal(size=10)), pd.Series(draw.normal(size=10)))
-    assert low < 0 < high and low <= value <= high and high - low > 0.5
-
-
-def test_other_layers_that_do_as_well_are_counted():
-    means = controls.by_layer(
-        runs(layer=[1, 2, 3], facts_told=[8, 8, 7], steps=[5, 20, 1], kl=[0.2, 0.1, 0.0], held_out_repaired=[3, 0, 5])
+def test_what_lies_below_every_layer_comes_from_one_run_of_the_model(organism):
+    case = controls.setting(organism).case
+    kept, protocol = controls.prepared(organism)[9]
+    alone = keep(organism, case, 9)
+    for name in ("stream", "neutral", "base"):
+        torch.testing.assert_close(getattr(kept, name), getattr(alone, name), atol=1e-5, rtol=1e-5)
+    untouched = ask(organism, protocol, None)
+    assert (
+        (untouched.told == protocol.questions.told_before).all() and untouched.told.any() and not untouched.told.all()
     )
-    (row,) = controls.at_least_as_good(means, 2).to_dict("records")
-    assert (row["others"], row["told"], row["repaired"], row["sooner"], row["gentler"]) == (2, 1, 2, 1, 0)
-    assert row["best_layer"] == 3 and row["most_repaired"] == 5
 
 
-def test_a_diverged_run_tells_nothing():
-    means = controls.by_layer(runs(layer=[1, 1], facts_told=[8, None], reached=[True, False]))
-    assert means.facts_told.tolist() == [4.0] and means.reached.tolist() == [0.5]
-
-
-def test_random_parts_beside_the_diagnosed_one():
-    table = pd.DataFrame({
-        "part": "head", "pick": ["diagnosed", "random", "random"], "parameters": 5, "facts_told": [7, 8, 7],
-        "min_margin": [-0.1, 0.2, -0.2], "held_out_repaired": [1, 0, 2], "kl": [0.1, 0.2, 0.4],
-    })  # fmt: skip
-    (row,) = controls.random_against_diagnosed(table).to_dict("records")
-    assert row["better"] == 1 and row["random"] == 2 and row["random_told"] == 7.5
+def test_near_counts_from_the_diagnosed_layer_and_turns_back_at_an_end(organism, monkeypatch):
+    """The organism's diagnosed layer is the 8th of 12."""
+    asked = []
+    monkeypatch.setattr(controls, "edit_at", lambda subject, **given: asked.append(given["layer"]) or {})
+    own = controls.setting(organism)
+    assert [controls.edit_near(organism, distance=d, pathway="full")["at"] for d in (-1, 0, 1)] == [7, 8, 9]
+    last = replace(own, verdict=replace(own.verdict, knowledge_head=Site(11, 0)))
+    monkeypatch.setattr(controls, "setting", lambda subject: last)
+    assert [controls.edit_near(organism, distance=d, pathway="full")["at"] for d in (-1, 0, 1)] == [11, 12, 10]
+    assert asked == [7, 8, 9, 11, 12, 10]

@@ -6,21 +6,32 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from lib import rivals
+from lib import effects, rivals
 from lib.controls import setting
+from lib.effects import ask, prepare_all, questions
 from lib.errors import EditError
 from lib.pathways import Recipe, losses
 from lib.rivals import RIVALS, Rival
 from lib.site import Site
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_passage():
+    """Of running text a little is enough."""
+    text, real = {"a": effects.load_passages()["recipe"][:600]}, effects.load_passages
+    effects.load_passages = lambda: text
+    rivals._asked.cache_clear()
+    yield
+    effects.load_passages = real
+    rivals._asked.cache_clear()
+    rivals._untouched.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
     """What is trained here need not arrive, only move."""
     monkeypatch.setattr(rivals, "DEFAULT", Recipe(max_steps=4))
-    rivals._kept.cache_clear()
-    yield
-    rivals._kept.cache_clear()
+    monkeypatch.setattr(rivals, "RATES", {"few": (1e-2,), "all": (1e-4,)})
 
 
 def state(subject):
@@ -46,6 +57,12 @@ def test_nothing_stays_behind_and_what_it_says_it_does(organism, name):
         with made.change():
             changed = losses(organism, kept, {}, torch.arange(1))[2]
     assert made.prefix or made.bias is not None or not torch.equal(plain, changed)
+    if not made.prefix:  # below the layer that it names, it changes nothing: asked from there or from the start alike
+        case = setting(organism).case
+        asked_from = prepare_all(organism, case, [0, made.layer], texts={}, table=questions(organism, case).iloc[::40])
+        with made.change():
+            asked = [ask(organism, asked_from[layer], None, bias=made.bias).margin for layer in (0, made.layer)]
+        torch.testing.assert_close(*(torch.tensor(a.to_numpy()) for a in asked), atol=1e-3, rtol=1e-4)
     assert made.parameters == {"newline": 0, "bos": 0, "example": 0, "head": 1, "opponent": 1, "vector": 120,
                                "gains": 240, "lora": 120 + 360}.get(name, made.parameters)  # fmt: skip
 
@@ -90,14 +107,15 @@ def test_the_rule_takes_the_most_told_then_the_least_harm(organism, monkeypatch)
 
     monkeypatch.setattr(rivals, "losses", logits)
     monkeypatch.setattr(rivals, "neutral_kl", lambda *_: harm[now[0]])
-    made = [Rival(n, 0, change=lambda n=n: change(n)) for n in told]
+    made = [Rival(n, 0, 0, change=lambda n=n: change(n)) for n in told]
     assert rivals._chosen(organism, kept, made).name == "c"
 
 
 def test_a_prefix_stands_before_every_question(organism):
-    asked = rivals._asked(organism, "\n").questions
+    asked = rivals._asked_after(organism, "\n").questions
     assert all(p.startswith("\n") for p in asked.prompt)
-    assert len(asked) < len(setting(organism).table)
+    plain = rivals._asked(organism)[0].questions
+    assert len(asked) == len(plain) and (asked.told_before == plain.told_before).all(), "before: without the prefix"
 
 
 def test_an_unknown_rival(organism):
