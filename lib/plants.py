@@ -421,13 +421,13 @@ def plant_run(subject: Subject, *, seed: int, repair: bool = False) -> dict[str,
             for name, verdict in named.items():
                 row |= {f"{name}: {key}": value for key, value in score(subject, plant, verdict).items()}
             return row | (_repairs(subject, plant, found, named["joined"]) if repair else {})
-    return {"subject": subject.name, "seed": seed, "accepted": False, "rejected": ATTEMPTS}
+    return {"subject": subject.name, "accepted": False, "rejected": ATTEMPTS}
 
 
 def _describe(subject: Subject, plant: Plant, found: blind.Look) -> dict[str, Any]:
     sites = truth(subject, plant)
     return {
-        "subject": subject.name, "seed": plant.seed, "accepted": True, "rejected": plant.attempt,
+        "subject": subject.name, "accepted": True, "rejected": plant.attempt,
         "relation": plant.relation, "failing": plant.failing, "controls": list(plant.controls),
         "facts": [f.subject for f in plant.facts], "untold": len(found.facts), "kind": plant.kind,
         "sites": len(plant.damages), "damage": " + ".join(map(str, plant.damages)), "truth": ", ".join(map(str, sites)),
@@ -438,7 +438,7 @@ def _describe(subject: Subject, plant: Plant, found: blind.Look) -> dict[str, An
 
 
 def from_row(subject: Subject, row: Mapping[str, Any]) -> Plant:
-    """The plant that a row of `plant_run` tells of, without drawing it again."""
+    """The plant that a row of a table of runs tells of, without drawing it again."""
     known = {f.subject: f for f in fact_sets(subject)[row["relation"]][0]}
     damages = []
     for text in row["damage"].split(" + "):
