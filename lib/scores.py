@@ -1,16 +1,29 @@
-"""What finished runs of `plants.plant_run` come to: right kinds, layers and sites of every rule, and repairs."""
+"""What finished runs of `plants.plant_run` come to: right kinds, layers and sites of every rule, and repairs. And one
+plant in close-up. The runs do not depend on this room: it can change without them being done again."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from lib.blind import RULES
+from lib.blind import RULES, strongest_wrong
 from lib.effects import paired
 from lib.facts import exact_interval
+from lib.patching import Run, rerun
+from lib.plants import KINDS, from_row, gather, lowest, planted
 from lib.site import Site
+from lib.subjects import Subject
+from lib.trace import logit_trace
+
+GOALS = {"kind": 0.95, "layer": 0.90}  # set before the scored run
+ALONE = ("static alone", "dynamic alone")
+SIMPLE = ("most negative attribution", "largest fall", "largest patching effect")
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
@@ -62,12 +75,6 @@ def by_group(runs: pd.DataFrame, rule: str = "joined") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def confusion(runs: pd.DataFrame, rule: str = "joined") -> pd.DataFrame:
-    """Planted kind against the kind that a rule says."""
-    some = runs[runs.accepted]
-    return pd.crosstab(some.kind.rename("planted"), some[f"{rule}: says"].rename("said"))
-
-
 def against(runs: pd.DataFrame, rule: str = "joined") -> pd.DataFrame:
     """A rule beside every other, plant by plant: kind and site right together by the one and not by the other, and
     McNemar's exact p."""
@@ -95,3 +102,168 @@ def repairs(runs: pd.DataFrame) -> pd.DataFrame:
                 "controls kept": some[f"repair {name}: kept"].mean(),
             })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def confusions(runs: pd.DataFrame) -> pd.DataFrame:
+    """For every rule, how often it says which kind of each planted kind: a row a rule."""
+    some, rows = runs[runs.accepted], []
+    for rule in RULES:
+        counts = pd.crosstab(some.kind, some[f"{rule}: says"]).reindex(index=KINDS, columns=KINDS, fill_value=0)
+        pairs = {f"{planted}, said {said}": int(counts[said][planted]) for planted in KINDS for said in KINDS}
+        rows.append({"rule": rule, **pairs})
+    return pd.DataFrame(rows)
+
+
+def by_damage(runs: pd.DataFrame, rule: str = "joined") -> pd.DataFrame:
+    """A rule's hits by what was damaged; plants of two sites stand together under `two`."""
+    some = runs[runs.accepted]
+    what = some.damage.str.extract(r"(\w+) \w+ [\d.]+$")[0].where(some.sites == 1, "two sites")
+    rows = []
+    for (kind, name), part in some.groupby(["kind", what]):
+        right = part[f"{rule}: kind"].astype(bool) & part[f"{rule}: site"].astype(bool)
+        rows.append({"planted": kind, "damaged": name, "n": len(part), "right": int(right.sum())})
+    return pd.DataFrame(rows)
+
+
+def by_subject(table: Callable[[pd.DataFrame], pd.DataFrame], runs: pd.DataFrame) -> pd.DataFrame:
+    """One of the tables above for each subject, under each other."""
+    parts = {name: table(part) for name, part in runs.groupby("subject", sort=False)}
+    return pd.concat([part.assign(subject=name) for name, part in parts.items()], ignore_index=True)
+
+
+# Plants in close-up
+
+
+def close_ups(subject: Subject, runs: pd.DataFrame) -> pd.DataFrame:
+    """`close_up` of the accepted plant of one site that has the lowest seed, for each kind."""
+    some = runs[runs.accepted & (runs.sites == 1)].sort_values("seed")
+    chosen = [row for _, part in some.groupby("kind") for row in part.head(1).to_dict("records")]
+    return pd.concat([close_up(subject, row) for row in chosen], ignore_index=True)
+
+
+@torch.no_grad()
+def close_up(subject: Subject, row: Mapping[str, Any]) -> pd.DataFrame:
+    """Plant a row's plant again and trace it. Of the facts that fail: answer minus competitor (the strongest wrong
+    token once planted), summed up to each layer, before and after planting, and under the controls after it; long
+    form."""
+    plant = from_row(subject, row)
+    inputs = gather(subject, plant)
+    with planted(subject, plant, inputs):  # a trace reads the weights: it is taken while they are in place
+        after = [rerun(subject, seen, lowest(plant)) for seen in inputs.seen]
+        pairs = torch.stack((inputs.answers, strongest_wrong(after[0].logits, inputs.answers)), 1)
+        failing, *controls = (_curve(subject, seen, pairs) for seen in after)
+    fails = after[0].logits.argmax(-1) != inputs.answers
+    curves = {
+        "controls, planted": torch.stack(controls).mean(0), "failing template, before": _curve(
+            subject, inputs.seen[0], pairs
+        ), "failing template, planted": failing,
+    }  # fmt: skip
+    return pd.DataFrame([
+        {"seed": plant.seed, "planted": plant.kind, "template": plant.failing, "site": str(plant.damages[0].site),
+         "curve": name, "fact": fact.subject, "layer": layer, "logits": value}
+        for name, values in curves.items()
+        for fact, line, wanted in zip(plant.facts, values.tolist(), fails.tolist(), strict=True) if wanted
+        for layer, value in enumerate(line)
+    ])  # fmt: skip
+
+
+def _curve(subject: Subject, seen: Run, pairs: Tensor) -> Float[Tensor, "fact n_layers+1"]:
+    return logit_trace(subject, seen.capture(), pairs).difference().cumulative[:, 0]
+
+
+# What chapter 7's prose says
+
+
+def report_scores(report: Callable[..., None], runs: pd.DataFrame, prefix: str = "") -> None:
+    """Shares of the rules with their exact intervals, and a sentence for each question. runs: of one subject."""
+    table, some = summarise(runs).set_index("rule"), runs[runs.accepted]
+    report(f"{prefix}accepted", len(some))
+    report(f"{prefix}rejected", len(runs) - len(some))
+    report(f"{prefix}redrawn", float(runs.rejected.mean()), ".1f")
+    for rule in ("joined", *ALONE, "chapter 2"):
+        name = rule.replace(" alone", "").replace("chapter 2", "chapter_2")
+        for what in ("kind", "layer", "within one", "site", "kind and site"):
+            report(f"{prefix}{name}_{what.replace(' ', '_')}", table[what][rule], ".1%")
+    for what in ("kind", "layer"):
+        row = table.loc["joined"]
+        report(f"{prefix}joined_{what}_interval", (row[f"{what} low"], row[f"{what} high"]), ".1%")
+    report(f"{prefix}goals_verdict", " ".join(_goal(table.loc["joined"], what) for what in GOALS))
+    beside = against(runs).set_index("rule")
+    report(f"{prefix}joined_verdict", " ".join(_beside(beside.loc[rule]) for rule in ALONE))
+    best = max(SIMPLE, key=lambda rule: table["kind and site"][rule])
+    report(f"{prefix}simple_rule", best)
+    report(f"{prefix}simple_share", table["kind and site"][best], ".1%")
+    report(f"{prefix}simple_verdict", f"The strongest simple rule is `{best}`: {_right(table.loc[best])}. "
+           + _beside(beside.loc[best]))  # fmt: skip
+    report(f"{prefix}chapter_2_verdict", f"Chapter 2's rule is right in {_right(table.loc['chapter 2'])}. "
+           + _beside(beside.loc["chapter 2"]))  # fmt: skip
+    constant = next(rule for rule in table.index if rule.startswith("always"))
+    report(f"{prefix}constant_verdict", f"The best constant answer, {constant.removeprefix('always ')} with the more "
+           f"frequent kind, is right in {_right(table.loc[constant])}; chance in "
+           f"{table['kind and site']['chance']:.1%}.")  # fmt: skip
+
+
+def _right(row: pd.Series, what: str = "kind and site") -> str:
+    return f"{row[what]:.1%} of {row.n:.0f} plants ({row[f'{what} low']:.1%} to {row[f'{what} high']:.1%})"
+
+
+def _goal(row: pd.Series, what: str) -> str:
+    reached = "reached" if row[what] >= GOALS[what] else "missed"
+    label = {"kind": "failure kind", "layer": "exact layer"}[what]
+    sure = ", and the whole interval lies above it" if row[f"{what} low"] >= GOALS[what] else ""
+    return (
+        f"The joined rule's {label} is right in {_right(row, what)}; the goal of {GOALS[what]:.0%} is {reached}{sure}."
+    )
+
+
+def _beside(row: pd.Series) -> str:
+    """In words, how the joined rule does beside another, plant by plant."""
+    ours, theirs, name = int(row["only joined"]), int(row["only it"]), row.name
+    if not ours + theirs:
+        return f"The joined rule and `{name}` are right about the same plants."
+    clear = row.p < 0.05
+    verdict = "better than" if clear and ours > theirs else "worse than" if clear else "not distinguishable from"
+    p = f"p = {row.p:.3f}" if row.p >= 0.001 else "p < 0.001"
+    return (
+        f"The joined rule is right about {ours} plants that `{name}` misses, and misses {theirs} that `{name}` gets "
+        f"right: {verdict} it (McNemar, {p})."
+    )
+
+
+def report_repairs(report: Callable[..., None], runs: pd.DataFrame, prefix: str = "") -> None:
+    """What repairs come to over both kinds together. runs: of one subject."""
+    done = repaired(runs)
+    n, words = len(done), []
+    for name, label in TRAINED.items():
+        told, kept = int(done[name].sum()), float(runs[f"repair {name}: kept"].mean())
+        low, high = exact_interval(told, n)
+        report(f"{prefix}repaired_{name}", told)
+        report(f"{prefix}repair_kept_{name}", kept, ".1%")
+        words.append(
+            f"{label} repairs {told} ({low:.0%} to {high:.0%}) and leaves {kept:.0%} of what the controls told"
+        )
+    report(f"{prefix}repairs", n)
+    report(f"{prefix}repair_verdict", f"Of {n} plants, training {'; '.join(words)}. "
+           + " ".join(_repairs_beside(done, name) for name in ("knowledge", "random")))  # fmt: skip
+
+
+def _repairs_beside(done: pd.DataFrame, other: str) -> str:
+    found = paired(done[other], done.named)
+    clear = found["p"] < 0.05
+    more = "more than" if clear and found["gained"] > found["lost"] else "fewer than" if clear else "as many as"
+    p = f"p = {found['p']:.3f}" if found["p"] >= 0.001 else "p < 0.001"
+    return (
+        f"The named layer repairs {found['gained']} that {TRAINED[other]} does not, and misses {found['lost']} that it "
+        f"repairs: {more} {TRAINED[other]}, as far as so many plants can tell (McNemar, {p})."
+    )
+
+
+TRAINED = {"named": "the named layer", "knowledge": "the knowledge head's layer", "random": "a random layer"}
+
+
+def repaired(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row a plant that was retrained: True where every fact that failed is told afterwards, by trained layer."""
+    runs = runs[runs.accepted]
+    done = runs[runs["repair named: told"].notna()]
+    told = {name: done[f"repair {name}: told"] == done.untold for name in TRAINED}
+    return pd.DataFrame({"kind": done.kind, **told})
