@@ -243,18 +243,23 @@ def report_repairs(report: Callable[..., None], runs: pd.DataFrame, prefix: str 
             f"{label} repairs {told} ({low:.0%} to {high:.0%}) and leaves {kept:.0%} of what the controls told"
         )
     report(f"{prefix}repairs", n)
-    report(f"{prefix}repair_verdict", f"Of {n} plants, training {'; '.join(words)}. "
-           + " ".join(_repairs_beside(done, name) for name in ("knowledge", "random")))  # fmt: skip
+    beside = " ".join(_repairs_beside(done, name) for name in ("knowledge", "random"))
+    lesson = "A random layer repairs as well, so that a repair is no proof of a diagnosis."
+    clear = paired(done.random, done.named)["p"] < 0.05
+    report(
+        f"{prefix}repair_verdict",
+        f"Of {n} plants, training {'; '.join(words)}. {beside}{'' if clear else ' ' + lesson}",
+    )
 
 
 def _repairs_beside(done: pd.DataFrame, other: str) -> str:
-    found = paired(done[other], done.named)
-    clear = found["p"] < 0.05
-    more = "more than" if clear and found["gained"] > found["lost"] else "fewer than" if clear else "as many as"
+    found, label = paired(done[other], done.named), TRAINED[other]
+    if not found["gained"] + found["lost"]:
+        return f"The named layer and {label} repair the same plants."
     p = f"p = {found['p']:.3f}" if found["p"] >= 0.001 else "p < 0.001"
     return (
-        f"The named layer repairs {found['gained']} that {TRAINED[other]} does not, and misses {found['lost']} that it "
-        f"repairs: {more} {TRAINED[other]}, as far as so many plants can tell (McNemar, {p})."
+        f"The named layer repairs {found['gained']} plants that {label} does not, and misses {found['lost']} that it "
+        f"does (McNemar, {p})."
     )
 
 
