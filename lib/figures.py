@@ -583,6 +583,7 @@ def rule_scores(table: pd.DataFrame, goals: dict[str, float]) -> Figure:
         if what in goals:
             ax.axvline(goals[what], color="black", lw=1, ls="--")
         ax.set(xlim=(-0.03, 1.03), title=label)
+        ax.set_xticks((0, 0.25, 0.5, 0.75, 1), ("0", "", "50 %", "", "100 %"))
         ax.grid(axis="x", color="#dddddd", lw=0.6)
     first = table[table.subject == subjects[0]].rule.str.replace(r"^always .*", "best constant", regex=True)
     axes[0, 0].set_yticks(range(len(first)), first)

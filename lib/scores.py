@@ -200,10 +200,10 @@ def report_scores(report: Callable[..., None], runs: pd.DataFrame, prefix: str =
     best = max(SIMPLE, key=lambda rule: table["kind and site"][rule])
     report(f"{prefix}simple_rule", best)
     report(f"{prefix}simple_share", table["kind and site"][best], ".1%")
-    report(f"{prefix}simple_verdict", f"The strongest simple rule is `{best}`: {_right(table.loc[best])}. "
-           + _beside(beside.loc[best]))  # fmt: skip
-    report(f"{prefix}chapter_2_verdict", f"Chapter 2's rule is right in {_right(table.loc['chapter 2'])}. "
-           + _beside(beside.loc["chapter 2"]))  # fmt: skip
+    words = f"The strongest simple rule, chosen with hindsight, is {best}: {_right(table.loc[best])}."
+    report(f"{prefix}simple_verdict", f"{words} {_beside(beside.loc[best])}")
+    words = f"Chapter 2's rule is right in {_right(table.loc['chapter 2'])}."
+    report(f"{prefix}chapter_2_verdict", f"{words} {_beside(beside.loc['chapter 2'])}")
     constant = next(rule for rule in table.index if rule.startswith("always"))
     site = constant.removeprefix("always ")
     fell = some[some.kind == NOT_RETRIEVED]
@@ -221,26 +221,26 @@ def _right(row: pd.Series, what: str = "kind and site") -> str:
 
 
 def _goal(row: pd.Series, what: str) -> str:
-    reached = "reached" if row[what] >= GOALS[what] else "missed"
-    label = {"kind": "failure kind", "layer": "exact layer"}[what]
-    sure = ", and the whole interval lies above it" if row[f"{what} low"] >= GOALS[what] else ""
-    return (
-        f"The joined rule's {label} is right in {_right(row, what)}; the goal of {GOALS[what]:.0%} is {reached}{sure}."
-    )
+    goal, label = GOALS[what], {"kind": "failure kind", "layer": "exact layer"}[what]
+    below = ", though the interval reaches below it"
+    verdict = "missed" if row[what] < goal else f"reached{below if row[f'{what} low'] < goal else ''}"
+    return f"The joined rule's {label} is right in {_right(row, what)}: the goal of {goal:.0%} is {verdict}."
 
 
 def _beside(row: pd.Series) -> str:
     """In words, how the joined rule does beside another, plant by plant."""
-    ours, theirs, name = int(row["only joined"]), int(row["only it"]), row.name
+    ours, theirs = int(row["only joined"]), int(row["only it"])
     if not ours + theirs:
-        return f"The joined rule and `{name}` are right about the same plants."
+        return f"Joined and {row.name} are right about the same plants."
     clear = row.p < 0.05
-    verdict = "better than" if clear and ours > theirs else "worse than" if clear else "not distinguishable from"
-    p = f"p = {row.p:.3f}" if row.p >= 0.001 else "p < 0.001"
+    verdict = "better" if clear and ours > theirs else "worse" if clear else "no clear difference"
     return (
-        f"The joined rule is right about {ours} plants that `{name}` misses, and misses {theirs} that `{name}` gets "
-        f"right: {verdict} it (McNemar, {p})."
+        f"Of the plants that only one of joined and {row.name} gets right: {ours} to {theirs}, {verdict} ({_p(row.p)})."
     )
+
+
+def _p(p: float) -> str:
+    return f"McNemar, p = {p:.3f}" if p >= 0.001 else "McNemar, p < 0.001"
 
 
 def report_repairs(report: Callable[..., None], runs: pd.DataFrame, prefix: str = "") -> None:
@@ -252,16 +252,14 @@ def report_repairs(report: Callable[..., None], runs: pd.DataFrame, prefix: str 
         low, high = exact_interval(told, n)
         report(f"{prefix}repaired_{name}", told)
         report(f"{prefix}repair_kept_{name}", kept, ".1%")
-        words.append(
-            f"{label} repairs {told} ({low:.0%} to {high:.0%}) and leaves {kept:.0%} of what the controls told"
-        )
+        words.append(f"{label}: {told} ({low:.0%} to {high:.0%}), and {kept:.0%} of what the controls told stays told")
     report(f"{prefix}repairs", n)
     beside = " ".join(_repairs_beside(done, name) for name in ("knowledge", "random"))
     lesson = "A random layer repairs about as many, so that a repair is no proof of a diagnosis."
     clear = paired(done.random, done.named)["p"] < 0.05
     report(
         f"{prefix}repair_verdict",
-        f"Of {n} plants, training {'; '.join(words)}. {beside}{'' if clear else ' ' + lesson}",
+        f"Repaired, of {n} plants, by training {'; '.join(words)}. {beside}{'' if clear else ' ' + lesson}",
     )
 
 
@@ -269,11 +267,7 @@ def _repairs_beside(done: pd.DataFrame, other: str) -> str:
     found, label = paired(done[other], done.named), TRAINED[other]
     if not found["gained"] + found["lost"]:
         return f"The named layer and {label} repair the same plants."
-    p = f"p = {found['p']:.3f}" if found["p"] >= 0.001 else "p < 0.001"
-    return (
-        f"The named layer repairs {found['gained']} plants that {label} does not, and misses {found['lost']} that it "
-        f"does (McNemar, {p})."
-    )
+    return f"Only the named layer repairs {found['gained']}, only {label} {found['lost']} ({_p(found['p'])})."
 
 
 TRAINED = {"named": "the named layer", "knowledge": "the knowledge head's layer", "random": "a random layer"}

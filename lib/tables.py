@@ -310,13 +310,13 @@ def rule_scores(table: pd.DataFrame) -> pd.DataFrame:
     def share(what: str) -> list[str]:
         low, high = table[f"{what} low"], table[f"{what} high"]
         return [
-            "–" if pd.isna(v) else f"{v:.0%}" if pd.isna(a) else f"{v:.0%} ({a:.0%} to {b:.0%})"
+            "–" if pd.isna(v) else f"{v:.0%}" if pd.isna(a) else f"{v:.0%} ({100 * a:.0f} to {100 * b:.0f})"
             for v, a, b in zip(table[what], low, high, strict=True)
         ]
 
     columns = {"kind": "kind", "layer": "exact layer", "within one": "within one layer", "site": "site",
                "kind and site": "kind and site"}  # fmt: skip
-    out = {"subject": table.subject, "plants": table.n, "rule": table.rule}
+    out = {"subject": table.subject + ", " + table.n.astype(str), "rule": table.rule}
     return pd.DataFrame(out | {label: share(what) for what, label in columns.items()})
 
 

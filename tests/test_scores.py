@@ -63,8 +63,8 @@ def test_repaired_counts_plants_of_which_every_lost_fact_is_told(run, table):
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "p", "says"),
-    [(0, 0, 1.0, "right about the same plants"), (9, 0, 0.004, "better than it (McNemar, p = 0.004)"),
-     (0, 20, 1e-6, "worse than it (McNemar, p < 0.001)"), (3, 1, 0.6, "not distinguishable from it")],
+    [(0, 0, 1.0, "right about the same plants"), (9, 0, 0.004, "9 to 0, better (McNemar, p = 0.004)"),
+     (0, 20, 1e-6, "0 to 20, worse (McNemar, p < 0.001)"), (3, 1, 0.6, "3 to 1, no clear difference")],
 )  # fmt: skip
 def test_no_word_without_its_number(ours, theirs, p, says):
     row = pd.Series({"only joined": ours, "only it": theirs, "p": p}, name="other")
@@ -72,7 +72,7 @@ def test_no_word_without_its_number(ours, theirs, p, says):
 
 
 @pytest.mark.parametrize(
-    ("share", "low", "says"), [(0.94, 0.9, "missed"), (0.96, 0.9, "reached."), (1, 0.96, "above it")]
+    ("share", "low", "says"), [(0.94, 0.9, "missed"), (0.96, 0.9, "reaches below it"), (1, 0.96, "is reached.")]
 )
 def test_a_goal_is_reached_or_missed(share, low, says):
     assert says in scores._goal(pd.Series({"kind": share, "kind low": low, "kind high": 1.0, "n": 100}), "kind")
