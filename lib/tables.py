@@ -363,9 +363,9 @@ def plant_repairs(table: pd.DataFrame) -> pd.DataFrame:
 def every_plant(runs: pd.DataFrame) -> pd.DataFrame:
     """Each plant and what the joined rule said of it."""
     some = runs[runs.accepted]
+    right = some["joined: kind"].astype(bool) & some["joined: site"].astype(bool)
     return pd.DataFrame({
         "subject": some.subject, "seed": some.seed, "planted": some.kind, "damage": some.damage,
+        "named": some["joined: named"], "said": some["joined: says"], "right": right.map({True: "yes", False: "no"}),
         "failing template": some.failing.str.replace("{}", "…"), "facts lost": some.untold.astype(int),
-        "named": some["joined: named"], "said": some["joined: says"],
-        "right": ["yes" if a and b else "no" for a, b in zip(some["joined: kind"], some["joined: site"], strict=True)],
     })  # fmt: skip
