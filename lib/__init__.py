@@ -22,6 +22,7 @@ The rooms, in the order data flows through them (imports point to earlier rooms 
     patching       run prompts again from one layer up; give one component what it did elsewhere -> Run
     blind          rules that name the component at fault, given only a subject, facts and templates -> Named
     plants         break a subject at a known place and see whether the rules find it -> a row a plant
+    scores         what a table of such rows comes to              -> DataFrames
     generalise     an edit that should carry over: self-distillation, chosen on selection countries
     controls       edits at every layer, and at parts of equal size, named or random
     rivals         other ways to make the same facts told, under one protocol

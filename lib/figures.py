@@ -548,3 +548,78 @@ def ladder(rows: pd.DataFrame, general: float) -> Figure:
                if (rows.kind == k).any()]  # fmt: skip
     fig.legend(handles=handles, ncols=6, loc="outside upper center")
     return fig
+
+
+def planted_curves(table: pd.DataFrame) -> Figure:
+    """Answer minus competitor by layer before and after planting, a panel a plant; facts thin, means bold."""
+    colours = {"controls, planted": GREY, "failing template, before": BLUE, "failing template, planted": RED}
+    fig, axes = _panels(1, table.seed.nunique(), (4.9 * table.seed.nunique(), 4))
+    for ax, (_, plant) in zip(axes.flat, table.groupby("seed"), strict=True):
+        for name, part in plant.groupby("curve", sort=False):
+            lines = part.pivot(index="layer", columns="fact", values="logits")
+            ax.plot(lines.index, lines, color=colours[name], lw=0.5, alpha=0.35)
+            ls, top = ("--", 4) if name.startswith("controls") else ("-", 3)
+            ax.plot(lines.index, lines.mean(1), color=colours[name], lw=2.6, ls=ls, zorder=top, label=name)
+        ax.axhline(0, color="black", lw=0.6)
+        first = plant.iloc[0]
+        _mark_layer(ax, Site.parse(first.site), ORANGE, 0.97)
+        ax.set(xlabel="layers summed")
+        ax.set_title(f"{first.planted}\n{first.template.replace('{}', '…')}", loc="left", fontsize=9.5)
+    axes[0, 0].set_ylabel("answer − competitor (logits)")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, ncols=3, loc="outside upper center")
+    return fig
+
+
+def rule_scores(table: pd.DataFrame, goals: dict[str, float]) -> Figure:
+    """Share of plants of which each rule is right, with exact intervals; one panel a question, one colour a subject.
+    Dashed: the goal. Diamonds: chance, which has no interval."""
+    panels = {"kind": "failure kind", "layer": "exact layer", "kind and site": "kind and site"}
+    fig, axes = _panels(1, len(panels), (10, 3.9), sharey=True)
+    subjects = list(table.subject.unique())
+    for ax, (what, label) in zip(axes.flat, panels.items(), strict=True):
+        for i, name in enumerate(subjects):
+            part = table[table.subject == name].reset_index(drop=True)
+            y, colour = np.arange(len(part)) + 0.3 * (i - (len(subjects) - 1) / 2), (BLUE, ORANGE)[i % 2]
+            known = part[f"{what} low"].notna()
+            ax.hlines(y[known], part[f"{what} low"][known], part[f"{what} high"][known], color=colour, lw=2)
+            ax.scatter(part[what][known], y[known], color=colour, s=30, zorder=3, label=name)
+            ax.scatter(part[what][~known], y[~known], color=colour, s=30, marker="D", zorder=3)
+        if what in goals:
+            ax.axvline(goals[what], color="black", lw=1, ls="--")
+        ax.set(xlim=(-0.03, 1.03), title=label)
+        ax.set_xticks((0, 0.25, 0.5, 0.75, 1), ("0", "", "50 %", "", "100 %"))
+        ax.grid(axis="x", color="#dddddd", lw=0.6)
+    first = table[table.subject == subjects[0]].rule.str.replace(r"^always .*", "best constant", regex=True)
+    axes[0, 0].set_yticks(range(len(first)), first)
+    axes[0, 0].invert_yaxis()
+    fig.supxlabel("share of plants", fontsize=11)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, ncols=2, loc="outside upper center")
+    return fig
+
+
+def planted_and_named(runs: pd.DataFrame, rule: str = "joined") -> Figure:
+    """One column a plant, ordered by where it was planted: hollow, the layers of its sites; filled, the layer named by
+    a rule, blue where site and kind are right. A row a planted kind."""
+    some = runs[runs.accepted]
+    kinds = sorted(some.kind.unique())
+    fig, axes = _panels(len(kinds), 1, (10, 2.7 * len(kinds)))
+    for ax, kind in zip(axes.flat, kinds, strict=True):
+        part = some[some.kind == kind]
+        truth = [sorted({Site.parse(s).layer + 1 for s in text.split(", ")}) for text in part.truth]
+        named = [Site.parse(s).layer + 1 for s in part[f"{rule}: named"]]
+        right = part[f"{rule}: kind"].astype(bool) & part[f"{rule}: site"].astype(bool)
+        rows = sorted(zip(truth, named, right, strict=True))
+        for x, (layers, layer, hit) in enumerate(rows):
+            ax.plot([x] * len(layers), layers, color="#cccccc", lw=1, zorder=1)
+            ax.scatter([x] * len(layers), layers, s=52, ec="black", c="white", lw=1, zorder=2)
+            ax.scatter(x, layer, s=22, color=BLUE if hit else RED, marker="o" if hit else "X", zorder=3)
+        ax.set(xticks=[], ylabel="layer", xlim=(-1, len(rows)))
+        ax.set_title(f"planted: {kind} (n = {len(rows)}, {int(right.sum())} right)", loc="left", fontsize=10)
+    fig.supxlabel("plants, by planted layer", fontsize=11)
+    looks = (("planted", "o", "white", "black"), ("named, kind and site right", "o", BLUE, BLUE),
+             ("named, wrong", "X", RED, RED))  # fmt: skip
+    handles = [mpl.lines.Line2D([], [], ls="", marker=m, mfc=c, mec=e, ms=7, label=n) for n, m, c, e in looks]
+    fig.legend(handles=handles, ncols=3, loc="outside upper center")
+    return fig

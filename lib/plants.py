@@ -11,23 +11,22 @@ The seed decides everything: `draw` -> Plant, `planted` puts it in and takes it 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lib import blind
-from lib.effects import load_relations, paired
+from lib.effects import load_relations
 from lib.errors import DataError
-from lib.facts import Case, Fact, exact_interval, load_cases, load_templates, prompts, study_facts, tell
+from lib.experiments import experiment
+from lib.facts import Fact, load_cases, load_templates, prompts, study_facts, tell
 from lib.patching import Run, margins, patched, rerun
 from lib.pathways import slice_values
 from lib.replay import above, entering, pack
@@ -59,6 +58,9 @@ class Damage:
     matrix: str
     how: str
     strength: float
+
+    def __str__(self) -> str:
+        return f"{self.site} {self.matrix} {self.how} {self.strength:g}"
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,7 @@ def grounds(subject: Subject) -> dict[str, Ground]:
     """By relation, what the subject tells under every template that tells at least `FEWEST` facts. Kept: every draw
     starts from it."""
     if subject.weights_sha256 not in _grounds:
-        case = load_cases(subject.name)[0]
-        sets = {"capital": (study_facts(subject, case), load_templates()), **_relations(subject, case)}
-        found = {name: _ground(subject, *given) for name, given in sets.items()}
+        found = {name: _ground(subject, *given) for name, given in fact_sets(subject).items()}
         found = {name: g for name, g in found.items() if len({t.split("{}")[0] for t in g.templates}) > 1}
         if not found:
             raise DataError(
@@ -105,15 +105,16 @@ def grounds(subject: Subject) -> dict[str, Ground]:
     return _grounds[subject.weights_sha256]
 
 
-def _relations(subject: Subject, case: Case) -> dict[str, tuple[tuple[Fact, ...], dict[str, str]]]:
-    """The organism's other relations, which a head of their own knows: facts and templates of each."""
-    if subject.name != "organism":
-        return {}
-    out = {}
-    for name, rows in load_relations(subject, study_facts(subject, case)).groupby("item"):
-        pairs = rows.drop_duplicates("subject")
-        facts = tuple(Fact(s, a) for s, a in zip(pairs.subject, pairs.answer, strict=True))
-        out[str(name)] = (facts, {t: t for t in rows.template.unique()})
+def fact_sets(subject: Subject) -> dict[str, tuple[tuple[Fact, ...], dict[str, str]]]:
+    """By relation, facts and templates that a plant may use: countries and their capitals, neither held out nor of the
+    case; and the organism's other relations, which a head of their own knows."""
+    capitals = study_facts(subject, load_cases(subject.name)[0])
+    out = {"capital": (capitals, load_templates())}
+    if subject.name == "organism":
+        for name, rows in load_relations(subject, capitals).groupby("item"):
+            pairs = rows.drop_duplicates("subject")
+            facts = tuple(Fact(s, a) for s, a in zip(pairs.subject, pairs.answer, strict=True))
+            out[str(name)] = (facts, {t: t for t in rows.template.unique()})
     return out
 
 
@@ -400,6 +401,7 @@ def truth(subject: Subject, plant: Plant) -> tuple[Site, ...]:
 # The experiment
 
 
+@experiment
 def plant_run(subject: Subject, *, seed: int, repair: bool = False) -> dict[str, Any]:
     """One planted failure, diagnosed by every rule without a look at the plant: flat values, the same at every call.
     Damage that does not break the template, or breaks others, is drawn again, `ATTEMPTS` times at most."""
@@ -419,21 +421,33 @@ def plant_run(subject: Subject, *, seed: int, repair: bool = False) -> dict[str,
             for name, verdict in named.items():
                 row |= {f"{name}: {key}": value for key, value in score(subject, plant, verdict).items()}
             return row | (_repairs(subject, plant, found, named["joined"]) if repair else {})
-    return {"subject": subject.name, "seed": seed, "accepted": False, "rejected": ATTEMPTS}
+    return {"subject": subject.name, "accepted": False, "rejected": ATTEMPTS}
 
 
 def _describe(subject: Subject, plant: Plant, found: blind.Look) -> dict[str, Any]:
     sites = truth(subject, plant)
     return {
-        "subject": subject.name, "seed": plant.seed, "accepted": True, "rejected": plant.attempt,
-        "relation": plant.relation, "failing": plant.failing, "controls": len(plant.controls),
-        "facts": len(plant.facts), "untold": len(found.facts), "kind": plant.kind, "sites": len(plant.damages),
-        "damage": " + ".join(f"{d.site} {d.matrix} {d.how} {d.strength:g}" for d in plant.damages),
-        "first": str(plant.damages[0].site), "truth": ", ".join(map(str, sites)),
+        "subject": subject.name, "accepted": True, "rejected": plant.attempt,
+        "relation": plant.relation, "failing": plant.failing, "controls": list(plant.controls),
+        "facts": [f.subject for f in plant.facts], "untold": len(found.facts), "kind": plant.kind,
+        "sites": len(plant.damages), "damage": " + ".join(map(str, plant.damages)), "truth": ", ".join(map(str, sites)),
         "margin_control": float(found.control(found.margin).mean()), "margin_failing": float(found.margin[0].mean()),
         "chance_site": len(sites) / len(found.sites),
         "chance_layer": len({s.layer for s in sites}) / subject.weights.n_layers,
     }  # fmt: skip
+
+
+def from_row(subject: Subject, row: Mapping[str, Any]) -> Plant:
+    """The plant that a row of a table of runs tells of, without drawing it again."""
+    known = {f.subject: f for f in fact_sets(subject)[row["relation"]][0]}
+    damages = []
+    for text in row["damage"].split(" + "):
+        place, matrix, how, strength = text.rsplit(" ", 3)
+        damages.append(Damage(Site.parse(place), matrix, how, float(strength)))
+    return Plant(
+        row["seed"], row["rejected"], row["relation"], row["kind"], row["failing"], tuple(row["controls"]),
+        tuple(known[name] for name in row["facts"]), tuple(damages),
+    )  # fmt: skip
 
 
 def score(subject: Subject, plant: Plant, verdict: blind.Named) -> dict[str, Any]:
@@ -503,90 +517,3 @@ def _least(logits: Float[Tensor, "fact vocab"], answers: Int[Tensor, " fact"]) -
     """The answer's logit minus the strongest wrong token's."""
     wrong = blind.strongest_wrong(logits, answers)
     return (logits.gather(1, answers[:, None]) - logits.gather(1, wrong[:, None]))[:, 0]
-
-
-# Tables
-
-
-def summarise(runs: pd.DataFrame) -> pd.DataFrame:
-    """Of a table of accepted `plant_run` rows of one subject: a row a rule with the shares of right kinds, layers
-    (exact, within one), sites and kind and site together, each with its exact 95 % interval; beside them, chance, and
-    the best constant answer, which knows the most frequent truth of these very plants."""
-    runs = runs[runs.accepted]
-    rows = []
-    for name in blind.RULES:
-        own = {c.removeprefix(f"{name}: "): runs[c] for c in runs if c.startswith(f"{name}: ")}
-        hits = {
-            "kind": own["kind"], "layer": own["off"] == 0, "within one": own["off"] <= 1, "site": own["site"],
-            "kind and site": own["kind"].astype(bool) & own["site"].astype(bool),
-        }  # fmt: skip
-        rows.append({"rule": name, "n": len(runs), **_shares(hits)})
-    return pd.concat([pd.DataFrame(rows), pd.DataFrame([_constant(runs), _chance(runs)])], ignore_index=True)
-
-
-def _shares(hits: dict[str, pd.Series]) -> dict[str, float]:
-    out: dict[str, float] = {}
-    for name, hit in hits.items():
-        low, high = exact_interval(int(hit.sum()), len(hit))
-        out |= {name: float(hit.mean()), f"{name} low": low, f"{name} high": high}
-    return out
-
-
-def _constant(runs: pd.DataFrame) -> dict[str, Any]:
-    truths = [{Site.parse(s) for s in text.split(", ")} for text in runs.truth]
-    best = Counter(s for sites in truths for s in sorted(sites, key=str)).most_common(1)[0][0]
-    kind = runs.kind.mode()[0]
-    off = pd.Series([min(abs(best.layer - s.layer) for s in sites) for sites in truths], index=runs.index)
-    site = pd.Series([best in sites for sites in truths], index=runs.index)
-    hits = {"kind": runs.kind == kind, "layer": off == 0, "within one": off <= 1, "site": site,
-            "kind and site": site & (runs.kind == kind)}  # fmt: skip
-    return {"rule": f"always {best}", "n": len(runs), **_shares(hits)}
-
-
-def _chance(runs: pd.DataFrame) -> dict[str, Any]:
-    site, layer = runs.chance_site.mean(), runs.chance_layer.mean()
-    return {"rule": "chance", "n": len(runs), "kind": 0.5, "layer": layer, "site": site, "kind and site": site / 2}
-
-
-def by_group(runs: pd.DataFrame, rule: str = "joined") -> pd.DataFrame:
-    """A rule's hits by failure kind and number of sites."""
-    rows = []
-    for (kind, sites), some in runs[runs.accepted].groupby(["kind", "sites"]):
-        hits = {"kind": some[f"{rule}: kind"], "layer": some[f"{rule}: off"] == 0, "site": some[f"{rule}: site"]}
-        rows.append({"planted": kind, "sites": sites, "n": len(some), **{k: int(v.sum()) for k, v in hits.items()}})
-    return pd.DataFrame(rows)
-
-
-def confusion(runs: pd.DataFrame, rule: str = "joined") -> pd.DataFrame:
-    """Planted kind against the kind that a rule says."""
-    some = runs[runs.accepted]
-    return pd.crosstab(some.kind.rename("planted"), some[f"{rule}: says"].rename("said"))
-
-
-def against(runs: pd.DataFrame, rule: str = "joined") -> pd.DataFrame:
-    """A rule beside every other, plant by plant: kind and site right together by the one and not by the other, and
-    McNemar's exact p."""
-    some, rows = runs[runs.accepted], []
-    right = {r: some[f"{r}: kind"].astype(bool) & some[f"{r}: site"].astype(bool) for r in blind.RULES}
-    for other in right:
-        if other != rule:
-            found = paired(right[other], right[rule])
-            rows.append({"rule": other, "only it": found["lost"], f"only {rule}": found["gained"], "p": found["p"]})
-    return pd.DataFrame(rows)
-
-
-def repairs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Of the rows that were repaired, by planted kind and trained layer: plants of which every untold fact is told
-    afterwards, with its exact 95 % interval; the share of facts told; and what the controls still tell."""
-    rows = []
-    done = runs[runs.accepted & runs.get("repair named: told", pd.Series(index=runs.index, dtype=float)).notna()]
-    for kind, some in done.groupby("kind"):
-        for name in ("named", "knowledge", "random"):
-            told = some[f"repair {name}: told"]
-            low, high = exact_interval(int((told == some.untold).sum()), len(some))
-            rows.append({
-                "planted": kind, "trained layer": name, "n": len(some), "repaired": int((told == some.untold).sum()),
-                "low": low, "high": high, "facts told": told.sum() / some.untold.sum(),
-                "controls kept": some[f"repair {name}: kept"].mean(),
-            })  # fmt: skip
-    return pd.DataFrame(rows)

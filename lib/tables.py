@@ -329,3 +329,70 @@ def ladder(steps: pd.DataFrame) -> pd.DataFrame:
         "goal": [names[goal] for goal in steps.index], "fewest parameters": steps.parameters.to_numpy(),
         "with the model as it is": steps.free.to_numpy(), "fewest with a change of the model": steps.changed.to_numpy(),
     })  # fmt: skip
+
+
+def rule_scores(table: pd.DataFrame) -> pd.DataFrame:
+    """Shares of right kinds, layers and sites, with exact intervals: a row a rule and subject."""
+
+    def share(what: str) -> list[str]:
+        low, high = table[f"{what} low"], table[f"{what} high"]
+        return [
+            "–" if pd.isna(v) else f"{v:.0%}" if pd.isna(a) else f"{v:.0%} ({100 * a:.0f} to {100 * b:.0f})"
+            for v, a, b in zip(table[what], low, high, strict=True)
+        ]
+
+    columns = {"kind": "kind", "layer": "exact layer", "within one": "within one layer", "site": "site",
+               "kind and site": "kind and site"}  # fmt: skip
+    out = {"subject": table.subject + ", " + table.n.astype(str), "rule": table.rule}
+    return pd.DataFrame(out | {label: share(what) for what, label in columns.items()})
+
+
+def rule_groups(table: pd.DataFrame) -> pd.DataFrame:
+    """Right answers of one rule by planted kind and number of sites."""
+    n = table.n.astype(str)
+    return pd.DataFrame({
+        "subject": table.subject, "planted": table.planted, "sites": table.sites.astype(int),
+        "kind": table.kind.astype(str) + " of " + n, "exact layer": table.layer.astype(str) + " of " + n,
+        "site": table.site.astype(str) + " of " + n,
+    })  # fmt: skip
+
+
+def rule_damages(table: pd.DataFrame) -> pd.DataFrame:
+    """Right answers of one rule by what was damaged."""
+    words = {"q": "query", "k": "key", "v": "value", "o": "a head's output", "ov": "a head's value and output",
+             "mlp": "an MLP's output"}  # fmt: skip
+    return pd.DataFrame({
+        "subject": table.subject, "planted": table.planted, "damaged": table.damaged.map(lambda d: words.get(d, d)),
+        "kind and site": table.right.astype(str) + " of " + table.n.astype(str),
+    })  # fmt: skip
+
+
+def rules_beside(table: pd.DataFrame) -> pd.DataFrame:
+    """The joined rule beside every other, plant by plant."""
+    return pd.DataFrame({
+        "subject": table.subject, "other rule": table.rule, "only the joined is right": table["only joined"],
+        "only the other is right": table["only it"],
+        "McNemar's p": table.p.map(lambda p: f"{p:.3f}" if p >= 0.001 else "< 0.001"),
+    })  # fmt: skip
+
+
+def plant_repairs(table: pd.DataFrame) -> pd.DataFrame:
+    """Plants repaired by retraining a layer, by planted kind and layer."""
+    words = {"named": "named", "knowledge": "knowledge head's", "random": "random"}
+    share = [f"{r.repaired} of {r.n} ({r.low:.0%} to {r.high:.0%})" for r in table.itertuples()]
+    return pd.DataFrame({
+        "subject": table.subject, "planted": table.planted, "layer trained": table["trained layer"].map(words),
+        "plants repaired": share, "facts told": table["facts told"].map("{:.0%}".format),
+        "still told under controls": table["controls kept"].map("{:.0%}".format),
+    })  # fmt: skip
+
+
+def every_plant(runs: pd.DataFrame) -> pd.DataFrame:
+    """Each plant and what the joined rule said of it."""
+    some = runs[runs.accepted]
+    right = some["joined: kind"].astype(bool) & some["joined: site"].astype(bool)
+    return pd.DataFrame({
+        "subject": some.subject, "seed": some.seed, "planted": some.kind, "damage": some.damage,
+        "named": some["joined: named"], "said": some["joined: says"], "right": right.map({True: "yes", False: "no"}),
+        "failing template": some.failing.str.replace("{}", "…"), "facts lost": some.untold.astype(int),
+    })  # fmt: skip

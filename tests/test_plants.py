@@ -5,11 +5,10 @@ import inspect
 import json
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 
-from lib import blind, diagnosis, patching, plants
+from lib import blind, diagnosis, patching, plants, sweep
 from lib.blind import NOT_RETRIEVED, OVERRIDDEN, Look, Named
 from lib.errors import DataError
 from lib.facts import load_cases, load_templates, scorable
@@ -107,11 +106,25 @@ def test_a_run_says_what_a_blind_diagnosis_says(organism, run):
 
 
 def test_a_run_is_plain_and_repeats_itself(organism, run):
-    assert json.loads(json.dumps(run)) == run
+    assert json.loads(json.dumps(run)) == run and not {"seed", "repair"} & run.keys(), "a sweep adds what it gave"
     again = plants.plant_run(organism, seed=8)
     assert again == {k: v for k, v in run.items() if not k.startswith("repair")}
     assert run["accepted"] and run["joined: site"] and run["joined: kind"]
     assert 0 <= run["repair named: told"] <= run["untold"]
+
+
+@pytest.mark.parametrize("seed", [8, 9, 10, 11])
+def test_a_row_tells_the_whole_plant(organism, seed):
+    row = {"seed": seed} | json.loads(json.dumps(plants.plant_run(organism, seed=seed)))
+    assert plants.from_row(organism, row) == plants.draw(organism, seed, row["rejected"])
+
+
+def test_every_scored_seed_is_run_once_and_the_repaired_ones_were_chosen_beforehand():
+    runs = sweep.expand(sweep.load("plants"))
+    assert sorted(r["seed"] for r in runs) == list(plants.SCORED)
+    assert sorted(r["seed"] for r in runs if r["repair"]) == list(plants.SCORED[::3])
+    full = sweep.expand(sweep.load("plants-full"))
+    assert [r["seed"] for r in full if r["repair"]] == list(plants.SCORED)
 
 
 def test_nothing_to_diagnose_is_an_error(organism):
@@ -199,27 +212,3 @@ def test_smollm2s_own_failures(smollm2):
         controls = [templates[c] for c in case.controls]
         found.append(blind.blind(smollm2, scorable(smollm2, case.facts), templates[case.template], controls)["joined"])
     assert found == [Named(Site.parse("L24 H4"), NOT_RETRIEVED), Named(Site.parse("L30 MLP"), OVERRIDDEN)]
-
-
-def test_tables_by_hand(run):
-    wrong = {
-        **run, "seed": 1, "kind": OVERRIDDEN, "sites": 2, "truth": "L12 H2, L12 MLP", "joined: kind": False,
-        "joined: off": 3, "joined: site": False, "dynamic alone: site": False, "repair named: told": 0,
-    }  # fmt: skip
-    table = pd.DataFrame([run, {**run, "seed": 2}, wrong, {"seed": 3, "accepted": False}])
-    table["accepted"] = table.accepted.astype(bool)
-    summary = plants.summarise(table).set_index("rule")
-    row = summary.loc["joined"]
-    assert (row.n, row.kind, row["layer"], row.site) == (3, pytest.approx(2 / 3), *[pytest.approx(2 / 3)] * 2)
-    assert row["kind low"] == pytest.approx(0.0943, abs=1e-3) and row["kind high"] == pytest.approx(0.9916, abs=1e-3)
-    constant = summary.loc["always L8 H5"]
-    assert constant.kind == constant.site == pytest.approx(2 / 3)
-    assert plants.by_group(table).site.tolist() == [2, 0]
-    assert plants.confusion(table).loc[OVERRIDDEN].to_dict() == {NOT_RETRIEVED: 1}
-    beside = plants.against(table.assign(**{"dynamic alone: kind": True})).set_index("rule")
-    assert beside.loc["dynamic alone", ["only it", "only joined", "p"]].tolist() == [0, 0, 1.0], "its site counts too"
-    beside = plants.against(table.assign(**{"chapter 2: kind": True, "chapter 2: site": True})).set_index("rule")
-    assert beside.loc["chapter 2", ["only it", "only joined", "p"]].tolist() == [1, 0, 1.0]
-    repaired = plants.repairs(table).set_index(["planted", "trained layer"]).repaired
-    assert repaired[OVERRIDDEN, "named"] == 0
-    assert repaired[NOT_RETRIEVED, "named"] == 2 * (run["repair named: told"] == run["untold"])
