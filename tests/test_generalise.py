@@ -124,6 +124,18 @@ def test_same_seed_same_edit(organism, taught):
     assert not all(torch.equal(one[s], other[s]) for s in one)
 
 
+def test_a_low_rank_change_starts_at_none_and_has_that_rank(organism, taught):
+    before = generalise.slice_values(organism, generalise.pathway_slices(organism.model, 5, "full"))
+    values = generalise.change(before, 2, torch.Generator().manual_seed(0))[1]()
+    assert all(torch.equal(values[s], before[s]) for s in before)
+    after = learn(organism, taught, replace(QUICK, rank=2, rate=1e-2, steps=3)).edit.values
+    for s, v in before.items():
+        if v.ndim == 2:
+            assert torch.linalg.matrix_rank(after[s] - v, atol=1e-4) == 2, s
+        else:
+            assert torch.equal(after[s], v), s
+
+
 def row(**values) -> dict:
     base = {"repaired": 0, "log_probability": -1.0, "ratio": 1.0, "capability_lost": 0, "working_lost": 0}
     return base | values
@@ -153,7 +165,7 @@ def test_the_teacher_is_chosen_on_known_fit_facts(organism, case):
 def test_bad_configurations(organism, taught):
     with pytest.raises(EditError, match="cannot train \\(steps\\)"):
         Config(layer=1, steps=0)
-    with pytest.raises(EditError, match="rate, truth or places"):
+    with pytest.raises(EditError, match="rank, rate, truth or places"):
         Config(layer=1, truth=1.5)
     with pytest.raises(EditError, match="no layer index 12: organism has 12"):
         learn(organism, taught, Config(layer=12))
