@@ -23,6 +23,7 @@ The rooms, in the order data flows through them (imports point to earlier rooms 
     blind          rules that name the component at fault, given only a subject, facts and templates -> Named
     plants         break a subject at a known place and see whether the rules find it -> a row a plant
     generalise     an edit that should carry over: self-distillation, chosen on selection countries
+    ceiling        how far an edit of one layer could get, and how far the chosen one gets
     crosscheck     the same questions put to Captum, TransformerLens and interventions
     results        report a number once: JSON and prose
     cluster        many independent calls, on this machine or on any Dask cluster
