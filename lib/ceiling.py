@@ -133,10 +133,11 @@ def report_contexts(report: Results, contexts: pd.DataFrame) -> None:
     report("contexts_n", int(control.n))
     report("contexts_control", int(control.told))
     report("contexts_prefix", int(prefix.told))
+    helped = f"{prefix.told} of them after the prefix {prefix.context}" if prefix.told else "none after any prefix"
     report(
         "contexts_verdict",
-        f"The best control template tells {control.told} of {control.n}; the failing template itself tells "
-        f"{prefix.told} of them after the prefix {prefix.context}, with no weight touched.",
+        f"The best control template tells {control.told} of {control.n}; the failing template itself tells {helped}, "
+        "with no weight touched.",
     )
 
 

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from lib import effects
 from lib.edits import Edit, applied
-from lib.effects import BAND, NONE
+from lib.effects import BAND, NONE, Measured
 from lib.errors import DataError, EditError
 from lib.experiments import experiment
 from lib.facts import (
@@ -279,20 +279,44 @@ def _classroom(subject: Subject) -> tuple[Case, Lesson]:
 def cost(subject: Subject, case: Case, edit: Edit) -> dict[str, Any]:
     """What the rule reads of an edit: known and untold selection countries, how many are told after, the mean
     log-probability of their answers; perplexity's ratio on the neutral passages that choose; items lost."""
-    chosen = without_held_out(subject, case)
-    protocol = effects.prepare(subject, chosen, edit.layer, texts=choosing_texts(subject))
-    measured = effects.measure(subject, protocol, {"edit": edit})
-    before, after = measured.asked[NONE], measured.asked["edit"]
-    states = known_and_told(before[before.set == "large"], chosen)
-    untold = states[states.routing_failure].subject
-    pick = (before.set == "large") & (before.template == case.template) & before.subject.isin(untold)
-    lost = effects.outcomes(measured, chosen).set_index("what").lost
+    base = _baseline(subject, case)
+    protocol = effects.prepare(subject, case, edit.layer, texts=choosing_texts(subject), table=base.table)
+    after, tokens = effects.ask(subject, protocol, edit), effects.read(subject, protocol, edit)
+    pick, lost = base.untold.to_numpy(), base.told & ~after.told.to_numpy()
+    ratio = effects.reading(Measured({NONE: after, "edit": after}, {NONE: base.tokens, "edit": tokens})).ratio[0]
     return {
         "untold": int(pick.sum()), "repaired": int(after.told[pick].sum()),
         "log_probability": float(np.log(after.prob[pick].clip(1e-30)).mean()),
-        "ratio": float(effects.reading(measured).ratio[0]), "kl": float(measured.tokens["edit"].kl.mean()),
-        "capability_lost": int(lost["capability"]), "working_lost": int(lost["working templates"]),
+        "ratio": float(ratio), "kl": float(tokens.kl.mean()),
+        "capability_lost": int(lost[base.table.set == "capability"].sum()),
+        "working_lost": int(lost[base.table.set == "eight"].sum()),
     }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the untouched model says to the questions that choose. table: capability probes, the case's own facts under
+    the working templates, selection countries under the failing one; told: of each; untold: the rows of the selection
+    countries that are known and not told."""
+
+    table: pd.DataFrame
+    told: Bool[np.ndarray, " question"]
+    untold: pd.Series
+    tokens: pd.DataFrame
+
+
+@lru_cache(maxsize=1)
+def _baseline(subject: Subject, case: Case) -> Baseline:
+    asked = effects.questions(subject, without_held_out(subject, case))
+    own = (asked.set == "eight") & asked.template.isin(case.controls)
+    asked = asked[own | asked.set.isin(["capability", "large"])].reset_index(drop=True)
+    said = effects.ask(subject, effects.prepare(subject, case, 0, texts={}, table=asked), None)
+    states = known_and_told(said[said.set == "large"], case)
+    kept = (said.set != "large") | (said.template == case.template)
+    table, told = asked[kept].reset_index(drop=True), said.told[kept].to_numpy()
+    untold = (table.set == "large") & table.subject.isin(states[states.routing_failure].subject)
+    tokens = effects.read(subject, effects.prepare(subject, case, 0, texts=choosing_texts(subject), table=table), None)
+    return Baseline(table, told, untold, tokens)
 
 
 def choosing_texts(subject: Subject) -> dict[str, str]:

@@ -76,12 +76,28 @@ def test_a_place_that_is_a_fact_s_subject_is_refused(case):
 
 def test_choosing_sees_no_held_out_country(organism, case, learned, monkeypatch):
     """Every question that `cost` asks, of whatever kind, is of no held-out country."""
-    asked, measure = [], generalise.effects.measure
-    monkeypatch.setattr(generalise.effects, "measure", lambda s, p, e: asked.append(p.questions) or measure(s, p, e))
+    asked, ask = [], generalise.effects.ask
+    monkeypatch.setattr(generalise.effects, "ask", lambda s, p, e: asked.append(p.questions) or ask(s, p, e))
+    generalise._baseline.cache_clear()
     generalise.cost(organism, case, learned.edit)
     held = {f.subject for f in case.large if f.split == "held_out"}
-    assert held and set(asked[0][asked[0].set == "large"].split) == {"selection"}
-    assert not held & set(asked[0].subject)
+    assert held and len(asked) == 2
+    for questions in asked:
+        assert set(questions[questions.set == "large"].split) == {"selection"}
+        assert not held & set(questions.subject)
+
+
+def test_cost_is_what_the_whole_protocol_says(organism, case, learned):
+    """The short way, with the untouched model asked once from the first layer, against chapter 4's own protocol."""
+    effects, chosen = generalise.effects, generalise.without_held_out(organism, case)
+    protocol = effects.prepare(organism, chosen, learned.edit.layer, texts=generalise.choosing_texts(organism))
+    measured = effects.measure(organism, protocol, {"edit": learned.edit})
+    row = effects.generalisation(measured, chosen).query("split == 'selection'").iloc[0]
+    lost = effects.outcomes(measured, chosen).set_index("what").lost
+    found = generalise.cost(organism, case, learned.edit)
+    assert (found["untold"], found["repaired"]) == (row.untold, row.repaired) and row.repaired > 0
+    assert (found["capability_lost"], found["working_lost"]) == (lost["capability"], lost["working templates"])
+    assert found["ratio"] == pytest.approx(effects.reading(measured).ratio[0], rel=1e-5)
 
 
 def test_a_teacher_that_is_the_pupil_teaches_nothing(organism, case, taught):
