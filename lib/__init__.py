@@ -24,6 +24,7 @@ The rooms, in the order data flows through them (imports point to earlier rooms 
     plants         break a subject at a known place and see whether the rules find it -> a row a plant
     scores         what a table of such rows comes to              -> DataFrames
     generalise     an edit that should carry over: self-distillation, chosen on selection countries
+    ceiling        how far an edit of one layer could get, and how far the chosen one gets
     controls       edits at every layer, and at parts of equal size, named or random
     rivals         other ways to make the same facts told, under one protocol
     crosscheck     the same questions put to Captum, TransformerLens and interventions

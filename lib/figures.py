@@ -426,6 +426,34 @@ def generalisation(table: pd.DataFrame, control: pd.DataFrame) -> Figure:
     return fig
 
 
+def carried(table: pd.DataFrame, whole: int, layer: int) -> Figure:
+    """What each place carries by layer. whole: told with the whole prefix; layer: the diagnosed one."""
+    fig, ax = _panel((8.5, 3.8))
+    for (place, part), colour in zip(table.groupby("place", sort=False), (BLUE, ORANGE, GREY), strict=True):
+        ax.plot(part.layer, part.told, "o-", ms=3.5, lw=1.6, color=colour, label=place)
+    ax.axhline(whole, color="black", lw=1, ls="--")
+    ax.axvline(layer, color="black", lw=1, ls=":")
+    ax.set(xlabel="stream that enters layer", ylabel=f"told, of {table.n.iloc[0]}", ylim=(-0.5, None))
+    fig.legend(ncols=3, loc="outside upper center")
+    return fig
+
+
+def frontier(runs: pd.DataFrame, harmless: pd.Series, pick: int) -> Figure:
+    """Repaired selection countries against KL on neutral text; a point a configuration."""
+    fig, ax = _panel((8.5, 4.2))
+    for (low, part), colour in zip(runs.groupby(runs["rank"] > 0), (BLUE, ORANGE), strict=False):
+        ax.scatter(part.kl, part.repaired, s=42, edgecolors=colour, zorder=3, label="low rank" if low else "any change",
+                   facecolors=[colour if harmless[i] else "white" for i in part.index])  # fmt: skip
+    ax.scatter(runs.kl[pick], runs.repaired[pick], s=190, facecolors="none", edgecolors="black", lw=1.5)
+    for row in runs.itertuples():
+        ax.annotate(f"L{row.layer}", (row.kl, row.repaired), xytext=(5, 5), textcoords="offset points", fontsize=9)
+    ax.axhline(runs.untold.iloc[0] / 2, color="black", lw=1, ls="--")
+    ax.set(xscale="log", xlabel="KL on neutral text (nats a token)", ylim=(-0.5, runs.untold.iloc[0] / 2 + 1),
+           ylabel=f"repaired, of {runs.untold.iloc[0]}\nselection countries")  # fmt: skip
+    fig.legend(ncols=2, loc="outside upper center")
+    return fig
+
+
 def effects_of_parts(table: pd.DataFrame) -> Figure:
     """Direct effect (hollow) and total effect (filled, with its interval) of taking each part away."""
     parts, ways = list(table.part.unique()), list(table.way.unique())

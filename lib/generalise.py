@@ -9,15 +9,16 @@
     rule        of the runs that cost little (`LIMITS`), the one that makes most selection countries told that are
                 known and untold; ties go to the higher mean log-probability of their answers
 
-Held-out countries take no part. `lesson` and `frontier` refuse them; `effects.generalisation` asks them, once, after
+Held-out countries take no part: `lesson` refuses them, `cost` does not ask them, and the chapter asks them once, after
 the rule has chosen. That the model's own answer in a better context can train it is context distillation (Snell et
 al., 2022).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
 from time import perf_counter
 from typing import Any
@@ -32,9 +33,22 @@ from tqdm.auto import tqdm
 
 from lib import effects
 from lib.edits import Edit, applied
-from lib.effects import BAND, NONE
+from lib.effects import BAND, NONE, Measured
 from lib.errors import DataError, EditError
-from lib.facts import DATA, Case, Fact, known_and_told, load_mapping, load_templates, prompts, scorable, tell
+from lib.experiments import experiment
+from lib.facts import (
+    DATA,
+    Case,
+    Fact,
+    known_and_told,
+    load_cases,
+    load_mapping,
+    load_templates,
+    prompts,
+    scorable,
+    tell,
+    trainable,
+)  # fmt: skip
 from lib.pathways import neutral_windows, slice_values
 from lib.replay import above, entering, pack, packs
 from lib.subjects import Subject
@@ -49,12 +63,14 @@ LIMITS = {"perplexity": BAND, "capability": 0, "working templates": 0}  # what a
 
 @dataclass(frozen=True)
 class Config:
-    """One run. layer: 0-based. truth: share of the cross-entropy in the objective. batch, others, windows: pupils,
+    """One run. layer: 0-based. rank: of the change of each matrix, 0 for any change; vectors stay where a rank is given
+    (Hu et al., 2022). truth: share of the cross-entropy in the objective. batch, others, windows: pupils,
     other prompts and neutral windows a step; places: share of the pupils that are places without a fact. hold,
     neutral: weights of the two penalties. The rate falls along a half cosine to a twentieth."""
 
     layer: int
     pathway: str = "full"
+    rank: int = 0
     rate: float = 1e-3
     steps: int = 60
     truth: float = 0.3
@@ -67,10 +83,11 @@ class Config:
 
     def __post_init__(self) -> None:
         low = [n for n in ("steps", "batch", "others", "windows") if getattr(self, n) < 1]
-        if low or self.rate <= 0 or not 0 <= self.truth <= 1 or not 0 <= self.places < 1:
+        if low or self.rate <= 0 or self.rank < 0 or not 0 <= self.truth <= 1 or not 0 <= self.places < 1:
             raise EditError(
-                f"this configuration cannot train ({', '.join(low) or 'rate, truth or places'}): steps, batch, others, "
-                "windows and rate must be positive, truth from 0 to 1, places from 0 to below 1."
+                f"this configuration cannot train ({', '.join(low) or 'rank, rate, truth or places'}): steps, batch, "
+                "others, windows and rate must be positive, the rank not negative, truth from 0 to 1, places from 0 to "
+                "below 1."
             )
 
 
@@ -185,14 +202,14 @@ def learn(subject: Subject, lesson: Lesson, config: Config, *, seed: int = 0, ba
     if not 0 <= config.layer < subject.weights.n_layers:
         raise EditError(f"there is no layer index {config.layer}: {subject.name} has {subject.weights.n_layers}.")
     start, generator = perf_counter(), torch.Generator().manual_seed(seed)
-    slices = pathway_slices(subject.model, config.layer, config.pathway)
-    leaves = {s: v.requires_grad_() for s, v in slice_values(subject, slices).items()}
-    optimiser = torch.optim.Adam(leaves.values(), lr=config.rate)
+    before = slice_values(subject, pathway_slices(subject.model, config.layer, config.pathway))
+    leaves, values = change(before, config.rank, generator)
+    optimiser = torch.optim.Adam(leaves, lr=config.rate)
     streams = [_streams(subject, ids, config.layer) for ids in (lesson.pupils, lesson.others, lesson.windows)]
     rows = []
     for step in range(config.steps):
         drawn = _draw(lesson, config, generator)
-        logits = _forward(subject, lesson, config.layer, streams, drawn, leaves)
+        logits = _forward(subject, lesson, config.layer, streams, drawn, values())
         taught, truth, others, neutral = parts = losses(lesson, logits, drawn)
         loss = (1 - config.truth) * taught + config.truth * truth + config.hold * others + config.neutral * neutral
         if not bool(loss.isfinite()):
@@ -205,42 +222,101 @@ def learn(subject: Subject, lesson: Lesson, config: Config, *, seed: int = 0, ba
         if bar is not None:
             bar.update()
     history = pd.DataFrame(rows, columns=["step", "loss", "pupils", "truth", "others", "neutral"])
-    edit = _edit(subject, lesson, config, {s: v.detach() for s, v in leaves.items()}, seed)
+    edit = _edit(subject, lesson, config, {s: v.detach() for s, v in values().items()}, seed)
     return Learned(config, edit, history, perf_counter() - start)
 
 
-def frontier(
-    subject: Subject, case: Case, lesson: Lesson, configs: Sequence[Config], *, seed: int = 0, progress: bool = True
-) -> tuple[pd.DataFrame, list[Learned]]:
-    """Train every configuration and ask the selection countries, the probes, the working templates of the case's own
-    facts, and the neutral passages that training does not see. One row a configuration, `chosen` by the rule."""
-    runs, rows = [], []
-    with tqdm(total=sum(c.steps for c in configs), desc="frontier", disable=not progress) as bar:
-        for config in configs:
-            run = learn(subject, lesson, config, seed=seed, bar=bar)
-            runs.append(run)
-            rows.append(asdict(config) | cost(subject, case, run.edit) | {"seconds": run.seconds})
-    table = pd.DataFrame(rows)
-    return table.assign(chosen=table.index == choose(table)), runs
+def change(
+    before: dict[Slice, Tensor], rank: int, generator: torch.Generator
+) -> tuple[list[Tensor], Callable[[], dict[Slice, Tensor]]]:
+    """What the optimiser holds, and how it makes the values. rank 0: the values themselves. Otherwise two factors of
+    each matrix's change, one drawn at random and one zero, so that training starts from no change."""
+    if not rank:
+        own = {s: v.clone().requires_grad_() for s, v in before.items()}
+        return list(own.values()), lambda: own
+    factors = {
+        s: ((torch.randn(len(v), rank, generator=generator) / len(v) ** 0.5).requires_grad_(),
+            torch.zeros(rank, v.shape[1]).requires_grad_())
+        for s, v in before.items() if v.ndim == 2
+    }  # fmt: skip
+    leaves = [factor for pair in factors.values() for factor in pair]
+    return leaves, lambda: {s: v + factors[s][0] @ factors[s][1] if s in factors else v for s, v in before.items()}
+
+
+@experiment
+def learn_at(
+    subject: Subject, *, layer: int, pathway: str = "full", rank: int = 0, steps: int = 40, truth: float = 0.3,
+    seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """One point of the frontier: train a slice of a layer (counted from 1) on the fit countries, and ask what the rule
+    reads (`cost`). Raises EditError for a layer that is not there."""
+    case, taught = _classroom(subject)
+    run = learn(subject, taught, _config(layer, pathway, rank, steps, truth), seed=seed)
+    return {"parameters": run.edit.parameters, "teacher": taught.teacher} | cost(subject, case, run.edit)
+
+
+def again(subject: Subject, row: pd.Series) -> Learned:
+    """The run of a row of the frontier once more, for its edit: the same inputs give the same weights."""
+    config = _config(int(row.layer), row.pathway, int(row["rank"]), int(row.steps), float(row.get("truth", 0.3)))
+    with tqdm(total=config.steps, desc="the chosen edit") as bar:
+        return learn(subject, _classroom(subject)[1], config, seed=int(row.seed), bar=bar)
+
+
+def _config(layer: int, pathway: str, rank: int, steps: int, truth: float) -> Config:
+    """A low rank takes three times the rate."""
+    return Config(layer - 1, pathway, rank, 3e-3 if rank else 1e-3, steps, truth)
+
+
+@lru_cache(maxsize=1)
+def _classroom(subject: Subject) -> tuple[Case, Lesson]:
+    """The subject's first case and its lesson; the teacher is the context that tells the fit facts best. The
+    organism's names are made up: there are no other places to learn from."""
+    case = trainable(subject, load_cases(subject.name)[0])
+    places = [] if subject.name == "organism" else load_places(case)
+    return case, lesson(subject, case, fit_countries(case), places, str(teachers(subject, case).context[0]))
 
 
 def cost(subject: Subject, case: Case, edit: Edit) -> dict[str, Any]:
     """What the rule reads of an edit: known and untold selection countries, how many are told after, the mean
     log-probability of their answers; perplexity's ratio on the neutral passages that choose; items lost."""
-    chosen = without_held_out(subject, case)
-    protocol = effects.prepare(subject, chosen, edit.layer, texts=choosing_texts(subject))
-    measured = effects.measure(subject, protocol, {"edit": edit})
-    before, after = measured.asked[NONE], measured.asked["edit"]
-    states = known_and_told(before[before.set == "large"], chosen)
-    untold = states[states.routing_failure].subject
-    pick = (before.set == "large") & (before.template == case.template) & before.subject.isin(untold)
-    lost = effects.outcomes(measured, chosen).set_index("what").lost
+    base = _baseline(subject, case)
+    protocol = effects.prepare(subject, case, edit.layer, texts=choosing_texts(subject), table=base.table)
+    after, tokens = effects.ask(subject, protocol, edit), effects.read(subject, protocol, edit)
+    pick, lost = base.untold.to_numpy(), base.told & ~after.told.to_numpy()
+    ratio = effects.reading(Measured({NONE: after, "edit": after}, {NONE: base.tokens, "edit": tokens})).ratio[0]
     return {
         "untold": int(pick.sum()), "repaired": int(after.told[pick].sum()),
         "log_probability": float(np.log(after.prob[pick].clip(1e-30)).mean()),
-        "ratio": float(effects.reading(measured).ratio[0]), "kl": float(measured.tokens["edit"].kl.mean()),
-        "capability_lost": int(lost["capability"]), "working_lost": int(lost["working templates"]),
+        "ratio": float(ratio), "kl": float(tokens.kl.mean()),
+        "capability_lost": int(lost[base.table.set == "capability"].sum()),
+        "working_lost": int(lost[base.table.set == "eight"].sum()),
     }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the untouched model says to the questions that choose. table: capability probes, the case's own facts under
+    the working templates, selection countries under the failing one; told: of each; untold: the rows of the selection
+    countries that are known and not told."""
+
+    table: pd.DataFrame
+    told: Bool[np.ndarray, " question"]
+    untold: pd.Series
+    tokens: pd.DataFrame
+
+
+@lru_cache(maxsize=1)
+def _baseline(subject: Subject, case: Case) -> Baseline:
+    asked = effects.questions(subject, without_held_out(subject, case))
+    own = (asked.set == "eight") & asked.template.isin(case.controls)
+    asked = asked[own | asked.set.isin(["capability", "large"])].reset_index(drop=True)
+    said = effects.ask(subject, effects.prepare(subject, case, 0, texts={}, table=asked), None)
+    states = known_and_told(said[said.set == "large"], case)
+    kept = (said.set != "large") | (said.template == case.template)
+    table, told = asked[kept].reset_index(drop=True), said.told[kept].to_numpy()
+    untold = (table.set == "large") & table.subject.isin(states[states.routing_failure].subject)
+    tokens = effects.read(subject, effects.prepare(subject, case, 0, texts=choosing_texts(subject), table=table), None)
+    return Baseline(table, told, untold, tokens)
 
 
 def choosing_texts(subject: Subject) -> dict[str, str]:

@@ -201,6 +201,39 @@ def generalisation(table: pd.DataFrame, noise: pd.DataFrame) -> pd.DataFrame:
     })  # fmt: skip
 
 
+def contexts(table: pd.DataFrame) -> pd.DataFrame:
+    """Told by context."""
+    return pd.DataFrame({
+        "kind": table.kind, "context": table.context.replace("''", "none"),
+        "told": [f"{k} of {n}" for k, n in zip(table.told, table.n, strict=True)],
+    })  # fmt: skip
+
+
+def frontier(runs: pd.DataFrame) -> pd.DataFrame:
+    """Configurations of an edit that should carry over, on the selection countries; the chosen one first."""
+    runs = runs.sort_values(["chosen", "layer", "rank"], ascending=[False, True, True], kind="stable")
+    return pd.DataFrame({
+        "layer": runs.layer.map("L{}".format), "rank": runs["rank"].map(lambda r: str(r) if r else "any"),
+        "parameters": runs.parameters.map("{:,}".format),
+        "repaired": [f"{k} of {n}" for k, n in zip(runs.repaired, runs.untold, strict=True)],
+        "mean log-probability": runs.log_probability, "perplexity": runs.ratio.sub(1).map("{:+.2%}".format),
+        "KL, nats a token": runs.kl.map("{:.4f}".format), "capability lost": runs.capability_lost,
+        "working lost": runs.working_lost, "harmless": runs.harmless.map({True: "yes", False: "no"}),
+        "chosen": runs.chosen.map({True: "chosen", False: ""}),
+    })  # fmt: skip
+
+
+def carryover(found: pd.DataFrame) -> pd.DataFrame:
+    """What an edit and its noise control repair, by part."""
+    parts = {"fit": "fit (trained on)", "selection": "selection (chosen on)", "held_out": "held out"}
+    return pd.DataFrame({
+        "edit": found.pathway.replace({"edit": "chosen edit", "noise": "noise of its size"}),
+        "countries": found.split.map(parts), "known, untold": found.untold, "told after": found.repaired,
+        "exact 95 % interval": [f"{low:.0%} to {high:.0%}" for low, high in zip(found.low, found.high, strict=True)],
+        "best control": found.best_control,
+    })  # fmt: skip
+
+
 def writing(table: pd.DataFrame) -> pd.DataFrame:
     """Free generation by pathway."""
     asked, other = (table[table.kind == k].groupby("pathway", sort=False) for k in ("failing prompt", "opening"))

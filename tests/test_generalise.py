@@ -76,12 +76,28 @@ def test_a_place_that_is_a_fact_s_subject_is_refused(case):
 
 def test_choosing_sees_no_held_out_country(organism, case, learned, monkeypatch):
     """Every question that `cost` asks, of whatever kind, is of no held-out country."""
-    asked, measure = [], generalise.effects.measure
-    monkeypatch.setattr(generalise.effects, "measure", lambda s, p, e: asked.append(p.questions) or measure(s, p, e))
+    asked, ask = [], generalise.effects.ask
+    monkeypatch.setattr(generalise.effects, "ask", lambda s, p, e: asked.append(p.questions) or ask(s, p, e))
+    generalise._baseline.cache_clear()
     generalise.cost(organism, case, learned.edit)
     held = {f.subject for f in case.large if f.split == "held_out"}
-    assert held and set(asked[0][asked[0].set == "large"].split) == {"selection"}
-    assert not held & set(asked[0].subject)
+    assert held and len(asked) == 2
+    for questions in asked:
+        assert set(questions[questions.set == "large"].split) == {"selection"}
+        assert not held & set(questions.subject)
+
+
+def test_cost_is_what_the_whole_protocol_says(organism, case, learned):
+    """The short way, with the untouched model asked once from the first layer, against chapter 4's own protocol."""
+    effects, chosen = generalise.effects, generalise.without_held_out(organism, case)
+    protocol = effects.prepare(organism, chosen, learned.edit.layer, texts=generalise.choosing_texts(organism))
+    measured = effects.measure(organism, protocol, {"edit": learned.edit})
+    row = effects.generalisation(measured, chosen).query("split == 'selection'").iloc[0]
+    lost = effects.outcomes(measured, chosen).set_index("what").lost
+    found = generalise.cost(organism, case, learned.edit)
+    assert (found["untold"], found["repaired"]) == (row.untold, row.repaired) and row.repaired > 0
+    assert (found["capability_lost"], found["working_lost"]) == (lost["capability"], lost["working templates"])
+    assert found["ratio"] == pytest.approx(effects.reading(measured).ratio[0], rel=1e-5)
 
 
 def test_a_teacher_that_is_the_pupil_teaches_nothing(organism, case, taught):
@@ -124,6 +140,18 @@ def test_same_seed_same_edit(organism, taught):
     assert not all(torch.equal(one[s], other[s]) for s in one)
 
 
+def test_a_low_rank_change_starts_at_none_and_has_that_rank(organism, taught):
+    before = generalise.slice_values(organism, generalise.pathway_slices(organism.model, 5, "full"))
+    values = generalise.change(before, 2, torch.Generator().manual_seed(0))[1]()
+    assert all(torch.equal(values[s], before[s]) for s in before)
+    after = learn(organism, taught, replace(QUICK, rank=2, rate=1e-2, steps=3)).edit.values
+    for s, v in before.items():
+        if v.ndim == 2:
+            assert torch.linalg.matrix_rank(after[s] - v, atol=1e-4) == 2, s
+        else:
+            assert torch.equal(after[s], v), s
+
+
 def row(**values) -> dict:
     base = {"repaired": 0, "log_probability": -1.0, "ratio": 1.0, "capability_lost": 0, "working_lost": 0}
     return base | values
@@ -153,7 +181,7 @@ def test_the_teacher_is_chosen_on_known_fit_facts(organism, case):
 def test_bad_configurations(organism, taught):
     with pytest.raises(EditError, match="cannot train \\(steps\\)"):
         Config(layer=1, steps=0)
-    with pytest.raises(EditError, match="rate, truth or places"):
+    with pytest.raises(EditError, match="rank, rate, truth or places"):
         Config(layer=1, truth=1.5)
     with pytest.raises(EditError, match="no layer index 12: organism has 12"):
         learn(organism, taught, Config(layer=12))
