@@ -62,11 +62,8 @@ def setting(subject: Subject) -> Setting:
 @lru_cache(maxsize=1)
 def prepared(subject: Subject) -> dict[int, tuple[Kept, Protocol]]:
     """For each layer (0-based) what training and asking need of what lies below it: one run of the model for all."""
-    case, layers, table = (
-        setting(subject).case,
-        range(subject.weights.n_layers),
-        questions(subject, setting(subject).case),
-    )
+    case, layers = setting(subject).case, range(subject.weights.n_layers)
+    table = questions(subject, case)
     failing = table.set.isin(["eight", "large"]) & (table.template == case.template)
     table = table[table.set.isin(["capability", "unrelated"]) | failing]
     kept = keep_all(subject, case, layers)
