@@ -4,7 +4,7 @@ SUBJECT ?= smollm2
 BIN     := .venv/bin
 LIB     := $(BIN)/python -m lib
 
-.PHONY: help book test smoke check pages pdf colab snapshot links clean
+.PHONY: help bench book test smoke check pages pdf colab snapshot links clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -45,6 +45,9 @@ links: .venv/ready  ## check every link that the built book follows to the outsi
 	cp -r book _config.yml _toc.yml _build/links
 	cp _build/executed/$(SUBJECT)/*.ipynb _build/html/_sources/book/reproduction.md _build/links/book
 	$(BIN)/jupyter-book build _build/links --builder linkcheck
+
+bench: .venv/ready  ## speed of the book beside TransformerLens, Captum, PyTorch and peft: a table, and _build/bench.json
+	$(BIN)/python -m tests.bench
 
 clean:  ## delete what was built (the environment and the fetched models stay)
 	rm -rf _build

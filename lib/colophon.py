@@ -65,6 +65,37 @@ def tolerances(subject: str, expected: dict[str, dict[str, dict[str, Any]]]) -> 
     return _TOLERANCES.format(subject=_code(subject), n=len(entries), loose=len(loose), rows=rows)
 
 
+TIMES = "% what it took\n"  # likewise
+
+
+def times(provenances: dict[str, dict[str, Any]]) -> str:
+    """How long each chapter of this build took and how much memory, as MyST markdown. provenances: as `Results` keeps
+    them, by chapter."""
+    rows = "\n".join(
+        f"* - {{doc}}`{int(chapter.partition('_')[0])} <{chapter}>`\n  - {p['seconds']:.0f}\n"
+        f"  - {p['peak_mb']:,}\n  - {p['threads']}\n  - {_code(p['start'])}"
+        for chapter, p in provenances.items()
+    )
+    total = sum(p["seconds"] for p in provenances.values())
+    return _TIMES.format(rows=rows, minutes=total / 60)
+
+
+_TIMES = """The chapters of this build took {minutes:.1f} minutes one after the other. Runs of a sweep
+that were kept from an earlier build are not in it; memory is the notebook's own, not that of workers beside it.
+
+:::{{list-table}}
+:header-rows: 1
+:class: times
+
+* - Chapter
+  - Seconds
+  - Peak memory, MB
+  - Threads
+  - Started (UTC)
+{rows}
+:::
+"""
+
 _TOLERANCES = """Of {n} numbers and names that are expected of {subject}, {loose} may come out otherwise on another
 machine, because processors round differently; by how much, and why, is listed below. All others must be the same.
 

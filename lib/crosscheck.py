@@ -86,21 +86,22 @@ def neurons(
             logits = (final[some.last] * weights.W_U[:, own].T).sum(-1)
         grads = torch.autograd.grad(logits.sum(), seen[:-1])
         active, slopes = (torch.stack([_rows(x, some.last) for x in xs], 1).detach() for xs in (seen[:-1], grads))
-        direction = _direction(subject, _rows(seen[-1], some.last).detach(), own)
+        read = direction(subject, _rows(seen[-1], some.last).detach(), own)
         gradients.append(active * slopes)
-        traces.append(active * torch.stack([direction @ weights.blocks[i].mlp.W_out.T for i in layers], 1))
+        traces.append(active * torch.stack([read @ weights.blocks[i].mlp.W_out.T for i in layers], 1))
     return Neurons(tuple(layers), torch.cat(traces), torch.cat(gradients))
 
 
 def captum_neurons(
-    subject: Subject, texts: Sequence[str], targets: Int[Tensor, " prompt"], layers: Sequence[int]
-) -> Float[Tensor, "prompt layer d_mlp"]:
+    subject: Subject, texts: Sequence[str], targets: Int[Tensor, " prompt"], layers: Sequence[int], *,
+    progress: str | None = "Captum",
+) -> Float[Tensor, "prompt layer d_mlp"]:  # fmt: skip
     """Gradient x activation by Captum itself: a full forward and backward pass for each batch of prompts."""
     from captum.attr import LayerGradientXActivation
 
     modules = [subject.weights.blocks[i].mlp_out for i in layers]
     out = []
-    for start in tqdm(range(0, len(texts), BATCH), desc="Captum"):
+    for start in tqdm(range(0, len(texts), BATCH), desc=progress, disable=progress is None):
         tokens, last = subject.encode(texts[start : start + BATCH])
         rows, own = torch.arange(len(last)), targets[start : start + BATCH]
 
@@ -206,7 +207,7 @@ def against_transformerlens(subject: Subject, texts: Sequence[str], answers: Int
         W_O = torch.stack([b.attn.W_O.view(weights.n_heads, -1, weights.d_model) for b in lens.blocks])
         written = torch.einsum("lnh,lnhd->lnd", z.reshape(W_O.shape[:3]), W_O)
         last = cache[f"blocks.{layers[-1]}.hook_resid_post"][0, -1]
-        heads = written @ _direction(subject, last[None], answers[i : i + 1])[0]
+        heads = written @ direction(subject, last[None], answers[i : i + 1])[0]
         stream = torch.stack([*(cache[f"blocks.{j}.hook_resid_pre"][0, -1] for j in layers), last])
         read = lens.unembed(lens.ln_final(stream[None]))[0][:, answers]
         curves.append([x[:, i] - (x.sum(1) - x[:, i]) / max(1, len(answers) - 1) for x in (own, read)])
@@ -423,7 +424,7 @@ def _rows(x: Tensor, rows: Int[Tensor, " text"]) -> Float[Tensor, "text width"]:
     return x.reshape(-1, x.shape[-1])[rows]
 
 
-def _direction(
+def direction(
     subject: Subject, final: Float[Tensor, "text d_model"], tokens: Int[Tensor, " text"]
 ) -> Float[Tensor, "text d_model"]:
     """The residual direction that each token's logit reads. final: the last stream, before the norm."""

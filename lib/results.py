@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import platform
 import re
+import resource
 import subprocess
+import sys
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -48,7 +50,7 @@ class Results:
             "licence": subject.licence,
             "weights_sha256": subject.weights_sha256,
             "lib": __version__,
-            "commit": _commit(),
+            "commit": commit(),
             "python": platform.python_version(),
             "packages": {name: version(name) for name in PACKAGES},
             "seed": seed,
@@ -86,7 +88,9 @@ class Results:
 
     def save(self) -> Path:
         """Write the file in one step and return its path. Raises ChapterError where that is impossible."""
-        provenance = {**self.provenance, "seconds": round(time.perf_counter() - self._start, 1)}
+        unit = 1024**2 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
+        provenance = {**self.provenance, "seconds": round(time.perf_counter() - self._start, 1), "peak_mb": peak}
         content = json.dumps({"provenance": provenance, "values": self.values}, indent=1, ensure_ascii=False)
         write_atomically(self.path, content + "\n")
         return self.path
@@ -175,7 +179,7 @@ def _glue(key: str, text: str) -> None:
     glue(key, text, display=False)
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of this checkout, with `+changes` if files differ from it; `unknown` outside a checkout."""
 
     def git(*words: str) -> str:

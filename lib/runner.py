@@ -110,6 +110,12 @@ def is_current(subject: str, chapter: str, values: dict[str, Any] | None, weight
     return kept["fingerprint"] == fingerprint(subject, chapter, kept["values"], weights)
 
 
+def provenances(subject: str) -> dict[str, dict[str, Any]]:
+    """Where each chapter's results come from, by chapter."""
+    read = {c: results_path(subject, c).read_text(encoding="utf-8") for c in chapter_names()}
+    return {chapter: json.loads(text)["provenance"] for chapter, text in read.items()}
+
+
 def executed_path(subject: str, chapter: str) -> Path:
     return BUILD / "executed" / slug(subject) / f"{chapter}.ipynb"
 
@@ -250,6 +256,7 @@ def build(subject: str, *, force: bool = False, say: Callable[[str], None] = pri
             expected = ROOT / "data" / "expected" / f"{slug(subject)}.json"
             wanted = json.loads(expected.read_text(encoding="utf-8")) if expected.is_file() else {}
             text = path.read_text(encoding="utf-8").replace(colophon.MARK, colophon.tolerances(subject, wanted))
+            text = text.replace(colophon.TIMES, colophon.times(provenances(subject)))
             path.write_text(text, encoding="utf-8")
         ways = "".join(Path(__file__).with_name(f"{name}.py").read_text("utf-8") for name in ("mathml", "theme"))
         shown = hashlib.sha256(page.read_bytes()).hexdigest() if page else ""

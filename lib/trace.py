@@ -136,29 +136,47 @@ def logit_trace(
     """Every term's contribution to the logits of the given tokens (one row a prompt). Raises CompletenessError if
     the terms miss the model's own logit by more than the tolerance: fp32 rounding over a few hundred terms of size
     10 stays below 1e-3, a term left out does not. (raw: relative to the largest term, which no norm tames.)"""
-    weights = subject.weights
-    directions, constant = _directions(subject, seen, tokens, convention)
-    W_O = torch.stack([b.attn.W_O for b in weights.blocks])
-    bias = torch.stack([b.bias() for b in weights.blocks])
-    mlp_bias = torch.stack([torch.zeros_like(b.bias()) if b.mlp.b_out is None else b.mlp.b_out for b in weights.blocks])
-    projected = einsum(W_O, directions, "l n h d, b k d -> b k l n h")
-    trace = LogitTrace(
-        convention=convention,
-        tokens=tokens,
-        embed=einsum(seen.stream[:, 0], directions, "b d, b k d -> b k"),
-        heads=einsum(seen.z, projected, "b l n h, b k l n h -> b k l n"),
-        mlps=einsum(seen.mlps - mlp_bias, directions, "b l d, b k d -> b k l"),
-        biases=einsum(bias, directions, "l d, b k d -> b k l"),
-        constant=constant,
-        model=_own_value(seen, tokens, directions, convention),
+    return logit_traces(subject, seen, tokens, (convention,), tolerance)[convention]
+
+
+@torch.no_grad()
+def logit_traces(
+    subject: Subject,
+    seen: Capture,
+    tokens: Int[Tensor, "b n"],
+    conventions: Sequence[Convention] = CONVENTIONS,
+    tolerance: float = 1e-3,
+) -> dict[Convention, LogitTrace]:
+    """`logit_trace` in several conventions, which differ only in the direction that every term is read along: what a
+    head writes into the stream is computed once."""
+    blocks = subject.weights.blocks
+    written = torch.stack(  # (b, l, n, d)
+        [einsum(z, block.attn.W_O, "b n h, n h d -> b n d") for z, block in zip(seen.z.unbind(1), blocks, strict=True)],
+        1,
     )
-    allowed = tolerance * (max(1.0, float(trace.mlps.abs().max())) if convention == "raw" else 1.0)
-    if not trace.error <= allowed:
-        raise CompletenessError(
-            f"the {convention} trace of {seen.prompts[0]!r} and {len(seen.prompts) - 1} more misses the model's own "
-            f"logits by {trace.error:.2g} (allowed {allowed:.2g}); load the subject in fp32, and check lib/weights.py."
+    bias = torch.stack([b.bias() for b in blocks])
+    mlp_bias = torch.stack([torch.zeros_like(b.bias()) if b.mlp.b_out is None else b.mlp.b_out for b in blocks])
+    traces = {}
+    for convention in conventions:
+        directions, constant = _directions(subject, seen, tokens, convention)
+        traces[convention] = trace = LogitTrace(
+            convention=convention,
+            tokens=tokens,
+            embed=einsum(seen.stream[:, 0], directions, "b d, b k d -> b k"),
+            heads=einsum(written, directions, "b l n d, b k d -> b k l n"),
+            mlps=einsum(seen.mlps - mlp_bias, directions, "b l d, b k d -> b k l"),
+            biases=einsum(bias, directions, "l d, b k d -> b k l"),
+            constant=constant,
+            model=_own_value(seen, tokens, directions, convention),
         )
-    return trace
+        allowed = tolerance * (max(1.0, float(trace.mlps.abs().max())) if convention == "raw" else 1.0)
+        if not trace.error <= allowed:
+            raise CompletenessError(
+                f"the {convention} trace of {seen.prompts[0]!r} and {len(seen.prompts) - 1} more misses the model's "
+                f"own logits by {trace.error:.2g} (allowed {allowed:.2g}); load the subject in fp32, and check "
+                "lib/weights.py."
+            )
+    return traces
 
 
 @torch.no_grad()

@@ -1,0 +1,75 @@
+"""`make bench`: every row measured and checked, the table printed, all of it kept as JSON.
+
+python -m tests.bench [ROW ...] [--output FILE]
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from lib import __version__, subjects
+from lib.results import BUILD, commit, write_atomically
+from tests.bench import growth, measure, rows
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def bench(
+    only: Annotated[list[str] | None, typer.Argument(help="Rows to run, such as `step`; all if none is named.")] = None,
+    output: Annotated[Path, typer.Option(help="The file to write.")] = BUILD / "bench.json",
+) -> None:
+    """Measure the book's work against its peers, each row with its equality check. Exit 1 where results differ."""
+    torch.set_num_threads(2)
+    subject, found = subjects.load("smollm2"), []
+    makers = [m for m in rows.ROWS if not only or any(m.__name__.startswith(word) for word in only)]
+    for maker in (bar := tqdm(makers, desc="bench")):
+        for row in maker(subject):
+            bar.set_postfix_str(f"{row.name} / {row.peer_name}")
+            found.append(measure.run(row, measure.matmul_rate()))
+    content = {
+        "machine": measure.machine(), "lib": __version__, "commit": commit(),
+        "matmul_gflops": measure.matmul_rate() / 1e9, "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "rows": found, "growth": [] if only else growth.measure_all(subject),
+    }  # fmt: skip
+    write_atomically(output, json.dumps(content, indent=1) + "\n")
+    Console(width=180).print(show(found))
+    print(f"written to {output}")
+
+
+def show(found: list[dict]) -> Table:
+    table = Table(title="Ours beside a peer, in one process, interleaved")
+    for column in (
+        "row",
+        "beside",
+        "times faster (spread)",
+        "goal",
+        "ours s",
+        "peer s",
+        "MB",
+        "of matmul rate",
+        "differ by",
+    ):
+        table.add_column(column)
+    for r in found:
+        goal = [f"{r['goal']:.2g} times" if r["goal"] else "", f"{r['limit_s']:g} s" if r["limit_s"] else ""]
+        said = " ".join(filter(None, goal)) + ("" if r["met"] is None else " met" if r["met"] else " missed")
+        table.add_row(
+            r["row"], r["peer"], f"{r['ratio']:.2f} ({r['least']:.2f} to {r['most']:.2f})", said, f"{r['ours_s']:.3f}",
+            f"{r['peer_s']:.3f}", f"{r['ours_mb']:.0f} / {r['peer_mb']:.0f}" if r["ours_mb"] is not None else "-",
+            f"{r['matmul_share']:.0%}" if r["matmul_share"] else "-", f"{r['difference']:.1e}",
+        )  # fmt: skip
+    return table
+
+
+if __name__ == "__main__":
+    app()

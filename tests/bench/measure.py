@@ -1,0 +1,125 @@
+"""Two ways to the same numbers, run in turn in one process: which is faster, by how much, with how much memory.
+
+Absolute times of a shared machine mean little. So each round runs both, the order turned round every time, and what is
+kept is their ratio, round by round; and beside it the share of the rate at which this machine multiplied large
+matrices in the same minute.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+Work = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """ours, peer: do the work and give the result. same: the largest difference of two results, relative to what the
+    tolerance is. ours_of, peer_of: the share of the work that a call does, where a sample stands for the whole. goal:
+    how many times faster ours must be (below 1: at most so much slower). seconds: how long ours may take at most."""
+
+    name: str
+    what: str
+    peer_name: str
+    ours: Work
+    peer: Work
+    same: Callable[[Any, Any], float]
+    tolerance: float
+    goal: float | None
+    ours_of: float = 1.0
+    peer_of: float = 1.0
+    rounds: int = 5
+    seconds: float | None = None
+
+
+def run(row: Row, matmul: float) -> dict[str, Any]:
+    """Warm up, check that both say the same, then time them in turn. Raises AssertionError where they differ."""
+    mine, theirs = row.ours(), row.peer()
+    difference = row.same(mine, theirs)
+    assert difference <= row.tolerance, f"{row.name}: results differ by {difference:.2g}, allowed {row.tolerance:.2g}"
+    del mine, theirs
+    seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+    for i in range(row.rounds):
+        for side in ("ours", "peer")[:: 1 if i % 2 else -1]:
+            work, share = (row.ours, row.ours_of) if side == "ours" else (row.peer, row.peer_of)
+            seconds[side].append(timed(work) / share)
+    ratios = [p / o for o, p in zip(seconds["ours"], seconds["peer"], strict=True)]
+    best, flops = min(seconds["ours"]), count(row.ours) / row.ours_of
+    return {
+        "row": row.name, "what": row.what, "peer": row.peer_name, "rounds": row.rounds, "difference": difference,
+        "tolerance": row.tolerance, "ours_s": median(seconds["ours"]), "peer_s": median(seconds["peer"]),
+        "ratio": median(ratios), "least": min(ratios), "most": max(ratios), "goal": row.goal,
+        "limit_s": row.seconds, "met": _met(row, median(ratios), median(seconds["ours"])),
+        "ours_mb": peak(row.ours), "peer_mb": peak(row.peer),
+        "gflop": flops / 1e9, "matmul_share": flops / best / matmul if flops else None,
+    }  # fmt: skip
+
+
+def _met(row: Row, ratio: float, seconds: float) -> bool | None:
+    if row.goal is None and row.seconds is None:
+        return None
+    return (row.goal is None or ratio >= row.goal) and (row.seconds is None or seconds <= row.seconds)
+
+
+def timed(work: Work) -> float:
+    start = perf_counter()
+    work()
+    return perf_counter() - start
+
+
+def count(work: Work) -> float:
+    """Floating-point operations of the matrix products in it."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return float(counter.get_total_flops())
+
+
+def peak(work: Work) -> float | None:
+    """MB by which the process grows at its largest while it works; None where the kernel does not tell."""
+    gc.collect()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        before = _status("VmRSS")
+        work()
+        return max(0.0, (_status("VmHWM") - before) / 1024)
+    except OSError:
+        return None
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def matmul_rate(n: int = 1536, rounds: int = 9) -> float:
+    """Operations a second of a large product in fp32, at the best of a few."""
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    return 2 * n**3 / min(timed(lambda: a @ b) for _ in range(rounds))
+
+
+def largest(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def machine() -> dict[str, Any]:
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return {"processor": names[0] if names else platform.processor(), "cores": len(names) or None,
+            "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}  # fmt: skip
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []

@@ -1,0 +1,307 @@
+"""What is compared: each row does one piece of the book's work in the book's way and in a peer's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformer_lens import patching as lens_patching
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lib import crosscheck, patching, pathways, static, subjects
+from lib.facts import Fact, load_cases, load_templates, prompts, trainable
+from lib.subjects import Subject
+from lib.trace import CONVENTIONS, capture, logit_traces
+from lib.weights import pathway_slices
+from tests.bench.measure import Row, largest
+
+LAYER = 23  # 0-based: the diagnosed layer of SmolLM2's first case
+AROUND = 2  # layers on either side that Captum is asked for
+SAMPLE = 64  # prompts that stand for all 2,440 at the peer
+LAYERS_OF_PEER = (0, 10, 20, 29)  # layers that stand for all 30 at the peer: a patched pass costs the same anywhere
+
+
+def trace_rows(subject: Subject) -> list[Row]:
+    """The full logit trace of 8 prompts, beside one plain forward pass, and beside TransformerLens."""
+    case = trainable(subject, load_cases(subject.name)[0])
+    texts = prompts(case.facts, load_templates()[case.template])
+    answers = torch.tensor([[subject.first_token(f.answer)] for f in case.facts])
+    tokens, last = subject.encode(texts)
+    rows, lens = torch.arange(len(texts)), crosscheck.bridge(subject)
+
+    @torch.no_grad()
+    def ours() -> tuple[Tensor, Tensor]:
+        seen = capture(subject, texts)
+        return seen.logits, logit_traces(subject, seen, answers)["scaled"].heads[:, 0]
+
+    @torch.no_grad()
+    def forward() -> tuple[Tensor, None]:
+        return subject.model(tokens, use_cache=False).logits[rows, last], None
+
+    @torch.no_grad()
+    def through_lens() -> tuple[Tensor, Tensor]:
+        logits, cache = lens.run_with_cache(tokens, prepend_bos=False)
+        heads = torch.stack([_heads(subject, lens, cache, layer) for layer in range(subject.weights.n_layers)], 1)
+        final = cache[f"blocks.{subject.weights.n_layers - 1}.hook_resid_post"][rows, last]
+        direction = crosscheck.direction(subject, final, answers[:, 0])
+        return logits[rows, last], (heads[rows, :, :, last] * direction[:, None, None]).sum(-1)
+
+    def _heads(subject: Subject, lens, cache, layer: int) -> Tensor:
+        z = cache[f"blocks.{layer}.attn.hook_z"].view(*tokens.shape, subject.weights.n_heads, -1)
+        W_O = lens.blocks[layer].attn.W_O.view(subject.weights.n_heads, -1, subject.weights.d_model)
+        return torch.einsum("btnh,nhd->bntd", z, W_O)
+
+    what = f"heads, MLPs and biases of {len(texts)} prompts, {len(CONVENTIONS)} conventions"
+    return [
+        Row("logit trace", what, "one plain forward pass (Hugging Face)", ours, forward,
+            lambda a, b: largest(a[0], b[0]), 1e-4, 1 / 1.3, rounds=9),
+        Row("logit trace", what, "TransformerLens: run_with_cache, heads stacked", ours, through_lens,
+            lambda a, b: largest(a[1], b[1]), 1e-3, None, rounds=5),
+    ]  # fmt: skip
+
+
+def neuron_rows(subject: Subject) -> list[Row]:
+    """Neurons of the diagnosed layer for all prompts of chapter 5, beside Captum over the layers around it."""
+    case = trainable(subject, load_cases(subject.name)[0])
+    table = crosscheck.large_prompts(subject, case)
+    texts, targets = list(table.prompt), torch.tensor(table.answer_token.to_numpy())
+    some = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:SAMPLE]
+    sample, layers = [texts[i] for i in some], [LAYER + i for i in range(-AROUND, AROUND + 1)]
+    return [
+        Row("neuron trace", f"L{LAYER + 1}, {len(texts):,} prompts, by trace and by gradient",
+            f"Captum LayerGradientXActivation, {len(layers)} layers ({SAMPLE} prompts, scaled)",
+            lambda: crosscheck.neurons(subject, texts, targets, [LAYER]).gradient[some, 0],
+            lambda: crosscheck.captum_neurons(subject, sample, targets[some], layers, progress=None)[:, AROUND],
+            largest, 1e-3, 10, peer_of=SAMPLE / len(texts), rounds=3),
+    ]  # fmt: skip
+
+
+def patching_rows(subject: Subject) -> list[Row]:
+    """Every head at the last position, 8 pairs of prompts of equal length, beside TransformerLens' helper."""
+    facts, texts, others = equal_length(subject, 8)
+    pairs = torch.tensor([[subject.first_token(f.answer), subject.first_token("the")] for f in facts])
+    tokens, last = subject.encode(texts)
+    clean_tokens, _ = subject.encode(others)
+    lens, heads = crosscheck.bridge(subject), subject.weights.n_heads
+    index = pd.DataFrame([(layer, int(last[0]), head) for layer in LAYERS_OF_PEER for head in range(heads)],
+                         columns=["layer", "pos", "head"])  # fmt: skip
+
+    def ours() -> Tensor:
+        bad, good = patching.run(subject, texts), patching.run(subject, others)
+        found = patching.patched(subject, bad, good.z, good.mlps, pairs)[: subject.weights.n_layers * heads]
+        return found.view(-1, heads, len(texts))[list(LAYERS_OF_PEER)].flatten(0, 1)
+
+    @torch.no_grad()
+    def through_lens() -> Tensor:
+        _, clean = lens.run_with_cache(clean_tokens, prepend_bos=False)
+        metric = partial(_margin, pairs=pairs)
+        found = lens_patching.generic_activation_patch(
+            lens, tokens, clean, metric, lens_patching.layer_pos_head_vector_patch_setter, "z", index_df=index,
+            reduce="none",
+        )  # fmt: skip
+        return found.values
+
+    return [
+        Row("activation patching", f"{subject.weights.n_layers * heads} heads, last position, {len(texts)} pairs",
+            f"TransformerLens' own helper ({len(index)} heads, scaled)", ours, through_lens, largest, 1e-3, 20,
+            peer_of=len(LAYERS_OF_PEER) / subject.weights.n_layers, rounds=3),
+    ]  # fmt: skip
+
+
+def _margin(logits: Tensor, pairs: Tensor) -> Tensor:
+    return -logits[:, -1].gather(1, pairs).diff()[:, 0]
+
+
+def equal_length(subject: Subject, n: int) -> tuple[list[Fact], list[str], list[str]]:
+    """n facts whose prompts are equally long, and for each the prompt of another of them."""
+    case = trainable(subject, load_cases(subject.name)[0])
+    texts = prompts(case.large, load_templates()[case.template])
+    sizes = pd.Series([len(subject.token_ids(t)) for t in texts])
+    pick = sizes[sizes == sizes.mode()[0]].index[:n]
+    chosen = [texts[i] for i in pick]
+    return [case.large[i] for i in pick], chosen, chosen[1:] + chosen[:1]
+
+
+def step_rows(subject: Subject) -> list[Row]:
+    """One step of V-only training at the diagnosed layer: ours, plain PyTorch (as a model is loaded, and with all else
+    frozen) and peft. All take the same prompts and window, and the untouched model's log-probabilities from a store."""
+    case = trainable(subject, load_cases(subject.name)[0])
+    kept = pathways.keep(subject, case, LAYER)
+    (part,) = pathway_slices(subject.model, LAYER, "v_only")
+    rows, start = torch.arange(kept.recipe.windows), pathways.slice_values(subject, (part,))[part]
+    leaf = start.clone().requires_grad_()
+    optimiser = torch.optim.Adam([leaf], lr=1e-3)
+
+    def ours() -> tuple[Tensor, Tensor]:
+        leaf.data.copy_(start)
+        cross_entropy, kl, _ = pathways.losses(subject, kept, {part: leaf}, rows)
+        return _step(cross_entropy + kept.recipe.kl_weight * kl, optimiser, leaf)
+
+    whole = copy.deepcopy(subject.model)
+    peers = {
+        "plain PyTorch, every parameter's gradient": plain_step(subject, kept, whole.requires_grad_(), part.name),
+        "plain PyTorch, all else frozen": plain_step(subject, kept, copy.deepcopy(subject.model), part.name),
+        "peft: LoRA of full rank on the same matrix": peft_step(subject, kept),
+    }
+    what = f"L{LAYER + 1}, {len(case.facts)} prompts and {kept.recipe.windows} window of {kept.recipe.window} tokens"
+    return [
+        Row("V-only step", what, name, ours, peer, _same_loss if "peft" in name else _same_step, 2e-3, 5, rounds=9)
+        for name, peer in peers.items()
+    ]
+
+
+def _step(loss: Tensor, optimiser: torch.optim.Optimizer, leaf: Tensor) -> tuple[Tensor, Tensor]:
+    loss.backward()
+    gradient = leaf.grad.clone()
+    optimiser.step()
+    optimiser.zero_grad()
+    return loss.detach(), gradient
+
+
+def _same_step(mine: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> float:
+    return max(largest(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def _same_loss(mine: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> float:
+    """A factorised change has other gradients, and the same loss at its start."""
+    return largest(mine[0], theirs[0])
+
+
+def plain_loss(model: nn.Module, subject: Subject, kept: pathways.Kept, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The objective by two whole forward passes, and the logits after the prompts."""
+    tokens, last = subject.encode(prompts(kept.facts, kept.template))
+    logits = model(input_ids=tokens, use_cache=False).logits[torch.arange(len(last)), last]
+    windows = torch.tensor(kept.windows)[rows]
+    now = model(input_ids=windows, use_cache=False).logits[:, kept.recipe.read].log_softmax(-1)
+    kl = F.kl_div(now, kept.base[rows], log_target=True, reduction="none").sum(-1).mean()
+    return F.cross_entropy(logits, kept.answers) + kept.recipe.kl_weight * kl, logits
+
+
+def plain_step(subject: Subject, kept: pathways.Kept, model: nn.Module, name: str) -> Callable[[], tuple]:
+    leaf = dict(model.named_parameters())[name].requires_grad_()
+    start, rows = leaf.detach().clone(), torch.arange(kept.recipe.windows)
+    optimiser = torch.optim.Adam([leaf], lr=1e-3)
+
+    def step() -> tuple[Tensor, Tensor]:
+        leaf.data.copy_(start)
+        model.zero_grad()
+        return _step(plain_loss(model, subject, kept, rows)[0], optimiser, leaf)
+
+    return step
+
+
+def peft_step(subject: Subject, kept: pathways.Kept) -> Callable[[], tuple]:
+    from peft import LoraConfig, get_peft_model
+
+    rank = subject.weights.n_kv_heads * subject.weights.d_head
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["v_proj"], layers_to_transform=[LAYER])
+    model = get_peft_model(copy.deepcopy(subject.model), config)
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    start, rows = [p.detach().clone() for p in leaves], torch.arange(kept.recipe.windows)
+    optimiser = torch.optim.Adam(leaves, lr=1e-3)
+
+    def step() -> tuple[Tensor, Tensor]:
+        for leaf, value in zip(leaves, start, strict=True):
+            leaf.data.copy_(value)
+        return _step(plain_loss(model, subject, kept, rows)[0], optimiser, leaves[0])
+
+    return step
+
+
+FOUR = ("full", "attention", "ffn", "v_only")
+
+
+def four_rows(subject: Subject) -> list[Row]:
+    """The four pathways, trained to the goal at one rate, set-up included; the plain way trains the same slices of a
+    whole model."""
+    case = trainable(subject, load_cases(subject.name)[0])
+
+    def ours() -> list[int]:
+        kept = pathways.keep(subject, case, LAYER)
+        return [pathways.train(subject, kept, name, rate=1e-3).steps for name in FOUR]
+
+    def plain() -> list[int]:
+        kept = pathways.keep(subject, case, LAYER)
+        return [plain_train(subject, kept, name) for name in FOUR]
+
+    return [
+        Row("four pathways", f"L{LAYER + 1}, to a margin of {pathways.DEFAULT.margin:g} or "
+            f"{pathways.DEFAULT.max_steps} steps, set-up included", "plain PyTorch, all else frozen", ours, plain,
+            lambda a, b: float(a != b), 0.0, 5, rounds=1),
+    ]  # fmt: skip
+
+
+def plain_train(subject: Subject, kept: pathways.Kept, pathway: str) -> int:
+    """Steps to the goal; as `pathways.optimise`, on a whole model."""
+    model, recipe = copy.deepcopy(subject.model), kept.recipe
+    parameters = dict(model.named_parameters())
+    leaves = [parameters[s.name].requires_grad_() for s in pathway_slices(model, kept.layer, pathway)]
+    optimiser, generator = torch.optim.Adam(leaves, lr=1e-3), torch.Generator().manual_seed(0)
+    for step in range(recipe.max_steps + 1):
+        rows = torch.randperm(kept.training, generator=generator)[: recipe.windows]
+        loss, logits = plain_loss(model, subject, kept, rows)
+        own = logits.gather(1, kept.answers[:, None])[:, 0]
+        others = logits.scatter(1, kept.answers[:, None], float("-inf")).amax(1)
+        if float((own - others).min()) >= recipe.margin or step == recipe.max_steps:
+            break
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return step
+
+
+def static_rows(subject: Subject) -> list[Row]:
+    """All four input-free diagnostics of all heads, beside the relation maps alone by whole OV and QK matrices."""
+    case, types = trainable(subject, load_cases(subject.name)[0]), static.load_token_types(subject)
+    ids = [i for group in types.values() for i in group]
+
+    def ours() -> Tensor:
+        static.qk_overlap(subject.weights)
+        static.k_norms(subject.weights, ids)
+        return static.relation_maps(subject, case.facts)["raw"].score
+
+    @torch.no_grad()
+    def plain() -> Tensor:
+        weights, facts = subject.weights, case.facts
+        e = weights.W_E[[subject.token_ids(f" {f.subject}")[-1] for f in facts]]
+        e = torch.cat((e, static.enrich(weights, e)))
+        answers, W_U = (
+            torch.tensor([subject.first_token(f.answer) for f in facts]),
+            weights.norm_final.fold(weights.W_U),
+        )
+        hits = []
+        for block in weights.blocks:
+            x, W_V = block.norm_attn(e), block.attn.per_head(block.attn.W_V)
+            for head in range(weights.n_heads):
+                top = (x @ (W_V[head] @ block.attn.W_O[head]) @ W_U).topk(10).indices[: len(facts)]
+                hits.append((top == answers[:, None]).any(1).float().mean())
+        return torch.stack(hits).view(weights.n_layers, -1)
+
+    return [
+        Row("static diagnostics", f"{subject.weights.n_layers * subject.weights.n_heads} heads: QK overlap, K-norms, "
+            f"relation maps of {len(case.facts)} facts", "relation maps alone, a d_model x d_model matrix a head", ours,
+            plain, lambda a, b: float((a - b).abs().max()), 0.0, None, rounds=3, seconds=2.0),
+    ]  # fmt: skip
+
+
+def load_rows(subject: Subject) -> list[Row]:
+    """A cached subject, its checksum and weight view checked, beside the plain loading of model and tokenizer."""
+    folder = subjects.fetch_smollm2()
+
+    def plain() -> Tensor:
+        AutoTokenizer.from_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model.norm.weight.detach()
+
+    return [
+        Row("loading", f"{subject.name}, from the cache, checked", "from_pretrained, unchecked",
+            lambda: subjects.load(subject.name).model.model.norm.weight.detach(), plain, largest, 0.0, None, rounds=5,
+            seconds=0.5),
+    ]  # fmt: skip
+
+
+ROWS = (trace_rows, neuron_rows, patching_rows, step_rows, four_rows, static_rows, load_rows)
