@@ -651,3 +651,35 @@ def planted_and_named(runs: pd.DataFrame, rule: str = "joined") -> Figure:
     handles = [mpl.lines.Line2D([], [], ls="", marker=m, mfc=c, mec=e, ms=7, label=n) for n, m, c, e in looks]
     fig.legend(handles=handles, ncols=3, loc="outside upper center")
     return fig
+
+
+def cost_ratios(table: pd.DataFrame) -> Figure:
+    """How many times faster than each peer, with the spread over rounds; the goal as a bar; hollow: goal missed."""
+    fig, ax = _panel((9.5, 0.5 * len(table) + 1.2))
+    y = np.arange(len(table))
+    ax.axvline(1, color="black", lw=0.8)
+    ax.hlines(y, table.least, table.most, color=BLUE, lw=2)
+    ax.scatter(table.ratio, y, s=52, ec=BLUE, zorder=3, lw=1.8,
+               c=["white" if met is False else BLUE for met in table.met])  # fmt: skip
+    ax.scatter(table.goal, y, marker="|", s=260, color=RED, zorder=2, lw=2, label="goal")
+    ax.scatter(table.bound, y, marker="d", s=34, ec=GREY, c="white", zorder=2, label="fewer operations")
+    ax.set_yticks(y, [f"{r.row}\nbeside {r.peer}" for r in table.itertuples()], fontsize=8)
+    ax.set(xscale="log", xlabel="times faster than the peer")
+    ax.invert_yaxis()
+    fig.legend(ncols=2, loc="outside upper center")
+    return fig
+
+
+def cost_growth(points: pd.DataFrame) -> Figure:
+    """Seconds of a trace and of a plain forward pass, by what grows."""
+    kinds = list(points.grows.unique())
+    fig, axes = _panels(1, len(kinds), (11, 3.2))
+    for ax, kind in zip(axes.flat, kinds, strict=True):
+        part = points[points.grows == kind].sort_values("at")
+        ax.plot(part["at"], part.trace_s, "o-", ms=4, color=BLUE, label="trace, three conventions")
+        ax.plot(part["at"], part.forward_s, "s--", ms=4, color=GREY, label="forward pass")
+        ax.set(xscale="log", yscale="log", xlabel=kind)
+    axes.flat[0].set_ylabel("seconds")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    fig.legend(handles, labels, ncols=2, loc="outside upper center")
+    return fig

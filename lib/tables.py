@@ -429,3 +429,19 @@ def every_plant(runs: pd.DataFrame) -> pd.DataFrame:
         "named": some["joined: named"], "said": some["joined: says"], "right": right.map({True: "yes", False: "no"}),
         "failing template": some.failing.str.replace("{}", "…"), "facts lost": some.untold.astype(int),
     })  # fmt: skip
+
+
+def costs(table: pd.DataFrame) -> pd.DataFrame:
+    """Each comparison of the benchmark."""
+    goal = [f"{r.goal:.3g}x" if pd.notna(r.goal) else f"{r.limit_s:g} s" if pd.notna(r.limit_s) else ""
+            for r in table.itertuples()]  # fmt: skip
+    return pd.DataFrame({
+        "work": table.row, "beside": table.peer, "times faster": table.ratio.map("{:.2f}".format),
+        "spread": [f"{a:.2f} to {b:.2f}" for a, b in zip(table.least, table.most, strict=True)], "goal": goal,
+        "met": table.met.map({True: "yes", False: "no"}).fillna(""),
+        "fewer operations": table.bound.map("{:.1f}".format).replace("nan", "–"),
+        "seconds": table.ours_s.map("{:.3f}".format), "peer's": table.peer_s.map("{:.3f}".format),
+        "MB": table.ours_mb.map("{:.0f}".format), "peer's MB": table.peer_mb.map("{:.0f}".format),
+        "of matmul rate": table.matmul_share.map("{:.0%}".format).replace("nan%", "–"),
+        "differ by": table.difference.map("{:.0e}".format),
+    })  # fmt: skip

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from lib import __version__, subjects
+from lib import __version__, costs, subjects
 from lib.results import BUILD, commit, write_atomically
 from tests.bench import growth, measure, rows
 
@@ -27,6 +27,7 @@ app = typer.Typer(add_completion=False)
 def bench(
     only: Annotated[list[str] | None, typer.Argument(help="Rows to run, such as `step`; all if none is named.")] = None,
     output: Annotated[Path, typer.Option(help="The file to write.")] = BUILD / "bench.json",
+    record: Annotated[bool, typer.Option(help="Write the record that the book shows instead.")] = False,
 ) -> None:
     """Measure the book's work against its peers, each row with its equality check. Exit 1 where results differ."""
     torch.set_num_threads(2)
@@ -41,6 +42,7 @@ def bench(
         "matmul_gflops": measure.matmul_rate() / 1e9, "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": found, "growth": [] if only else growth.measure_all(subject),
     }  # fmt: skip
+    output = costs.RECORD if record else output
     write_atomically(output, json.dumps(content, indent=1) + "\n")
     Console(width=180).print(show(found))
     print(f"written to {output}")

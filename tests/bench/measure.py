@@ -62,7 +62,8 @@ def run(row: Row, matmul: float) -> dict[str, Any]:
         "ratio": median(ratios), "least": min(ratios), "most": max(ratios), "goal": row.goal,
         "limit_s": row.seconds, "met": _met(row, median(ratios), median(seconds["ours"])),
         "ours_mb": peak(row.ours), "peer_mb": peak(row.peer),
-        "gflop": flops / 1e9, "matmul_share": flops / best / matmul if flops else None,
+        "gflop": flops / 1e9, "peer_gflop": count(row.peer) / row.peer_of / 1e9,
+        "matmul_share": flops / best / matmul if flops else None,
     }  # fmt: skip
 
 

@@ -1,0 +1,70 @@
+"""What the book's work costs beside other ways to the same numbers, from a kept run of `make bench`.
+
+Times are one machine's, of one hour; they belong to its record and to no claim. A chapter does not measure them anew:
+it would measure what else the machine was doing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lib.errors import DataError
+from lib.facts import DATA
+
+RECORD = DATA / "bench.json"
+
+
+def read(path: Path = RECORD) -> dict[str, Any]:
+    """The record. Raises DataError where there is none, or another thing."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if {"machine", "rows", "growth", "commit", "started"} <= set(found):
+            return found
+        reason = "it has no rows"
+    except (OSError, ValueError) as error:
+        reason = type(error).__name__
+    raise DataError(f"{path} is no record of a benchmark ({reason}); make one with `make bench`.")
+
+
+def rows(record: dict[str, Any]) -> pd.DataFrame:
+    """A row a comparison. bound: how many times fewer floating-point operations ours needs, which is what it could be
+    faster if both ran at the same rate."""
+    table = pd.DataFrame(record["rows"])
+    return table.assign(bound=table.peer_gflop / table.gflop.where(table.gflop > 0))
+
+
+def growth(record: dict[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame(record["growth"])
+
+
+def report(report: Callable[..., None], record: dict[str, Any], table: pd.DataFrame, points: pd.DataFrame) -> None:
+    """What the chapter's prose says of the record."""
+    machine, judged = record["machine"], table[table.met.notna()]
+    report("machine", f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads")
+    report("matmul", record["matmul_gflops"], ".0f")
+    report("started", record["started"])
+    report("comparisons", len(table))
+    report("largest_difference", float((table.difference / table.tolerance.where(table.tolerance > 0)).max()), ".0%")
+    report("goals", len(judged))
+    report("met", int(judged.met.sum()))
+    missed = judged[~judged.met.astype(bool)]
+    report("missed", "; ".join(_missed(r) for r in missed.itertuples()) or "none")
+    words = []
+    for name, part in points.groupby("grows", sort=False):
+        first, last = part.iloc[0], part.iloc[-1]
+        more, longer = last["at"] / first["at"], last.trace_s / first.trace_s
+        words.append(f"{more:,.0f} times the {name}, {longer:.0f} times the seconds")
+    report("growth", "; ".join(words))
+    over = points.trace_s / points.forward_s
+    report("trace_over_forward", (float(over.min()), float(over.max())), ".1f")
+
+
+def _missed(row: Any) -> str:
+    wanted = f"{row.goal:.3g} times" if row.goal else f"{row.limit_s:g} seconds"
+    got = f"{row.ratio:.2f} times" if row.goal else f"{row.ours_s:.2f} seconds"
+    return f"{row.row} beside {row.peer}: {got}, wanted {wanted}"
