@@ -240,10 +240,13 @@ def report_correlations(report: Callable[..., None], table: pd.DataFrame) -> Non
     report("correlations_sure", len(sure))
     report("correlations_helpful", helpful)
     report("correlations_chance", 0.05 * len(valid), ".0f")
+    own_score = (
+        f"The rule's own score against held-out repairs: {own}." if own else
+        "No layer's repairs vary enough to correlate the rule's own score with them."
+    )  # fmt: skip
     report("correlation_verdict", f"Of {len(valid)} correlations {len(sure)} have an interval that excludes zero "
            f"(chance alone would give {0.05 * len(valid):.0f}; they share layers and runs), {helpful} of them in the "
-           "direction that the diagnosis promises. " + (f"The rule's own score against held-out repairs: {own}." if own else
-                           "No layer's repairs vary enough to correlate the rule's own score with them."))  # fmt: skip
+           f"direction that the diagnosis promises. {own_score}")  # fmt: skip
 
 
 def report_parts(report: Callable[..., None], parts: pd.DataFrame) -> None:
