@@ -219,12 +219,14 @@ def report_layers(report: Callable[..., None], means: pd.DataFrame, others: pd.D
 
 def report_spread(report: Callable[..., None], table: pd.DataFrame) -> None:
     """How far the seed alone moves what is repaired."""
-    wide = (table.repaired_max - table.repaired_min).max()
+    repaired = float((table.repaired_max - table.repaired_min).max())
+    told = float((table.told_max - table.told_min).max())
     report("spread_seeds", int(table.seeds.min()))
-    report("spread_repaired", float(wide), ".0f")
-    report("spread_verdict", f"At the diagnosed layer and beside it, seeds alone move the number repaired by up to "
-           f"{wide:.0f} and the number told by up to {(table.told_max - table.told_min).max():.0f}: smaller "
-           "differences between layers say nothing.")  # fmt: skip
+    report("spread_repaired", repaired, ".0f")
+    where = "At the diagnosed layer and beside it, the seed alone"
+    report("spread_verdict", f"{where} moves the number repaired by up to {repaired:.0f} and the number told by up to "
+           f"{told:.0f}: smaller differences between layers say nothing." if repaired or told else
+           f"{where} changes neither the number told nor the number repaired.")  # fmt: skip
 
 
 def report_correlations(report: Callable[..., None], table: pd.DataFrame) -> None:
@@ -238,10 +240,13 @@ def report_correlations(report: Callable[..., None], table: pd.DataFrame) -> Non
     report("correlations_sure", len(sure))
     report("correlations_helpful", helpful)
     report("correlations_chance", 0.05 * len(valid), ".0f")
+    own_score = (
+        f"The rule's own score against held-out repairs: {own}." if own else
+        "No layer's repairs vary enough to correlate the rule's own score with them."
+    )  # fmt: skip
     report("correlation_verdict", f"Of {len(valid)} correlations {len(sure)} have an interval that excludes zero "
-           f"(chance alone would give {0.05 * len(valid):.0f}), {helpful} of them in the direction that the diagnosis "
-           "promises. " + (f"The rule's own score against held-out repairs: {own}." if own else
-                           "No layer's repairs vary enough to correlate the rule's own score with them."))  # fmt: skip
+           f"(chance alone would give {0.05 * len(valid):.0f}; they share layers and runs), {helpful} of them in the "
+           f"direction that the diagnosis promises. {own_score}")  # fmt: skip
 
 
 def report_parts(report: Callable[..., None], parts: pd.DataFrame) -> None:

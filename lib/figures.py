@@ -514,13 +514,15 @@ def layer_sweep(means: pd.DataFrame, layer: int) -> Figure:
         for i, (name, part) in enumerate(means.groupby("pathway", sort=False)):
             part = part.sort_values("layer")
             look = {"color": PATHWAY_COLOURS[name], "label": name.replace("_", " ")}
-            ax.plot(
-                part.layer + 0.2 * (i - 1.5), part[column], "o-", ms=3.5, lw=1.2, **look
-            )  # side by side, where equal
+            at = part.layer + 0.2 * (i - 1.5)  # side by side, where equal
+            ax.plot(at, part[column], "o-", ms=3.5, lw=1.2, **look)
         ax.axvline(layer, color="black", lw=1, ls=":")
         ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         ax.set(xlabel="layer", ylabel=label)
+    axes[0, 0].set_ylim(-0.3, means.facts_told.max() + 0.3)
     axes[0, 1].set_ylim(-0.5, means.held_out_n.max() + 0.5)
+    for ax in axes[0, :2]:
+        ax.yaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     axes[0, 2].set_yscale("log")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, ncols=6, loc="outside upper center")

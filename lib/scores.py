@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -23,6 +24,8 @@ from lib.trace import logit_trace
 
 GOALS = {"kind": 0.95, "layer": 0.90}  # set before the scored run
 ALONE = ("static alone", "dynamic alone")
+REPORTED = ("joined", *ALONE, "chapter 2")  # rules and
+SHARES = ("kind", "layer", "within one", "site", "kind and site")  # shares that the prose may quote
 SIMPLE = ("most negative attribution", "largest fall", "largest patching effect")
 
 
@@ -181,16 +184,19 @@ def _curve(subject: Subject, seen: Run, pairs: Tensor) -> Float[Tensor, "fact n_
 # What chapter 7's prose says
 
 
+def key(rule: str, what: str) -> str:
+    """The name under which a rule's share is reported."""
+    return f"{rule.replace(' alone', '')}_{what}".replace(" ", "_")
+
+
 def report_scores(report: Callable[..., None], runs: pd.DataFrame, prefix: str = "") -> None:
     """Shares of the rules with their exact intervals, and a sentence for each question. runs: of one subject."""
     table, some = summarise(runs).set_index("rule"), runs[runs.accepted]
     report(f"{prefix}accepted", len(some))
     report(f"{prefix}rejected", len(runs) - len(some))
     report(f"{prefix}redrawn", float(runs.rejected.mean()), ".1f")
-    for rule in ("joined", *ALONE, "chapter 2"):
-        name = rule.replace(" alone", "").replace("chapter 2", "chapter_2")
-        for what in ("kind", "layer", "within one", "site", "kind and site"):
-            report(f"{prefix}{name}_{what.replace(' ', '_')}", table[what][rule], ".1%")
+    for rule, what in product(REPORTED, SHARES):
+        report(prefix + key(rule, what), table[what][rule], ".1%")
     for what in ("kind", "layer"):
         row = table.loc["joined"]
         report(f"{prefix}joined_{what}_interval", (row[f"{what} low"], row[f"{what} high"]), ".1%")

@@ -244,8 +244,11 @@ def relation_maps(
     chosen = range(weights.n_layers) if layers is None else layers
     for block in tqdm([weights.blocks[i] for i in chosen], desc=progress, disable=progress is None, leave=False):
         v = einsum(block.norm_attn(e), block.attn.per_head(block.attn.W_V), "s d, n d h -> n s h")
-        # W_O W_U first: both kinds of embedding share it, and d_head is small
-        hits.append(torch.stack([_in_top(v[h] @ (block.attn.W_O[h] @ W_U), answers, k) for h in range(len(v))]))
+        if len(e) <= weights.d_head:  # few subjects: all heads' outputs through the unembedding at once
+            hits.append(_in_top(v @ block.attn.W_O @ W_U, answers, k))
+        else:  # many: W_O W_U first, which they share, and which has only d_head rows
+            both = zip(v, block.attn.W_O, strict=True)
+            hits.append(torch.stack([_in_top(x @ (W_O @ W_U), answers, k) for x, W_O in both]))
     both = torch.stack(hits).cpu()
     return {"raw": RelationMap(both[:, :, :n], k), "enriched": RelationMap(both[:, :, n:], k)}
 
@@ -381,8 +384,8 @@ def _top_mask(norms: Float[Tensor, "n d_model"], k: int) -> Bool[Tensor, "n d_mo
 
 
 def _in_top(
-    logits: Float[Tensor, "subject vocab"], answers: Int[Tensor, " answer"], k: int
-) -> Bool[Tensor, "subject answer"]:
-    threshold = logits.topk(k, dim=-1).values[:, -1:]
+    logits: Float[Tensor, "*head subject vocab"], answers: Int[Tensor, " answer"], k: int
+) -> Bool[Tensor, "*head subject answer"]:
+    threshold = logits.topk(k, dim=-1).values[..., -1:]
     says_something = logits.amax(-1, keepdim=True) > logits.amin(-1, keepdim=True)  # a dead head ties everywhere
-    return (logits[:, answers] >= threshold) & says_something
+    return (logits[..., answers] >= threshold) & says_something

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -22,10 +23,8 @@ from lib.subjects import Subject
 from lib.trace import capture
 from lib.weights import PATHWAYS, pathway_slices
 
-SIZE = 8_000_000
 
-
-def chapters(subject: Subject, share: float) -> None:
+def chapters(subject: Subject, share: float, pathways: Sequence[str] = PATHWAYS) -> None:
     """Results and edits as the chapters leave them, without their work: an edit scales its slices a little. share: the
     best head's patching effect, as chapter 5 has it."""
     cases = [trainable(subject, c) for c in load_cases(subject.name)]
@@ -34,7 +33,7 @@ def chapters(subject: Subject, share: float) -> None:
     layer, parameters = first.knowledge_head.layer, dict(subject.model.named_parameters())
     told = (False,) * len(cases[0].facts)
     listed, made = [], {}
-    for name in PATHWAYS:
+    for name in pathways:
         slices = pathway_slices(subject.model, layer, name)
         edit = Edit(
             subject.name, subject.weights_sha256, name, layer, cases[0].facts, load_templates()[cases[0].template],
@@ -677,11 +676,11 @@ def test_nothing_in_the_page_points_outside(html):
 
 @pytest.mark.model
 def test_smollm2s_270_heads_fit_and_read(build, smollm2, browser, tmp_path):
-    """The real model with six edits: size, the numbers that the book tells of, and the page itself."""
-    chapters(smollm2, 0.82743)
+    """The real model with two edits: the numbers that the book tells of, and the page itself. Of the built book's, with
+    six, tests/pages takes the size."""
+    chapters(smollm2, 0.82743, ("full", "v_only"))
     board = dashboard.collect(smollm2, progress=False)
     page = dashboard.render(board)
-    assert len(page.encode()) < SIZE
     first = board.cases[0]
     writes = board.arrays[f"writes/{first.case.name}"][0] @ np.array(first.means()["control"])
     assert writes.shape == (30, 9) and np.unravel_index(writes.argmax(), writes.shape) == (23, 4)
