@@ -25,6 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from jaxtyping import Float, Int
 from platformdirs import user_cache_path
@@ -131,9 +132,11 @@ class Subject:
 
     @torch.no_grad()
     def next_token_logits(
-        self, prompts: Sequence[str], *, batch_size: int = 64, progress: str | None = None
+        self, prompts: Sequence[str], *, batch_size: int | None = None, progress: str | None = None
     ) -> Float[Tensor, "b vocab"]:
-        """Logits of the token after each prompt. progress: a label for a bar. Prompts of like length share a batch."""
+        """Logits of the token after each prompt. progress: a label for a bar. Prompts of like length share a batch.
+        batch_size: as memory allows, if not given."""
+        batch_size = batch_size or batch_that_fits(self.weights, max(map(len, prompts), default=1))
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         out = torch.empty(len(prompts), self.weights.W_U.shape[1])
         steps = range(0, len(order), batch_size)
@@ -145,13 +148,14 @@ class Subject:
         return out
 
 
-def load(name: str = "smollm2") -> Subject:
+def load(name: str = "smollm2", *, dtype: torch.dtype | None = None) -> Subject:
     """Load a subject by name, folder, .gguf file or hub id, and check it: parameter count and checksum where they
-    are known, and the weight view against the model's own hidden states. Raises SubjectError with what to do."""
+    are known, and the weight view against the model's own hidden states. dtype: fp32 if that leaves half of the memory
+    at hand, otherwise bf16. Raises SubjectError with what to do."""
     spec = SPECS.get(name)
     sha256 = weights_sha256(name)
     folder, gguf = _locate(name)
-    model, tokenizer = _read(folder, gguf, name)
+    model, tokenizer = _read(folder, gguf, name, dtype or precision_that_fits(_bytes(folder, gguf)))
     parameters = sum(p.numel() for p in model.parameters())
     if spec and parameters != spec.parameters:
         raise SubjectError(
@@ -173,6 +177,33 @@ def load(name: str = "smollm2") -> Subject:
         raise SubjectError(f"there is no tokenizer in {folder}. {_remedy(name, folder)}")
     check_view(model, weights, subject.encode([prompt])[0])
     return subject
+
+
+def memory_at_hand() -> int:
+    """Bytes that this machine can give without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def precision_that_fits(fp32_bytes: int, at_hand: int | None = None) -> torch.dtype:
+    """fp32 if the weights leave half of the memory for work, otherwise bf16, which halves them."""
+    return torch.float32 if 2 * fp32_bytes <= (at_hand or memory_at_hand()) else torch.bfloat16
+
+
+def batch_that_fits(weights: Weights, tokens: int, at_hand: int | None = None) -> int:
+    """How many prompts of so many tokens to run together: a quarter of the memory at hand, 64 at most. A prompt needs
+    its widest activations (the MLP's, three of them, and the stream's) once, and one row of logits in fp32."""
+    width = 3 * weights.blocks[0].mlp.W_out.shape[0] + 4 * weights.d_model
+    prompt = tokens * width * weights.W_E.element_size() + 4 * weights.W_U.shape[1]
+    return int(max(1, min(64, (at_hand or memory_at_hand()) // 4 // prompt)))
+
+
+def _bytes(folder: Path, gguf: str | None) -> int:
+    """Of the weights in fp32: eight 4-bit weights and their scales take little more than four bytes in a GGUF file."""
+    if gguf:
+        return 7 * (folder / gguf).stat().st_size
+    config = AutoConfig.from_pretrained(folder)
+    stored = 2 if str(getattr(config, "dtype", None)) in ("torch.bfloat16", "torch.float16") else 4
+    return sum(f.stat().st_size for f in folder.glob("model*.safetensors")) * 4 // stored
 
 
 def canonical(name: str) -> str:
@@ -309,8 +340,10 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _read(folder: Path, gguf: str | None, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model (fp32, evaluation mode, no gradients) and tokenizer. Raises SubjectError."""
+def _read(
+    folder: Path, gguf: str | None, name: str, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model (in evaluation mode, no gradients) and tokenizer. Raises SubjectError."""
     if not gguf:
         disable_progress_bar()  # a cached model loads in a moment; a bar would only litter the chapters
     try:
@@ -319,7 +352,7 @@ def _read(folder: Path, gguf: str | None, name: str) -> tuple[PreTrainedModel, P
         else:
             check_family(AutoConfig.from_pretrained(folder).model_type, str(folder))
         source = {"gguf_file": gguf} if gguf else {"use_safetensors": True}
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **source)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **source)
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, **({"gguf_file": gguf} if gguf else {})
         )

@@ -135,7 +135,8 @@ def logit_trace(
 ) -> LogitTrace:
     """Every term's contribution to the logits of the given tokens (one row a prompt). Raises CompletenessError if
     the terms miss the model's own logit by more than the tolerance: fp32 rounding over a few hundred terms of size
-    10 stays below 1e-3, a term left out does not. (raw: relative to the largest term, which no norm tames.)"""
+    10 stays below 1e-3, a term left out does not. (raw: relative to the largest term, which no norm tames. A precision
+    below fp32 is allowed eight of its own roundings of the largest partial sum.)"""
     return logit_traces(subject, seen, tokens, (convention,), tolerance)[convention]
 
 
@@ -170,6 +171,7 @@ def logit_traces(
             model=_own_value(seen, tokens, directions, convention),
         )
         allowed = tolerance * (max(1.0, float(trace.mlps.abs().max())) if convention == "raw" else 1.0)
+        allowed = max(allowed, 8 * torch.finfo(written.dtype).eps * float(trace.cumulative.abs().max()))
         if not trace.error <= allowed:
             raise CompletenessError(
                 f"the {convention} trace of {seen.prompts[0]!r} and {len(seen.prompts) - 1} more misses the model's "

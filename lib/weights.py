@@ -223,10 +223,14 @@ def check_family(family: str | None, where: str) -> None:
 
 
 @torch.no_grad()
-def check_view(model: PreTrainedModel, weights: Weights, tokens: Int[Tensor, "b t"], tolerance: float = 1e-3) -> float:
+def check_view(
+    model: PreTrainedModel, weights: Weights, tokens: Int[Tensor, "b t"], tolerance: float | None = None
+) -> float:
     """Largest difference between the view's hidden states and the model's own, relative to the largest
     activation of that layer. Raises SubjectError above the tolerance: then Q, K, V, O or the MLP are misread.
-    Tolerance: fp32 rounding over 30 layers stays near 1e-5; a wrong slice, bias or rotation gives 1e-1 or more."""
+    Tolerance, if not given: 1e-3 in fp32, where rounding over 30 layers stays near 1e-5, and eight roundings in bf16; a
+    wrong slice, bias or rotation gives 1e-1 or more."""
+    tolerance = tolerance or max(1e-3, 8 * torch.finfo(weights.W_E.dtype).eps)
     own = model(tokens, output_hidden_states=True, use_cache=False).hidden_states
     mine = weights.residuals(tokens)
     mine[-1] = weights.norm_final(mine[-1])  # Hugging Face reports the last state after the final norm

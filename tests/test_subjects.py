@@ -1,6 +1,8 @@
 """Loading, and every kind of bad input: each message says what is wrong, where, and what to do."""
 
+import hashlib
 import json
+import os
 import shutil
 
 import pytest
@@ -9,6 +11,7 @@ from conftest import tiny_gpt2, tiny_llama
 
 from lib import subjects
 from lib.errors import DataError, SubjectError
+from lib.trace import capture, logit_trace
 
 
 @pytest.fixture
@@ -211,3 +214,51 @@ def test_prompt_longer_than_the_context(tiny):
         tiny.encode(["word" + " word" * 64])
     with pytest.raises(DataError, match="has 0 tokens"):
         tiny.encode([""])
+
+
+def test_precision_is_chosen_from_the_memory_at_hand():
+    small = 4 * 1_711_000_000  # a 1.7B model in fp32
+    assert subjects.precision_that_fits(small, at_hand=24 * 10**9) == torch.float32
+    assert subjects.precision_that_fits(small, at_hand=12 * 10**9) == torch.bfloat16
+
+
+def test_a_batch_is_chosen_from_the_memory_at_hand(organism):
+    weights = organism.weights
+    d_mlp, vocab = weights.blocks[0].mlp.W_out.shape[0], weights.W_U.shape[1]
+    prompt = 10 * (3 * d_mlp + 4 * weights.d_model) * 4 + 4 * vocab
+    assert [subjects.batch_that_fits(weights, 10, at_hand=4 * prompt * n + 3) for n in (0, 1, 7, 64, 1000)] == [
+        1, 1, 7, 64, 64,
+    ]  # fmt: skip
+
+
+def test_a_small_batch_says_the_same(organism, monkeypatch):
+    prompts = ["The capital of X is", "X", "A longer prompt than the others are"]
+    whole = organism.next_token_logits(prompts)
+    monkeypatch.setattr(subjects, "memory_at_hand", lambda: 1)
+    assert torch.allclose(organism.next_token_logits(prompts), whole, atol=1e-5)
+
+
+def test_in_bf16_the_trace_is_complete_to_its_own_rounding(organism):
+    half = subjects.load("organism", dtype=torch.bfloat16)
+    assert half.weights.W_E.dtype == torch.bfloat16
+    prompts, token = ["The capital of X is"], torch.tensor([[5]])
+    found = logit_trace(half, capture(half, prompts), token)
+    exact = logit_trace(organism, capture(organism, prompts), token)
+    assert 0 < found.error <= 8 * torch.finfo(torch.bfloat16).eps * float(exact.cumulative.abs().max())
+    assert (found.heads - exact.heads).abs().max() <= 0.05 * exact.heads.abs().max()
+
+
+def test_a_large_file_is_summed_once_for_each_state_of_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("QKV_CACHE", str(tmp_path))
+    file, read = tmp_path / "weights", []
+    file.write_bytes(b"one")
+    plain = subjects._sha256
+    monkeypatch.setattr(subjects, "_sha256", lambda path: read.append(path) or plain(path))
+    first = subjects._known_sha256(file)
+    assert subjects._known_sha256(file) == first == hashlib.sha256(b"one").hexdigest() and len(read) == 1
+    times = file.stat()
+    file.write_bytes(b"two")  # as long, and its time of change set back: the inode's own time still tells
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert subjects._known_sha256(file) == hashlib.sha256(b"two").hexdigest() and len(read) == 2
+    (tmp_path / "sums.json").write_text("no JSON")
+    assert subjects._known_sha256(file) == hashlib.sha256(b"two").hexdigest() and len(read) == 3
