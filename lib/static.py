@@ -247,8 +247,8 @@ def relation_maps(
         if len(e) <= weights.d_head:  # few subjects: all heads' outputs through the unembedding at once
             hits.append(_in_top(v @ block.attn.W_O @ W_U, answers, k))
         else:  # many: W_O W_U first, which they share, and which has only d_head rows
-            both = zip(v, block.attn.W_O, strict=True)
-            hits.append(torch.stack([_in_top(x @ (W_O @ W_U), answers, k) for x, W_O in both]))
+            heads = zip(v, block.attn.W_O, strict=True)
+            hits.append(torch.stack([_in_top(x @ (W_O @ W_U), answers, k) for x, W_O in heads]))
     both = torch.stack(hits).cpu()
     return {"raw": RelationMap(both[:, :, :n], k), "enriched": RelationMap(both[:, :, n:], k)}
 
