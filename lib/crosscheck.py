@@ -22,7 +22,6 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 import pandas as pd
 import torch
-from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from scipy.stats import bootstrap
 from torch import Tensor, nn
@@ -34,8 +33,7 @@ from lib.facts import Case, Fact, load_cases, load_templates, prompts, tell, tra
 from lib.replay import Pack, above, entering, pack, packs, through
 from lib.site import Site
 from lib.subjects import Subject, load
-from lib.trace import Capture, capture, logit_trace, subject_positions
-from lib.weights import Attention
+from lib.trace import capture, logit_trace, subject_positions
 
 TOOLS = ("captum", "transformer-lens")
 BATCH = 8
@@ -361,54 +359,6 @@ def sweep(
             out[name][layer] = (margin - base) / lost
         stream = through(subject, single, stream, layer)
     return out
-
-
-@torch.no_grad()
-def climb(
-    subject: Subject, failing: Capture, control: Capture, *, start: int = 0, below: Tensor | None = None
-) -> list[Float[Tensor, "patched fact d_model"]]:
-    """What `sweep` does at the last position, for all heads in one pass. Only that position's stream changes, so what
-    the others hold (failing: a capture `everywhere`) is computed once, and every head's patched stream climbs along
-    with those of the layers below. The patched streams that enter layer `start` and each later one, and what leaves
-    the last; the patched heads are in order, layer by layer. below: those that enter `start`, from a model with the
-    same weights up to there."""
-    if failing.everywhere is None:
-        raise DataError("patching needs `capture(..., everywhere=True)` of the failing prompts.")
-    weights, rows = subject.weights, torch.arange(len(failing.prompts))
-    streams = torch.zeros(0, len(rows), weights.d_model) if below is None else below
-    out = [streams]
-    for layer in range(start, weights.n_layers):
-        block, own = weights.blocks[layer], failing.stream[:, layer]
-        attn, around = block.attn, block.norm_attn(failing.everywhere[:, layer])
-        written = einsum(failing.z[:, layer], attn.W_O, "f n h, n h d -> f d")
-        changed = einsum(control.z[:, layer] - failing.z[:, layer], attn.W_O, "f n h, n h d -> n f d")
-        new = own + written + changed
-        old = streams + _attend_last(attn, block.norm_attn(streams), around, failing.last)
-        middle = torch.cat((old, new)) if attn.b_O is None else torch.cat((old, new)) + attn.b_O
-        streams = middle + block.mlp(block.norm_mlp(middle))
-        out.append(streams)
-    return out
-
-
-def _attend_last(
-    attn: Attention, x: Float[Tensor, "v f d"], around: Float[Tensor, "f t d"], last: Int[Tensor, " f"]
-) -> Float[Tensor, "v f d"]:
-    """Attention's output (without its bias) at the last position of v variants of each text; the positions before it
-    are as they were. x and around: normalised streams."""
-    if not len(x):
-        return x
-    _, keys = attn.queries_keys(around)
-    flat = rearrange(x, "v f d -> (v f) 1 d")
-    q, k = (
-        rearrange(t, "(v f) n 1 h -> v f n h", v=len(x)) for t in attn.queries_keys(flat, last.repeat(len(x))[:, None])
-    )
-    v = rearrange(attn.values(flat), "(v f) n 1 h -> v f n h", v=len(x))
-    scores = einsum(q, keys, "v f n h, f n t h -> v f n t")
-    before = torch.arange(keys.shape[2]) < last[:, None]  # (f, t)
-    scores = scores.masked_fill(~before[None, :, None], float("-inf"))
-    weights = torch.cat((scores, (q * k).sum(-1, keepdim=True)), -1).div(q.shape[-1] ** 0.5).softmax(-1)
-    z = einsum(weights[..., :-1], attn.values(around), "v f n t, f n t h -> v f n h") + weights[..., -1:] * v
-    return einsum(z, attn.W_O, "v f n h, n h d -> v f d")
 
 
 def mean_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float, float]:

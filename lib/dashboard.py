@@ -34,8 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib import __version__
-from lib.crosscheck import climb
+from lib import __version__, patching
 from lib.edits import Edit, applied, check, load_all
 from lib.errors import ChapterError, DataError, EditError
 from lib.facts import Case, Fact, load_cases, load_templates, prompts, study_facts, tell, trainable
@@ -51,7 +50,7 @@ from lib.static import (
     relation_maps,
 )
 from lib.subjects import Subject
-from lib.trace import Capture, capture, logit_trace, recapture
+from lib.trace import logit_trace
 
 HERE = Path(__file__).parent
 PARTS = tuple(HERE / f"dashboard.{kind}" for kind in ("html", "css", "js"))
@@ -355,8 +354,8 @@ def _ask(subject: Subject, case: Case) -> _Asked:
 @dataclass(frozen=True)
 class _Run:
     """One state's answers to a case. arrays: (layer, head, ...). patterns: by text, (layer, head, byte). Of the
-    untouched model, which the edited ones go on from: climbed, the patched streams by layer; lost, the margin that they
-    are a share of; and what was seen."""
+    untouched model, which the edited ones go on from: climbed, the patched rows that leave each layer; lost, the margin
+    that they are a share of; and the run itself."""
 
     arrays: dict[str, NDArray]
     patterns: dict[str, NDArray]
@@ -365,17 +364,16 @@ class _Run:
     margin: list[float]
     climbed: list[Tensor]
     lost: Tensor | None
-    seen: Capture | None
+    run: patching.Run | None
 
 
 @torch.no_grad()
 def _observe(subject: Subject, test: _Asked, *, before: _Run | None = None, layer: int = 0) -> _Run:
     """before: the untouched model's run, for a subject that is edited in a layer (0-based)."""
-    if before is None or before.seen is None:
-        seen = capture(subject, test.texts, everywhere=True)
-    else:
-        seen = recapture(subject, before.seen, layer)
+    kept = before.run if before else None
+    run = patching.rerun(subject, kept, layer) if kept else patching.run(subject, test.texts)
     pairs, bank = test.pairs.repeat(len(test.templates), 1), test.pairs[:, 0].unique()
+    seen = run.capture()
     answers = logit_trace(subject, seen, bank.expand(len(pairs), -1)).heads  # (prompt, bank, layer, head)
     own = answers[(bank == pairs[:, :1]).nonzero(as_tuple=True)]
     writes = own - (answers.sum(1) - own) / max(1, len(bank) - 1)
@@ -384,55 +382,42 @@ def _observe(subject: Subject, test: _Asked, *, before: _Run | None = None, laye
     climbed: list[Tensor] = []
     lost = None
     if test.untold:
-        arrays["patching"], climbed, lost = _patch(subject, test, seen, before, layer)
-    answer, wrong = seen.logits.gather(1, pairs[:, :1])[:, 0], seen.logits.scatter(1, pairs[:, :1], float("-inf"))
+        arrays["patching"], climbed, lost = _patch(subject, test, run, before, layer)
+    answer, wrong = run.logits.gather(1, pairs[:, :1])[:, 0], run.logits.scatter(1, pairs[:, :1], float("-inf"))
     return _Run(
-        arrays, _bytes(subject, seen),
+        arrays, _bytes(subject, run),
         told=(answer > wrong.amax(-1)).tolist(),
-        top=[visible(subject.token_text(int(t))) for t in seen.logits.argmax(-1)],
-        margin=_margins(seen.logits, pairs).tolist(),
-        climbed=climbed if before is None else [], lost=lost, seen=seen if before is None else None,
+        top=[visible(subject.token_text(int(t))) for t in run.logits.argmax(-1)],
+        margin=patching.margins(run, pairs).tolist(),
+        climbed=[] if kept else climbed, lost=lost, run=None if kept else run,
     )  # fmt: skip
 
 
 def _patch(
-    subject: Subject, test: _Asked, seen: Capture, before: _Run | None, layer: int
+    subject: Subject, test: _Asked, run: patching.Run, before: _Run | None, layer: int
 ) -> tuple[NDArray, list[Tensor], Tensor]:
     """Share of the margin lost by the untouched model that each head brings back (layer, head, fact), as
-    `crosscheck.sweep_case` has it; the patched streams; and the margin lost."""
+    `crosscheck.sweep_case` has it; the patched rows; and the margin lost."""
     weights, pairs = subject.weights, test.pairs[list(test.untold)]
-    bad, good = (_pick(seen, test.at(name)) for name in (test.case.template, test.case.controls[0]))
-    base = _margins(bad.logits, pairs)
-    lost = _margins(good.logits, pairs) - base if before is None or before.lost is None else before.lost
-    climbed = climb(subject, bad, good, start=layer, below=before.climbed[layer] if before else None)
-    read = weights.W_U[:, pairs[:, 0]] - weights.W_U[:, pairs[:, 1]]
-    margin = einsum(weights.norm_final(climbed[-1]), read, "v f d, d f -> v f")
+    bad, good = (run.take(test.at(name)) for name in (test.case.template, test.case.controls[0]))
+    base = patching.margins(bad, pairs)
+    lost = patching.margins(good, pairs) - base if before is None or before.lost is None else before.lost
+    below = before.climbed[layer - 1] if before and layer else None
+    climbed = list(patching.climb(subject, bad, good.z, start=layer, below=below))
     shares = np.full((weights.n_layers, weights.n_heads, len(test.pairs)), np.nan, np.float32)
+    margin = patching.read(subject, climbed[-1], pairs)
     shares[..., list(test.untold)] = ((margin - base) / lost).view(*shares.shape[:2], -1).numpy()
     return shares, climbed, lost
 
 
-def _margins(logits: Float[Tensor, "b vocab"], pairs: Int[Tensor, "b 2"]) -> Float[Tensor, " b"]:
-    both = logits.gather(1, pairs)
-    return both[:, 0] - both[:, 1]
-
-
-def _pick(seen: Capture, rows: Sequence[int]) -> Capture:
-    """Some prompts of a capture."""
-    parts = {name: getattr(seen, name)[rows] for name in ("tokens", "last", "stream", "z", "mlps", "logits")}
-    everywhere = None if seen.everywhere is None else seen.everywhere[rows]
-    return Capture(prompts=tuple(seen.prompts[i] for i in rows), everywhere=everywhere, **parts)
-
-
 @torch.no_grad()
-def _bytes(subject: Subject, seen: Capture) -> dict[str, NDArray]:
+def _bytes(subject: Subject, run: patching.Run) -> dict[str, NDArray]:
     """Attention of every head on every prompt, by prompt: the lower triangle row by row, (layer, head, byte)."""
-    assert seen.everywhere is not None
-    blocks, streams = subject.weights.blocks, seen.everywhere.unbind(1)
-    whole = torch.stack([b.attn.pattern(b.norm_attn(x)) for b, x in zip(blocks, streams, strict=False)], 1)
+    blocks = zip(subject.weights.blocks, run.layers, strict=True)
+    whole = torch.stack([block.attn.pattern(block.norm_attn(layer.stream)) for block, layer in blocks], 1)
     out = {}
-    for i, text in enumerate(seen.prompts):
-        rows, columns = torch.tril_indices(int(seen.last[i]) + 1, int(seen.last[i]) + 1)
+    for i, text in enumerate(run.prompts):
+        rows, columns = torch.tril_indices(int(run.last[i]) + 1, int(run.last[i]) + 1)
         out[text] = (whole[i][..., rows, columns] * 255).round().to(torch.uint8).numpy()
     return out
 

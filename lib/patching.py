@@ -12,7 +12,8 @@ and the keys and values that it saw. So
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -140,17 +141,42 @@ def patched(
 ) -> Float[Tensor, "component n"]:
     """Margin of each prompt with one component at a time made to put out what z or mlps say: all heads layer by layer,
     then all MLPs, as `diagnosis.components` orders them. Below the layer `lowest` nothing is patched."""
-    weights, n, rows = subject.weights, len(run.prompts), run.final[:0]
-    for i in range(lowest, weights.n_layers):
-        block, layer = weights.blocks[i], run.layers[i]
+    weights, n = subject.weights, len(run.prompts)
+    rows = deque(climb(subject, run, z, mlps, start=lowest), maxlen=1)[0]  # what leaves the last layer
+    own = margins(run, pairs).expand(lowest, weights.n_heads + 1, n)
+    found = torch.cat((own, read(subject, rows, pairs).view(-1, weights.n_heads + 1, n)))
+    return torch.cat((found[:, :-1].flatten(0, 1), found[:, -1]))
+
+
+@torch.no_grad()
+def climb(
+    subject: Subject,
+    run: Run,
+    z: Float[Tensor, "n n_layers n_heads d_head"],
+    mlps: Float[Tensor, "n n_layers d_model"] | None = None,
+    *,
+    start: int = 0,
+    below: Float[Tensor, "m d_model"] | None = None,
+) -> Iterator[Float[Tensor, "m d_model"]]:
+    """The patched last rows that leave each layer from `start` up: those of the layers below, one layer further, then a
+    head each (and the MLP, if mlps are given), the n prompts together. below: those that enter `start`, from a model
+    with the same weights up to there."""
+    rows = run.final[:0] if below is None else below
+    for i in range(start, subject.weights.n_layers):
+        block, layer = subject.weights.blocks[i], run.layers[i]
         change = einsum(z[:, i] - layer.z, block.attn.W_O, "b n h, n h d -> n b d")
         middle = torch.cat((_attend(block, layer, rows, run.last), (layer.middle + change).flatten(0, 1)))
-        rows = torch.cat((middle + block.mlp(block.norm_mlp(middle)), layer.middle + mlps[:, i]))
-    final = weights.norm_final(rows).view(-1, n, weights.d_model)
+        rows = middle + block.mlp(block.norm_mlp(middle))
+        if mlps is not None:
+            rows = torch.cat((rows, layer.middle + mlps[:, i]))
+        yield rows
+
+
+def read(subject: Subject, rows: Float[Tensor, "m d_model"], pairs: Int[Tensor, "n 2"]) -> Float[Tensor, "copy n"]:
+    """Margins of patched rows that left the last layer."""
+    weights = subject.weights
     directions = (weights.W_U[:, pairs[:, 0]] - weights.W_U[:, pairs[:, 1]]).T
-    own = margins(run, pairs).expand(lowest, weights.n_heads + 1, n)
-    found = torch.cat((own, (final * directions).sum(-1).view(-1, weights.n_heads + 1, n)))
-    return torch.cat((found[:, :-1].flatten(0, 1), found[:, -1]))
+    return (weights.norm_final(rows).view(-1, *directions.shape) * directions).sum(-1)
 
 
 def _attend(

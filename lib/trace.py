@@ -68,31 +68,6 @@ def capture(subject: Subject, prompts: Sequence[str], *, everywhere: bool = Fals
     )
 
 
-@torch.no_grad()
-def recapture(subject: Subject, seen: Capture, layer: int) -> Capture:
-    """`capture` of the same prompts, everywhere, for a subject that was edited in a layer (0-based) since: what lies
-    below is taken over, what lies above is run again, by the weight view. Raises DataError if seen is not of all
-    positions."""
-    if seen.everywhere is None:
-        raise DataError("running on from a layer needs `capture(..., everywhere=True)`.")
-    weights, rows = subject.weights, torch.arange(len(seen.prompts))
-    streams, z, mlps = ([*x[:, :layer].unbind(1)] for x in (seen.everywhere, seen.z, seen.mlps))
-    streams.append(seen.everywhere[:, layer])
-    for block in weights.blocks[layer:]:
-        heads = block.attn.mixed(block.norm_attn(streams[-1]))
-        middle = streams[-1] + block.attn.out(heads)
-        written = block.mlp(block.norm_mlp(middle))
-        z.append(heads[rows, :, seen.last])
-        mlps.append(written[rows, seen.last])
-        streams.append(middle + written)
-    everywhere = torch.stack(streams, 1)
-    stream = everywhere[rows, :, seen.last]
-    logits = weights.norm_final(stream[:, -1]) @ weights.W_U
-    return Capture(
-        seen.prompts, seen.tokens, seen.last, stream, torch.stack(z, 1), torch.stack(mlps, 1), logits, everywhere
-    )
-
-
 @dataclass(frozen=True)
 class LogitTrace:
     """Contributions to the logits of n tokens for each prompt. `constant` is the final norm's own bias."""

@@ -73,17 +73,15 @@ class Attention:
         return repeat(kv, "kv ... -> (kv group) ...", group=self.W_Q.shape[0] // self.W_K.shape[0])
 
     def queries_keys(
-        self, x: Float[Tensor, "b t d_model"], position: Int[Tensor, "b t"] | None = None
+        self, x: Float[Tensor, "b t d_model"]
     ) -> tuple[Float[Tensor, "b n_heads t d_head"], Float[Tensor, "b n_heads t d_head"]]:
-        """Queries and keys of every position, rotated to their positions where the family does so. position: where
-        x stands in its text, from 0 on if not given."""
+        """Queries and keys of every position, rotated to their positions where the family does so."""
         q, k = (
             _add_bias(einsum(x, W, "b t d, n d h -> b n t h"), b)
             for W, b in ((self.W_Q, self.b_Q), (self.W_K, self.b_K))
         )
         if self.rotary is not None:
-            place = torch.arange(x.shape[1], device=x.device)[None] if position is None else position
-            cos, sin = self.rotary(x, place)
+            cos, sin = self.rotary(x, torch.arange(x.shape[1], device=x.device)[None])
             q, k = (t * cos[:, None] + _rotate_half(t) * sin[:, None] for t in (q, k))
         return q, repeat(k, "b kv t h -> b (kv group) t h", group=q.shape[1] // k.shape[1])
 

@@ -10,7 +10,7 @@ import torch
 from lib import crosscheck, diagnosis
 from lib.crosscheck import Part, ablate, agreement, captum_neurons, neurons, reading, replacing, sweep
 from lib.errors import DataError
-from lib.facts import Fact, load_cases, load_templates, prompts, trainable
+from lib.facts import load_cases, load_templates, prompts, trainable
 from lib.site import Site
 from lib.trace import capture, logit_trace
 
@@ -134,31 +134,6 @@ def test_a_sweep_cell_equals_a_plain_patched_run(organism, planted):
         with replacing(module, patch):
             patched = margin(bad[i])
         assert float(cell[i]) == pytest.approx((patched - failing) / (control - failing), abs=1e-4)
-
-
-def test_one_pass_patches_as_the_sweep_does(tiny):
-    """Every head at the last position, prompts of different lengths, in both families; and from a later layer on."""
-    facts = tuple(Fact(name, "Paris") for name in ("France", "the Ivory Coast", "Peru"))
-    failing, control, competitors = "{}'s capital city is", "In {}, the capital is", torch.tensor([5, 6, 7])
-    swept = sweep(tiny, facts, failing, control, competitors)["last"]
-    bad = capture(tiny, prompts(facts, failing), everywhere=True)
-    good = capture(tiny, prompts(facts, control))
-    rows = crosscheck.climb(tiny, bad, good)
-    pairs = torch.stack((torch.full((3,), tiny.first_token("Paris")), competitors), 1)
-
-    def margins(logits: torch.Tensor) -> torch.Tensor:
-        chosen = logits.gather(-1, pairs.expand(*logits.shape[:-1], 2))
-        return chosen[..., 0] - chosen[..., 1]
-
-    base, other = margins(bad.logits), margins(good.logits)
-    weights = tiny.weights
-    shares = (margins(weights.norm_final(rows[-1]) @ weights.W_U) - base) / (other - base)
-    torch.testing.assert_close(shares.view_as(swept), swept, atol=1e-3, rtol=1e-3)
-    assert float(swept.abs().max()) > 1e-2, "patching does something"
-    again = crosscheck.climb(tiny, bad, good, start=1, below=rows[1])
-    torch.testing.assert_close(again[-1], rows[-1], atol=1e-5, rtol=1e-5)
-    with pytest.raises(DataError, match="everywhere=True"):
-        crosscheck.climb(tiny, good, bad)
 
 
 def test_transformerlens_agrees_on_the_organism(organism, planted):

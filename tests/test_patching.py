@@ -66,6 +66,17 @@ def test_below_the_lowest_layer_nothing_is_patched(tiny, pairs):
     assert torch.allclose(upper[heads : 2 * heads], whole[heads : 2 * heads], atol=1e-5)
 
 
+def test_patches_go_on_from_kept_rows(tiny, pairs):
+    """What leaves a layer is all that the layers above need."""
+    bad, good = (patching.run(tiny, prompts(FACTS, t)) for t in (FAILING, CONTROL))
+    whole = list(patching.climb(tiny, bad, good.z))
+    (*_, again) = patching.climb(tiny, bad, good.z, start=1, below=whole[0])
+    assert torch.allclose(again, whole[-1], atol=1e-5)
+    heads = tiny.weights.n_layers * tiny.weights.n_heads
+    of_all = patching.patched(tiny, bad, good.z, good.mlps, pairs)[:heads]
+    assert torch.allclose(patching.read(tiny, whole[-1], pairs), of_all, atol=1e-4)
+
+
 def test_a_rerun_is_a_run(tiny):
     texts = prompts(FACTS, FAILING)
     before, W = patching.run(tiny, texts), tiny.weights.blocks[1].attn.W_O

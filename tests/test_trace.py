@@ -16,7 +16,6 @@ from lib.trace import (
     last_patterns,
     logit_lens,
     logit_trace,
-    recapture,
     subject_attention,
     subject_positions,
 )
@@ -253,23 +252,3 @@ def test_full_size_gpt2_is_complete(smollm2):
 
 def test_tiny_models_differ_by_seed():
     assert not torch.equal(tiny_gpt2(0).transformer.wte.weight, tiny_gpt2(1).transformer.wte.weight)
-
-
-def test_running_on_from_an_edited_layer_equals_running_it_all(tiny):
-    """Prompts of different lengths, so that one is padded."""
-    before = capture(tiny, PROMPTS, everywhere=True)
-    own = next(p for name, p in tiny.model.named_parameters() if name.startswith(f"{tiny.weights.prefix}.1."))
-    kept = own.clone()
-    try:
-        with torch.no_grad():
-            own.add_(torch.randn(own.shape, generator=torch.Generator().manual_seed(5)) * 0.3)
-        whole, on = capture(tiny, PROMPTS, everywhere=True), recapture(tiny, before, 1)
-    finally:
-        with torch.no_grad():
-            own.copy_(kept)
-    for name in ("stream", "z", "mlps", "logits"):
-        torch.testing.assert_close(getattr(on, name), getattr(whole, name), atol=1e-4, rtol=1e-4)
-    assert float((whole.logits - before.logits).abs().max()) > 1e-2, "the edit does something"
-    assert torch.equal(on.stream[:, :2], before.stream[:, :2]), "what lies below is taken over"
-    with pytest.raises(DataError, match="everywhere=True"):
-        recapture(tiny, capture(tiny, PROMPTS), 1)
