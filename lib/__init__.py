@@ -32,6 +32,7 @@ The rooms, in the order data flows through them (imports point to earlier rooms 
     cluster        many independent calls, on this machine or on any Dask cluster
     sweep          hundreds of runs of an experiment, kept one by one    -> DataFrame
     contest        what finished sweeps say of layers, parts and rivals
+    costs          what the work costs beside other tools, from a kept benchmark
     claims         the source page's statements, and what a run makes of each
     known_answers  does this GPT-2 say what others recorded of it?
     figures        arrays -> matplotlib figures

@@ -15,8 +15,9 @@ import pandas as pd
 
 from lib.errors import DataError
 from lib.facts import DATA
+from lib.inputs import BENCH
 
-RECORD = DATA / "bench.json"
+RECORD = DATA / BENCH
 
 
 def read(path: Path = RECORD) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+BENCH = "bench.json"
+
 
 def imports(code: str) -> set[str]:
     """Modules of lib/ that some code imports, by name; `from lib import x` may also mean a plain name, which no file
@@ -25,7 +27,8 @@ def imports(code: str) -> set[str]:
 
 def modules(names: Iterable[str], root: Path) -> list[Path]:
     """The files of lib/ with these names, those that they import, and so on, imports inside functions included. What
-    imports `sweep` also depends on the experiments that the specifications in data/sweeps name."""
+    imports `sweep` also depends on the experiments that the specifications in data/sweeps name; what imports `costs`,
+    on its record."""
     todo, found = set(names), {root / "lib" / "__init__.py"}
     while todo:
         path = root / "lib" / f"{todo.pop()}.py"
@@ -34,16 +37,19 @@ def modules(names: Iterable[str], root: Path) -> list[Path]:
             todo |= imports(path.read_text(encoding="utf-8"))
             if path.stem == "sweep":
                 todo |= _experiments(root)
+            if path.stem == "costs":
+                found.add(root / "data" / BENCH)
     return sorted(found)
 
 
 def data_files(root: Path) -> list[Path]:
-    """The files of data/ that a computed number can depend on: not what is expected of it, nor the weights, which
-    have a sum of their own."""
+    """The files of data/ that a computed number can depend on: not what is expected of it, nor the record of a
+    benchmark, nor the weights, which have a sum of their own."""
+    apart = ("claims.yaml", BENCH)
     return sorted(
         p
         for p in (root / "data").rglob("*")
-        if p.is_file() and "expected" not in p.parts and p.suffix != ".safetensors" and p.name != "claims.yaml"
+        if p.is_file() and "expected" not in p.parts and p.suffix != ".safetensors" and p.name not in apart
     )
 
 
