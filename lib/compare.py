@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,11 +24,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lib.diagnosis import prescribe
 from lib.edits import Edit, applied, load_all, outside_sha256
 from lib.errors import EditError
-from lib.facts import Case, load_templates, tell
+from lib.experiments import experiment, one_thread
+from lib.facts import Case, load_cases, load_templates, tell, trainable
 from lib.pathways import DEFAULT, Kept, Recipe, Trained, keep, train
 from lib.subjects import Subject
 from lib.weights import PATHWAYS, count_parameters, pathway_slices
 
+CURVES = ["margins", "kls"]  # of a run, by step: smallest margin, and KL on the step's neutral window
+WAYS = ["facts", "longer"]  # which lesson, and for how long
 LONGER = 4  # times the step limit, in the control
 PAPER = ("full", "attention", "ffn", "v_only")  # the source page's four; Q-only and K-only are this book's
 
@@ -34,46 +39,118 @@ PAPER = ("full", "attention", "ffn", "v_only")  # the source page's four; Q-only
 @dataclass(frozen=True)
 class Comparison:
     """All pathways under one recipe. grid: a row a pathway and rate, `chosen` by the rule. seeds: a row a pathway and
-    seed, at the chosen rate. runs: by pathway, one a seed, the first being the grid's own."""
+    seed, at the chosen rate. runs: by pathway, the first seed's run at that rate."""
 
     grid: pd.DataFrame
     seeds: pd.DataFrame
-    runs: dict[str, list[Trained]]
+    runs: dict[str, Trained]
 
     @property
     def edits(self) -> dict[str, Edit]:
         """The edit of each pathway, of the first seed."""
-        return {name: runs[0].edit for name, runs in self.runs.items() if runs[0].edit is not None}
+        return {name: run.edit for name, run in self.runs.items() if run.edit is not None}
+
+
+# Runs as a sweep does them
+
+
+@experiment
+def train_at(
+    subject: Subject, *, pathway: str, rate: float, facts: str = "true", longer: int = 1, seed: int = 0
+) -> dict[str, Any]:
+    """Train a pathway of the diagnosed layer on the subject's first case. facts: `true` or `false`; longer: times the
+    recipe's limit of steps. The outcome, and two curves by step. Raises EditError for other words."""
+    if facts not in ("true", "false"):
+        raise EditError(f"facts {facts!r}: choose true or false.")
+    kept = _kept(subject)
+    kept = replace(kept, recipe=replace(kept.recipe, max_steps=longer * kept.recipe.max_steps))
+    run = train(subject, kept if facts == "true" else false_facts(kept), pathway, rate=rate, seed=seed)
+    return outcome(run) | {"margins": run.history.min_margin.tolist(), "kls": run.history.kl.tolist()}
+
+
+@lru_cache(maxsize=1)
+def _kept(subject: Subject) -> Kept:
+    case = trainable(subject, load_cases(subject.name)[0])
+    return keep(subject, case, prescribe(subject, case).knowledge_head.layer)
+
+
+def further(grid: pd.DataFrame, *, seed: int = 0, seeds: int = 10) -> list[dict[str, list[Any]]]:
+    """What follows from a finished grid, as grids of a sweep: for each pathway the rate that the rule chooses, with the
+    seeds after the first; the same on false facts; and with more steps, where it missed its goal."""
+    out = []
+    for row in chosen_rows(grid).itertuples():
+        one = {"pathway": [row.pathway], "rate": [row.rate]}
+        out.append({**one, "seed": list(range(seed, seed + seeds))})
+        out.append({**one, "seed": [seed], "facts": ["false"]})
+        if not row.reached:
+            out.append({**one, "seed": [seed], "longer": [LONGER]})
+    return out
+
+
+def chosen_rows(grid: pd.DataFrame) -> pd.DataFrame:
+    """The row of each pathway that the rule chooses, in the order of PATHWAYS."""
+    parts = {name: part.reset_index(drop=True) for name, part in grid.groupby("pathway", sort=False)}
+    return pd.DataFrame([parts[name].loc[chosen(parts[name])] for name in PATHWAYS if name in parts])
+
+
+def gather(subject: Subject, kept: Kept, grid: pd.DataFrame, runs: pd.DataFrame) -> Comparison:
+    """The comparison that two finished sweeps make (`pathways`, and what is `further`), with the first seed's runs once
+    more, for their edits. Raises EditError where one of these does not reach what its row does."""
+    best = chosen_rows(grid)
+    with one_thread():  # as a sweep runs it: sums are added in the same order
+        first = {row.pathway: _again(subject, kept, row) for row in tqdm(list(best.itertuples()), desc="the edits")}
+    is_best = grid.merge(best[["pathway", "rate"]], how="left", indicator=True)["_merge"] == "both"
+    tried = in_order(grid.drop(columns=[*CURVES, *WAYS]).assign(chosen=is_best.to_numpy()), "rate")
+    return Comparison(tried, in_order(runs[(runs.facts == "true") & (runs.longer == 1)], "seed"), first)
+
+
+def _again(subject: Subject, kept: Kept, row: Any) -> Trained:
+    run = train(subject, kept, row.pathway, rate=row.rate, seed=row.seed)
+    if run.reached != row.reached or run.diverged != row.diverged:
+        raise EditError(
+            f"{row.pathway} at rate {row.rate:g} came out otherwise than in the sweep ({run.steps} steps, not "
+            f"{row.steps}); delete _build/sweeps/{subject.name} and run the chapter again."
+        )
+    return run
+
+
+def in_order(table: pd.DataFrame, within: str) -> pd.DataFrame:
+    """Sorted by pathway, as PATHWAYS lists them, and by another column."""
+    order = table.pathway.map(PATHWAYS.index)
+    return table.assign(_order=order).sort_values(["_order", within], ignore_index=True).drop(columns="_order")
+
+
+# In one process
 
 
 def compare(
-    subject: Subject, kept: Kept, *, seed: int = 0, seeds: int = 10, pathways: Sequence[str] = PATHWAYS,
-    progress: bool = True,
-) -> Comparison:  # fmt: skip
-    """The grid for each pathway with one seed, then its chosen rate with the seeds after it."""
-    grids, tables, runs = [], [], {}
-    rates = kept.recipe.rates
-    with tqdm(total=len(pathways) * (len(rates) + seeds - 1), desc="training", disable=not progress) as bar:
+    subject: Subject, kept: Kept, *, seed: int = 0, pathways: Sequence[str] = PATHWAYS, progress: bool = True
+) -> Comparison:
+    """The grid for each pathway, with one seed."""
+    rates, grids, runs = kept.recipe.rates, [], {}
+    with tqdm(total=len(pathways) * len(rates), desc="training", disable=not progress) as bar:
         for pathway in pathways:
             tried = [train(subject, kept, pathway, rate=rate, seed=seed, bar=bar) for rate in rates]
             table = summary(tried)
             best = chosen(table)
-            more = [train(subject, kept, pathway, rate=rates[best], seed=seed + i, bar=bar) for i in range(1, seeds)]
-            runs[pathway] = [tried[best], *more]
+            runs[pathway] = tried[best]
             grids.append(table.assign(chosen=table.index == best))
-            tables.append(summary(runs[pathway]))
-    return Comparison(pd.concat(grids, ignore_index=True), pd.concat(tables, ignore_index=True), runs)
+    grid = pd.concat(grids, ignore_index=True)
+    return Comparison(grid, grid[grid.chosen].drop(columns="chosen").reset_index(drop=True), runs)
 
 
 def summary(runs: Sequence[Trained]) -> pd.DataFrame:
     """One row a run: what it reached, at what cost."""
-    return pd.DataFrame({
-        "pathway": [r.pathway for r in runs], "rate": [r.rate for r in runs], "seed": [r.seed for r in runs],
-        "diverged": [r.diverged for r in runs], "reached": [r.reached for r in runs], "steps": [r.steps for r in runs],
-        "told": [sum(r.edit.told_after) if r.edit else 0 for r in runs],
-        "min_margin": [r.history.min_margin.iloc[-1] for r in runs],
-        "kl": [r.kl for r in runs],
-    })  # fmt: skip
+    return pd.DataFrame([{"pathway": r.pathway, "rate": r.rate, "seed": r.seed, **outcome(r)} for r in runs])
+
+
+def outcome(run: Trained) -> dict[str, Any]:
+    """What a run reached, as plain values."""
+    return {
+        "diverged": run.diverged, "reached": run.reached, "steps": run.steps,
+        "told": sum(run.edit.told_after) if run.edit else 0,
+        "min_margin": float(run.history.min_margin.iloc[-1]), "kl": float(run.kl),
+    }  # fmt: skip
 
 
 def chosen(table: pd.DataFrame) -> int:
@@ -112,7 +189,7 @@ def made(
     if list(found) == list(PATHWAYS) and all(_fits(e, subject, case, seed, recipe) for e in found.values()):
         return found
     kept = keep(subject, case, prescribe(subject, case).knowledge_head.layer, recipe)
-    return compare(subject, kept, seed=seed, seeds=1, progress=progress).edits
+    return compare(subject, kept, seed=seed, progress=progress).edits
 
 
 def _fits(edit: Edit, subject: Subject, case: Case, seed: int, recipe: Recipe) -> bool:
@@ -130,23 +207,19 @@ def false_facts(kept: Kept) -> Kept:
     return replace(kept, facts=facts, answers=kept.answers.roll(-1), told=(False,) * len(facts))
 
 
-def controls(subject: Subject, kept: Kept, comparison: Comparison) -> pd.DataFrame:
+def controls(runs: pd.DataFrame) -> pd.DataFrame:
     """Two controls at each pathway's chosen rate, first seed: false facts; and, where a pathway did not reach its
-    goal, LONGER times the steps. One row a run, with `control`."""
-    patient = replace(kept, recipe=replace(kept.recipe, max_steps=LONGER * kept.recipe.max_steps))
-    missed = [name for name, runs in comparison.runs.items() if not runs[0].reached]
-    lies = repeat(subject, false_facts(kept), comparison).assign(control="false facts")
-    again = repeat(subject, patient, comparison, missed).assign(control="more steps")
-    return pd.concat((lies, again), ignore_index=True)
+    goal, LONGER times the steps. One row a run, with `control`. runs: of the sweep of what is `further`."""
+    lies = in_order(runs[runs.facts == "false"], "seed").assign(control="false facts")
+    again = in_order(runs[runs.longer > 1], "seed").assign(control="more steps")
+    return pd.concat((lies, again), ignore_index=True).drop(columns=[*CURVES, *WAYS])
 
 
-def repeat(
-    subject: Subject, kept: Kept, comparison: Comparison, pathways: Sequence[str] | None = None
-) -> pd.DataFrame:
-    """The first seed's runs once more, on something else: the same rates, other facts or another limit."""
-    first = {name: runs[0] for name, runs in comparison.runs.items() if pathways is None or name in pathways}
-    with tqdm(total=len(first), desc="controls") as bar:
-        return summary([train(subject, kept, name, rate=r.rate, seed=r.seed, bar=bar) for name, r in first.items()])
+def repeat(subject: Subject, kept: Kept, comparison: Comparison) -> pd.DataFrame:
+    """A comparison's runs once more, on something else: the same rates, other facts."""
+    with tqdm(total=len(comparison.runs), desc="controls") as bar:
+        runs = comparison.runs.items()
+        return summary([train(subject, kept, name, rate=r.rate, seed=r.seed, bar=bar) for name, r in runs])
 
 
 def before_after(subject: Subject, kept: Kept, edits: dict[str, Edit]) -> pd.DataFrame:
@@ -177,7 +250,7 @@ def head_to_head(subject: Subject, comparison: Comparison) -> pd.DataFrame:
     """One row a pathway, by the first seed's run: parameters, their share of the model, rate, steps, what is told
     before and after, smallest margin, KL, whether the rest is unchanged, and seconds of training."""
     rows = []
-    for name, (run, *_) in comparison.runs.items():
+    for name, run in comparison.runs.items():
         if run.edit is None:
             continue
         own = comparison.seeds.query("pathway == @name").iloc[0]

@@ -489,7 +489,7 @@ def planted_control(*, seed: int = 0) -> pd.DataFrame:
     subject, rows = load("organism"), []
     for case in (trainable(subject, c) for c in load_cases("organism")):
         kept = keep(subject, case, prescribe(subject, case).knowledge_head.layer)
-        found = compare.compare(subject, kept, seed=seed, seeds=1)
+        found = compare.compare(subject, kept, seed=seed)
         lies = compare.repeat(subject, compare.false_facts(kept), found).set_index("pathway")
         asked = measure(subject, prepare(subject, case, kept.layer, texts={}), found.edits, passages=False)
         held = generalisation(asked, case).query("split == 'held_out'").set_index("pathway")

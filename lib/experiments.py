@@ -20,7 +20,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
@@ -105,21 +106,27 @@ def perform(
     something that JSON does not hold, repeats a parameter, or leaves the model changed; and what it raises itself."""
     if code_sha256(name) != code:
         raise WorkerError(f"{_here()} runs another version of the code; install the same one and start it again.")
-    with _one_at_a_time:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            model = _subject(subject, weights)
-            before, start = _sums(model), time.perf_counter()
-            _seed(seed)
-            result = find(name)(model, **parameters)
-            seconds = time.perf_counter() - start
-            if changed := [key for key, value in _sums(model).items() if value != before[key]]:
-                _loaded.clear()
-                raise BookError(f"{name} left the model changed ({changed[0]}); it must restore what it changes.")
-        finally:
-            torch.set_num_threads(threads)
+    with _one_at_a_time, one_thread():
+        model = _subject(subject, weights)
+        before, start = _sums(model), time.perf_counter()
+        _seed(seed)
+        result = find(name)(model, **parameters)
+        seconds = time.perf_counter() - start
+        if changed := [key for key, value in _sums(model).items() if value != before[key]]:
+            _loaded.clear()
+            raise BookError(f"{name} left the model changed ({changed[0]}); it must restore what it changes.")
     return {"result": _plain(name, result, parameters), "seconds": round(seconds, 3)}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch with one thread, as every run of a sweep has it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _subject(name: str, weights: str) -> Subject:

@@ -23,7 +23,6 @@ from torch import Tensor
 from lib.diagnosis import Diagnosis
 from lib.effects import NONE, Measured
 from lib.facts import exact_interval
-from lib.pathways import Trained
 from lib.site import Site
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = (
@@ -269,15 +268,15 @@ def static_against_dynamic(
     return fig
 
 
-def training_curves(runs: dict[str, list[Trained]], margin: float) -> Figure:
+def training_curves(seeds: pd.DataFrame, margin: float) -> Figure:
     """Smallest margin over the facts, and KL on the step's neutral window, by step: one thin line a seed."""
     fig, axes = _panels(1, 2, (9.8, 4))
-    for name, some in runs.items():
-        for i, run in enumerate(some):
+    for name, some in seeds.groupby("pathway", sort=False):
+        for i, run in enumerate(some.itertuples()):
             label = name.replace("_", " ") if i == 0 else None
             options = {"color": PATHWAY_COLOURS[name], "lw": 2 if i == 0 else 0.7, "alpha": 1 if i == 0 else 0.5}
-            axes[0, 0].plot(run.history.step, run.history.min_margin, label=label, **options)
-            axes[0, 1].plot(run.history.step, run.history.kl.clip(lower=1e-6), **options)
+            axes[0, 0].plot(run.margins, label=label, **options)
+            axes[0, 1].plot(np.clip(run.kls, 1e-6, None), **options)
     axes[0, 0].axhline(margin, color="black", lw=1, ls="--")
     axes[0, 0].axhline(0, color="black", lw=0.6)
     axes[0, 0].set(xlabel="step", ylabel="smallest margin of\nthe facts (logits)")

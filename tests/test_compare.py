@@ -1,6 +1,7 @@
 """The head-to-head comparison: its rule on tables made by hand, its controls, and the edits that chapter 4 takes."""
 
 import json
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ from test_edits import an_edit
 from lib import compare, edits
 from lib.compare import chosen, false_facts, recommended
 from lib.errors import EditError
+from lib.experiments import one_thread
 from lib.facts import load_cases, trainable
 from lib.pathways import Recipe, keep
 
@@ -75,16 +77,56 @@ def test_gpt2_counts_are_the_papers():
 def ran(organism):
     case = trainable(organism, load_cases("organism")[0])
     kept = keep(organism, case, 7, QUICK)
-    return kept, compare.compare(organism, kept, seeds=2, pathways=("ffn", "v_only"), progress=False)
+    return kept, compare.compare(organism, kept, pathways=("ffn", "v_only"), progress=False)
 
 
-def test_compare_takes_the_rules_choice_and_every_seed(ran):
+def test_compare_takes_the_rules_choice(ran):
     _, found = ran
     assert len(found.grid) == 4 and found.grid.groupby("pathway").chosen.sum().tolist() == [1, 1]
-    assert found.seeds.groupby("pathway").seed.agg(list).tolist() == [[0, 1], [0, 1]]
-    for name, runs in found.runs.items():
+    for name, run in found.runs.items():
         best = found.grid[(found.grid.pathway == name) & found.grid.chosen].iloc[0]
-        assert {r.rate for r in runs} == {best.rate} and found.edits[name] is runs[0].edit
+        assert run.rate == best.rate and found.edits[name] is run.edit
+
+
+@pytest.fixture(scope="module")
+def swept(organism):
+    """What the sweeps of chapter 3 give, at two rates of two pathways, on one thread: grid, then what is further."""
+    with one_thread():
+        grid = table(organism, [{"pathway": [p], "rate": [1e-3, 3e-3]} for p in ("v_only", "ffn")])
+        return grid, table(organism, compare.further(grid, seeds=2))
+
+
+def table(subject, grids: list[dict]) -> pd.DataFrame:
+    """As `sweep.table`, without its cluster."""
+    runs = [dict(zip(g, values, strict=True)) for g in grids for values in product(*g.values())]
+    full = [{"facts": "true", "longer": 1, "seed": 0, **run} for run in runs]
+    return pd.DataFrame([run | compare.train_at(subject, **run) for run in full])
+
+
+def test_the_sweeps_make_the_comparison(swept, organism):
+    grid, runs = swept
+    kept = compare._kept(organism)
+    found, checks = compare.gather(organism, kept, grid, runs), compare.controls(runs)
+    assert found.grid.pathway.tolist() == ["ffn", "ffn", "v_only", "v_only"], "in the order of PATHWAYS"
+    assert found.grid.groupby("pathway").chosen.sum().tolist() == [1, 1]
+    assert found.seeds.groupby("pathway").seed.agg(list).tolist() == [[0, 1], [0, 1]]
+    for name, run in found.runs.items():
+        row = found.seeds[(found.seeds.pathway == name) & (found.seeds.seed == 0)].iloc[0]
+        assert (run.steps, run.history.min_margin.tolist()) == (row.steps, row.margins), "the same run, to the bit"
+    missed = found.grid[found.grid.chosen & ~found.grid.reached].pathway.tolist()
+    assert checks.control.tolist() == ["false facts"] * 2 + ["more steps"] * len(missed)
+    assert checks[checks.control == "more steps"].pathway.tolist() == missed
+
+
+def test_a_run_that_comes_out_otherwise_is_an_error(swept, organism):
+    grid, runs = swept
+    with pytest.raises(EditError, match=r"came out otherwise than in the sweep .* delete _build/sweeps/organism"):
+        compare.gather(organism, compare._kept(organism), grid.assign(reached=~grid.reached), runs)
+
+
+def test_lessons_that_there_are(organism):
+    with pytest.raises(EditError, match="facts 'half': choose true or false"):
+        compare.train_at(organism, pathway="ffn", rate=1e-3, facts="half")
 
 
 def test_false_facts_are_false_and_share_everything_else(ran, organism):
@@ -95,12 +137,12 @@ def test_false_facts_are_false_and_share_everything_else(ran, organism):
     assert lies.stream is kept.stream
 
 
-def test_head_to_head_and_spread(ran, organism):
+def test_head_to_head_and_spread(ran, swept, organism):
     _, found = ran
     head = compare.head_to_head(organism, found)
     assert head.outside_unchanged.all()
     assert head.parameters.tolist() == [e.parameters for e in found.edits.values()]
-    spread = compare.spread(found.seeds)
+    spread = compare.spread(compare.gather(organism, compare._kept(organism), *swept).seeds)
     assert (spread.kl_min <= spread.kl_mean).all() and (spread.kl_mean <= spread.kl_max).all()
     assert (spread.seeds == 2).all()
 
