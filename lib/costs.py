@@ -24,7 +24,7 @@ def read(path: Path = RECORD) -> dict[str, Any]:
     """The record. Raises DataError where there is none, or another thing."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if {"machine", "rows", "growth", "commit", "started"} <= set(found):
+        if {"machine", "rows", "growth", "sizes", "commit", "started"} <= set(found):
             return found
         reason = "it has no rows"
     except (OSError, ValueError) as error:
@@ -41,6 +41,11 @@ def rows(record: dict[str, Any]) -> pd.DataFrame:
 
 def growth(record: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(record["growth"])
+
+
+def sizes(record: dict[str, Any]) -> pd.DataFrame:
+    """A row a shape of model that was tried: what it needs by arithmetic, and what it did where it was run."""
+    return pd.DataFrame(record["sizes"])
 
 
 def report(report: Callable[..., None], record: dict[str, Any], table: pd.DataFrame, points: pd.DataFrame) -> None:
@@ -61,6 +66,10 @@ def report(report: Callable[..., None], record: dict[str, Any], table: pd.DataFr
         more, longer = last["at"] / first["at"], last.trace_s / first.trace_s
         words.append(f"{more:,.0f} times the {name}, {longer:.0f} times the seconds")
     report("growth", "; ".join(words))
+    ran = [size for size in record["sizes"] if "seconds" in size]
+    report("largest", ran[-1]["shape"] if ran else "none")
+    report("largest_precision", ran[-1]["precision"] if ran else "-")
+    report("largest_gb", ran[-1]["peak_gb"] if ran else 0.0, ".1f")
     over = points.trace_s / points.forward_s
     report("trace_over_forward", (float(over.min()), float(over.max())), ".1f")
 

@@ -64,6 +64,7 @@ def test_a_record_is_told_as_it_is(tmp_path):
     one, other = measure.run(row(), matmul=1e9), measure.run(row(goal=90.0, name="other"), matmul=1e9)
     points = [{"grows": "prompts", "at": n, "trace_s": 0.1 * n, "forward_s": 0.05 * n} for n in (1, 4)]
     record = {"machine": {"processor": "p", "cores": 2, "threads": 2}, "rows": [one, other], "growth": points,
+              "sizes": [{"shape": "a", "parameters": 9}, {"shape": "b", "precision": "bfloat16", "seconds": 1.0, "peak_gb": 3.0}],
               "commit": "c", "started": "s", "matmul_gflops": 100.0}  # fmt: skip
     path, said = tmp_path / "bench.json", {}
     path.write_text(json.dumps(record))
@@ -71,4 +72,5 @@ def test_a_record_is_told_as_it_is(tmp_path):
     costs.report(lambda k, v, form="": said.update({k: v}), record, costs.rows(record), costs.growth(record))
     assert (said["goals"], said["met"]) == (2, 1)
     assert said["missed"].startswith("other beside a slow way: ") and "wanted 90 times" in said["missed"]
+    assert (said["largest"], said["largest_precision"]) == ("b", "bfloat16")
     assert said["growth"] == "4 times the prompts, 4 times the seconds" and said["trace_over_forward"] == (2.0, 2.0)

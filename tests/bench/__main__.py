@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from lib import __version__, costs, subjects
 from lib.results import BUILD, commit, write_atomically
-from tests.bench import growth, measure, rows
+from tests.bench import big, growth, measure, rows
 
 app = typer.Typer(add_completion=False)
 
@@ -41,6 +41,7 @@ def bench(
         "machine": measure.machine(), "lib": __version__, "commit": commit(),
         "matmul_gflops": measure.matmul_rate() / 1e9, "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": found, "growth": [] if only else growth.measure_all(subject),
+        "sizes": [] if only else big.measure_all(subject),
     }  # fmt: skip
     output = costs.RECORD if record else output
     write_atomically(output, json.dumps(content, indent=1) + "\n")

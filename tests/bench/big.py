@@ -1,0 +1,63 @@
+"""How large a subject may be: Llama shapes with random weights, in the precision that the memory at hand allows."""
+
+from __future__ import annotations
+
+import resource
+from time import perf_counter
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoConfig, LlamaForCausalLM
+
+from lib import subjects
+from lib.subjects import Subject, batch_that_fits, memory_at_hand, precision_that_fits
+from lib.trace import capture, logit_trace
+from lib.weights import check_view, view
+
+# hidden, MLP, layers, heads, key/value heads; the vocabulary is SmolLM2's throughout
+SHAPES = {
+    "SmolLM2-135M": (576, 1536, 30, 9, 3), "SmolLM2-360M": (960, 2560, 32, 15, 5),
+    "SmolLM2-1.7B": (2048, 8192, 24, 32, 32), "Llama-3.2-3B": (3072, 8192, 28, 24, 8),
+    "Llama-2-7B": (4096, 11008, 32, 32, 32),
+}  # fmt: skip
+PROMPTS = 8
+
+
+def measure_all(like: Subject) -> list[dict[str, Any]]:
+    """A row a shape: parameters, gigabytes in both precisions; and if bf16 leaves a third of the memory at hand free,
+    what it was loaded in, the batch chosen, and seconds and completeness error of a trace of 8 prompts."""
+    return [_one(name, shape, like) for name, shape in tqdm(SHAPES.items(), desc="sizes")]
+
+
+@torch.no_grad()
+def _one(name: str, shape: tuple[int, ...], like: Subject) -> dict[str, Any]:
+    hidden, mlp, layers, heads, kv = shape
+    config = AutoConfig.from_pretrained(
+        subjects.fetch_smollm2(), hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv, head_dim=hidden // heads,
+    )  # fmt: skip
+    with torch.device("meta"):
+        parameters = LlamaForCausalLM(config).num_parameters()
+    row = {"shape": name, "parameters": parameters, "fp32_gb": parameters * 4e-9, "bf16_gb": parameters * 2e-9,
+           "at_hand_gb": memory_at_hand() * 1e-9}  # fmt: skip
+    if parameters * 2 > memory_at_hand() * 2 / 3:
+        return row
+    dtype = precision_that_fits(4 * parameters)
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(default)
+    one = Subject(name, "random", "none", "0" * 64, parameters, model, like.tokenizer, view(model))
+    check_view(model, one.weights, one.encode(["The capital of France is"])[0])
+    texts = ["The capital of France is"] * PROMPTS
+    start = perf_counter()
+    trace = logit_trace(one, capture(one, texts), torch.zeros(PROMPTS, 1, dtype=torch.long))
+    return row | {
+        "precision": str(dtype).removeprefix("torch."), "batch": batch_that_fits(one.weights, 8),
+        "seconds": perf_counter() - start, "error": trace.error,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024e-9,
+    }  # fmt: skip
