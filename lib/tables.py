@@ -453,7 +453,8 @@ def sizes(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({
         "shape": some["shape"], "parameters": some.parameters.map("{:,}".format),
         "fp32, GB": some.fp32_gb.map("{:.1f}".format), "bf16, GB": some.bf16_gb.map("{:.1f}".format),
-        "run in": some.precision.fillna("not run"), "prompts a batch": some.batch.map("{:.0f}".format).replace("nan", "–"),
+        "run in": some.precision.fillna("not run"),
+        "prompts a batch": some.batch.map("{:.0f}".format).replace("nan", "–"),
         "trace, seconds": some.seconds.map("{:.2f}".format).replace("nan", "–"),
         "error, logits": some.error.map("{:.0e}".format).replace("nan", "–"),
         "peak, GB": some.peak_gb.map("{:.1f}".format).replace("nan", "–"),

@@ -63,8 +63,9 @@ def test_what_is_no_record(tmp_path, text):
 def test_a_record_is_told_as_it_is(tmp_path):
     one, other = measure.run(row(), matmul=1e9), measure.run(row(goal=90.0, name="other"), matmul=1e9)
     points = [{"grows": "prompts", "at": n, "trace_s": 0.1 * n, "forward_s": 0.05 * n} for n in (1, 4)]
+    sizes = [{"shape": "a", "parameters": 9}, {"shape": "b", "precision": "bfloat16", "seconds": 1.0, "peak_gb": 3.0}]
     record = {"machine": {"processor": "p", "cores": 2, "threads": 2}, "rows": [one, other], "growth": points,
-              "sizes": [{"shape": "a", "parameters": 9}, {"shape": "b", "precision": "bfloat16", "seconds": 1.0, "peak_gb": 3.0}],
+              "sizes": sizes,
               "commit": "c", "started": "s", "matmul_gflops": 100.0}  # fmt: skip
     path, said = tmp_path / "bench.json", {}
     path.write_text(json.dumps(record))
