@@ -7,6 +7,7 @@ The rooms, in the order data flows through them (imports point to earlier rooms 
     subjects       load a model under study, with its view       -> Subject
     inputs         which files an output depends on, and their digests
     experiments    functions that a sweep may run on any machine
+    replay         run a model from one layer up, many texts at once
     facts          facts, templates, cases; told and known       -> FactSet, DataFrame
     static         input-free diagnostics of every head
     trace          the exact logit trace of one input            -> Capture, LogitTrace
@@ -15,7 +16,6 @@ The rooms, in the order data flows through them (imports point to earlier rooms 
     edits          save, load, apply and restore, verify         -> Edit
     noise          what random changes of a slice do to what is told
     export         an edit as a Hugging Face folder, and back
-    replay         run a model from one layer up, many texts at once
     pathways       retrain one slice of one layer                -> Edit
     compare        six pathways head to head, with controls      -> Edits
     effects        side effects of edits, and what they leave out

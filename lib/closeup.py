@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lib.diagnosis import BATCH, Diagnosis, components
 from lib.facts import Case, Fact, known_and_told, load_prefixes, load_templates, prompts, scorable, study_facts, tell
+from lib.replay import next_token_logits
 from lib.site import Site
 from lib.static import load_token_types
 from lib.subjects import Subject
@@ -191,7 +192,7 @@ def any_word(
     chosen = [subject.token_text(i).strip() for i in rng.choice(pool, size=min(words, len(pool)), replace=False)]
     facts = scorable(subject, case.facts)
     lines = [p for word in chosen for p in prompts(facts, text[case.template], f"{word} ")]
-    top = subject.next_token_logits(lines, progress=progress).argmax(-1).view(len(chosen), len(facts))
+    top = next_token_logits(subject, lines, progress=progress).argmax(-1).view(len(chosen), len(facts))
     answers = torch.tensor([subject.first_token(f.answer) for f in facts])
     return pd.DataFrame({"word": chosen, "told": (top == answers).sum(1).numpy(), "n": len(facts)})
 

@@ -76,7 +76,7 @@ def neurons(
     taken with respect to the neurons alone: Captum's own numbers, at a fraction of its cost (`captum_neurons`)."""
     ids, low, weights = [subject.token_ids(t) for t in texts], min(layers), subject.weights
     traces, gradients, done = [], [], 0
-    for some in tqdm(list(packs(subject, ids)), desc=progress, disable=progress is None):
+    for some in tqdm(list(packs(subject, ids, share=True)), desc=progress, disable=progress is None):
         own = targets[done : (done := done + len(some.last))]
         stream = entering(subject, some, low)
         with reading([*(weights.blocks[i].mlp_out for i in layers), weights.norm_final_module]) as seen:
@@ -284,7 +284,7 @@ def ablate(
     ways = {"zero": torch.zeros_like(own), "mean": own.mean(0).expand_as(own), "resample": own.roll(-1, 0)}
     out = (block.mlp.W_out if part.site.head is None else block.attn.W_O.flatten(0, 1))[part.columns(subject)]
     rows, done = [], 0
-    for some in packs(subject, ids):
+    for some in packs(subject, ids, share=True):
         mine = slice(done, done := done + len(some.last))
         stream, read = entering(subject, some, layer), columns[:, mine].T
         with reading([subject.weights.norm_final_module]) as seen:
@@ -307,7 +307,7 @@ def ablate_own_neuron(
     ids, done, rows = [subject.token_ids(t) for t in texts], 0, []
     trace = neurons(subject, texts, answers, [layer]).trace[:, 0]
     chosen = trace.argsort(-1, descending=True)[:, rank]
-    for some in packs(subject, ids):
+    for some in packs(subject, ids, share=True):
         mine = slice(done, done := done + len(some.last))
         stream, read = entering(subject, some, layer), subject.weights.W_U[:, answers[mine]].T
         with torch.no_grad():
@@ -397,7 +397,7 @@ def _strongest(heads: Float[Tensor, "n_layers n_heads"]) -> str:
 def _inputs(subject: Subject, ids: Sequence[Sequence[int]], part: Part) -> Float[Tensor, "text width"]:
     """What the part holds at each text's last position."""
     out = []
-    for some in packs(subject, ids):
+    for some in packs(subject, ids, share=True):
         with reading([part.module(subject)]) as seen:
             through(subject, some, entering(subject, some, part.site.layer), part.site.layer)
         out.append(_rows(seen[0], some.last)[:, part.columns(subject)])

@@ -135,7 +135,7 @@ def prepare_all(
     of `questions` to ask; all, if not given."""
     table = questions(subject, case) if table is None else table.reset_index(drop=True)
     end, passages = subject.weights.n_layers, []
-    asked = list(packs(subject, [subject.token_ids(p) for p in table.prompt]))
+    asked = list(packs(subject, [subject.token_ids(p) for p in table.prompt], share=True))
     enter = [(p, streams(subject, p, layers)) for p in tqdm(asked, desc="questions", leave=False)]
     for name, text in tqdm((load_passages() if texts is None else texts).items(), desc="passages", leave=False):
         ids, room = subject.token_ids(text), min(WINDOW, subject.weights.context)

@@ -20,6 +20,7 @@ import yaml
 from scipy.stats import binomtest
 
 from lib.errors import DataError
+from lib.replay import next_token_logits
 from lib.subjects import ROOT, Subject
 
 DATA = ROOT / "data"
@@ -180,7 +181,7 @@ def tell(
     """What the model says: one row a template and fact. told; rank of the answer (1 is the top); prob of the
     answer; top token; competitor (the strongest wrong token) and margin (answer minus competitor, in logits)."""
     texts = [p for t in templates.values() for p in prompts(facts, t, prefix)]
-    logits = subject.next_token_logits(texts, progress=progress)
+    logits = next_token_logits(subject, texts, progress=progress)
     rows = []
     for i, (name, fact) in enumerate((n, f) for n in templates for f in facts):
         answer, row = subject.first_token(fact.answer), logits[i]

@@ -5,7 +5,8 @@ once (`entering`), and only what lies above is run again (`above`).
 
 Texts are packed into one row without padding: each token keeps the position it has in its own text, and a mask keeps
 the texts blind to each other. With short texts a forward pass spends its time reading weights from memory; a pack
-reads each weight once for all of them.
+reads each weight once for all of them. And prompts that a template makes begin alike: what stands before the country is
+the same in all, sees only itself, and is run once.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import functional_call
+from tqdm.auto import tqdm
 
 from lib.errors import DataError
 from lib.subjects import Subject
@@ -27,46 +30,99 @@ ROOM = 512  # tokens in a pack: attention's cost grows with its square, and beyo
 
 @dataclass(frozen=True)
 class Pack:
-    """Texts in one row of t tokens. position: within its own text. text: which one a token belongs to."""
+    """Texts in one row of t tokens. position: of each token in its own text. before: row of the token before it in its
+    text, -1 at a start. last: row of each text's last token."""
 
     tokens: Int[Tensor, " t"]
     position: Int[Tensor, " t"]
-    text: Int[Tensor, " t"]
-
-    @property
-    def last(self) -> Int[Tensor, " text"]:
-        """Index of each text's last token."""
-        return torch.unique_consecutive(self.text, return_counts=True)[1].cumsum(0) - 1
+    before: tuple[int, ...]
+    last: Int[Tensor, " text"]
 
     def mask(self) -> Float[Tensor, "1 1 t t"]:
         """0 where a token may look (back, within its text), the lowest number elsewhere."""
-        index = torch.arange(len(self.text))
-        sees = (self.text[:, None] == self.text) & (index[:, None] >= index)
-        return torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[None, None]
+        sees = np.eye(len(self.before), dtype=bool)
+        for row, before in enumerate(self.before):
+            if before >= 0:
+                sees[row] |= sees[before]
+        return torch.zeros(sees.shape).masked_fill(~torch.from_numpy(sees), torch.finfo(torch.float32).min)[None, None]
 
 
-def pack(subject: Subject, texts: Sequence[Sequence[int]]) -> Pack:
-    """Token lists in one row. Raises DataError for none, an empty one, or one longer than the model reads."""
+class _Row:
+    """A pack in the making. share: texts that begin alike share these tokens; each keeps a last token of its own, so
+    that what is read or changed there is its own."""
+
+    def __init__(self, share: bool) -> None:
+        self.share, self.nodes = share, dict[tuple[int, int], int]()
+        self.tokens: list[int] = []
+        self.position: list[int] = []
+        self.before: list[int] = []
+        self.last: list[int] = []
+
+    def shared(self, text: Sequence[int]) -> list[int]:
+        """Rows that hold the text's beginning."""
+        rows: list[int] = []
+        for token in text[:-1] if self.share else ():
+            node = self.nodes.get((rows[-1] if rows else -1, token))
+            if node is None:
+                break
+            rows.append(node)
+        return rows
+
+    def add(self, text: Sequence[int]) -> None:
+        rows = self.shared(text)
+        at = rows[-1] if rows else -1
+        for i in range(len(rows), len(text)):
+            if i < len(text) - 1:
+                self.nodes[at, text[i]] = len(self.tokens)
+            self.before.append(at)
+            at = len(self.tokens)
+            self.tokens.append(text[i])
+            self.position.append(i)
+        self.last.append(at)
+
+    def pack(self) -> Pack:
+        tokens, position, last = (torch.tensor(x) for x in (self.tokens, self.position, self.last))
+        return Pack(tokens, position, tuple(self.before), last)
+
+
+def pack(subject: Subject, texts: Sequence[Sequence[int]], *, share: bool = False) -> Pack:
+    """Token lists in one row, one after the other, or sharing their beginnings (`_Row`). Raises DataError for none, an
+    empty one, or one longer than the model reads."""
+    (whole,) = packs(subject, texts, room=sum(map(len, texts)), share=share)
+    return whole
+
+
+def packs(
+    subject: Subject, texts: Sequence[Sequence[int]], room: int = ROOM, *, share: bool = False
+) -> Iterator[Pack]:
+    """The texts in their order, in as many packs as needed, each of at most `room` tokens (or of one text). Raises as
+    `pack` does."""
     if not texts or not all(texts):
         raise DataError("there is nothing to run: no text was given, or one without a token.")
     if (longest := max(map(len, texts))) > subject.weights.context:
         raise DataError(f"a text has {longest} tokens; {subject.name} reads {subject.weights.context}. Shorten it.")
-    return Pack(
-        torch.tensor([t for text in texts for t in text]),
-        torch.cat([torch.arange(len(text)) for text in texts]),
-        torch.repeat_interleave(torch.tensor([len(text) for text in texts])),
-    )
-
-
-def packs(subject: Subject, texts: Sequence[Sequence[int]], room: int = ROOM) -> Iterator[Pack]:
-    """The texts in their order, in as many packs as needed, each of at most `room` tokens (or of one text)."""
-    row: list[Sequence[int]] = []
+    row = _Row(share)
     for text in texts:
-        if row and sum(map(len, row)) + len(text) > room:
-            yield pack(subject, row)
-            row = []
-        row.append(text)
-    yield pack(subject, row)
+        if row.tokens and len(row.tokens) + len(text) - len(row.shared(text)) > room:
+            yield row.pack()
+            row = _Row(share)
+        row.add(text)
+    yield row.pack()
+
+
+@torch.no_grad()
+def next_token_logits(
+    subject: Subject, prompts: Sequence[str], *, progress: str | None = None
+) -> Float[Tensor, "prompt vocab"]:
+    """Logits of the token after each prompt, in fp32. Prompts that begin alike are run together once. progress: a
+    label for a bar. Raises DataError for an empty or too long prompt, or for none."""
+    order = sorted(range(len(prompts)), key=prompts.__getitem__)
+    rows = list(packs(subject, [subject.token_ids(prompts[i]) for i in order], share=True))
+    out, done = torch.empty(len(prompts), subject.weights.W_U.shape[1]), 0
+    for some in tqdm(rows, desc=progress, disable=progress is None or len(rows) < 2, leave=False):
+        final = above(subject, some, 0, entering(subject, some, 0))[some.last]
+        out[order[done : (done := done + len(final))]] = (final @ subject.weights.W_U).float().cpu()
+    return out
 
 
 @torch.no_grad()

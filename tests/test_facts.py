@@ -121,19 +121,16 @@ def test_told_and_known_by_hand():
     assert state.told_by.B == ("good",)
 
 
-def test_tell_by_hand(tiny):
+def test_tell_by_hand(tiny, monkeypatch):
     """Rank, margin, probability and competitor from logits that are put there."""
 
-    class Fixed:
-        def __getattr__(self, name):
-            return getattr(tiny, name)
+    def put(subject, prompts, **options):
+        logits = torch.full((len(prompts), 49152), -50.0)
+        logits[0, tiny.first_token("Paris")], logits[0, 11] = 2.0, 3.0
+        return logits
 
-        def next_token_logits(self, prompts, **options):
-            logits = torch.full((len(prompts), 49152), -50.0)
-            logits[0, tiny.first_token("Paris")], logits[0, 11] = 2.0, 3.0
-            return logits
-
-    row = tell(Fixed(), [Fact("France", "Paris")], {"t": "{} is"}).iloc[0]
+    monkeypatch.setattr(facts, "next_token_logits", put)
+    row = tell(tiny, [Fact("France", "Paris")], {"t": "{} is"}).iloc[0]
     assert (row.told, row["rank"], row.margin, row.competitor_token) == (False, 2, -1.0, 11)
     assert row.prob == pytest.approx(1 / (1 + 2.718281828), rel=1e-5)
 
