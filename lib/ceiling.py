@@ -10,21 +10,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lib import effects
-from lib.diagnosis import case_table, decide, gather
+from lib.diagnosis import prescribe
 from lib.effects import BAND, NONE
 from lib.errors import DataError
-from lib.facts import Case, Fact, load_cases, load_prefixes, load_templates, prompts, scorable, tell, trainable
-from lib.generalise import again, choose, harmless, learn_at, load_places
+from lib.facts import (
+    Case,
+    Fact,
+    known_and_told,
+    load_cases,
+    load_prefixes,
+    load_templates,
+    prompts,
+    scorable,
+    tell,
+    trainable,
+)  # fmt: skip
+from lib.generalise import again, choose, harmless, learn_at
 from lib.replay import Pack, above, entering, pack
 from lib.results import Results
 from lib.subjects import Subject, load
+from lib.trace import subject_positions
 
 PREFIX = "\n"  # the shortest that helps; it leaves the words after it cut into tokens as they were
 PLACES = ("subject's last token", "last position", "both")
@@ -36,10 +47,10 @@ def untold(subject: Subject, case: Case, splits: Sequence[str] = SEEN) -> tuple[
     DataError if there is none."""
     text = load_templates()
     facts = [f for f in scorable(subject, case.large) if f.split in splits]
-    names = (*case.controls, case.template)
-    told = {n: tell(subject, facts, {n: text[n]}).told.to_numpy() for n in names} if facts else {}
-    known = np.any([told[c] for c in case.controls], axis=0) if told else []
-    out = tuple(f for f, k, t in zip(facts, known, told.get(case.template, ()), strict=True) if k and not t)
+    out: tuple[Fact, ...] = ()
+    if facts:
+        states = known_and_told(tell(subject, facts, {n: text[n] for n in (case.template, *case.controls)}), case)
+        out = tuple(f for f, failed in zip(facts, states.routing_failure, strict=True) if failed)
     if not out:
         raise DataError(f"case {case.name!r}: no fact of {', '.join(splits)} is known to {subject.name} and not told.")
     return out
@@ -70,7 +81,8 @@ def carried(
     if wrong := [f for f, a, b in zip(facts, bare, full, strict=True) if b[-len(a) :] != a or len(a) == len(b)]:
         raise DataError(f"after {prefix!r} the prompt of {wrong[0].subject} is cut into other tokens; use another one.")
     short, long = pack(subject, bare), pack(subject, full)
-    back = torch.tensor([_tail(subject, template, f, a) for f, a in zip(facts, bare, strict=True)])
+    ends = [subject_positions(subject, p, f.subject)[-1] for p, f in zip(prompts(facts, template), facts, strict=True)]
+    back = short.last.diff(prepend=torch.tensor([-1])) - 1 - torch.tensor(ends)  # tokens after the subject's last one
     spots = {
         "subject's last token": [(short.last - back, long.last - back)], "last position": [(short.last, long.last)],
     }  # fmt: skip
@@ -83,15 +95,6 @@ def carried(
             told = _told(subject, short, layer, _moved(own, other, spots[place]), answers)
             rows.append((layer + 1, place, int(told.sum()), len(facts)))
     return pd.DataFrame(rows, columns=["layer", "place", "told", "n"])
-
-
-def _tail(subject: Subject, template: str, fact: Fact, tokens: Sequence[int]) -> int:
-    """How many tokens after the subject's last one a prompt has."""
-    head = template[: template.index("{}")] + fact.subject
-    for end in range(1, len(tokens) + 1):
-        if len(subject.tokenizer.decode(list(tokens[:end]))) >= len(head):
-            return len(tokens) - end
-    raise DataError(f"the prompt of {fact.subject} ends before its subject does.")
 
 
 def _moved(
@@ -144,8 +147,7 @@ def report_contexts(report: Results, contexts: pd.DataFrame) -> None:
 def report_carried(report: Results, table: pd.DataFrame, contexts: pd.DataFrame, subject: Subject, case: Case) -> int:
     """Where what a prefix changes is carried: per place, the layer at which it makes most told. Gives the knowledge
     head's layer, counted from 1."""
-    evidence = gather(subject, case, case_table(subject, case))
-    layer, n = decide(evidence).knowledge_head.layer + 1, int(table.n.iloc[0])
+    layer, n = prescribe(subject, case).knowledge_head.layer + 1, int(table.n.iloc[0])
     whole = int(contexts.told[contexts.context == repr(PREFIX)].iloc[0])
     parts = {place: part.set_index("layer").told for place, part in table.groupby("place", sort=False)}
     at, end = parts[PLACES[0]], parts[PLACES[1]]
@@ -168,11 +170,6 @@ def report_carried(report: Results, table: pd.DataFrame, contexts: pd.DataFrame,
         + (", the layer that chapter 2 diagnoses." if jump == layer else f"; chapter 2 diagnoses L{layer}.")
     )  # fmt: skip
     return layer
-
-
-def places_of(subject: Subject, case: Case) -> list[str]:
-    """The places without a fact that a subject learns from. The organism's names are made up: it has none."""
-    return [] if subject.name == "organism" else load_places(case)
 
 
 def report_frontier(report: Results, runs: pd.DataFrame, pick: int) -> None:

@@ -133,13 +133,20 @@ def applied(subject: Subject, edit: Edit) -> Iterator[Subject]:
     """The subject with the edit in place; restored afterwards, bit for bit. Raises EditError as `check` does, before
     anything is changed."""
     check(subject, edit)
-    pairs = list(zip(targets(subject.model, edit.values), edit.values.values(), strict=True))
+    with written(subject.model, edit.values):
+        yield subject
+
+
+@contextmanager
+def written(model: PreTrainedModel, values: dict[Slice, Tensor]) -> Iterator[None]:
+    """Values in the model's own weights; restored afterwards, bit for bit. Raises EditError as `targets` does."""
+    pairs = list(zip(targets(model, values), values.values(), strict=True))
     kept = [target.clone() for target, _ in pairs]
     try:
         with torch.no_grad():
             for target, value in pairs:
                 target.copy_(value)
-        yield subject
+        yield
     finally:
         with torch.no_grad():
             for (target, _), before in zip(pairs, kept, strict=True):

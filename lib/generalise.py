@@ -139,6 +139,11 @@ def load_places(case: Case) -> list[str]:
     return names
 
 
+def places_of(subject: Subject, case: Case) -> list[str]:
+    """The places without a fact that a subject learns from. The organism's names are made up: it has none."""
+    return [] if subject.name == "organism" else load_places(case)
+
+
 def contexts(case: Case) -> dict[str, tuple[str, str]]:
     """Where the model might tell: name -> prefix and template. The control templates, and the failing template after
     worked examples, which are the case's own first facts."""
@@ -269,11 +274,10 @@ def _config(layer: int, pathway: str, rank: int, steps: int, truth: float) -> Co
 
 @lru_cache(maxsize=1)
 def _classroom(subject: Subject) -> tuple[Case, Lesson]:
-    """The subject's first case and its lesson; the teacher is the context that tells the fit facts best. The
-    organism's names are made up: there are no other places to learn from."""
+    """The subject's first case and its lesson; the teacher is the context that tells the fit facts best."""
     case = trainable(subject, load_cases(subject.name)[0])
-    places = [] if subject.name == "organism" else load_places(case)
-    return case, lesson(subject, case, fit_countries(case), places, str(teachers(subject, case).context[0]))
+    best = str(teachers(subject, case).context[0])
+    return case, lesson(subject, case, fit_countries(case), places_of(subject, case), best)
 
 
 def cost(subject: Subject, case: Case, edit: Edit) -> dict[str, Any]:
@@ -310,13 +314,13 @@ def _baseline(subject: Subject, case: Case) -> Baseline:
     asked = effects.questions(subject, without_held_out(subject, case))
     own = (asked.set == "eight") & asked.template.isin(case.controls)
     asked = asked[own | asked.set.isin(["capability", "large"])].reset_index(drop=True)
-    said = effects.ask(subject, effects.prepare(subject, case, 0, texts={}, table=asked), None)
+    protocol = effects.prepare(subject, case, 0, texts=choosing_texts(subject), table=asked)
+    said = effects.ask(subject, protocol, None)
     states = known_and_told(said[said.set == "large"], case)
     kept = (said.set != "large") | (said.template == case.template)
     table, told = asked[kept].reset_index(drop=True), said.told[kept].to_numpy()
     untold = (table.set == "large") & table.subject.isin(states[states.routing_failure].subject)
-    tokens = effects.read(subject, effects.prepare(subject, case, 0, texts=choosing_texts(subject), table=table), None)
-    return Baseline(table, told, untold, tokens)
+    return Baseline(table, told, untold, effects.read(subject, protocol, None))
 
 
 def choosing_texts(subject: Subject) -> dict[str, str]:

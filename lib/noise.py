@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lib.edits import targets
+from lib.edits import written
 from lib.errors import DataError
 from lib.experiments import experiment
 from lib.facts import load_cases, load_templates, tell
@@ -43,13 +43,7 @@ def noisy(subject: Subject, layer: int, pathway: str, scale: float, generator: t
     """Gaussian noise on the tensors of a pathway of a layer (0-based), restored afterwards bit for bit. scale: root
     mean square of the noise over that of each tensor."""
     parameters = dict(subject.model.named_parameters())
-    values = {s: s.of(parameters[s.name]).clone() for s in pathway_slices(subject.model, layer, pathway)}
-    places = targets(subject.model, values)
-    try:
-        for place, value in zip(places, values.values(), strict=True):
-            noise = torch.randn(value.shape, generator=generator)
-            place.copy_(value + scale * value.square().mean().sqrt() * noise)
+    own = {s: s.of(parameters[s.name]) for s in pathway_slices(subject.model, layer, pathway)}
+    noise = {s: v.square().mean().sqrt() * torch.randn(v.shape, generator=generator) for s, v in own.items()}
+    with written(subject.model, {s: v + scale * noise[s] for s, v in own.items()}):
         yield
-    finally:
-        for place, value in zip(places, values.values(), strict=True):
-            place.copy_(value)

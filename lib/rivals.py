@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lib.compare import PAPER, chosen, summary
 from lib.controls import answers, prepared, protocols, setting
-from lib.edits import applied
+from lib.edits import applied, written
 from lib.effects import NONE, Measured, Protocol, ask, prepare, questions, read, reading
 from lib.errors import EditError
 from lib.experiments import experiment
@@ -191,7 +191,7 @@ def _gains(subject: Subject) -> Rival:
         optimise(subject, _kept(subject), list(leaves.values()), leaves, rate=rate)
         values = {s: v.detach() for s, v in leaves.items()}
         size = sum(v.numel() for v in values.values())
-        return Rival("norm gains", size, layer, f"rate {rate:g}", partial(_written, subject, values))
+        return Rival("norm gains", size, layer, f"rate {rate:g}", partial(written, subject.model, values))
 
     return _chosen(subject, _kept(subject), [trained(rate) for rate in RATES["few"]])
 
@@ -265,11 +265,8 @@ def _closed_form(subject: Subject) -> Rival:
     for ridge in RIDGES:
         change = torch.linalg.solve(ridge * moment * len(keys) + keys.T @ keys, keys.T @ values)
         new = weight + (change if subject.weights.family == "gpt2" else change.T)
-        made.append(
-            Rival(
-                "closed form on W_out", new.numel(), layer, f"ridge {ridge:g}", partial(_written, subject, {part: new})
-            )
-        )
+        put = partial(written, subject.model, {part: new})
+        made.append(Rival("closed form on W_out", new.numel(), layer, f"ridge {ridge:g}", put))
     return _chosen(subject, kept, made)
 
 
@@ -302,7 +299,7 @@ def _everything(subject: Subject) -> Rival:
                     parameters[n].requires_grad_(False).copy_(before[n])
                     parameters[n].grad = None
         size = sum(v.numel() for v in values.values())
-        return Rival("all blocks", size, 0, f"rate {rate:g}", partial(_written, subject, values))
+        return Rival("all blocks", size, 0, f"rate {rate:g}", partial(written, subject.model, values))
 
     return _chosen(subject, kept, [trained(rate) for rate in RATES["all"]])
 
@@ -338,22 +335,6 @@ def _chosen(subject: Subject, kept: Kept, made: Sequence[Rival]) -> Rival:
         return int((logits.argmax(1) == kept.answers).sum()), -harm
 
     return max(made, key=score)
-
-
-@contextmanager
-def _written(subject: Subject, values: dict[Slice, Tensor]) -> Iterator[None]:
-    """Values in the model's own weights, restored bit for bit."""
-    parameters = dict(subject.model.named_parameters())
-    before = {s: s.of(parameters[s.name]).clone() for s in values}
-    try:
-        with torch.no_grad():
-            for part, value in values.items():
-                part.of(parameters[part.name]).copy_(value)
-        yield
-    finally:
-        with torch.no_grad():
-            for part, value in before.items():
-                part.of(parameters[part.name]).copy_(value)
 
 
 @contextmanager

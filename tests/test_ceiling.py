@@ -5,7 +5,8 @@ import pytest
 
 from lib import ceiling
 from lib.errors import DataError
-from lib.facts import Fact, load_cases, load_templates, prompts, tell, trainable
+from lib.facts import load_cases, load_templates, tell, trainable
+from lib.trace import subject_positions
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +50,9 @@ def test_the_whole_stream_of_the_last_position_ends_as_the_prefix_does(smollm2, 
 def test_places_are_the_subject_s_last_token_and_the_end(smollm2):
     template = load_templates()["subject_first"]
     for name in ("France", "Slovakia", "Mozambique"):
-        ids = smollm2.token_ids(prompts([Fact(name, "x")], template)[0])
-        back = ceiling._tail(smollm2, template, Fact(name, "x"), ids)
-        assert smollm2.tokenizer.decode(ids[: len(ids) - back]) == name
+        prompt = template.replace("{}", name)
+        end = subject_positions(smollm2, prompt, name)[-1]
+        assert smollm2.tokenizer.decode(smollm2.token_ids(prompt)[: end + 1]) == name
 
 
 def test_a_prefix_that_cuts_the_prompt_anew_is_refused(smollm2, real):
