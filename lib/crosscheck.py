@@ -30,10 +30,11 @@ from tqdm.auto import tqdm
 from lib.diagnosis import Verdict, prescribe
 from lib.errors import DataError
 from lib.facts import Case, Fact, load_cases, load_templates, prompts, tell, trainable
-from lib.replay import Pack, above, entering, pack, packs, through
+from lib.replay import End, Pack, above, ends, entering, pack, packs, streams, through
 from lib.site import Site
 from lib.subjects import Subject, load
 from lib.trace import capture, logit_trace, subject_positions
+from lib.weights import Block
 
 TOOLS = ("captum", "transformer-lens")
 BATCH = 8
@@ -72,19 +73,16 @@ def neurons(
     subject: Subject, texts: Sequence[str], targets: Int[Tensor, " prompt"], layers: Sequence[int], *,
     progress: str | None = None,
 ) -> Neurons:  # fmt: skip
-    """Both attributions from one pass. What lies below the lowest layer is run without gradients, and the gradient is
-    taken with respect to the neurons alone: Captum's own numbers, at a fraction of its cost (`captum_neurons`)."""
-    ids, low, weights = [subject.token_ids(t) for t in texts], min(layers), subject.weights
-    traces, gradients, done = [], [], 0
-    for some in tqdm(list(packs(subject, ids, share=True)), desc=progress, disable=progress is None):
+    """Both attributions from one pass. The gradient is taken through last tokens alone, because what a last token's
+    neurons write only last tokens read: Captum's own numbers, at a fraction of its cost (`captum_neurons`)."""
+    low, weights, traces, gradients, done = min(layers), subject.weights, [], [], 0
+    for some, before in tqdm(ground(subject, texts, low), desc=progress, disable=progress is None):
         own = targets[done : (done := done + len(some.last))]
-        stream = entering(subject, some, low)
-        with reading([*(weights.blocks[i].mlp_out for i in layers), weights.norm_final_module]) as seen:
-            final = above(subject, some, low, stream.requires_grad_())
-            logits = (final[some.last] * weights.W_U[:, own].T).sum(-1)
-        grads = torch.autograd.grad(logits.sum(), seen[:-1])
-        active, slopes = (torch.stack([_rows(x, some.last) for x in xs], 1).detach() for xs in (seen[:-1], grads))
-        read = direction(subject, _rows(seen[-1], some.last).detach(), own)
+        found = list(ends(subject, some, before, before[low][some.last].requires_grad_(), low))
+        seen = [found[i - low].neurons for i in layers]
+        logits = (weights.norm_final(found[-1].stream) * weights.W_U[:, own].T).sum(-1)
+        slopes = torch.stack(torch.autograd.grad(logits.sum(), seen), 1)
+        active, read = torch.stack(seen, 1).detach(), direction(subject, found[-1].stream.detach(), own)
         gradients.append(active * slopes)
         traces.append(active * torch.stack([read @ weights.blocks[i].mlp.W_out.T for i in layers], 1))
     return Neurons(tuple(layers), torch.cat(traces), torch.cat(gradients))
@@ -249,22 +247,34 @@ def replacing(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator
         handle.remove()
 
 
+Ground = list[tuple[Pack, dict[int, Float[Tensor, "t d_model"]]]]  # packs, and the streams that enter their layers
+
+
+def ground(subject: Subject, texts: Sequence[str], lowest: int) -> Ground:
+    """Prompts run once, with what later questions about their last tokens look back on, from a layer up."""
+    rows = packs(subject, [subject.token_ids(t) for t in texts], share=True)
+    return [(some, streams(subject, some, range(lowest, subject.weights.n_layers))) for some in rows]
+
+
 @dataclass(frozen=True)
 class Part:
-    """A component of a layer (0-based): the columns of the input of `heads_out` that a head writes, or a neuron."""
+    """A component of a layer (0-based): a head, or a neuron of the MLP, or all of them."""
 
     site: Site
     neuron: int | None = None
 
-    def module(self, subject: Subject) -> nn.Module:
-        block = subject.weights.blocks[self.site.layer]
-        return block.heads_out if self.site.head is not None else block.mlp_out
+    def held(self, end: End) -> Float[Tensor, "m width"]:
+        """What the part holds at last tokens, before it is written into the stream."""
+        if self.site.head is not None:
+            return end.z[:, self.site.head]
+        return end.neurons[:, self._rows()]
 
-    def columns(self, subject: Subject) -> slice:
-        if self.site.head is None:
-            return slice(None) if self.neuron is None else slice(self.neuron, self.neuron + 1)
-        d = subject.weights.d_head
-        return slice(self.site.head * d, (self.site.head + 1) * d)
+    def out(self, block: Block) -> Float[Tensor, "width d_model"]:
+        """What it writes into the stream with each unit that it holds."""
+        return block.mlp.W_out[self._rows()] if self.site.head is None else block.attn.W_O[self.site.head]
+
+    def _rows(self) -> slice:
+        return slice(None) if self.neuron is None else slice(self.neuron, self.neuron + 1)
 
     def __str__(self) -> str:
         return str(self.site) if self.neuron is None else f"L{self.site.layer + 1} neuron {self.neuron}"
@@ -273,50 +283,64 @@ class Part:
 @torch.no_grad()
 def ablate(
     subject: Subject, texts: Sequence[str], answers: Int[Tensor, " prompt"], part: Part, *,
-    against: Int[Tensor, " prompt"] | None = None,
+    against: Int[Tensor, " prompt"] | None = None, kept: Ground | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Take a part away at the last position, in three ways: `zero`; `mean` over the prompts; `resample`, what it did in
     the next prompt. A row a prompt and way: the change of the answer's logit (minus the logit of `against`, if given),
-    direct (all later layers and the norm held as they were) and total (really run)."""
+    direct (all later layers and the norm held as they were) and total (really run). kept: the prompts' `ground` from
+    the part's layer or below, where several parts are taken from the same prompts."""
     columns = subject.weights.W_U[:, answers] - (0 if against is None else subject.weights.W_U[:, against])
-    ids, layer, block = [subject.token_ids(t) for t in texts], part.site.layer, subject.weights.blocks[part.site.layer]
-    own = _inputs(subject, ids, part)
-    ways = {"zero": torch.zeros_like(own), "mean": own.mean(0).expand_as(own), "resample": own.roll(-1, 0)}
-    out = (block.mlp.W_out if part.site.head is None else block.attn.W_O.flatten(0, 1))[part.columns(subject)]
-    rows, done = [], 0
-    for some in packs(subject, ids, share=True):
+    layer, kept = part.site.layer, ground(subject, texts, part.site.layer) if kept is None else kept
+    found = [next(ends(subject, some, before, before[layer][some.last], layer)) for some, before in kept]
+    own, out = torch.cat([part.held(end) for end in found]), part.out(subject.weights.blocks[layer])
+    ways = {"none": own, "zero": torch.zeros_like(own), "mean": own.mean(0).expand_as(own), "resample": own.roll(-1, 0)}
+    changes, rows, done = torch.stack(list(ways.values())) - own, [], 0
+    for (some, before), end in zip(kept, found, strict=True):
         mine = slice(done, done := done + len(some.last))
-        stream, read = entering(subject, some, layer), columns[:, mine].T
-        with reading([subject.weights.norm_final_module]) as seen:
-            before = (above(subject, some, layer, stream)[some.last] * read).sum(-1)
-        write = _fold(subject, _rows(seen[0], some.last), read) @ out.T
-        for way, values in ways.items():
-            with replacing(part.module(subject), _put(subject, part, some.last, values[mine])):
-                after = (above(subject, some, layer, stream)[some.last] * read).sum(-1)
-            direct = ((values[mine] - own[mine]) * write).sum(-1)
-            for text, d, t in zip(texts[mine], direct.tolist(), (after - before).tolist(), strict=True):
-                rows.append({"part": str(part), "way": way, "prompt": text, "direct": d, "total": t})
-    return pd.DataFrame(rows)
+        change, read = changes[:, mine], columns[:, mine].T
+        final = _changed(subject, some, before, layer, end, change @ out, heads=part.site.head is not None)
+        logits = (subject.weights.norm_final(final) * read).sum(-1)
+        direct = (change * (_fold(subject, final[0], read) @ out.T)).sum(-1)
+        for way, d, t in list(zip(ways, direct, logits - logits[0], strict=True))[1:]:
+            rows.append(pd.DataFrame({"part": str(part), "way": way, "prompt": texts[mine], "direct": d, "total": t}))
+    return pd.concat(rows, ignore_index=True)
 
 
+def _changed(
+    subject: Subject, some: Pack, before: dict[int, Tensor], layer: int, end: End,
+    change: Float[Tensor, "way text d_model"], *, heads: bool,
+) -> Float[Tensor, "way text d_model"]:  # fmt: skip
+    """The final streams of last tokens if a layer's heads, or its MLP, had written something more."""
+    block, rows = subject.weights.blocks[layer], end.stream + change
+    if heads:  # the layer's own MLP reads it too
+        middle = end.middle + change
+        rows = middle + block.mlp(block.norm_mlp(middle))
+    for later in ends(subject, some, before, rows.flatten(0, 1), layer + 1):
+        rows = later.stream
+    return rows.view(change.shape)
+
+
+@torch.no_grad()
 def ablate_own_neuron(
     subject: Subject, texts: Sequence[str], answers: Int[Tensor, " prompt"], layer: int, *, rank: int = 0
 ) -> pd.DataFrame:
     """Zero, in each prompt, the neuron of the layer that the trace ranks `rank`-th for that very prompt (0: the top
     one): its number, and the change of the answer's logit, direct and total."""
-    ids, done, rows = [subject.token_ids(t) for t in texts], 0, []
-    trace = neurons(subject, texts, answers, [layer]).trace[:, 0]
-    chosen = trace.argsort(-1, descending=True)[:, rank]
-    for some in packs(subject, ids, share=True):
+    block, done, tables = subject.weights.blocks[layer], 0, []
+    for some, before in ground(subject, texts, layer):
         mine = slice(done, done := done + len(some.last))
-        stream, read = entering(subject, some, layer), subject.weights.W_U[:, answers[mine]].T
-        with torch.no_grad():
-            before = (above(subject, some, layer, stream)[some.last] * read).sum(-1)
-            with replacing(subject.weights.blocks[layer].mlp_out, _zero_at(some.last, chosen[mine])):
-                after = (above(subject, some, layer, stream)[some.last] * read).sum(-1)
-        direct = -trace[mine].gather(1, chosen[mine, None])[:, 0]
-        rows += list(zip(texts[mine], chosen[mine].tolist(), direct.tolist(), (after - before).tolist(), strict=True))
-    return pd.DataFrame(rows, columns=["prompt", "neuron", "direct", "total"]).assign(way="zero")
+        *_, last = found = list(ends(subject, some, before, before[layer][some.last], layer))
+        trace = found[0].neurons * (direction(subject, last.stream, answers[mine]) @ block.mlp.W_out.T)
+        chosen = trace.argsort(-1, descending=True)[:, rank]
+        write = found[0].neurons.gather(1, chosen[:, None]) * block.mlp.W_out[chosen]
+        change = torch.stack((torch.zeros_like(write), -write))
+        final = _changed(subject, some, before, layer, found[0], change, heads=False)
+        logits = (subject.weights.norm_final(final) * subject.weights.W_U[:, answers[mine]].T).sum(-1)
+        tables.append(pd.DataFrame({
+            "prompt": texts[mine], "neuron": chosen, "direct": -trace.gather(1, chosen[:, None])[:, 0],
+            "total": logits[1] - logits[0],
+        }))  # fmt: skip
+    return pd.concat(tables, ignore_index=True).assign(way="zero")
 
 
 def ablations(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
@@ -369,11 +393,6 @@ def mean_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, flo
     return float(np.mean(values)), float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def _rows(x: Tensor, rows: Int[Tensor, " text"]) -> Float[Tensor, "text width"]:
-    """Rows of a pack's activations, whichever way the module folds them."""
-    return x.reshape(-1, x.shape[-1])[rows]
-
-
 def direction(
     subject: Subject, final: Float[Tensor, "text d_model"], tokens: Int[Tensor, " text"]
 ) -> Float[Tensor, "text d_model"]:
@@ -391,37 +410,6 @@ def _fold(
 
 def _strongest(heads: Float[Tensor, "n_layers n_heads"]) -> str:
     return str(Site(*divmod(int(heads.argmax()), heads.shape[1])))
-
-
-@torch.no_grad()
-def _inputs(subject: Subject, ids: Sequence[Sequence[int]], part: Part) -> Float[Tensor, "text width"]:
-    """What the part holds at each text's last position."""
-    out = []
-    for some in packs(subject, ids, share=True):
-        with reading([part.module(subject)]) as seen:
-            through(subject, some, entering(subject, some, part.site.layer), part.site.layer)
-        out.append(_rows(seen[0], some.last)[:, part.columns(subject)])
-    return torch.cat(out)
-
-
-def _put(subject: Subject, part: Part, rows: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
-    columns = part.columns(subject)
-
-    def change(x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1]).clone()
-        flat[rows, columns] = values
-        return flat.view(x.shape)
-
-    return change
-
-
-def _zero_at(rows: Int[Tensor, " text"], columns: Int[Tensor, " text"]) -> Callable[[Tensor], Tensor]:
-    def change(x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1]).clone()
-        flat[rows, columns] = 0
-        return flat.view(x.shape)
-
-    return change
 
 
 def _put_heads(
@@ -487,9 +475,10 @@ def ablate_all(
     subject: Subject, texts: Sequence[str], answers: Int[Tensor, " prompt"], parts: dict[str, list[Part]]
 ) -> pd.DataFrame:
     """An `ablate` table of all parts, `part` being the kind: several random parts are averaged prompt by prompt."""
-    tables = []
+    tables, lowest = [], min(part.site.layer for some in parts.values() for part in some)
+    kept = ground(subject, texts, lowest)
     for kind, some in parts.items():
-        rows = pd.concat([ablate(subject, texts, answers, part) for part in some])
+        rows = pd.concat([ablate(subject, texts, answers, part, kept=kept) for part in some])
         means = rows.groupby(["way", "prompt"], sort=False)[["direct", "total"]].mean().reset_index()
         tables.append(means.assign(part=kind))
     return pd.concat(tables, ignore_index=True)
@@ -499,8 +488,7 @@ def strongest_neuron(
     subject: Subject, texts: Sequence[str], answers: Int[Tensor, " prompt"], candidates: Sequence[Part]
 ) -> Part:
     """Of some neurons, the one whose loss (zero ablation, total) costs the answers most."""
-    costs = [ablate(subject, texts, answers, p).query("way == 'zero'").total.mean() for p in candidates]
-    return candidates[int(np.argmin(costs))]
+    return _costliest(subject, texts, answers, candidates, "zero")
 
 
 def strongest_head(
@@ -508,7 +496,14 @@ def strongest_head(
 ) -> Part:
     """Of all heads of some layers, the one whose loss (resample ablation, total) costs the answers most."""
     candidates = [Part(Site(layer, head)) for layer in layers for head in range(subject.weights.n_heads)]
-    costs = [ablate(subject, texts, answers, p).query("way == 'resample'").total.mean() for p in candidates]
+    return _costliest(subject, texts, answers, candidates, "resample")
+
+
+def _costliest(
+    subject: Subject, texts: Sequence[str], answers: Int[Tensor, " prompt"], candidates: Sequence[Part], way: str
+) -> Part:
+    kept = ground(subject, texts, min(part.site.layer for part in candidates))
+    costs = [ablate(subject, texts, answers, p, kept=kept).query("way == @way").total.mean() for p in candidates]
     return candidates[int(np.argmin(costs))]
 
 

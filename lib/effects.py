@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -197,35 +197,47 @@ def ask(
     return protocol.questions.assign(told=margin > 0, prob=prob, margin=margin, top=said)
 
 
-@torch.no_grad()
 def read(
     subject: Subject, protocol: Protocol, edit: Edit | None, *, bias: Float[Tensor, " vocab"] | None = None,
     divergence: bool = True,
 ) -> pd.DataFrame:  # fmt: skip
-    """A row a predicted token of the passages: passage, block, nll and kl (untouched || edited), in nats. bias: added
-    to all logits. divergence: False leaves kl out (NaN), which takes half of the time where little is run again."""
-    parts, block, W_U = [], 0, subject.weights.W_U
-    for name, some, stream, untouched in protocol.passages:
-        final = above(subject, some, protocol.layer, stream, _values(protocol, edit))[:-1]
-        now, kl = (final @ W_U + (0 if bias is None else bias)).log_softmax(-1), torch.full((len(final),), torch.nan)
-        if divergence:
-            base = (untouched[:-1] @ W_U).log_softmax(-1)
-            kl = (base.exp() * (base - now)).sum(-1).clamp(min=0)
-        nll = -now.gather(1, some.tokens[1:, None])[:, 0]
-        blocks = block + np.arange(len(nll)) // BLOCK
-        parts.append(pd.DataFrame({"passage": name, "block": blocks, "nll": nll.numpy(), "kl": kl.numpy()}))
-        block = int(blocks[-1]) + 1
-    return pd.concat(parts, ignore_index=True)
+    """`read_all` of one edit, or of the model as it is."""
+    return read_all(subject, protocol, {"": edit}, bias=bias, divergence=divergence)[""]
+
+
+@torch.no_grad()
+def read_all(
+    subject: Subject, protocol: Protocol, edits: Mapping[str, Edit | None], *,
+    bias: Float[Tensor, " vocab"] | None = None, divergence: bool = True,
+) -> dict[str, pd.DataFrame]:  # fmt: skip
+    """For each edit, a row a predicted token of the passages: passage, block, nll and kl (untouched || edited), in
+    nats. bias: added to all logits. divergence: False leaves kl out (NaN), which takes half of the time where little is
+    run again. Passage by passage: the untouched model's logits are computed once for all edits, and never kept."""
+    parts, start, W_U = {key: list[pd.DataFrame]() for key in edits}, 0, subject.weights.W_U
+    for name, some, stream, untouched in tqdm(protocol.passages, desc="passages", leave=False, disable=len(edits) < 2):
+        base = untouched[:-1] @ W_U if divergence else None
+        block = start + np.arange(len(some.tokens) - 1) // BLOCK
+        start = int(block[-1]) + 1
+        for key, edit in edits.items():
+            final = above(subject, some, protocol.layer, stream, _values(protocol, edit))[:-1]
+            now = final @ W_U + (0 if bias is None else bias)
+            nll = now.logsumexp(-1) - now.gather(1, some.tokens[1:, None])[:, 0]
+            kl = torch.full_like(nll, torch.nan) if base is None else _divergence(base, now)
+            parts[key].append(pd.DataFrame({"passage": name, "block": block, "nll": nll.numpy(), "kl": kl.numpy()}))
+    return {key: pd.concat(tables, ignore_index=True) for key, tables in parts.items()}
+
+
+def _divergence(base: Float[Tensor, "t vocab"], now: Float[Tensor, "t vocab"]) -> Float[Tensor, " t"]:
+    """KL(base || now) from logits: the mean difference of the logits under base, less that of their normalisers."""
+    mean = (base.softmax(-1) * (base - now)).sum(-1)
+    return (mean - base.logsumexp(-1) + now.logsumexp(-1)).clamp(min=0)
 
 
 def measure(subject: Subject, protocol: Protocol, edits: dict[str, Edit], *, passages: bool = True) -> Measured:
     """The untouched model and every edit through the whole protocol."""
-    asked, tokens = {}, {}
-    for name, edit in tqdm([(NONE, None), *edits.items()], desc="side effects"):
-        asked[name] = ask(subject, protocol, edit)
-        if passages:
-            tokens[name] = read(subject, protocol, edit)
-    return Measured(asked, tokens)
+    everyone = {NONE: None, **edits}
+    asked = {name: ask(subject, protocol, edit) for name, edit in tqdm(everyone.items(), desc="side effects")}
+    return Measured(asked, read_all(subject, protocol, everyone) if passages else {})
 
 
 def noise(subject: Subject, edit: Edit, *, seed: int = 0) -> Edit:

@@ -21,9 +21,10 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lib.replay import Past, gathered
 from lib.subjects import Subject
 from lib.trace import Capture
-from lib.weights import Attention, Block
+from lib.weights import Block
 
 
 @dataclass(frozen=True)
@@ -110,18 +111,13 @@ def _layer(block: Block, stream: Float[Tensor, "n t d_model"], last: Int[Tensor,
     future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     pattern = scores.masked_fill(future, float("-inf")).softmax(-1)
     z = pattern @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-    middle = stream + _out(attn, z.transpose(1, 2))
+    middle = stream + attn.out(z)
     mlp = block.mlp(block.norm_mlp(middle))
     kept = Layer(
         stream, k[:, :: q.shape[1] // v.shape[1]], v, pattern[rows, :, last], z[rows, :, last], middle[rows, last],
         mlp[rows, last],
     )  # fmt: skip
     return kept, middle + mlp
-
-
-def _out(attn: Attention, z: Float[Tensor, "*b n_heads d_head"]) -> Float[Tensor, "*b d_model"]:
-    out = z.flatten(-2) @ attn.W_O.flatten(0, 1)
-    return out if attn.b_O is None else out + attn.b_O
 
 
 def margins(run: Run, pairs: Int[Tensor, "n 2"]) -> Float[Tensor, " n"]:
@@ -162,10 +158,13 @@ def climb(
     head each (and the MLP, if mlps are given), the n prompts together. below: those that enter `start`, from a model
     with the same weights up to there."""
     rows = run.final[:0] if below is None else below
+    before = torch.arange(run.tokens.shape[1]) < run.last[:, None]
     for i in range(start, subject.weights.n_layers):
         block, layer = subject.weights.blocks[i], run.layers[i]
         change = einsum(z[:, i] - layer.z, block.attn.W_O, "b n h, n h d -> n b d")
-        middle = torch.cat((_attend(block, layer, rows, run.last), (layer.middle + change).flatten(0, 1)))
+        seen = Past(layer.keys, layer.values, before, run.last)
+        below = rows + block.attn.write(gathered(block, seen, rows))
+        middle = torch.cat((below, (layer.middle + change).flatten(0, 1)))
         rows = middle + block.mlp(block.norm_mlp(middle))
         if mlps is not None:
             rows = torch.cat((rows, layer.middle + mlps[:, i]))
@@ -177,38 +176,3 @@ def read(subject: Subject, rows: Float[Tensor, "m d_model"], pairs: Int[Tensor, 
     weights = subject.weights
     directions = (weights.W_U[:, pairs[:, 0]] - weights.W_U[:, pairs[:, 1]]).T
     return (weights.norm_final(rows).view(-1, *directions.shape) * directions).sum(-1)
-
-
-def _attend(
-    block: Block, layer: Layer, rows: Float[Tensor, "m d_model"], last: Int[Tensor, " n"]
-) -> Float[Tensor, "m d_model"]:
-    """A layer's attention for changed last rows: as many times the n prompts in their order as there are."""
-    if not len(rows):
-        return rows
-    attn, copies = block.attn, len(rows) // len(last)
-    x = block.norm_attn(rows)
-    q, k, v = (einsum(x, W, "m d, n d h -> m n h") for W in (attn.W_Q, attn.W_K, attn.W_V))
-    q, k, v = (y if b is None else y + b for y, b in ((q, attn.b_Q), (k, attn.b_K), (v, attn.b_V)))
-    if attn.rotary is not None:
-        cos, sin = (y[0].repeat(copies, 1)[:, None] for y in attn.rotary(x, last[None]))
-        q, k = (y * cos + _rotate_half(y) * sin for y in (q, k))
-    return rows + _out(attn, _mixed(layer, q, k, v, last))
-
-
-def _mixed(layer: Layer, q: Tensor, k: Tensor, v: Tensor, last: Int[Tensor, " n"]) -> Float[Tensor, "m n_heads d_head"]:
-    """What the heads take, given each row's own query, key and value (m, heads, d_head) and its prompt's others."""
-    n, kv, t = len(last), *layer.keys.shape[1:3]
-    q = q.view(-1, n, kv, q.shape[1] // kv, q.shape[2])  # (copy, prompt, kv, group, d_head)
-    k, v = (y.view(-1, n, kv, y.shape[2]) for y in (k, v))
-    scores = einsum(q, layer.keys, "c n k g h, n k t h -> c n k g t")
-    own = einsum(q, k, "c n k g h, c n k h -> c n k g")
-    before = torch.arange(t) < last[:, None]
-    scores = scores.masked_fill(~before[None, :, None, None], float("-inf"))
-    weights = (torch.cat((scores, own[..., None]), -1) / q.shape[-1] ** 0.5).softmax(-1)
-    z = einsum(weights[..., :-1], layer.values, "c n k g t, n k t h -> c n k g h")
-    return (z + weights[..., -1:] * v[:, :, :, None]).flatten(0, 1).flatten(1, 2)
-
-
-def _rotate_half(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)

@@ -7,23 +7,28 @@ Texts are packed into one row without padding: each token keeps the position it 
 the texts blind to each other. With short texts a forward pass spends its time reading weights from memory; a pack
 reads each weight once for all of them. And prompts that a template makes begin alike: what stands before the country is
 the same in all, sees only itself, and is run once.
+
+Where only last tokens change, only they are run again (`ends`): nobody stands after a last token, so no other token
+can notice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from einops import einsum
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from lib.errors import DataError
 from lib.subjects import Subject
-from lib.weights import Slice
+from lib.weights import Block, Slice
 
 ROOM = 512  # tokens in a pack: attention's cost grows with its square, and beyond a few hundred nothing is gained
 
@@ -38,13 +43,18 @@ class Pack:
     before: tuple[int, ...]
     last: Int[Tensor, " text"]
 
-    def mask(self) -> Float[Tensor, "1 1 t t"]:
-        """0 where a token may look (back, within its text), the lowest number elsewhere."""
+    @cached_property
+    def sees(self) -> Bool[Tensor, "t t"]:
+        """Where each token may look: back, within its text."""
         sees = np.eye(len(self.before), dtype=bool)
         for row, before in enumerate(self.before):
             if before >= 0:
                 sees[row] |= sees[before]
-        return torch.zeros(sees.shape).masked_fill(~torch.from_numpy(sees), torch.finfo(torch.float32).min)[None, None]
+        return torch.from_numpy(sees)
+
+    def mask(self) -> Float[Tensor, "1 1 t t"]:
+        """0 where a token may look, the lowest number elsewhere."""
+        return torch.zeros(self.sees.shape).masked_fill(~self.sees, torch.finfo(torch.float32).min)[None, None]
 
 
 class _Row:
@@ -92,9 +102,7 @@ def pack(subject: Subject, texts: Sequence[Sequence[int]], *, share: bool = Fals
     return whole
 
 
-def packs(
-    subject: Subject, texts: Sequence[Sequence[int]], room: int = ROOM, *, share: bool = False
-) -> Iterator[Pack]:
+def packs(subject: Subject, texts: Sequence[Sequence[int]], room: int = ROOM, *, share: bool = False) -> Iterator[Pack]:
     """The texts in their order, in as many packs as needed, each of at most `room` tokens (or of one text). Raises as
     `pack` does."""
     if not texts or not all(texts):
@@ -158,6 +166,76 @@ def through(
 ) -> Float[Tensor, "t d_model"]:
     """The stream after one layer, from the stream before it."""
     return _blocks(subject, texts, stream, range(layer, layer + 1), {})
+
+
+@dataclass(frozen=True)
+class Past:
+    """What the last tokens of n texts look back on in one layer: keys (rotated) and values, in a row for each text or
+    in one row for all. before: those that stand before each last token in its text. position: of the last tokens."""
+
+    keys: Float[Tensor, "row n_kv t d_head"]
+    values: Float[Tensor, "row n_kv t d_head"]
+    before: Bool[Tensor, "n t"]
+    position: Int[Tensor, " n"]
+
+
+def past(block: Block, texts: Pack, stream: Float[Tensor, "t d_model"]) -> Past:
+    """What a pack's last tokens look back on, from the stream that enters the block."""
+    x, attn = block.norm_attn(stream), block.attn
+    keys = attn.rotated(_each(x, attn.W_K, attn.b_K), texts.position)
+    before = texts.sees[texts.last].scatter(1, texts.last[:, None], False)
+    return Past(keys[None], _each(x, attn.W_V, attn.b_V)[None], before, texts.position[texts.last])
+
+
+def gathered(block: Block, past: Past, rows: Float[Tensor, "m d_model"]) -> Float[Tensor, "m n_heads d_head"]:
+    """z of last tokens, from their own stream and what they look back on. rows: all n texts in their order, as many
+    times as there are versions of them."""
+    copies, (row, kv, t) = len(rows) // len(past.position), past.keys.shape[:3]
+    x, attn, position = block.norm_attn(rows), block.attn, past.position.repeat(copies)
+    q = attn.rotated(_each(x, attn.W_Q, attn.b_Q), position)
+    k, v = attn.rotated(_each(x, attn.W_K, attn.b_K), position), _each(x, attn.W_V, attn.b_V)
+    lead = (len(rows) // row, row, kv)  # (copy, row, kv)
+    q, k, v = (y.transpose(0, 1).reshape(*lead, len(y) // kv, y.shape[2]) for y in (q, k, v))
+    scores = einsum(q, past.keys, "c n k g h, n k t h -> c n k g t")
+    own = einsum(q, k[..., 0, :], "c n k g h, c n k h -> c n k g")
+    before = past.before.repeat(copies, 1).view(*lead[:2], 1, 1, t)
+    scores = torch.cat((scores.masked_fill(~before, float("-inf")), own[..., None]), -1)
+    weights = (scores / q.shape[-1] ** 0.5).softmax(-1)
+    z = einsum(weights[..., :-1], past.values, "c n k g t, n k t h -> c n k g h")
+    return (z + weights[..., -1:] * v).flatten(0, 1).flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class End:
+    """What a layer did with last tokens; `stream` is what leaves it."""
+
+    z: Float[Tensor, "m n_heads d_head"]
+    middle: Float[Tensor, "m d_model"]  # the stream between attention and MLP
+    neurons: Float[Tensor, "m d_mlp"]
+    stream: Float[Tensor, "m d_model"]
+
+
+def ends(
+    subject: Subject, texts: Pack, before: dict[int, Float[Tensor, "t d_model"]], rows: Float[Tensor, "m d_model"],
+    start: int,
+) -> Iterator[End]:  # fmt: skip
+    """Last tokens in layer `start`, in the next, and so on, from what they are on entering `start`. before: the streams
+    that enter these layers, of all tokens. rows: as in `gathered`; differentiable in them."""
+    for layer in range(start, subject.weights.n_layers):
+        block = subject.weights.blocks[layer]
+        z = gathered(block, past(block, texts, before[layer]), rows)
+        middle = rows + block.attn.write(z)
+        neurons = block.mlp.neurons(block.norm_mlp(middle))
+        rows = middle + block.mlp.write(neurons)
+        yield End(z, middle, neurons, rows)
+
+
+def _each(
+    x: Float[Tensor, "m d_model"], W: Float[Tensor, "n d_model d_head"], b: Float[Tensor, "n d_head"] | None
+) -> Float[Tensor, "n m d_head"]:
+    """A query, key or value of every token."""
+    out = einsum(x, W, "m d, n d h -> n m h")
+    return out if b is None else out + b[:, None]
 
 
 def _blocks(

@@ -80,10 +80,16 @@ class Attention:
             _add_bias(einsum(x, W, "b t d, n d h -> b n t h"), b)
             for W, b in ((self.W_Q, self.b_Q), (self.W_K, self.b_K))
         )
-        if self.rotary is not None:
-            cos, sin = self.rotary(x, torch.arange(x.shape[1], device=x.device)[None])
-            q, k = (t * cos[:, None] + _rotate_half(t) * sin[:, None] for t in (q, k))
+        position = torch.arange(x.shape[1], device=x.device)
+        q, k = self.rotated(q, position), self.rotated(k, position)
         return q, repeat(k, "b kv t h -> b (kv group) t h", group=q.shape[1] // k.shape[1])
+
+    def rotated(self, x: Float[Tensor, "*b t d_head"], position: Int[Tensor, " t"]) -> Float[Tensor, "*b t d_head"]:
+        """Queries or keys, rotated to their positions where the family does so."""
+        if self.rotary is None:
+            return x
+        cos, sin = self.rotary(x, position[None])
+        return x * cos[0] + _rotate_half(x) * sin[0]
 
     def pattern(self, x: Float[Tensor, "b t d_model"]) -> Float[Tensor, "b n_heads t t"]:
         """Causal attention probabilities (query, key) for the normalised residual stream x."""
@@ -106,7 +112,11 @@ class Attention:
 
     def out(self, z: Float[Tensor, "b n_heads t d_head"]) -> Float[Tensor, "b t d_model"]:
         """What the heads write together, with the output bias."""
-        out = einsum(z, self.W_O, "b n q h, n h d -> b q d")
+        return self.write(z.transpose(1, 2))
+
+    def write(self, z: Float[Tensor, "*b n_heads d_head"]) -> Float[Tensor, "*b d_model"]:
+        """`out`, the heads of each position side by side."""
+        out = z.flatten(-2) @ self.W_O.flatten(0, 1)
         return out if self.b_O is None else out + self.b_O
 
 
@@ -130,7 +140,11 @@ class MLP:
         return self.act(x @ self.W_gate if self.b_gate is None else x @ self.W_gate + self.b_gate) * pre
 
     def __call__(self, x: Float[Tensor, "*b d_model"]) -> Float[Tensor, "*b d_model"]:
-        out = self.neurons(x) @ self.W_out
+        return self.write(self.neurons(x))
+
+    def write(self, neurons: Float[Tensor, "*b d_mlp"]) -> Float[Tensor, "*b d_model"]:
+        """What the neurons write together, with the output bias."""
+        out = neurons @ self.W_out
         return out if self.b_out is None else out + self.b_out
 
 

@@ -78,16 +78,41 @@ def test_zeroing_a_head_is_predicted_in_the_last_layer(tiny):
     handle.remove()
 
 
-def test_replacing_with_itself_changes_nothing_and_leaves_no_hook(tiny):
-    part = Part(Site(1), 3)
-    before = tiny.next_token_logits(TEXTS)
-    module = part.module(tiny)
+def test_replacing_leaves_no_hook(tiny):
+    before, module = tiny.next_token_logits(TEXTS), tiny.weights.blocks[1].heads_out
     with pytest.raises(RuntimeError, match="midway"), replacing(module, lambda x: x * 0), reading([module]):
         raise RuntimeError("midway")
     assert not module._forward_pre_hooks
     torch.testing.assert_close(tiny.next_token_logits(TEXTS), before)
-    same = ablate(tiny, TEXTS[:1] * 2, ANSWERS[:1].expand(2), part).query("way in ('mean', 'resample')")
-    assert same.total.abs().max() < 1e-4, "another copy of the same prompt takes nothing away"
+
+
+def test_another_copy_of_the_same_prompt_takes_nothing_away(tiny):
+    same = ablate(tiny, TEXTS[:1] * 2, ANSWERS[:1].expand(2), Part(Site(1), 3)).query("way in ('mean', 'resample')")
+    assert same.total.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("part", [Part(Site(0, 1)), Part(Site(1), 3), Part(Site(1))], ids=str)
+def test_ablation_of_last_tokens_equals_a_whole_forward_pass(tiny, part):
+    """Only last tokens are run again; the model's own forward pass, one prompt at a time, with the part put to zero
+    at the last position by a hook, gives the same total effect."""
+    table = ablate(tiny, TEXTS, ANSWERS, part).query("way == 'zero'").set_index("prompt").total
+    block, d = tiny.weights.blocks[part.site.layer], tiny.weights.d_head
+    module = block.mlp_out if part.site.head is None else block.heads_out
+    columns = slice(part.neuron, part.neuron and part.neuron + 1)
+    columns = columns if part.site.head is None else slice(part.site.head * d, (part.site.head + 1) * d)
+
+    def zero(x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1]).clone()
+        flat[-1, columns] = 0
+        return flat.view(x.shape)
+
+    for text, answer in zip(TEXTS, ANSWERS, strict=True):
+        ids = torch.tensor([tiny.token_ids(text)])
+        before = tiny.model(ids).logits[0, -1, answer]
+        with replacing(module, zero):
+            after = tiny.model(ids).logits[0, -1, answer]
+        assert table[text] == pytest.approx(float(after - before), abs=1e-4)
+    assert table.abs().max() > 1e-3, "there is something to take away"
 
 
 @pytest.fixture(scope="module")
