@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from lib import effects
 from lib.diagnosis import prescribe
@@ -32,7 +33,7 @@ from lib.facts import (
     trainable,
 )  # fmt: skip
 from lib.generalise import again, choose, harmless, learn_at
-from lib.replay import Pack, above, entering, pack
+from lib.replay import Pack, above, pack, streams
 from lib.results import Results
 from lib.subjects import Subject, load
 from lib.trace import subject_positions
@@ -88,11 +89,11 @@ def carried(
     }  # fmt: skip
     spots["both"] = [*spots["subject's last token"], *spots["last position"]]
     answers = torch.tensor([subject.first_token(f.answer) for f in facts])
-    rows = []
-    for layer in range(subject.weights.n_layers) if layers is None else layers:
-        own, other = entering(subject, short, layer), entering(subject, long, layer)
+    layers = range(subject.weights.n_layers) if layers is None else layers
+    own, other, rows = streams(subject, short, layers), streams(subject, long, layers), []
+    for layer in tqdm(layers, desc="patched streams", leave=False):
         for place in PLACES:
-            told = _told(subject, short, layer, _moved(own, other, spots[place]), answers)
+            told = _told(subject, short, layer, _moved(own[layer], other[layer], spots[place]), answers)
             rows.append((layer + 1, place, int(told.sum()), len(facts)))
     return pd.DataFrame(rows, columns=["layer", "place", "told", "n"])
 
