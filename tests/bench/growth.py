@@ -59,5 +59,5 @@ def _point(subject: Subject, prompts: int, length: int) -> dict[str, float]:
         return subject.model(tokens, use_cache=False).logits
 
     trace(), forward()
-    seconds = [(timed(trace), timed(forward)) for _ in range(ROUNDS)]
+    seconds = [(timed(trace)[0], timed(forward)[0]) for _ in range(ROUNDS)]
     return {"trace_s": median(s[0] for s in seconds), "forward_s": median(s[1] for s in seconds)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import platform
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -45,25 +45,27 @@ class Row:
 
 def run(row: Row, matmul: float) -> dict[str, Any]:
     """Warm up, check that both say the same, then time them in turn. Raises AssertionError where they differ."""
-    mine, theirs = row.ours(), row.peer()
+    (mine, flops), (theirs, peer_flops) = count(row.ours), count(row.peer)
     difference = row.same(mine, theirs)
     assert difference <= row.tolerance, f"{row.name}: results differ by {difference:.2g}, allowed {row.tolerance:.2g}"
     del mine, theirs
     seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+    grown: dict[str, list[float | None]] = {"ours": [], "peer": []}
     for i in range(row.rounds):
         for side in ("ours", "peer")[:: 1 if i % 2 else -1]:
             work, share = (row.ours, row.ours_of) if side == "ours" else (row.peer, row.peer_of)
-            seconds[side].append(timed(work) / share)
+            took, more = timed(work)
+            seconds[side].append(took / share)
+            grown[side].append(more)
     ratios = [p / o for o, p in zip(seconds["ours"], seconds["peer"], strict=True)]
-    best, flops = min(seconds["ours"]), count(row.ours) / row.ours_of
+    best, flops, peer_flops = min(seconds["ours"]), flops / row.ours_of, peer_flops / row.peer_of
     return {
         "row": row.name, "what": row.what, "peer": row.peer_name, "rounds": row.rounds, "difference": difference,
         "tolerance": row.tolerance, "ours_s": median(seconds["ours"]), "peer_s": median(seconds["peer"]),
         "ratio": median(ratios), "least": min(ratios), "most": max(ratios), "goal": row.goal,
         "limit_s": row.seconds, "met": _met(row, median(ratios), median(seconds["ours"])),
-        "ours_mb": peak(row.ours), "peer_mb": peak(row.peer),
-        "gflop": flops / 1e9, "peer_gflop": count(row.peer) / row.peer_of / 1e9,
-        "matmul_share": flops / best / matmul if flops else None,
+        "ours_mb": _most(grown["ours"]), "peer_mb": _most(grown["peer"]), "gflop": flops / 1e9,
+        "peer_gflop": peer_flops / 1e9, "matmul_share": flops / best / matmul if flops else None,
     }  # fmt: skip
 
 
@@ -73,29 +75,35 @@ def _met(row: Row, ratio: float, seconds: float) -> bool | None:
     return (row.goal is None or ratio >= row.goal) and (row.seconds is None or seconds <= row.seconds)
 
 
-def timed(work: Work) -> float:
+def timed(work: Work) -> tuple[float, float | None]:
+    """Seconds, and MB by which the process grew at its largest meanwhile; None where the kernel does not tell."""
+    gc.collect()
+    before = _mark()
     start = perf_counter()
     work()
-    return perf_counter() - start
+    seconds = perf_counter() - start
+    return seconds, None if before is None else max(0.0, (_status("VmHWM") - before) / 1024)
 
 
-def count(work: Work) -> float:
-    """Floating-point operations of the matrix products in it."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return float(counter.get_total_flops())
-
-
-def peak(work: Work) -> float | None:
-    """MB by which the process grows at its largest while it works; None where the kernel does not tell."""
-    gc.collect()
+def _mark() -> int | None:
+    """KB in use; the high-water mark starts anew."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        before = _status("VmRSS")
-        work()
-        return max(0.0, (_status("VmHWM") - before) / 1024)
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
     except OSError:
         return None
+
+
+def _most(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return max(known) if known else None
+
+
+def count(work: Work) -> tuple[Any, float]:
+    """What the work gives, and the floating-point operations of the matrix products in it."""
+    with FlopCounterMode(display=False) as counter:
+        result = work()
+    return result, float(counter.get_total_flops())
 
 
 def _status(name: str) -> int:
@@ -106,7 +114,7 @@ def _status(name: str) -> int:
 def matmul_rate(n: int = 1536, rounds: int = 9) -> float:
     """Operations a second of a large product in fp32, at the best of a few."""
     a, b = torch.randn(n, n), torch.randn(n, n)
-    return 2 * n**3 / min(timed(lambda: a @ b) for _ in range(rounds))
+    return 2 * n**3 / min(timed(lambda: a @ b)[0] for _ in range(rounds))
 
 
 def largest(a: torch.Tensor, b: torch.Tensor) -> float:

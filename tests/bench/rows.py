@@ -72,12 +72,23 @@ def neuron_rows(subject: Subject) -> list[Row]:
     texts, targets = list(table.prompt), torch.tensor(table.answer_token.to_numpy())
     some = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:SAMPLE]
     sample, layers = [texts[i] for i in some], [LAYER + i for i in range(-AROUND, AROUND + 1)]
+    what = f"L{LAYER + 1}, {len(texts):,} prompts, by trace and by gradient"
+
+    def ours() -> Tensor:
+        return crosscheck.neurons(subject, texts, targets, [LAYER]).gradient[some, 0]
+
+    def together() -> Tensor:
+        return crosscheck.captum_neurons(subject, sample, targets[some], layers, progress=None)[:, AROUND]
+
+    def one_by_one() -> Tensor:
+        found = [crosscheck.captum_neurons(subject, sample, targets[some], [i], progress=None) for i in layers]
+        return found[AROUND][:, 0]
+
+    peers = {"a call a layer": one_by_one, "one call for all": together}
     return [
-        Row("neuron trace", f"L{LAYER + 1}, {len(texts):,} prompts, by trace and by gradient",
-            f"Captum LayerGradientXActivation, {len(layers)} layers ({SAMPLE} prompts, scaled)",
-            lambda: crosscheck.neurons(subject, texts, targets, [LAYER]).gradient[some, 0],
-            lambda: crosscheck.captum_neurons(subject, sample, targets[some], layers, progress=None)[:, AROUND],
-            largest, 1e-3, 10, peer_of=SAMPLE / len(texts), rounds=3),
+        Row("neuron trace", what, f"Captum LayerGradientXActivation, {len(layers)} layers, {name} ({SAMPLE} prompts, "
+            "scaled)", ours, peer, largest, 1e-3, 10, peer_of=SAMPLE / len(texts), rounds=3)
+        for name, peer in peers.items()
     ]  # fmt: skip
 
 
@@ -225,20 +236,22 @@ def four_rows(subject: Subject) -> list[Row]:
         kept = pathways.keep(subject, case, LAYER)
         return [pathways.train(subject, kept, name, rate=1e-3).steps for name in FOUR]
 
-    def plain() -> list[int]:
+    def plain(frozen: bool) -> list[int]:
         kept = pathways.keep(subject, case, LAYER)
-        return [plain_train(subject, kept, name) for name in FOUR]
+        return [plain_train(subject, kept, name, frozen) for name in FOUR]
 
+    what = f"L{LAYER + 1}, to a margin of {pathways.DEFAULT.margin:g} or {pathways.DEFAULT.max_steps} steps"
+    peers = {"plain PyTorch, every parameter's gradient": False, "plain PyTorch, all else frozen": True}
     return [
-        Row("four pathways", f"L{LAYER + 1}, to a margin of {pathways.DEFAULT.margin:g} or "
-            f"{pathways.DEFAULT.max_steps} steps, set-up included", "plain PyTorch, all else frozen", ours, plain,
-            lambda a, b: float(a != b), 0.0, 5, rounds=1),
+        Row("four pathways", f"{what}, set-up included", name, ours, partial(plain, frozen),
+            lambda a, b: float(a != b), 0.0, 5, rounds=1)
+        for name, frozen in peers.items()
     ]  # fmt: skip
 
 
-def plain_train(subject: Subject, kept: pathways.Kept, pathway: str) -> int:
-    """Steps to the goal; as `pathways.optimise`, on a whole model."""
-    model, recipe = copy.deepcopy(subject.model), kept.recipe
+def plain_train(subject: Subject, kept: pathways.Kept, pathway: str, frozen: bool) -> int:
+    """Steps to the goal; as `pathways.optimise`, on a whole model. frozen: no gradient is asked of what stays."""
+    model, recipe = copy.deepcopy(subject.model).requires_grad_(not frozen), kept.recipe
     parameters = dict(model.named_parameters())
     leaves = [parameters[s.name].requires_grad_() for s in pathway_slices(model, kept.layer, pathway)]
     optimiser, generator = torch.optim.Adam(leaves, lr=1e-3), torch.Generator().manual_seed(0)
@@ -249,7 +262,7 @@ def plain_train(subject: Subject, kept: pathways.Kept, pathway: str) -> int:
         others = logits.scatter(1, kept.answers[:, None], float("-inf")).amax(1)
         if float((own - others).min()) >= recipe.margin or step == recipe.max_steps:
             break
-        optimiser.zero_grad()
+        model.zero_grad()
         loss.backward()
         optimiser.step()
     return step
