@@ -503,8 +503,8 @@ def _costliest(
     subject: Subject, texts: Sequence[str], answers: Int[Tensor, " prompt"], candidates: Sequence[Part], way: str
 ) -> Part:
     kept = ground(subject, texts, min(part.site.layer for part in candidates))
-    costs = [ablate(subject, texts, answers, p, kept=kept).query("way == @way").total.mean() for p in candidates]
-    return candidates[int(np.argmin(costs))]
+    found = [ablate(subject, texts, answers, part, kept=kept) for part in candidates]
+    return candidates[int(np.argmin([table[table.way == way].total.mean() for table in found]))]
 
 
 def three_tools(
