@@ -39,12 +39,12 @@ def convention_terms(subject: Subject, row: pd.Series) -> pd.DataFrame:
     difference, in every convention; the last row sums all terms, embedding and biases included."""
     seen = capture(subject, [row.prompt])
     pair = torch.tensor([[row.answer_token, row.competitor_token]])
-    columns: dict[tuple[str, str], Tensor] = {}
+    columns: dict[tuple[str, str], list[float]] = {}
     for convention in CONVENTIONS:
         trace = logit_trace(subject, seen, pair, convention)
         answer, competitor = torch.cat((trace.heads.flatten(2), trace.mlps, trace.model[..., None]), -1)[0]
         for name, terms in (("answer", answer), ("competitor", competitor), ("difference", answer - competitor)):
-            columns[convention, name] = terms
+            columns[convention, name] = terms.tolist()
     return pd.DataFrame(columns, index=[*map(str, components(subject)), "all terms"])
 
 
@@ -194,7 +194,7 @@ def any_word(
     lines = [p for word in chosen for p in prompts(facts, text[case.template], f"{word} ")]
     top = next_token_logits(subject, lines, progress=progress).argmax(-1).view(len(chosen), len(facts))
     answers = torch.tensor([subject.first_token(f.answer) for f in facts])
-    return pd.DataFrame({"word": chosen, "told": (top == answers).sum(1).numpy(), "n": len(facts)})
+    return pd.DataFrame({"word": chosen, "told": (top == answers).sum(1).cpu().numpy(), "n": len(facts)})
 
 
 def subject_streams(

@@ -119,12 +119,13 @@ def agreement(one: Float[Tensor, "prompt d_mlp"], other: Float[Tensor, "prompt d
     mine, theirs = (r - r.mean(-1, keepdim=True) for r in ranks)
     rho = torch.cosine_similarity(mine, theirs, dim=-1)
     shared = (a[:, :, None] == b[:, None]).any(-1).sum(-1)
-    return pd.DataFrame({"top1": (a[:, 0] == b[:, 0]).numpy(), "top5": shared.numpy() / TOP, "rho": rho.numpy()})
+    found = {"top1": a[:, 0] == b[:, 0], "top5": shared / TOP, "rho": rho}
+    return pd.DataFrame({name: values.cpu().numpy() for name, values in found.items()})
 
 
 def agreement_by_layer(found: Neurons, *, seed: int = 0) -> pd.DataFrame:
     """A row a layer, with two controls: the gradient of another prompt, drawn at random, and that of the next layer."""
-    order = torch.randperm(len(found.trace), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(found.trace), generator=torch.Generator().manual_seed(seed), device="cpu")
     rows = []
     for i, layer in enumerate(found.layers):
         mine, theirs = found.trace[:, i], found.gradient[:, i]
@@ -142,7 +143,7 @@ def agreement_by_template(found: Neurons, layer: int, names: Sequence[str], *, s
     for name in dict.fromkeys(names):
         pick = torch.tensor([n == name for n in names]).nonzero()[:, 0]
         mine, theirs = found.trace[pick, i], found.gradient[pick, i]
-        other = theirs[torch.randperm(len(pick), generator=generator)]
+        other = theirs[torch.randperm(len(pick), generator=generator, device="cpu")]
         same, control = agreement(mine, theirs).mean(), agreement(mine, other).mean()
         rows.append({"template": name, "n": len(pick), **same.to_dict(), "other_prompt": control.top1})
     return pd.DataFrame(rows)
@@ -301,7 +302,8 @@ def ablate(
         final = _changed(subject, some, before, layer, end, change @ out, heads=part.site.head is not None)
         logits = (subject.weights.norm_final(final) * read).sum(-1)
         direct = (change * (_fold(subject, final[0], read) @ out.T)).sum(-1)
-        for way, d, t in list(zip(ways, direct, logits - logits[0], strict=True))[1:]:
+        totals = logits - logits[0]
+        for way, d, t in list(zip(ways, direct.tolist(), totals.tolist(), strict=True))[1:]:
             rows.append(pd.DataFrame({"part": str(part), "way": way, "prompt": texts[mine], "direct": d, "total": t}))
     return pd.concat(rows, ignore_index=True)
 
@@ -337,8 +339,8 @@ def ablate_own_neuron(
         final = _changed(subject, some, before, layer, found[0], change, heads=False)
         logits = (subject.weights.norm_final(final) * subject.weights.W_U[:, answers[mine]].T).sum(-1)
         tables.append(pd.DataFrame({
-            "prompt": texts[mine], "neuron": chosen, "direct": -trace.gather(1, chosen[:, None])[:, 0],
-            "total": logits[1] - logits[0],
+            "prompt": texts[mine], "neuron": chosen.tolist(),
+            "direct": (-trace.gather(1, chosen[:, None])[:, 0]).tolist(), "total": (logits[1] - logits[0]).tolist(),
         }))  # fmt: skip
     return pd.concat(tables, ignore_index=True).assign(way="zero")
 
@@ -574,7 +576,7 @@ def routing_chance(
     """The control of a lens: how often the mean curve rises most over this layer if the rises of each prompt are put
     into a random order of layers."""
     rises, generator = curves.diff(), torch.Generator().manual_seed(seed)
-    orders = torch.rand((shuffles, *rises.shape), generator=generator).argsort(-1)
+    orders = torch.rand((shuffles, *rises.shape), generator=generator, device="cpu").argsort(-1).to(rises.device)
     tops = rises.expand(shuffles, -1, -1).gather(-1, orders).mean(1).argmax(-1)
     return float((tops == layer).float().mean())
 

@@ -378,7 +378,7 @@ def _observe(subject: Subject, test: _Asked, *, before: _Run | None = None, laye
     own = answers[(bank == pairs[:, :1]).nonzero(as_tuple=True)]
     writes = own - (answers.sum(1) - own) / max(1, len(bank) - 1)
     pushes = logit_trace(subject, seen, pairs).difference().heads[:, 0]
-    arrays = {k: rearrange(v, "p l h -> l h p").numpy() for k, v in (("writes", writes), ("pushes", pushes))}
+    arrays = {k: rearrange(v, "p l h -> l h p").cpu().numpy() for k, v in (("writes", writes), ("pushes", pushes))}
     climbed: list[Tensor] = []
     lost = None
     if test.untold:
@@ -406,7 +406,7 @@ def _patch(
     climbed = list(patching.climb(subject, bad, good.z, start=layer, below=below))
     shares = np.full((weights.n_layers, weights.n_heads, len(test.pairs)), np.nan, np.float32)
     margin = patching.read(subject, climbed[-1], pairs)
-    shares[..., list(test.untold)] = ((margin - base) / lost).view(*shares.shape[:2], -1).numpy()
+    shares[..., list(test.untold)] = ((margin - base) / lost).view(*shares.shape[:2], -1).cpu().numpy()
     return shares, climbed, lost
 
 
@@ -418,7 +418,7 @@ def _bytes(subject: Subject, run: patching.Run) -> dict[str, NDArray]:
     out = {}
     for i, text in enumerate(run.prompts):
         rows, columns = torch.tril_indices(int(run.last[i]) + 1, int(run.last[i]) + 1)
-        out[text] = (whole[i][..., rows, columns] * 255).round().to(torch.uint8).numpy()
+        out[text] = (whole[i][..., rows, columns] * 255).round().to(torch.uint8).cpu().numpy()
     return out
 
 
@@ -473,10 +473,10 @@ class _Weighing:
         every = k_norms_by_head(weights, [i for ids in self.types.values() for i in ids])[layers].mean(-1)
         group = weights.n_heads // weights.n_kv_heads
         return {
-            "qk_overlap": qk_overlap(weights)[layers].numpy(),
-            "k_norm": repeat(every, "l kv -> l (kv g)", g=group).numpy(),
-            "k_norm_by_type": repeat(torch.stack(by_type, -1), "l kv t -> l (kv g) t", g=group).numpy(),
-            "relation": torch.stack([m.score[layers] for m in maps.values()], -1).numpy(),
+            "qk_overlap": qk_overlap(weights)[layers].cpu().numpy(),
+            "k_norm": repeat(every, "l kv -> l (kv g)", g=group).cpu().numpy(),
+            "k_norm_by_type": repeat(torch.stack(by_type, -1), "l kv t -> l (kv g) t", g=group).cpu().numpy(),
+            "relation": torch.stack([m.score[layers] for m in maps.values()], -1).cpu().numpy(),
             "role_numbers": roles[list(ROLE_NUMBERS)].to_numpy().reshape(*shape, -1),
             "seeks": roles.seeks.map({"none": -1, **{t: i for i, t in enumerate(names)}}).to_numpy().reshape(shape),
             "advertises": (
@@ -514,7 +514,7 @@ def _value_channels(
             ids.append(torch.stack([end.indices for end in ends], 1))
             scores.append(torch.stack([end.values for end in ends], 1))
     parts = {"tokens": ids, "token_scores": scores, "answer_ranks": ranks}
-    return {k: torch.stack(v).unflatten(0, (len(layers), -1)).numpy() for k, v in parts.items()}
+    return {k: torch.stack(v).unflatten(0, (len(layers), -1)).cpu().numpy() for k, v in parts.items()}
 
 
 def _shown(

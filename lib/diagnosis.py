@@ -327,8 +327,8 @@ def rank_correlation(
     """Spearman's rho over all heads and its two-sided permutation p-value. Heads are shuffled, or (by_layer) whole
     layers: heads of a layer are no independent draws, they share key/value heads and what they can read."""
     rng = np.random.default_rng(seed)
-    rho = float(spearmanr(a.flatten().numpy(), b.flatten().numpy()).statistic)
-    ra, rb = (rankdata(grid.flatten().numpy()).reshape(grid.shape) for grid in (a, b))
+    rho = float(spearmanr(a.flatten().cpu().numpy(), b.flatten().cpu().numpy()).statistic)
+    ra, rb = (rankdata(grid.flatten().cpu().numpy()).reshape(grid.shape) for grid in (a, b))
     ra, rb = ra - ra.mean(), rb - rb.mean()
 
     def shuffled() -> NDArray:
@@ -349,7 +349,7 @@ def agreement(
     """Static scores of all heads against what they write: the joint map, the enriched map alone, and two controls
     that should fail, the joint map of permuted answers and QK overlap."""
     n = next(iter(maps.values())).hits.shape[-1]
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu")
     wrong = join([RelationMap(m.hits[..., order], m.k) for m in maps.values()], seed=seed)
     scores = {
         "relation maps, joint": joint.score,

@@ -90,7 +90,7 @@ def load(path: Path) -> Edit:
             if metadata.get("format") != FORMAT:
                 raise EditError(f"{path} is a safetensors file, but no edit of this book (format {FORMAT}).")
             names: list[str] = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name).to(torch.get_default_device()) for name in names}
     except (SafetensorError, OSError) as error:
         raise EditError(
             f"{path} cannot be read: {error}. It is no safetensors file, or was cut short or altered; get it again."
@@ -216,7 +216,7 @@ def outside_sha256(model: PreTrainedModel, slices: Sequence[Slice]) -> str:
             for part in inside[name]:
                 part.of(left).zero_()
         total.update(name.encode())
-        total.update(left.contiguous().view(torch.uint8).numpy().data)
+        total.update(left.contiguous().view(torch.uint8).cpu().numpy().data)
     return total.hexdigest()
 
 

@@ -40,6 +40,7 @@ from lib.diagnosis import prescribe
 from lib.edits import Edit, applied
 from lib.errors import DataError, EditError
 from lib.facts import DATA, Case, Fact, exact_interval, load_cases, load_templates, prompts, scorable, trainable
+from lib.noise import gaussian
 from lib.pathways import keep, slice_values
 from lib.replay import Pack, above, pack, packs, streams
 from lib.subjects import Subject, load
@@ -192,7 +193,7 @@ def ask(
         right = logits.gather(1, own)[:, 0]
         wrong = logits.scatter(1, own, float("-inf")).amax(1)
         rows.append(torch.stack((right - wrong, (right - logits.logsumexp(-1)).exp(), logits.argmax(-1).float()), 1))
-    margin, prob, top = torch.cat(rows).T.numpy()
+    margin, prob, top = torch.cat(rows).T.cpu().numpy()
     said = [subject.token_text(int(t)) for t in top]
     return protocol.questions.assign(told=margin > 0, prob=prob, margin=margin, top=said)
 
@@ -223,7 +224,8 @@ def read_all(
             now = final @ W_U + (0 if bias is None else bias)
             nll = now.logsumexp(-1) - now.gather(1, some.tokens[1:, None])[:, 0]
             kl = torch.full_like(nll, torch.nan) if base is None else _divergence(base, now)
-            parts[key].append(pd.DataFrame({"passage": name, "block": block, "nll": nll.numpy(), "kl": kl.numpy()}))
+            columns = {"nll": nll.cpu().numpy(), "kl": kl.cpu().numpy()}
+            parts[key].append(pd.DataFrame({"passage": name, "block": block, **columns}))
     return {key: pd.concat(tables, ignore_index=True) for key, tables in parts.items()}
 
 
@@ -245,7 +247,7 @@ def noise(subject: Subject, edit: Edit, *, seed: int = 0) -> Edit:
     generator, before = torch.Generator().manual_seed(seed), slice_values(subject, tuple(edit.values))
     values = {}
     for part, value in edit.values.items():
-        random = torch.randn(value.shape, generator=generator)
+        random = gaussian(value.shape, generator)
         values[part] = before[part] + random * ((value - before[part]).norm() / random.norm())
     return replace(edit, values=values)
 

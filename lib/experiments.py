@@ -161,7 +161,7 @@ def _sums(subject: Subject) -> dict[str, int]:
     """A sum over the bits of each parameter: quick (0.06 s for SmolLM2), and it shows one that is not restored."""
 
     def bits(parameter: torch.Tensor) -> np.ndarray:
-        values = parameter.detach().contiguous().numpy().reshape(-1)
+        values = parameter.detach().contiguous().cpu().numpy().reshape(-1)
         return values.view(np.int64 if values.nbytes % 8 == 0 else np.int32)
 
     return {name: int(np.add.reduce(bits(p))) for name, p in subject.model.named_parameters()}

@@ -186,7 +186,8 @@ def _expect_space(place: Path, subject: Subject, edit: Edit) -> None:
 def _compare_weights(path: Path, base: Subject, edit: Edit) -> None:
     """Raises EditError naming the first tensor of a file that is not the base model's with the edit, bit for bit. What
     is expected is put together here, not by `applied`, which wrote the file."""
-    expected = dict(base.model.state_dict())
+    moved: dict[int, Tensor] = {}  # tied tensors stay one
+    expected = {name: moved.setdefault(t.data_ptr(), t.cpu()) for name, t in base.model.state_dict().items()}
     for part, value in edit.values.items():
         expected[part.name] = expected[part.name].clone()
         part.of(expected[part.name]).copy_(value)

@@ -61,11 +61,12 @@ def head_heatmap(
     wide = first.shape[0] > 16
     shape = (len(grids), 1) if wide else (1, len(grids))
     fig, axes = _panels(*shape, (9, 0.9 + 2.5 * len(grids)) if wide else (1.5 + 4.4 * len(grids), 4.2))
-    values = np.concatenate([g.numpy().ravel() for g in grids.values()])
+    arrays = {title: grid.cpu().numpy() for title, grid in grids.items()}
+    values = np.concatenate([a.ravel() for a in arrays.values()])
     top = float(np.abs(values).max() if signed else values.max()) or 1.0
-    for ax, (title, grid) in zip(axes.flat, grids.items(), strict=True):
+    for ax, (title, grid) in zip(axes.flat, arrays.items(), strict=True):
         ax.imshow(
-            grid.numpy().T, aspect="auto", cmap="RdBu_r" if signed else "viridis", vmin=-top if signed else 0, vmax=top
+            grid.T, aspect="auto", cmap="RdBu_r" if signed else "viridis", vmin=-top if signed else 0, vmax=top
         )
         _head_axes(ax, grid.shape[0], grid.shape[1])
         ax.set_title(title, loc="left")
@@ -137,8 +138,8 @@ def cumulative_curves(diagnoses: Sequence[Diagnosis]) -> Figure:
             (d.evidence.curve_failing, RED, "failing template"),
         ):
             layers = np.arange(curves.shape[1])
-            ax.plot(layers, curves.T.numpy(), color=colour, lw=0.6, alpha=0.45)
-            ax.plot(layers, curves.mean(0).numpy(), color=colour, lw=3, label=name)
+            ax.plot(layers, curves.T.cpu().numpy(), color=colour, lw=0.6, alpha=0.45)
+            ax.plot(layers, curves.mean(0).cpu().numpy(), color=colour, lw=3, label=name)
         ax.axhline(0, color="black", lw=0.6)
         _mark_layer(ax, d.verdict.knowledge_head, GREEN, 0.97)
         if d.verdict.suppressor:
@@ -164,7 +165,7 @@ def lens_ranks(ranks: dict[str, Float[Tensor, "fact n_layers+1"]]) -> Figure:
     """Median rank of the answer in the logit lens by layer, with the middle half of the facts."""
     fig, ax = _panel((8.5, 3.8))
     for (name, r), colour in zip(ranks.items(), (BLUE, RED, ORANGE, PINK, GREY), strict=False):
-        low, mid, high = np.quantile(r.numpy(), (0.25, 0.5, 0.75), axis=0)
+        low, mid, high = np.quantile(r.cpu().numpy(), (0.25, 0.5, 0.75), axis=0)
         x = np.arange(r.shape[1])
         ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
         ax.plot(x, mid, color=colour, lw=2.5, label=name)
@@ -178,7 +179,7 @@ def attention_rows(rows: dict[str, tuple[list[str], Float[Tensor, " t"]]], head:
     """Attention of one head from the last token to each token of a few prompts."""
     fig, axes = _panels(len(rows), 1, (9, 1.15 * len(rows) + 0.6))
     for ax, (title, (tokens, weights)) in zip(axes.flat, rows.items(), strict=True):
-        ax.imshow(weights.numpy()[None], aspect="auto", cmap="Blues", vmin=0, vmax=1)
+        ax.imshow(weights.cpu().numpy()[None], aspect="auto", cmap="Blues", vmin=0, vmax=1)
         ax.set_xticks(range(len(tokens)), [visible(t) for t in tokens], fontsize=9)
         ax.set_yticks([])
         ax.set_title(title, loc="left", fontsize=10, fontweight="normal")
@@ -236,8 +237,8 @@ def subject_norms(norms: dict[str, Float[Tensor, "fact n_layers+1"]]) -> Figure:
     """Norm of the residual stream at the subject's last token, layer by layer, one thin line a fact."""
     fig, ax = _panel((8.5, 3.8))
     for (name, values), colour in zip(norms.items(), (RED, BLUE, ORANGE, PINK, GREEN), strict=False):
-        ax.plot(values.T.numpy(), color=colour, lw=0.6, alpha=0.5)
-        ax.plot(values.mean(0).numpy(), color=colour, lw=3, label=name)
+        ax.plot(values.T.cpu().numpy(), color=colour, lw=0.6, alpha=0.5)
+        ax.plot(values.mean(0).cpu().numpy(), color=colour, lw=3, label=name)
     ax.set(yscale="log", xlabel="after layer", ylabel="norm of the subject's\nresidual stream")
     ax.legend(loc="lower right")
     return fig
@@ -248,7 +249,7 @@ def static_against_dynamic(
 ) -> Figure:
     """Every head: the relation map's score against what it writes; the strongest are named."""
     fig, ax = _panel((7, 4.2))
-    x, y = static.flatten().numpy(), dynamic.flatten().numpy()
+    x, y = static.flatten().cpu().numpy(), dynamic.flatten().cpu().numpy()
     ax.scatter(x, y, s=22, color=BLUE, alpha=0.6, lw=0)
     ax.axhline(0, color="black", lw=0.6)
     order = np.argsort(-(x / (x.max() or 1) + y / (np.abs(y).max() or 1)))

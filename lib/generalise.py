@@ -49,6 +49,7 @@ from lib.facts import (
     tell,
     trainable,
 )  # fmt: skip
+from lib.noise import gaussian
 from lib.pathways import neutral_windows, slice_values
 from lib.replay import above, entering, pack, packs
 from lib.subjects import Subject
@@ -193,7 +194,8 @@ def losses(
     on windows. logits: of the pupils, the others, then the windows' positions; rows: which of each."""
     pupils, others, windows = rows
     own, rest, text = logits.log_softmax(-1).split((len(pupils), len(others), len(windows) * len(READ)))
-    known = torch.tensor([int(i) < len(lesson.facts) and bool(lesson.known[i]) for i in pupils])
+    told = [int(i) < len(lesson.facts) and bool(lesson.known[i]) for i in pupils]
+    known = torch.tensor(told, device=pupils.device)
     truth = F.nll_loss(own[known], lesson.answers[pupils[known]]) if known.any() else own.new_zeros(())
     return (
         _kl(lesson.taught[pupils], own), truth, _kl(lesson.untouched[others], rest),
@@ -240,7 +242,7 @@ def change(
         own = {s: v.clone().requires_grad_() for s, v in before.items()}
         return list(own.values()), lambda: own
     factors = {
-        s: ((torch.randn(len(v), rank, generator=generator) / len(v) ** 0.5).requires_grad_(),
+        s: ((gaussian((len(v), rank), generator) / len(v) ** 0.5).requires_grad_(),
             torch.zeros(rank, v.shape[1]).requires_grad_())
         for s, v in before.items() if v.ndim == 2
     }  # fmt: skip
@@ -388,10 +390,10 @@ def _draw(lesson: Lesson, config: Config, generator: torch.Generator) -> tuple[T
     """The rows of one step: pupils (fit countries and places), other prompts, windows. Without replacement."""
     n, rest = len(lesson.facts), len(lesson.pupils) - len(lesson.facts)
     elsewhere = min(rest, round(config.batch * config.places))
-    facts = torch.randperm(n, generator=generator)[: config.batch - elsewhere]
-    places = n + torch.randperm(rest, generator=generator)[:elsewhere]
-    others = torch.randperm(len(lesson.others), generator=generator)[: config.others]
-    windows = torch.randperm(len(lesson.windows), generator=generator)[: config.windows]
+    facts = torch.randperm(n, generator=generator, device="cpu")[: config.batch - elsewhere]
+    places = n + torch.randperm(rest, generator=generator, device="cpu")[:elsewhere]
+    others = torch.randperm(len(lesson.others), generator=generator, device="cpu")[: config.others]
+    windows = torch.randperm(len(lesson.windows), generator=generator, device="cpu")[: config.windows]
     return torch.cat((facts, places)), others, windows
 
 

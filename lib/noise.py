@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from lib.edits import written
 from lib.errors import DataError
@@ -37,6 +39,11 @@ def told_under(
     return {"facts": len(case.facts)} | {name: total / draws for name, total in totals.items()}
 
 
+def gaussian(shape: Sequence[int], generator: torch.Generator) -> Float[Tensor, "*shape"]:
+    """Standard normal values, drawn on the CPU whatever the device, so that a seed means the same numbers."""
+    return torch.randn(tuple(shape), generator=generator, device="cpu").to(torch.get_default_device())
+
+
 @contextmanager
 @torch.no_grad()
 def noisy(subject: Subject, layer: int, pathway: str, scale: float, generator: torch.Generator) -> Iterator[None]:
@@ -44,6 +51,6 @@ def noisy(subject: Subject, layer: int, pathway: str, scale: float, generator: t
     mean square of the noise over that of each tensor."""
     parameters = dict(subject.model.named_parameters())
     own = {s: s.of(parameters[s.name]) for s in pathway_slices(subject.model, layer, pathway)}
-    noise = {s: v.square().mean().sqrt() * torch.randn(v.shape, generator=generator) for s, v in own.items()}
+    noise = {s: v.square().mean().sqrt() * gaussian(v.shape, generator) for s, v in own.items()}
     with written(subject.model, {s: v + scale * noise[s] for s, v in own.items()}):
         yield

@@ -214,7 +214,7 @@ def optimise(
     for step in range(recipe.max_steps + 1):
         if bar is not None:
             bar.set_postfix_str(f"{name}, step {step}", refresh=step % 10 == 0)
-        windows = torch.randperm(kept.training, generator=generator)[: recipe.windows]
+        windows = torch.randperm(kept.training, generator=generator, device="cpu")[: recipe.windows]
         cross_entropy, kl, logits = losses(subject, kept, values, windows)
         loss, margins = cross_entropy + recipe.kl_weight * kl, _margins(logits.detach(), kept.answers)
         told, least = int((margins > 0).sum()), margins.min().item()

@@ -157,7 +157,7 @@ def _scene(ground: Ground, rng: np.random.Generator) -> tuple[int, list[int], tu
         usable = ground.told[at] & (ground.told[controls].float().mean(0) >= 0.5)
         if usable.sum() >= FEWEST:
             break
-    rows = usable.nonzero()[:, 0].numpy()
+    rows = usable.nonzero()[:, 0].cpu().numpy()
     n = min(len(rows), int(rng.integers(8, 13)))
     return at, controls, tuple(ground.facts[i] for i in sorted(rng.choice(rows, n, replace=False).tolist()))
 

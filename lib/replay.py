@@ -50,7 +50,7 @@ class Pack:
         for row, before in enumerate(self.before):
             if before >= 0:
                 sees[row] |= sees[before]
-        return torch.from_numpy(sees)
+        return torch.tensor(sees)
 
     def mask(self) -> Float[Tensor, "1 1 t t"]:
         """0 where a token may look, the lowest number elsewhere."""
@@ -129,7 +129,7 @@ def next_token_logits(
     out, done = torch.empty(len(prompts), subject.weights.W_U.shape[1]), 0
     for some in tqdm(rows, desc=progress, disable=progress is None or len(rows) < 2, leave=False):
         final = above(subject, some, 0, entering(subject, some, 0))[some.last]
-        out[order[done : (done := done + len(final))]] = (final @ subject.weights.W_U).float().cpu()
+        out[order[done : (done := done + len(final))]] = (final @ subject.weights.W_U).float()
     return out
 
 

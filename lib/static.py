@@ -54,7 +54,7 @@ def qk_overlap(weights: Weights, *, folded: bool = True) -> Float[Tensor, "n_lay
         q, key = (gain * W for W in (attn.W_Q, attn.per_head(attn.W_K)))
         q_top, k_top = (_top_mask(W.norm(dim=-1), k) for W in (q, key))
         rows.append((q_top & k_top).sum(-1) / k)
-    return torch.stack(rows).cpu()
+    return torch.stack(rows)
 
 
 def qk_overlap_chance(d_model: int, level: float = 0.95) -> tuple[float, float, float]:
@@ -88,7 +88,7 @@ def k_norms_by_head(weights: Weights, token_ids: Sequence[int]) -> Float[Tensor,
     e = weights.W_E[list(token_ids)]
     return torch.stack(
         [einsum(b.norm_attn(e), b.attn.W_K, "t d, n d h -> n t h").norm(dim=-1) for b in weights.blocks]
-    ).cpu()
+    )
 
 
 def k_norms(weights: Weights, token_ids: Sequence[int]) -> Float[Tensor, "n_layers token"]:
@@ -106,7 +106,7 @@ def k_norm_table(
     boot = []
     means = {}
     for name in names:
-        norms = k_norms(weights, types[name]).numpy()
+        norms = k_norms(weights, types[name]).cpu().numpy()
         draws = rng.integers(norms.shape[1], size=(resamples, norms.shape[1]))
         boot.append(norms[:, draws].mean(-1))  # (layer, resample)
         means[name] = norms.mean(-1)
@@ -164,7 +164,10 @@ class RelationMap:
         hits = self.hits.float()
         index = torch.arange(n)
         return torch.stack(
-            [hits[..., index, torch.randperm(n, generator=generator)].mean(-1) for _ in range(permutations)]
+            [
+                hits[..., index, torch.randperm(n, generator=generator, device="cpu")].mean(-1)
+                for _ in range(permutations)
+            ]
         )
 
     def p_values(self, **options: int) -> Float[Tensor, "n_layers n_heads"]:
@@ -249,7 +252,7 @@ def relation_maps(
         else:  # many: W_O W_U first, which they share, and which has only d_head rows
             heads = zip(v, block.attn.W_O, strict=True)
             hits.append(torch.stack([_in_top(x @ (W_O @ W_U), answers, k) for x, W_O in heads]))
-    both = torch.stack(hits).cpu()
+    both = torch.stack(hits)
     return {"raw": RelationMap(both[:, :, :n], k), "enriched": RelationMap(both[:, :, n:], k)}
 
 
@@ -367,13 +370,13 @@ def _copy_scores(
     spread = einsum(out, covariance, out, "n t d, d e, n t e -> n t").clamp_min(1e-30).sqrt()
     z = (out @ W_U[:, ids] - (out @ mean)[..., None]) / spread[..., None]
     own = z.diagonal(dim1=-2, dim2=-1)
-    return own.cpu(), ((z.sum(-1) - own) / (len(ids) - 1)).cpu()
+    return own, ((z.sum(-1) - own) / (len(ids) - 1))
 
 
 def _copy_p(difference: Float[Tensor, " token"], permutations: int, seed: int) -> float:
     """Two-sided sign-flip test that own and other logits differ on average."""
     rng = np.random.default_rng(seed)
-    d = difference.numpy()
+    d = difference.cpu().numpy()
     signs = rng.choice([-1.0, 1.0], size=(permutations, len(d)))
     return float((1 + (np.abs(signs @ d) >= abs(d.sum())).sum()) / (1 + permutations))
 

@@ -127,8 +127,7 @@ class Subject:
         tokens = torch.zeros(len(ids), int(last.max()) + 1, dtype=torch.long)
         for i, row in enumerate(ids):
             tokens[i, : len(row)] = torch.tensor(row)
-        device = self.weights.W_E.device
-        return tokens.to(device), last.to(device)
+        return tokens, last
 
     @torch.no_grad()
     def next_token_logits(
@@ -144,23 +143,31 @@ class Subject:
             rows = order[start : start + batch_size]
             tokens, last = self.encode([prompts[i] for i in rows])
             hidden = self.model.base_model(tokens, use_cache=False).last_hidden_state
-            out[rows] = self.model.lm_head(hidden[torch.arange(len(rows)), last]).float().cpu()
+            out[rows] = self.model.lm_head(hidden[torch.arange(len(rows)), last]).float()
         return out
 
 
-def load(name: str = "smollm2", *, dtype: torch.dtype | None = None) -> Subject:
+def load(
+    name: str = "smollm2", *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Subject:
     """Load a subject by name, folder, .gguf file or hub id, and check it: parameter count and checksum where they
     are known, and the weight view against the model's own hidden states. dtype: fp32 if that leaves half of the memory
-    at hand, otherwise bf16. Raises SubjectError with what to do."""
+    at hand, otherwise bf16. device: a GPU if there is one, otherwise the CPU; tensors made from now on are made there
+    too, so that no other code need know. Raises SubjectError with what to do."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     spec = SPECS.get(name)
     sha256 = weights_sha256(name)
     folder, gguf = _locate(name)
-    model, tokenizer = _read(folder, gguf, name, dtype or precision_that_fits(_bytes(folder, gguf)))
+    dtype = dtype or precision_that_fits(_bytes(folder, gguf), memory_at_hand(device))
+    model, tokenizer = _read(folder, gguf, name, dtype)
     parameters = sum(p.numel() for p in model.parameters())
     if spec and parameters != spec.parameters:
         raise SubjectError(
             f"{name} has {parameters:,} parameters, expected {spec.parameters:,}. {_remedy(name, folder)}"
         )
+    if device != torch.get_default_device():
+        torch.set_default_device(device)
+    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides its signature
     weights = view(model)
     subject = Subject(
         name=name,
@@ -179,8 +186,11 @@ def load(name: str = "smollm2", *, dtype: torch.dtype | None = None) -> Subject:
     return subject
 
 
-def memory_at_hand() -> int:
-    """Bytes that this machine can give without swapping."""
+def memory_at_hand(device: torch.device | None = None) -> int:
+    """Bytes that a GPU, or this machine without swapping, can give. device: the default one, if not given."""
+    device = device or torch.get_default_device()
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 
 

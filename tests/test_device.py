@@ -1,0 +1,126 @@
+"""The same code where the model is elsewhere: on a simulated device every tensor is made where the model is, and the
+numbers are those of the CPU. No GPU takes part, so nothing here speaks of one's speed or rounding."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simulated
+import torch
+
+from lib import crosscheck, diagnosis, edits, effects, experiments, patching, pathways, static, subjects
+from lib.crosscheck import Part
+from lib.facts import load_cases, load_templates, prompts, study_facts, trainable
+from lib.generalise import learn_at
+from lib.subjects import Subject
+from lib.trace import capture, logit_lens, logit_traces, subject_attention
+from lib.weights import view
+
+LAYER = 7  # 0-based: where the organism's head is blind
+Numbers = list[torch.Tensor | np.ndarray | float]
+
+
+@pytest.fixture(scope="module")
+def elsewhere(organism: Subject) -> Subject:
+    with simulated.Simulated():
+        model = copy.deepcopy(organism.model).to(simulated.DEVICE)
+    return replace(organism, model=model, weights=view(model))
+
+
+def asked(subject: Subject):
+    case = trainable(subject, load_cases("organism")[0])
+    answers = torch.tensor([subject.first_token(f.answer) for f in case.facts])
+    failing, control = (prompts(case.facts, load_templates()[t]) for t in (case.template, case.controls[0]))
+    return case, failing, control, answers
+
+
+def traces(subject: Subject) -> Numbers:
+    case, failing, _, answers = asked(subject)
+    seen = capture(subject, failing, everywhere=True)
+    found = logit_traces(subject, seen, answers[:, None])
+    return [t.heads for t in found.values()] + [
+        *logit_lens(subject, seen, answers[:, None]), subject_attention(subject, seen, [f.subject for f in case.facts])
+    ]  # fmt: skip
+
+
+def diagnoses(subject: Subject) -> Numbers:
+    found = [diagnosis.prescribe(subject, trainable(subject, case)) for case in load_cases("organism")]
+    return [float(at) for verdict in found for at in (verdict.knowledge_head.layer, verdict.knowledge_head.head)]
+
+
+def statics(subject: Subject) -> Numbers:
+    maps = static.relation_maps(subject, study_facts(subject, asked(subject)[0]))
+    norms = static.k_norm_table(subject.weights, static.load_token_types(subject), resamples=20)
+    return [static.qk_overlap(subject.weights), *(m.p_values(permutations=20) for m in maps.values()), norms["mean"]]
+
+
+def patches(subject: Subject) -> Numbers:
+    _, failing, control, answers = asked(subject)
+    bad, good = patching.run(subject, failing), patching.run(subject, control)
+    return [patching.patched(subject, bad, good.z, good.mlps, torch.stack((answers, answers.roll(1)), 1))]
+
+
+def ablations(subject: Subject) -> Numbers:
+    _, _, control, answers = asked(subject)
+    found = crosscheck.neurons(subject, control, answers, [LAYER, LAYER + 1])
+    head, own = diagnosis.Site(LAYER, 4), crosscheck.ablate_own_neuron(subject, control, answers, LAYER)
+    return [found.trace, found.gradient, crosscheck.ablate(subject, control, answers, Part(head)).total, own.total]
+
+
+def trainings(subject: Subject) -> Numbers:
+    case = asked(subject)[0]
+    run = pathways.train(subject, pathways.keep(subject, case, LAYER), "v_only", rate=3e-3)
+    edits.save_all({"v_only": run.edit}, folder := Path(subjects.cache_folder() / "device"))
+    kept, protocol = edits.load_all(folder)["v_only"], effects.prepare(subject, case, LAYER)
+    said, read = effects.ask(subject, protocol, kept), effects.read(subject, protocol, effects.noise(subject, kept))
+    verified = edits.verify(subject, kept)["as recorded"].all()
+    return [run.history.loss, said.margin, read.kl, float(verified)]
+
+
+def sweeps(subject: Subject) -> Numbers:
+    rows = [experiments.find("controls.part_at")(subject, part="neurons", pick="diagnosed", seed=0)]
+    rows += [learn_at(subject, layer=LAYER + 1, steps=3, seed=0)]
+    rows += [experiments.find("plants.plant_run")(subject, seed=s, repair=s == 0) for s in (0, 1)]
+    return [float(v) for row in rows for v in row.values() if isinstance(v, int | float)]
+
+
+@pytest.mark.parametrize("work", [traces, diagnoses, statics, patches, ablations, trainings, sweeps])
+def test_elsewhere_the_numbers_are_the_same(organism, elsewhere, work: Callable, monkeypatch, tmp_path):
+    monkeypatch.setattr(subjects, "cache_folder", lambda: tmp_path)
+    here = work(organism)
+    with simulated.Simulated(), simulated.AsDefault():
+        monkeypatch.setattr(torch, "get_default_device", lambda: simulated.DEVICE)
+        there = work(elsewhere)
+    assert len(here) == len(there) and here
+    for a, b in zip(here, there, strict=True):
+        assert not isinstance(a, torch.Tensor) or b.device == simulated.DEVICE, "results stay where the model is"
+        a, b = (x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else x for x in (a, b))
+        np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), atol=1e-4, rtol=1e-3)
+
+
+def test_the_simulation_refuses_what_a_gpu_refuses():
+    with simulated.Simulated():
+        there, here = torch.ones(3).to(simulated.DEVICE), torch.ones(3)
+        with pytest.raises(RuntimeError, match="tensors on two devices"):
+            there + here
+        with pytest.raises(RuntimeError, match="tensors on two devices"):
+            here[torch.tensor([0]).to(simulated.DEVICE)]
+        with pytest.raises((RuntimeError, TypeError)):
+            there.numpy()
+        assert there[torch.tensor([0])].device == simulated.DEVICE, "indices may stay behind"
+        with simulated.AsDefault(), pytest.raises(RuntimeError, match="a generator of the cpu"):
+            torch.randperm(3, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_gpu_is_taken_where_there_is_one(monkeypatch):
+    """The choice itself: `load` asks torch, moves the model there and makes it the default."""
+    moved = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "set_default_device", moved.append)
+    monkeypatch.setattr(subjects, "memory_at_hand", lambda device=None: 10**12)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda model, device: moved.append(device) or model)
+    subjects.load("organism")
+    assert moved == [torch.device("cuda"), torch.device("cuda")]
