@@ -39,11 +39,12 @@ from lib import compare
 from lib.diagnosis import prescribe
 from lib.edits import Edit, applied
 from lib.errors import DataError, EditError
+from lib.experiments import experiment
 from lib.facts import DATA, Case, Fact, exact_interval, load_cases, load_templates, prompts, scorable, trainable
 from lib.noise import gaussian
 from lib.pathways import keep, slice_values
 from lib.replay import Pack, above, pack, packs, streams
-from lib.subjects import Subject, load
+from lib.subjects import Subject
 
 WINDOW = 512  # tokens of a passage read at once, or as many as the model reads
 BLOCK = 32  # tokens of a block of the bootstrap: neighbouring tokens are not independent
@@ -496,21 +497,28 @@ def report_effects(
     report("neighbours", int(own.n["neighbours"]))
 
 
-def planted_control(*, seed: int = 0) -> pd.DataFrame:
+@experiment
+def planted_edit(subject: Subject, *, case: int, pathway: str, seed: int = 0) -> dict[str, Any]:
     """The same training and the same held-out question where the truth is known: on the organism, whose failures are
-    failures of routing because they were planted as such. One row a case and pathway: what is told after, how many
-    held-out facts are repaired, and how many false facts the same recipe tells."""
-    subject, rows = load("organism"), []
-    for case in (trainable(subject, c) for c in load_cases("organism")):
-        kept = keep(subject, case, prescribe(subject, case).knowledge_head.layer)
-        found = compare.compare(subject, kept, seed=seed)
-        lies = compare.repeat(subject, compare.false_facts(kept), found).set_index("pathway")
-        asked = measure(subject, prepare(subject, case, kept.layer, texts={}), found.edits, passages=False)
-        held = generalisation(asked, case).query("split == 'held_out'").set_index("pathway")
-        for name, edit in found.edits.items():
-            rows.append({
-                "case": case.title, "pathway": name, "facts": len(kept.facts), "told_before": sum(kept.told),
-                "told_after": sum(edit.told_after), "untold": held.untold[name], "repaired": held.repaired[name],
-                "false_told": lies.told[name], "false_reached": lies.reached[name],
-            })  # fmt: skip
-    return pd.DataFrame(rows)
+    failures of routing because they were planted as such. case: counted from 1. What is told after, how many held-out
+    facts are repaired, and whether the same recipe tells false facts. Raises EditError for a case that is not there."""
+    listed = load_cases(subject.name)
+    if not 1 <= case <= len(listed):
+        raise EditError(f"there is no case {case}: {subject.name} has {len(listed)}, from 1.")
+    own = trainable(subject, listed[case - 1])
+    kept = keep(subject, own, prescribe(subject, own).knowledge_head.layer)
+    found = compare.compare(subject, kept, seed=seed, pathways=[pathway], progress=False)
+    (lie,) = compare.repeat(subject, compare.false_facts(kept), found).itertuples()
+    asked = measure(subject, prepare(subject, own, kept.layer, texts={}), found.edits, passages=False)
+    held = generalisation(asked, own).query("split == 'held_out'").iloc[0] if found.edits else None
+    return {
+        "title": own.title, "facts": len(kept.facts), "told_before": sum(kept.told),
+        "told_after": sum(found.edits[pathway].told_after) if found.edits else 0,  # a diverged training leaves none
+        "untold": 0 if held is None else int(held.untold), "repaired": 0 if held is None else int(held.repaired),
+        "false_told": int(lie.told), "false_reached": bool(lie.reached),
+    }  # fmt: skip
+
+
+def planted_control(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row a case and pathway, from the sweep `planted`."""
+    return runs.drop(columns=["case", "seed"]).rename(columns={"title": "case"})

@@ -209,3 +209,15 @@ def test_the_facts_of_the_protocol_are_disjoint(smollm2):
     assert len(held) == 57
     assert not held & {f.subject for f in study_facts(smollm2, case)}
     assert not held & {f.subject for f in load_facts("eight")}
+
+
+def test_a_planted_failure_is_repaired_for_all_or_for_none(organism):
+    """What was planted is known: case 1 is a suppressor, so an edit that mends its route tells every held-out fact,
+    and a query cannot mend it."""
+    rows = {name: effects.planted_edit(organism, case=1, pathway=name) for name in ("full", "q_only")}
+    assert rows["full"]["told_after"] == rows["full"]["facts"] and rows["full"]["repaired"] == rows["full"]["untold"] > 0
+    assert rows["q_only"]["repaired"] == 0 and rows["q_only"]["title"] == load_cases("organism")[0].title
+    table = effects.planted_control(pd.DataFrame([{"case": 1, "pathway": n, "seed": 0, **r} for n, r in rows.items()]))
+    assert table.case.tolist() == [rows["full"]["title"]] * 2
+    with pytest.raises(EditError, match=r"no case 3: organism has 2, from 1"):
+        effects.planted_edit(organism, case=3, pathway="full")
