@@ -215,9 +215,10 @@ def test_a_planted_failure_is_repaired_for_all_or_for_none(organism):
     """What was planted is known: case 1 is a suppressor, so an edit that mends its route tells every held-out fact,
     and a query cannot mend it."""
     rows = {name: effects.planted_edit(organism, case=1, pathway=name) for name in ("full", "q_only")}
-    assert rows["full"]["told_after"] == rows["full"]["facts"] and rows["full"]["repaired"] == rows["full"]["untold"] > 0
+    full = rows["full"]
+    assert full["told_after"] == full["facts"] and full["repaired"] == full["untold"] > 0
     assert rows["q_only"]["repaired"] == 0 and rows["q_only"]["title"] == load_cases("organism")[0].title
     table = effects.planted_control(pd.DataFrame([{"case": 1, "pathway": n, "seed": 0, **r} for n, r in rows.items()]))
-    assert table.case.tolist() == [rows["full"]["title"]] * 2
+    assert table.case.tolist() == [full["title"]] * 2
     with pytest.raises(EditError, match=r"no case 3: organism has 2, from 1"):
         effects.planted_edit(organism, case=3, pathway="full")
