@@ -69,7 +69,7 @@ def report(report: Callable[..., None], record: dict[str, Any], table: pd.DataFr
     ran = [size for size in record["sizes"] if "seconds" in size]
     report("largest", ran[-1]["shape"] if ran else "none")
     report("largest_precision", ran[-1]["precision"] if ran else "-")
-    report("largest_gb", ran[-1]["peak_gb"] if ran else 0.0, ".1f")
+    report("largest_gb", float((ran[-1]["peak_gb"] if ran else 0) or "nan"), ".1f")
     over = points.trace_s / points.forward_s
     report("trace_over_forward", (float(over.min()), float(over.max())), ".1f")
 
@@ -77,4 +77,5 @@ def report(report: Callable[..., None], record: dict[str, Any], table: pd.DataFr
 def _missed(row: Any) -> str:
     wanted = f"{row.goal:.3g} times" if row.goal else f"{row.limit_s:g} seconds"
     got = f"{row.ratio:.2f} times" if row.goal else f"{row.ours_s:.2f} seconds"
-    return f"{row.row} beside {row.peer}: {got}, wanted {wanted}"
+    why = f", with {row.bound:.1f} times fewer operations" if row.goal and row.bound == row.bound else ""
+    return f"{row.row} beside {row.peer}: {got}{why}, wanted {wanted}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from lib import subjects
 from lib.subjects import Subject, batch_that_fits, memory_at_hand, precision_that_fits
 from lib.trace import capture, logit_trace
 from lib.weights import check_view, view
+from tests.bench.measure import timed
 
 # hidden, MLP, layers, heads, key/value heads; the vocabulary is SmolLM2's throughout
 SHAPES = {
@@ -43,7 +42,13 @@ def _one(name: str, shape: tuple[int, ...], like: Subject) -> dict[str, Any]:
            "at_hand_gb": memory_at_hand() * 1e-9}  # fmt: skip
     if parameters * 2 > memory_at_hand() * 2 / 3:
         return row
-    dtype = precision_that_fits(4 * parameters)
+    dtype, found = precision_that_fits(4 * parameters), {}
+    _, grown = timed(lambda: found.update(_traced(name, config, dtype, like)))
+    return row | found | {"precision": str(dtype).removeprefix("torch."), "peak_gb": grown and grown / 1000}
+
+
+def _traced(name: str, config: Any, dtype: torch.dtype, like: Subject) -> dict[str, Any]:
+    """A model of a shape with random weights: the batch that fits beside it; seconds and error of a trace."""
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -51,13 +56,12 @@ def _one(name: str, shape: tuple[int, ...], like: Subject) -> dict[str, Any]:
         model = LlamaForCausalLM(config).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(default)
-    one = Subject(name, "random", "none", "0" * 64, parameters, model, like.tokenizer, view(model))
+    one = Subject(name, "random", "none", "0" * 64, model.num_parameters(), model, like.tokenizer, view(model))
     check_view(model, one.weights, one.encode(["The capital of France is"])[0])
-    texts = ["The capital of France is"] * PROMPTS
-    start = perf_counter()
-    trace = logit_trace(one, capture(one, texts), torch.zeros(PROMPTS, 1, dtype=torch.long))
-    return row | {
-        "precision": str(dtype).removeprefix("torch."), "batch": batch_that_fits(one.weights, 8),
-        "seconds": perf_counter() - start, "error": trace.error,
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024e-9,
-    }  # fmt: skip
+    texts, error = ["The capital of France is"] * PROMPTS, []
+
+    def trace() -> None:
+        error.append(logit_trace(one, capture(one, texts), torch.zeros(PROMPTS, 1, dtype=torch.long)).error)
+
+    seconds, _ = timed(trace)
+    return {"batch": batch_that_fits(one.weights, 8), "seconds": seconds, "error": error[0]}
