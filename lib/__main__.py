@@ -66,17 +66,13 @@ def run(
         typer.Option("--parameter", "-p", help="A parameter of the chapters, NAME=VALUE (JSON or text)."),
     ] = None,
     force: Force = False,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Chapters at a time, sharing the cores.")] = 2,
 ) -> None:
     """Execute chapters with papermill; those whose inputs did not change are kept."""
     from lib import runner
 
-    runner.run(
-        subject,
-        runner.choose_chapters(chapters or []),
-        dict(map(_parameter, parameter or [])),
-        force=force,
-        say=typer.echo,
-    )
+    chosen, values = runner.choose_chapters(chapters or []), dict(map(_parameter, parameter or []))
+    runner.run(subject, chosen, values, force=force, jobs=jobs, say=typer.echo)
 
 
 @app.command()

@@ -16,18 +16,23 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import papermill
+import psutil
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
@@ -62,9 +67,11 @@ def choose_chapters(words: Sequence[str]) -> list[str]:
 
 
 def run(subject: str, chapters: Iterable[str], parameters: dict[str, Any] | None = None, *, force: bool = False,
-        say: Callable[[str], None] = print) -> None:  # fmt: skip
-    """Execute the chapters whose inputs changed. Raises ChapterError for an unknown parameter, or with the failing
-    cell and its traceback; the chapters before it keep their results, the failing one leaves nothing."""
+        jobs: int | None = None, say: Callable[[str], None] = print) -> None:  # fmt: skip
+    """Execute the chapters whose inputs changed. jobs: how many at a time, each with its share of the cores; two by
+    default, where there are two cores: much of a chapter is not done in matrices, and a second core is idle meanwhile.
+    Raises ChapterError for an unknown parameter, or with the failing cell and its traceback; the chapters before it
+    keep their results, the failing one leaves nothing, and none is begun after it."""
     subject = canonical(subject)
     chapters, values = list(chapters), {"subject": subject, **(parameters or {})}
     for chapter in chapters:
@@ -77,22 +84,66 @@ def run(subject: str, chapters: Iterable[str], parameters: dict[str, Any] | None
         if chapter in chapters and needed not in chapters and not is_current(subject, needed, None, weights):
             say(f"{chapter} needs {needed}, which is executed first")
             run(subject, [needed], say=say)
+    cores = os.cpu_count() or 1
+    due = [c for c in chapters if force or not is_current(subject, c, values, weights)]
+    jobs = max(1, min(jobs or 2, cores, len(due)))
+    done: dict[str, Future[None]] = {}
+    stop = Event()
+
+    def bring_up(chapter: str, before: Future[None] | None) -> None:
+        try:
+            if before is not None:
+                before.result()
+            if not stop.is_set():
+                _bring_up(subject, chapter, values, weights, force=force, say=say)
+        except BaseException:
+            stop.set()
+            raise
+
+    with _threads_each(cores // jobs), ThreadPoolExecutor(jobs) as pool:
+        for chapter in sorted(chapters, key=lambda c: c in NEEDS):  # one that needs another would only wait
+            done[chapter] = pool.submit(bring_up, chapter, done.get(NEEDS.get(chapter, "")))
+        try:
+            wait(done.values())
+        except KeyboardInterrupt:
+            stop.set()
+            for kernel in psutil.Process().children(recursive=True):
+                kernel.terminate()
+            raise
     for chapter in chapters:
-        if not force and is_current(subject, chapter, values, weights):
-            say(f"{chapter}: nothing changed, kept")
-            continue
-        done, found = executed_path(subject, chapter), results_path(subject, chapter)
-        for old in (done.with_suffix(".key"), done, found):  # a failing chapter must not leave older figures standing
-            old.unlink(missing_ok=True)
-        shutil.rmtree(chapter_folder(subject, chapter), ignore_errors=True)
-        start = time.perf_counter()
-        execute(BOOK / f"{chapter}.ipynb", done, values)
-        if not found.exists():
-            done.unlink()
-            raise ChapterError(f"{chapter} ran, but saved no results; its last cell must call report.save().")
-        stamp = {"values": values, "fingerprint": fingerprint(subject, chapter, values, weights)}
-        write_atomically(done.with_suffix(".key"), json.dumps(stamp))
-        say(f"{chapter}: executed on {subject} in {time.perf_counter() - start:.0f} s")
+        done[chapter].result()
+
+
+def _bring_up(
+    subject: str, chapter: str, values: dict[str, Any], weights: str, *, force: bool, say: Callable[[str], None]
+) -> None:
+    """Execute one chapter, unless it is current."""
+    if not force and is_current(subject, chapter, values, weights):
+        say(f"{chapter}: nothing changed, kept")
+        return
+    done, found = executed_path(subject, chapter), results_path(subject, chapter)
+    for old in (done.with_suffix(".key"), done, found):  # a failing chapter must not leave older figures standing
+        old.unlink(missing_ok=True)
+    shutil.rmtree(chapter_folder(subject, chapter), ignore_errors=True)
+    start = time.perf_counter()
+    execute(BOOK / f"{chapter}.ipynb", done, values)
+    if not found.exists():
+        done.unlink()
+        raise ChapterError(f"{chapter} ran, but saved no results; its last cell must call report.save().")
+    stamp = {"values": values, "fingerprint": fingerprint(subject, chapter, values, weights)}
+    write_atomically(done.with_suffix(".key"), json.dumps(stamp))
+    say(f"{chapter}: executed on {subject} in {time.perf_counter() - start:.0f} s")
+
+
+@contextmanager
+def _threads_each(threads: int) -> Iterator[None]:
+    """So many threads for each kernel that is started meanwhile; more threads than cores wait for one another."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = before or str(max(1, threads))
+    try:
+        yield
+    finally:
+        os.environ.pop("OMP_NUM_THREADS") if before is None else None
 
 
 def is_current(subject: str, chapter: str, values: dict[str, Any] | None, weights: str) -> bool:

@@ -68,6 +68,41 @@ def test_a_failing_chapter_fails_the_run_and_leaves_nothing(workshop):
     assert not list((workshop / "_build").rglob("*.ipynb")) and not list((workshop / "_build").rglob("*.key"))
 
 
+def test_chapters_run_side_by_side_and_share_the_cores(workshop, monkeypatch):
+    """Each waits for a sign of the other: one after the other they would fail. Their threads share the cores."""
+    monkeypatch.setattr(runner.os, "cpu_count", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    sign = (
+        "import os, pathlib, time\nhere = pathlib.Path('..')\n(here / '{}').write_text(os.environ['OMP_NUM_THREADS'])\n"
+        "end = time.time() + 60\nwhile not (here / '{}').exists():\n    assert time.time() < end\n    time.sleep(0.05)"
+    )
+    for mine, other in (("01_a", "02_b"), ("02_b", "01_a")):
+        notebook(workshop / "book" / f"{mine}.ipynb", sign.format(mine, other), SAVE.replace("01_a", mine))
+    runner.run("s", ["01_a", "02_b"], say=lambda _: None)
+    assert [(workshop / name).read_text() for name in ("01_a", "02_b")] == ["2", "2"]
+    assert "OMP_NUM_THREADS" not in runner.os.environ
+
+
+def test_after_a_failure_none_is_begun_and_what_needs_it_is_not_executed(workshop, monkeypatch):
+    monkeypatch.setattr(runner, "NEEDS", {"02_b": "01_a"})
+    notebook(workshop / "book" / "01_a.ipynb", "raise ValueError('the reason')")
+    for name in ("02_b", "03_c"):
+        notebook(workshop / "book" / f"{name}.ipynb", SAVE.replace("01_a", name))
+    with pytest.raises(ChapterError, match="the reason"):
+        runner.run("s", ["01_a", "02_b", "03_c"], jobs=1, say=lambda _: None)
+    assert not list((workshop / "_build").rglob("*.key"))
+
+
+def test_a_chapter_waits_for_the_one_that_it_needs(workshop, monkeypatch):
+    monkeypatch.setattr(runner, "NEEDS", {"01_a": "02_b"})
+    notebook(workshop / "book" / "01_a.ipynb", "assert open('../made').read() == 'by b'", SAVE)
+    slow = "import time\ntime.sleep(0.5)\nopen('../made', 'w').write('by b')"
+    notebook(workshop / "book" / "02_b.ipynb", slow, SAVE.replace("01_a", "02_b"))
+    said: list[str] = []
+    runner.run("s", ["01_a", "02_b"], say=said.append)
+    assert [line.split(":")[0] for line in said] == ["02_b", "01_a"]
+
+
 def test_a_chapter_that_saves_no_results_fails(workshop):
     notebook(workshop / "book" / "01_a.ipynb", "x = 1")
     with pytest.raises(ChapterError, match="saved no results"):
