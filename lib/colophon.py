@@ -80,8 +80,9 @@ def times(provenances: dict[str, dict[str, Any]]) -> str:
     return _TIMES.format(rows=rows, minutes=total / 60)
 
 
-_TIMES = """The chapters of this build took {minutes:.1f} minutes one after the other. Runs of a sweep
-that were kept from an earlier build are not in it; memory is the notebook's own, not that of workers beside it.
+_TIMES = """The chapters of this build add up to {minutes:.1f} minutes; run two at a time, as they are by default,
+they are done sooner. Runs of a sweep that were kept from an earlier build are not in it; memory is the notebook's own,
+not that of workers beside it.
 
 :::{{list-table}}
 :header-rows: 1
