@@ -87,7 +87,7 @@ def neuron_rows(subject: Subject) -> list[Row]:
     peers = {"a call a layer": one_by_one, "one call for all": together}
     return [
         Row("neuron trace", what, f"Captum LayerGradientXActivation, {len(layers)} layers, {name} ({SAMPLE} prompts, "
-            "scaled)", ours, peer, largest, 1e-3, 10, peer_of=SAMPLE / len(texts), rounds=3)
+            "scaled)", ours, peer, largest, 1e-3, 10, peer_of=SAMPLE / len(texts), rounds=2)
         for name, peer in peers.items()
     ]  # fmt: skip
 
