@@ -12,7 +12,7 @@ from lib import subjects
 from lib.subjects import Subject, batch_that_fits, memory_at_hand, precision_that_fits
 from lib.trace import capture, logit_trace
 from lib.weights import check_view, view
-from tests.bench.measure import timed
+from tests.bench.measure import give_back, timed
 
 # hidden, MLP, layers, heads, key/value heads; the vocabulary is SmolLM2's throughout
 SHAPES = {
@@ -31,6 +31,7 @@ def measure_all(like: Subject) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def _one(name: str, shape: tuple[int, ...], like: Subject) -> dict[str, Any]:
+    give_back()  # the memory of the model before
     hidden, mlp, layers, heads, kv = shape
     config = AutoConfig.from_pretrained(
         subjects.fetch_smollm2(), hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
