@@ -21,7 +21,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -240,7 +240,8 @@ def _do(
     for planned, one in todo:  # a run that two sweeps share is done once
         by_key[one.key].append((planned, one))
     failed: dict[Path, list[tuple[Run, BaseException]]] = defaultdict(list)
-    with connect(scheduler, workers=min(workers or threads(), len(by_key))) as client:
+    turn = nullcontext() if scheduler else _in_turn(next(iter(plans)).parent, say)
+    with turn, connect(scheduler, workers=min(workers or threads(), len(by_key))) as client:
         if scheduler:
             for planned in plans.values():
                 _same_code(planned, ask_workers(client, code, planned.spec.run), say)
@@ -323,6 +324,22 @@ def _locked(store: Path) -> Iterator[None]:
         raise SweepError(
             f"another sweep is writing into {store}; wait until it is done, or give another folder with --store."
         ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _in_turn(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Sweeps whose stores are in one folder use this machine's workers one after the other: side by side they would be
+    done no sooner, and need the memory of both."""
+    lock = FileLock(folder / "workers.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        say("another sweep is running here; this one waits for its workers")
+        lock.acquire()
     try:
         yield
     finally:

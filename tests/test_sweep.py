@@ -266,6 +266,20 @@ def test_files_that_are_no_specification(tmp_path):
             sweep.load(path)
 
 
+def test_two_sweeps_take_turns_on_this_machines_workers(tmp_path, here):
+    """While another one has its turn nothing is run; then all is."""
+    said: list[str] = []
+    done = threading.Thread(target=lambda: sweep.run(spec(), tmp_path / "store", say=said.append))
+    with sweep._in_turn(tmp_path, said.append):
+        done.start()
+        while not said:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert said == ["another sweep is running here; this one waits for its workers"] and not here
+    done.join(60)
+    assert len(here) == 1 and sweep.finished(sweep.plan(spec(), tmp_path / "store"))
+
+
 def test_shipped_specifications_are_sound():
     for path in sweep.SPECS.glob("*.yaml"):
         loaded = sweep.load(path)
