@@ -76,7 +76,9 @@ def neurons(
     """Both attributions from one pass. The gradient is taken through last tokens alone, because what a last token's
     neurons write only last tokens read: Captum's own numbers, at a fraction of its cost (`captum_neurons`)."""
     low, weights, traces, gradients, done = min(layers), subject.weights, [], [], 0
-    for some, before in tqdm(ground(subject, texts, low), desc=progress, disable=progress is None):
+    rows = list(packs(subject, [subject.token_ids(t) for t in texts], share=True))
+    for some in tqdm(rows, desc=progress, disable=progress is None):
+        before = streams(subject, some, range(low, weights.n_layers))
         own = targets[done : (done := done + len(some.last))]
         found = list(ends(subject, some, before, before[low][some.last].requires_grad_(), low))
         seen = [found[i - low].neurons for i in layers]
