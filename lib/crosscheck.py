@@ -337,9 +337,9 @@ def ablate_own_neuron(
         trace = found[0].neurons * (direction(subject, last.stream, answers[mine]) @ block.mlp.W_out.T)
         chosen = trace.argsort(-1, descending=True)[:, rank]
         write = found[0].neurons.gather(1, chosen[:, None]) * block.mlp.W_out[chosen]
-        change = torch.stack((torch.zeros_like(write), -write))
-        final = _changed(subject, some, before, layer, found[0], change, heads=False)
-        logits = (subject.weights.norm_final(final) * subject.weights.W_U[:, answers[mine]].T).sum(-1)
+        final = _changed(subject, some, before, layer, found[0], -write[None], heads=False)
+        both = subject.weights.norm_final(torch.cat((last.stream[None], final)))
+        logits = (both * subject.weights.W_U[:, answers[mine]].T).sum(-1)
         tables.append(pd.DataFrame({
             "prompt": texts[mine], "neuron": chosen.tolist(),
             "direct": (-trace.gather(1, chosen[:, None])[:, 0]).tolist(), "total": (logits[1] - logits[0]).tolist(),
