@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -33,7 +33,7 @@ from lib.facts import (
     trainable,
 )  # fmt: skip
 from lib.generalise import again, choose, harmless, learn_at
-from lib.replay import Pack, above, pack, streams
+from lib.replay import Pack, ends, pack, streams, through
 from lib.results import Results
 from lib.subjects import Subject, load
 from lib.trace import subject_positions
@@ -82,36 +82,33 @@ def carried(
     if wrong := [f for f, a, b in zip(facts, bare, full, strict=True) if b[-len(a) :] != a or len(a) == len(b)]:
         raise DataError(f"after {prefix!r} the prompt of {wrong[0].subject} is cut into other tokens; use another one.")
     short, long = pack(subject, bare), pack(subject, full)
-    ends = [subject_positions(subject, p, f.subject)[-1] for p, f in zip(prompts(facts, template), facts, strict=True)]
-    back = short.last.diff(prepend=torch.tensor([-1])) - 1 - torch.tensor(ends)  # tokens after the subject's last one
-    spots = {
-        "subject's last token": [(short.last - back, long.last - back)], "last position": [(short.last, long.last)],
-    }  # fmt: skip
-    spots["both"] = [*spots["subject's last token"], *spots["last position"]]
+    at = [subject_positions(subject, p, f.subject)[-1] for p, f in zip(prompts(facts, template), facts, strict=True)]
+    back = short.last.diff(prepend=torch.tensor([-1])) - 1 - torch.tensor(at)  # tokens after the subject's last one
     answers = torch.tensor([subject.first_token(f.answer) for f in facts])
     layers = range(subject.weights.n_layers) if layers is None else layers
-    own, other, rows = streams(subject, short, layers), streams(subject, long, layers), []
+    own, other = (streams(subject, p, range(min(layers), subject.weights.n_layers)) for p in (short, long))
+    rows = []
     for layer in tqdm(layers, desc="patched streams", leave=False):
-        for place in PLACES:
-            told = _told(subject, short, layer, _moved(own[layer], other[layer], spots[place]), answers)
-            rows.append((layer + 1, place, int(told.sum()), len(facts)))
+        patched, given = own[layer].clone(), other[layer][long.last]
+        patched[short.last - back] = other[layer][long.last - back]
+        later = _later(subject, short, layer, patched)
+        *_, one = ends(subject, short, own, given, layer)
+        *_, two = ends(subject, short, later, torch.cat((patched[short.last], given)), layer)
+        alone, both = two.stream.split(len(facts))
+        for place, final in zip(PLACES, (alone, one.stream, both), strict=True):
+            said = (subject.weights.norm_final(final) @ subject.weights.W_U).argmax(-1)
+            rows.append((layer + 1, place, int((said == answers).sum()), len(facts)))
     return pd.DataFrame(rows, columns=["layer", "place", "told", "n"])
 
 
-def _moved(
-    own: Float[Tensor, "t d_model"], other: Float[Tensor, "s d_model"], spots: Sequence[tuple[Tensor, Tensor]]
-) -> Float[Tensor, "t d_model"]:
-    out = own.clone()
-    for here, there in spots:
-        out[here] = other[there]
+def _later(
+    subject: Subject, texts: Pack, layer: int, stream: Float[Tensor, "t d_model"]
+) -> dict[int, Float[Tensor, "t d_model"]]:
+    """The streams that enter a layer and those above it, from the one that enters it."""
+    out = {layer: stream}
+    for i in range(layer, subject.weights.n_layers - 1):
+        out[i + 1] = through(subject, texts, out[i], i)
     return out
-
-
-def _told(
-    subject: Subject, texts: Pack, layer: int, stream: Float[Tensor, "t d_model"], answers: Int[Tensor, " fact"]
-) -> Bool[Tensor, " fact"]:
-    final = above(subject, texts, layer, stream)[texts.last]
-    return (final @ subject.weights.W_U).argmax(-1) == answers
 
 
 def where_it_can_be_done(*, layers: Sequence[int] = (4, 8), seed: int = 0) -> dict[str, int]:

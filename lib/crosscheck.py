@@ -109,8 +109,8 @@ def captum_neurons(
         method = LayerGradientXActivation(answer, modules)
         embedded = subject.model.get_input_embeddings()(tokens).requires_grad_()
         found = method.attribute(embedded, attribute_to_layer_input=True)
-        out.append(torch.stack([x.view(*tokens.shape, -1)[rows, last] for x in found], 1))
-    return torch.cat(out).detach()
+        out.append(torch.stack([x.view(*tokens.shape, -1)[rows, last].detach() for x in found], 1))  # its graph may go
+    return torch.cat(out)
 
 
 def agreement(one: Float[Tensor, "prompt d_mlp"], other: Float[Tensor, "prompt d_mlp"]) -> pd.DataFrame:

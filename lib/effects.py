@@ -217,23 +217,31 @@ def read_all(
     run again. Passage by passage: the untouched model's logits are computed once for all edits, and never kept."""
     parts, start, W_U = {key: list[pd.DataFrame]() for key in edits}, 0, subject.weights.W_U
     for name, some, stream, untouched in tqdm(protocol.passages, desc="passages", leave=False, disable=len(edits) < 2):
-        base = untouched[:-1] @ W_U if divergence else None
+        base = _weighed(untouched[:-1] @ W_U) if divergence else None
         block = start + np.arange(len(some.tokens) - 1) // BLOCK
         start = int(block[-1]) + 1
         for key, edit in edits.items():
             final = above(subject, some, protocol.layer, stream, _values(protocol, edit))[:-1]
             now = final @ W_U + (0 if bias is None else bias)
-            nll = now.logsumexp(-1) - now.gather(1, some.tokens[1:, None])[:, 0]
-            kl = torch.full_like(nll, torch.nan) if base is None else _divergence(base, now)
+            normaliser = now.logsumexp(-1)
+            nll = normaliser - now.gather(1, some.tokens[1:, None])[:, 0]
+            kl = torch.full_like(nll, torch.nan) if base is None else _divergence(*base, now, normaliser)
             columns = {"nll": nll.cpu().numpy(), "kl": kl.cpu().numpy()}
             parts[key].append(pd.DataFrame({"passage": name, "block": block, **columns}))
     return {key: pd.concat(tables, ignore_index=True) for key, tables in parts.items()}
 
 
-def _divergence(base: Float[Tensor, "t vocab"], now: Float[Tensor, "t vocab"]) -> Float[Tensor, " t"]:
+def _weighed(logits: Float[Tensor, "t vocab"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, their softmax and their normaliser."""
+    return logits, logits.softmax(-1), logits.logsumexp(-1)
+
+
+def _divergence(
+    base: Float[Tensor, "t vocab"], probs: Float[Tensor, "t vocab"], level: Float[Tensor, " t"],
+    now: Float[Tensor, "t vocab"], normaliser: Float[Tensor, " t"],
+) -> Float[Tensor, " t"]:  # fmt: skip
     """KL(base || now) from logits: the mean difference of the logits under base, less that of their normalisers."""
-    mean = (base.softmax(-1) * (base - now)).sum(-1)
-    return (mean - base.logsumexp(-1) + now.logsumexp(-1)).clamp(min=0)
+    return ((probs * (base - now)).sum(-1) - level + normaliser).clamp(min=0)
 
 
 def measure(subject: Subject, protocol: Protocol, edits: dict[str, Edit], *, passages: bool = True) -> Measured:

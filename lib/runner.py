@@ -24,11 +24,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import papermill
@@ -45,6 +44,7 @@ BOOK = ROOT / "book"
 PINS = ("requirements.txt", "constraints.txt", "pyproject.toml")
 _JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"  # this environment's, whatever the PATH says
 NEEDS = {"04_side_effects": "03_four_pathways"}  # a chapter that reads files which another one makes
+LONGEST = ("03_four_pathways", "08_generalisation", "04_side_effects", "02_knowledge_path", "05_cross_validation")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -87,31 +87,27 @@ def run(subject: str, chapters: Iterable[str], parameters: dict[str, Any] | None
     cores = os.cpu_count() or 1
     due = [c for c in chapters if force or not is_current(subject, c, values, weights)]
     jobs = max(1, min(jobs or 2, cores, len(due)))
-    done: dict[str, Future[None]] = {}
-    stop = Event()
-
-    def bring_up(chapter: str, before: Future[None] | None) -> None:
-        try:
-            if before is not None:
-                before.result()
-            if not stop.is_set():
-                _bring_up(subject, chapter, values, weights, force=force, say=say)
-        except BaseException:
-            stop.set()
-            raise
-
+    waiting, running = sorted(chapters, key=_rank), dict[Future[None], str]()
     with _threads_each(cores // jobs), ThreadPoolExecutor(jobs) as pool:
-        for chapter in sorted(chapters, key=lambda c: c in NEEDS):  # one that needs another would only wait
-            done[chapter] = pool.submit(bring_up, chapter, done.get(NEEDS.get(chapter, "")))
         try:
-            wait(done.values())
+            while waiting or running:
+                unready = {*waiting, *running.values()}
+                for chapter in [c for c in waiting if NEEDS.get(c) not in unready][: jobs - len(running)]:
+                    waiting.remove(chapter)
+                    future = pool.submit(_bring_up, subject, chapter, values, weights, force=force, say=say)
+                    running[future] = chapter
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    del running[future]
+                    future.result()
         except KeyboardInterrupt:
-            stop.set()
             for kernel in psutil.Process().children(recursive=True):
                 kernel.terminate()
             raise
-    for chapter in chapters:
-        done[chapter].result()
+
+
+def _rank(chapter: str) -> tuple[int, str]:
+    """The longest first, so that none of them runs alone at the end; the others in the order of the book."""
+    return LONGEST.index(chapter) if chapter in LONGEST else len(LONGEST), chapter
 
 
 def _bring_up(
@@ -186,7 +182,8 @@ def execute(notebook: Path, output: Path, values: dict[str, Any]) -> None:
     partial = output.with_suffix(".part.ipynb")
     try:
         papermill.execute_notebook(
-            str(notebook), str(partial), values, kernel_name="python3", cwd=str(notebook.parent),
+            str(notebook), str(partial), values, kernel_name="python3",
+            resources={"metadata": {"path": str(notebook.parent)}},  # `cwd` would move this process, under the others
             progress_bar={"desc": notebook.stem, "leave": False}, log_output=False,
         )  # fmt: skip
         text = partial.read_text(encoding="utf-8")

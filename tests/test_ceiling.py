@@ -5,7 +5,8 @@ import pytest
 
 from lib import ceiling
 from lib.errors import DataError
-from lib.facts import load_cases, load_templates, tell, trainable
+from lib.facts import load_cases, load_templates, prompts, tell, trainable
+from lib.replay import above, entering, pack
 from lib.trace import subject_positions
 
 
@@ -44,6 +45,25 @@ def test_the_whole_stream_of_the_last_position_ends_as_the_prefix_does(smollm2, 
     assert all(table[1, place] == bare for place in ceiling.PLACES)
     assert abs(table[last + 1, "last position"] - whole) <= 1
     assert table[last + 1, "subject's last token"] <= bare + 1
+
+
+@pytest.mark.model
+def test_what_is_carried_is_what_whole_passes_with_the_stream_written_in_say(smollm2, real):
+    case, facts = real
+    text, facts, layer = load_templates()[case.template], facts[:12], smollm2.weights.n_layers // 2
+    bare, full = (prompts(facts, text, x) for x in ("", ceiling.PREFIX))
+    told = dict.fromkeys(ceiling.PLACES, 0)
+    for fact, one, other in zip(facts, bare, full, strict=True):
+        short, long = (pack(smollm2, [smollm2.token_ids(p)]) for p in (one, other))
+        own, theirs = (entering(smollm2, p, layer) for p in (short, long))
+        at = subject_positions(smollm2, one, fact.subject)[-1] - len(own)
+        for place, spots in zip(ceiling.PLACES, ([at], [-1], [at, -1]), strict=True):
+            patched = own.clone()
+            patched[spots] = theirs[spots]
+            logits = above(smollm2, short, layer, patched)[-1] @ smollm2.weights.W_U
+            told[place] += int(logits.argmax()) == smollm2.first_token(fact.answer)
+    found = ceiling.carried(smollm2, case, facts, ceiling.PREFIX, [layer]).set_index("place").told
+    assert found.to_dict() == told and len(set(told.values())) > 1
 
 
 @pytest.mark.model

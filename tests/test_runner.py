@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -81,6 +82,26 @@ def test_chapters_run_side_by_side_and_share_the_cores(workshop, monkeypatch):
     runner.run("s", ["01_a", "02_b"], say=lambda _: None)
     assert [(workshop / name).read_text() for name in ("01_a", "02_b")] == ["2", "2"]
     assert "OMP_NUM_THREADS" not in runner.os.environ
+
+
+def test_each_kernel_starts_in_the_folder_of_its_notebook_and_this_process_stays_where_it_is(workshop):
+    here, names = Path.cwd(), ["01_a", "02_b", "03_c", "04_d"]
+    for name in names:
+        tell = f"import os, time\ntime.sleep(0.2 * {int(name[:2])})\nopen('../{name}', 'w').write(os.getcwd())"
+        notebook(workshop / "book" / f"{name}.ipynb", tell, SAVE.replace("01_a", name))
+    runner.run("s", names, jobs=2, say=lambda _: None)
+    assert {(workshop / name).read_text() for name in names} == {str(workshop / "book")}
+    assert Path.cwd() == here
+
+
+def test_the_longest_begin_first_unless_they_wait_for_another(workshop, monkeypatch):
+    monkeypatch.setattr(runner, "NEEDS", {"03_c": "02_b"})
+    monkeypatch.setattr(runner, "LONGEST", ("03_c", "04_d", "02_b"))
+    names, said = ["01_a", "02_b", "03_c", "04_d"], list[str]()
+    for name in names:
+        notebook(workshop / "book" / f"{name}.ipynb", SAVE.replace("01_a", name))
+    runner.run("s", names, jobs=1, say=said.append)
+    assert [line.split(":")[0] for line in said] == ["04_d", "02_b", "03_c", "01_a"]
 
 
 def test_after_a_failure_none_is_begun_and_what_needs_it_is_not_executed(workshop, monkeypatch):
@@ -162,6 +183,7 @@ def test_a_chapter_that_shows_a_sweep_depends_on_the_experiments_that_are_specif
 
 LOADED = """
 import sys
+from pathlib import Path
 for lines in sys.argv[1:]:
     for name in [m for m in sys.modules if m.partition(".")[0] == "lib"]:
         del sys.modules[name]
