@@ -29,7 +29,7 @@ def read(path: Path = RECORD) -> dict[str, Any]:
         reason = "it has no rows"
     except (OSError, ValueError) as error:
         reason = type(error).__name__
-    raise DataError(f"{path} is no record of a benchmark ({reason}); make one with `make bench`.")
+    raise DataError(f"{path} is no record of a benchmark ({reason}); make one with `python -m tests.bench --record`.")
 
 
 def rows(record: dict[str, Any]) -> pd.DataFrame:

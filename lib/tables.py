@@ -432,16 +432,23 @@ def every_plant(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def costs(table: pd.DataFrame) -> pd.DataFrame:
-    """Each comparison of the benchmark."""
+    """How each comparison of the benchmark ended."""
     goal = [f"{r.goal:.3g}x" if pd.notna(r.goal) else f"{r.limit_s:g} s" if pd.notna(r.limit_s) else ""
             for r in table.itertuples()]  # fmt: skip
     return pd.DataFrame({
         "work": table.row, "beside": table.peer, "times faster": table.ratio.map("{:.2f}".format),
         "spread": [f"{a:.2f} to {b:.2f}" for a, b in zip(table.least, table.most, strict=True)], "goal": goal,
         "met": table.met.map({True: "yes", False: "no"}).fillna(""),
-        "fewer operations": table.bound.map("{:.1f}".format).replace("nan", "–"),
-        "seconds": table.ours_s.map("{:.3f}".format), "peer's": table.peer_s.map("{:.3f}".format),
-        "MB": table.ours_mb.map("{:.0f}".format), "peer's MB": table.peer_mb.map("{:.0f}".format),
+        "fewer operations": table.bound.map("{:.1f}x".format).replace("nanx", "–"),
+    })  # fmt: skip
+
+
+def costs_each(table: pd.DataFrame) -> pd.DataFrame:
+    """What each way took: ours, then the peer's."""
+    return pd.DataFrame({
+        "work": table.row, "beside": table.peer,
+        "seconds": [f"{a:.3f} / {b:.3f}" for a, b in zip(table.ours_s, table.peer_s, strict=True)],
+        "MB": [f"{a:.0f} / {b:.0f}" for a, b in zip(table.ours_mb, table.peer_mb, strict=True)],
         "of matmul rate": table.matmul_share.map("{:.0%}".format).replace("nan%", "–"),
         "differ by": table.difference.map("{:.0e}".format),
     })  # fmt: skip

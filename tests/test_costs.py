@@ -53,10 +53,10 @@ def test_operations_and_memory_are_those_of_the_work():
 @pytest.mark.parametrize("text", ["", "[]", '{"rows": []}'])
 def test_what_is_no_record(tmp_path, text):
     path = tmp_path / "bench.json"
-    with pytest.raises(DataError, match=r"no record of a benchmark.*make bench"):
+    with pytest.raises(DataError, match=r"no record of a benchmark.*tests.bench --record"):
         costs.read(path)
     path.write_text(text)
-    with pytest.raises(DataError, match=r"no record of a benchmark.*make bench"):
+    with pytest.raises(DataError, match=r"no record of a benchmark.*tests.bench --record"):
         costs.read(path)
 
 
