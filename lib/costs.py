@@ -36,7 +36,7 @@ def rows(record: dict[str, Any]) -> pd.DataFrame:
     """A row a comparison. bound: how many times fewer floating-point operations ours needs, which is what it could be
     faster if both ran at the same rate."""
     table = pd.DataFrame(record["rows"])
-    return table.assign(bound=table.peer_gflop / table.gflop.where(table.gflop > 0))
+    return table.assign(bound=table.peer_gflop.where(table.peer_gflop > 0) / table.gflop.where(table.gflop > 0))
 
 
 def growth(record: dict[str, Any]) -> pd.DataFrame:

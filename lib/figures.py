@@ -7,6 +7,7 @@ shares a sequential one. Layers are numbered from 1 and heads from 0 on every ax
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from textwrap import fill
 
 import matplotlib as mpl
 import numpy as np
@@ -17,7 +18,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 from torch import Tensor
 
@@ -658,7 +659,7 @@ def planted_and_named(runs: pd.DataFrame, rule: str = "joined") -> Figure:
 
 def cost_ratios(table: pd.DataFrame) -> Figure:
     """How many times faster than each peer, with the spread over rounds; the goal as a bar; hollow: goal missed."""
-    fig, ax = _panel((8, 0.56 * len(table) + 1.2))
+    fig, ax = _panel((8, 0.62 * len(table) + 1.2))
     y = np.arange(len(table))
     ax.axvline(1, color="black", lw=0.8)
     ax.hlines(y, table.least, table.most, color=BLUE, lw=2)
@@ -666,8 +667,9 @@ def cost_ratios(table: pd.DataFrame) -> Figure:
                c=["white" if met is False else BLUE for met in table.met])  # fmt: skip
     ax.scatter(table.goal, y, marker="|", s=260, color=RED, zorder=2, lw=2, label="goal")
     ax.scatter(table.bound, y, marker="d", s=34, ec=GREY, c="white", zorder=2, label="fewer operations")
-    ax.set_yticks(y, [f"{r.row}\nbeside {r.peer}" for r in table.itertuples()], fontsize=9)
+    ax.set_yticks(y, [f"{r.row}\n{fill(f'beside {r.peer}', 52)}" for r in table.itertuples()], fontsize=9)
     ax.set(xscale="log", xlabel="times faster than the peer")
+    ax.xaxis.set_major_formatter("{x:g}x")
     ax.invert_yaxis()
     fig.legend(ncols=2, loc="outside upper center")
     return fig
@@ -685,6 +687,7 @@ def cost_growth(points: pd.DataFrame) -> Figure:
         ticks = _apart(part["at"])
         ax.set_xticks(ticks, [EngFormatter(sep="", places=0)(v) for v in ticks])
         ax.xaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
     axes.flat[0].set_ylabel("seconds")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     fig.legend(handles, labels, ncols=2, loc="outside upper center")
