@@ -73,7 +73,7 @@ def run(subject: str, chapters: Iterable[str], parameters: dict[str, Any] | None
     Raises ChapterError for an unknown parameter, or with the failing cell and its traceback; the chapters before it
     keep their results, the failing one leaves nothing, and none is begun after it."""
     subject = canonical(subject)
-    chapters, values = list(chapters), {"subject": subject, **(parameters or {})}
+    chapters, values = list(dict.fromkeys(chapters)), {"subject": subject, **(parameters or {})}
     for chapter in chapters:
         check_parameters(BOOK / f"{chapter}.ipynb", values)
     make_folder(executed_path(subject, "").parent)
