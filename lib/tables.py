@@ -15,7 +15,7 @@ from pandas.io.formats.style import Styler
 from lib.diagnosis import Diagnosis
 from lib.facts import Case, exact_interval
 
-_NUMBER = r"(?:nan|–|<? ?[-+]?\d[\d.,]*(?:e[-+]\d+)?%?(?:[ (/].*)?)"
+_NUMBER = r"(?:nan|–|<? ?[-+]?\d[\d.,]*(?:e[-+]\d+)?%?(?:[\s(/].*)?)"
 
 
 def sortable(table: pd.DataFrame, *, rows: int = 12) -> HTML:
@@ -436,22 +436,24 @@ def costs(table: pd.DataFrame) -> pd.DataFrame:
     goal = [f"{r.goal:.3g}x" if pd.notna(r.goal) else f"{r.limit_s:g} s" if pd.notna(r.limit_s) else ""
             for r in table.itertuples()]  # fmt: skip
     return pd.DataFrame({
-        "work": table.row, "beside": table.peer, "times faster": table.ratio.map("{:.2f}".format),
-        "spread": [f"{a:.2f} to {b:.2f}" for a, b in zip(table.least, table.most, strict=True)], "goal": goal,
-        "met": table.met.map({True: "yes", False: "no"}).fillna(""),
+        "times faster": table.ratio.map("{:.2f}".format), "spread": _pairs(table.least, "to", table.most, 2),
+        "goal": goal, "met": table.met.map({True: "yes", False: "no"}).fillna(""),
         "fewer operations": table.bound.map("{:.1f}x".format).replace("nanx", "–"),
-    })  # fmt: skip
+    }).set_index(table.row + " beside " + table.peer)  # fmt: skip
 
 
 def costs_each(table: pd.DataFrame) -> pd.DataFrame:
     """What each way took: ours, then the peer's."""
     return pd.DataFrame({
-        "work": table.row, "beside": table.peer,
-        "seconds": [f"{a:.3f} / {b:.3f}" for a, b in zip(table.ours_s, table.peer_s, strict=True)],
-        "MB": [f"{a:.0f} / {b:.0f}" for a, b in zip(table.ours_mb, table.peer_mb, strict=True)],
+        "seconds": _pairs(table.ours_s, "/", table.peer_s, 3), "MB": _pairs(table.ours_mb, "/", table.peer_mb, 0),
         "of matmul rate": table.matmul_share.map("{:.0%}".format).replace("nan%", "–"),
         "differ by": table.difference.map("{:.0e}".format),
-    })  # fmt: skip
+    }).set_index(table.row + " beside " + table.peer)  # fmt: skip
+
+
+def _pairs(one: pd.Series, between: str, other: pd.Series, digits: int) -> list[str]:
+    """`0.84 to 0.91`, kept on one line."""
+    return [f"{a:.{digits}f}\u00a0{between}\u00a0{b:.{digits}f}" for a, b in zip(one, other, strict=True)]
 
 
 def sizes(table: pd.DataFrame) -> pd.DataFrame:
