@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
 from lib import crosscheck, dashboard, diagnosis, results, runner, static
+from lib.browser import chromium
 from lib.edits import Edit, applied, load, save
 from lib.errors import BookError, ChapterError, EditError
 from lib.facts import load_cases, load_templates, prompts, study_facts, trainable
@@ -367,10 +368,8 @@ def test_the_page_is_kept_until_something_changes(board, build, monkeypatch, tmp
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+    with chromium("Looking at the dashboard") as running:
+        yield running
 
 
 class Opened:
