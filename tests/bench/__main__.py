@@ -52,16 +52,8 @@ def bench(
 def show(found: list[dict]) -> Table:
     table = Table(title="Ours beside a peer, in one process, interleaved")
     for column in (
-        "row",
-        "beside",
-        "times faster (spread)",
-        "goal",
-        "ours s",
-        "peer s",
-        "MB",
-        "of matmul rate",
-        "differ by",
-    ):
+        "row", "beside", "times faster (spread)", "goal", "ours s", "peer s", "MB", "of matmul rate", "differ by",
+    ):  # fmt: skip
         table.add_column(column)
     for r in found:
         goal = [f"{r['goal']:.2g} times" if r["goal"] else "", f"{r['limit_s']:g} s" if r["limit_s"] else ""]
