@@ -249,7 +249,7 @@ def four_rows(subject: Subject) -> list[Row]:
     peers = {"plain PyTorch, every parameter's gradient": False, "plain PyTorch, all else frozen": True}
     return [
         Row("four pathways", f"{what}, set-up and KL on unseen windows included", name, ours, partial(plain, frozen),
-            _same_runs, 1e-2, 5, rounds=1)
+            _same_runs, 1e-2, 5, rounds=3)
         for name, frozen in peers.items()
     ]  # fmt: skip
 
