@@ -35,6 +35,8 @@ from lib.site import Site
 from lib.subjects import Subject
 from lib.weights import Weights
 
+PART = 4096  # tokens of the vocabulary that most answers are judged by; exact all the same (`_in_top_of`)
+
 
 def top_dimensions(d_model: int) -> int:
     """How many residual dimensions QK overlap takes: the paper's 100 of GPT-2's 768, and never more than a sixth,
@@ -243,12 +245,14 @@ def relation_maps(
     e = torch.cat((raw, enrich(weights, raw)))
     answers = torch.tensor([subject.first_token(f.answer) for f in facts])
     W_U = weights.norm_final.fold(weights.W_U)
+    part = W_U[:, :: max(1, W_U.shape[1] // PART)].contiguous()
     hits = []
     chosen = range(weights.n_layers) if layers is None else layers
     for block in tqdm([weights.blocks[i] for i in chosen], desc=progress, disable=progress is None, leave=False):
         v = einsum(block.norm_attn(e), block.attn.per_head(block.attn.W_V), "s d, n d h -> n s h")
-        if len(e) <= weights.d_head:  # few subjects: all heads' outputs through the unembedding at once
-            hits.append(_in_top(v @ block.attn.W_O @ W_U, answers, k))
+        if len(e) <= weights.d_head:  # few subjects: few of them reach an answer, and only they are unembedded
+            out = v @ block.attn.W_O
+            hits.append(_in_top_of(out.flatten(0, 1), W_U, part, answers, k).unflatten(0, out.shape[:2]))
         else:  # many: W_O W_U first, which they share, and which has only d_head rows
             heads = zip(v, block.attn.W_O, strict=True)
             hits.append(torch.stack([_in_top(x @ (W_O @ W_U), answers, k) for x, W_O in heads]))
@@ -305,12 +309,12 @@ def head_roles(
             einsum(x, W, "t d, n d h -> n t h") for W in (attn.W_Q, attn.per_head(attn.W_K), attn.per_head(attn.W_V))
         )
         scores = einsum(q.mean(1), k, "n h, n t h -> n t") / weights.d_head**0.5
-        own, other = _copy_scores(einsum(v, attn.W_O, "n t h, n h d -> n t d"), weights, ids, moments)
-        for head in range(weights.n_heads):
-            seek, seek_d, seek_p = _best_type(scores[head].cpu().numpy(), labels, shuffles)
-            call, call_d, call_p = _best_type(k[head].norm(dim=-1).cpu().numpy(), labels, shuffles)
-            gap = own[head] - other[head]
-            copy_p = _copy_p(gap, permutations, seed)
+        own, other = _copy_scores(v, attn.W_O, ids, moments)
+        sought = _best_types(scores.cpu().numpy(), labels, shuffles)
+        called = _best_types(k.norm(dim=-1).cpu().numpy(), labels, shuffles)
+        gap = own - other
+        copy_p = _copy_p(gap, permutations, seed)
+        for head, ((seek, seek_d, seek_p), (call, call_d, call_p)) in enumerate(zip(sought, called, strict=True)):
             which = int(relation[:, layer, head].argmax())
             share = float(relation[which, layer, head])
             share_p = float(relation_p[which, layer, head])
@@ -321,8 +325,8 @@ def head_roles(
                 "seeks_effect": seek_d, "seeks_p": seek_p,
                 "advertises": names[call] if call_d >= rules.effect and call_p <= rules.p else "none",
                 "advertises_effect": call_d, "advertises_p": call_p,
-                "value": _value_role(copy, float(gap.mean()), copy_p, share, share_p, rules),
-                "copy_score": copy, "copy_p": copy_p, "relation_score": share, "relation_p": share_p,
+                "value": _value_role(copy, float(gap[head].mean()), copy_p[head], share, share_p, rules),
+                "copy_score": copy, "copy_p": copy_p[head], "relation_score": share, "relation_p": share_p,
             })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -343,14 +347,14 @@ def _shuffled(labels: NDArray, permutations: int, seed: int) -> NDArray:
     return np.stack([indicator[:, rng.permutation(len(labels))] for _ in range(permutations)])
 
 
-def _best_type(values: NDArray, labels: NDArray, shuffles: NDArray) -> tuple[int, float, float]:
-    """The type with the highest mean, its height above the mean word in standard deviations, and the share of
-    permutations whose best type is as high."""
-    z = (values - values.mean()) / values.std()
-    means = np.bincount(labels, z) / np.bincount(labels)
-    null = (shuffles @ z.astype(np.float32)).max(1)
-    best = int(means.argmax())
-    return best, float(means[best]), float((1 + (null >= means[best]).sum()) / (1 + len(null)))
+def _best_types(values: NDArray, labels: NDArray, shuffles: NDArray) -> list[tuple[int, float, float]]:
+    """Of each head (a row of values, one a word): the type with the highest mean, its height above the mean word in
+    standard deviations, and the share of permutations whose best type is as high."""
+    z = (values - values.mean(1, keepdims=True)) / values.std(1, keepdims=True)
+    means = np.stack([np.bincount(labels, row) for row in z]) / np.bincount(labels)
+    null = _product(shuffles, z.astype(np.float32).T).max(1)  # (permutation, head)
+    p = (1 + (null >= means.max(1)).sum(0)) / (1 + len(null))
+    return list(zip(means.argmax(1).tolist(), means.max(1).tolist(), p.tolist(), strict=True))
 
 
 def _unembedding_moments(weights: Weights) -> tuple[Float[Tensor, "d_model vocab"], Tensor, Tensor]:
@@ -363,27 +367,48 @@ def _unembedding_moments(weights: Weights) -> tuple[Float[Tensor, "d_model vocab
 
 
 def _copy_scores(
-    out: Float[Tensor, "head token d_model"], weights: Weights, ids: list[int], moments: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Float[Tensor, "head token"], Float[Tensor, "head token"]]:
-    """Standardised logit of each word's own token, and the mean of the other words' tokens, through an OV output."""
+    v: Float[Tensor, "head token d_head"], W_O: Float[Tensor, "head d_head d_model"], ids: list[int],
+    moments: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Float[Tensor, "head token"], Float[Tensor, "head token"]]:  # fmt: skip
+    """Standardised logit of each word's own token, and the mean of the other words' tokens, through an OV circuit, all
+    of it in the d_head dimensions of the value channel."""
     W_U, mean, covariance = moments
-    spread = einsum(out, covariance, out, "n t d, d e, n t e -> n t").clamp_min(1e-30).sqrt()
-    z = (out @ W_U[:, ids] - (out @ mean)[..., None]) / spread[..., None]
+    variance = einsum(v @ (W_O @ covariance @ W_O.mT), v, "n t h, n t h -> n t")
+    z = (v @ (W_O @ W_U[:, ids]) - v @ (W_O @ mean)[..., None]) / variance.clamp_min(1e-30).sqrt()[..., None]
     own = z.diagonal(dim1=-2, dim2=-1)
     return own, ((z.sum(-1) - own) / (len(ids) - 1))
 
 
-def _copy_p(difference: Float[Tensor, " token"], permutations: int, seed: int) -> float:
-    """Two-sided sign-flip test that own and other logits differ on average."""
+def _copy_p(difference: Float[Tensor, "head token"], permutations: int, seed: int) -> list[float]:
+    """Of each head: two-sided sign-flip test that own and other logits differ on average."""
     rng = np.random.default_rng(seed)
     d = difference.cpu().numpy()
-    signs = rng.choice([-1.0, 1.0], size=(permutations, len(d)))
-    return float((1 + (np.abs(signs @ d) >= abs(d.sum())).sum()) / (1 + permutations))
+    signs = rng.choice([-1.0, 1.0], size=(permutations, d.shape[1]))
+    extreme = np.abs(_product(signs, d.T.astype(float))) >= np.abs(d.sum(1))  # (permutation, head)
+    return ((1 + extreme.sum(0)) / (1 + permutations)).tolist()
+
+
+def _product(a: NDArray, b: NDArray) -> NDArray:
+    """a @ b by PyTorch: NumPy's threads would go on waiting for work where PyTorch's have some."""
+    return (torch.from_numpy(a) @ torch.from_numpy(np.ascontiguousarray(b))).numpy()
 
 
 def _top_mask(norms: Float[Tensor, "n d_model"], k: int) -> Bool[Tensor, "n d_model"]:
     mask = torch.zeros_like(norms, dtype=torch.bool)
     return mask.scatter(-1, norms.topk(k, dim=-1).indices, True)
+
+
+def _in_top_of(
+    x: Float[Tensor, "row d_model"], W_U: Float[Tensor, "d_model vocab"], part: Float[Tensor, "d_model some"],
+    answers: Int[Tensor, " answer"], k: int,
+) -> Bool[Tensor, "row answer"]:  # fmt: skip
+    """`_in_top` of x @ W_U. The k-th best of a part of the vocabulary is never above the k-th best of all of it, so an
+    answer that falls short of it there is out, and a row without any other needs no more; the slack is for rounding."""
+    reach = (x @ part).topk(k, dim=-1).values[:, -1:]
+    left = (x @ W_U[:, answers] >= reach - 0.01 * reach.abs()).any(-1)
+    hits = torch.zeros(len(x), len(answers), dtype=torch.bool)
+    hits[left] = _in_top(x[left] @ W_U, answers, k)
+    return hits
 
 
 def _in_top(

@@ -284,36 +284,36 @@ def plain_train(subject: Subject, kept: pathways.Kept, pathway: str, frozen: boo
 
 
 def static_rows(subject: Subject) -> list[Row]:
-    """All four input-free diagnostics of all heads, beside the relation maps alone by whole OV and QK matrices."""
+    """All four input-free diagnostics of all heads, beside the relation maps alone by whole OV matrices."""
     case, types = trainable(subject, load_cases(subject.name)[0]), static.load_token_types(subject)
     ids = [i for group in types.values() for i in group]
 
     def ours() -> Tensor:
+        maps = static.relation_maps(subject, case.facts)
         static.qk_overlap(subject.weights)
         static.k_norms(subject.weights, ids)
-        return static.relation_maps(subject, case.facts)["raw"].score
+        static.head_roles(subject, types, list(maps.values()))
+        return torch.stack([m.hits for m in maps.values()], 2).flatten(2, 3).float()
 
     @torch.no_grad()
     def plain() -> Tensor:
         weights, facts = subject.weights, case.facts
         e = weights.W_E[[subject.token_ids(f" {f.subject}")[-1] for f in facts]]
         e = torch.cat((e, static.enrich(weights, e)))
-        answers, W_U = (
-            torch.tensor([subject.first_token(f.answer) for f in facts]),
-            weights.norm_final.fold(weights.W_U),
-        )
+        answers, W_U = [subject.first_token(f.answer) for f in facts], weights.norm_final.fold(weights.W_U)
         hits = []
         for block in weights.blocks:
             x, W_V = block.norm_attn(e), block.attn.per_head(block.attn.W_V)
             for head in range(weights.n_heads):
-                top = (x @ (W_V[head] @ block.attn.W_O[head]) @ W_U).topk(10).indices[: len(facts)]
-                hits.append((top == answers[:, None]).any(1).float().mean())
-        return torch.stack(hits).view(weights.n_layers, -1)
+                logits = x @ (W_V[head] @ block.attn.W_O[head]) @ W_U
+                hits.append(logits[:, answers] >= logits.topk(10).values[:, -1:])
+        return torch.stack(hits).unflatten(0, (weights.n_layers, -1)).float()
 
     return [
         Row("static diagnostics", f"{subject.weights.n_layers * subject.weights.n_heads} heads: QK overlap, K-norms, "
-            f"relation maps of {len(case.facts)} facts", "relation maps alone, a d_model x d_model matrix a head", ours,
-            plain, lambda a, b: float((a - b).abs().max()), 0.0, None, rounds=3, seconds=2.0),
+            f"roles with their permutation tests, relation maps of {len(case.facts)} facts",
+            "relation maps alone, a d_model x d_model matrix a head", ours, plain,
+            lambda a, b: float((a - b).abs().max()), 0.0, None, rounds=5, seconds=2.0),
     ]  # fmt: skip
 
 
