@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the model hub
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # as `make test` does: a training's last step hangs on rounding
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as `make test`: with more, rounding may cost a training a step
 
 import pytest
 import torch
