@@ -8,6 +8,7 @@ The rooms, in the order data flows through them (imports point to earlier rooms 
     inputs         which files an output depends on, and their digests
     experiments    functions that a sweep may run on any machine
     replay         run a model from one layer up, many texts at once
+    vocabulary     cross-entropy and divergence over all tokens, the unembedding read once
     facts          facts, templates, cases; told and known       -> FactSet, DataFrame
     static         input-free diagnostics of every head
     trace          the exact logit trace of one input            -> Capture, LogitTrace

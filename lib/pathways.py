@@ -5,7 +5,8 @@
     stopping    every fact told with a margin of at least `margin` logits, or `max_steps`
 
 Only what changes is computed: the stream that enters the layer is kept, and training starts from it (`replay`); of
-what comes out, only the last position of a prompt and a few of a passage are read. The leaf that the optimiser holds
+what comes out, only the last position of a prompt and a few of a passage are read, and the unembedding is fetched once
+for the loss and its gradient (`vocabulary`). The leaf that the optimiser holds
 is the slice itself, not the parameter around it: no gradient, weight decay or optimiser state can reach anything
 else, and the model is not touched at all.
 """
@@ -21,7 +22,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -31,6 +31,7 @@ from lib.errors import DataError, EditError
 from lib.facts import DATA, Case, Fact, load_templates, screen, tell
 from lib.replay import Pack, above, pack, packs, streams
 from lib.subjects import Subject
+from lib.vocabulary import Said, levels, said
 from lib.weights import Slice, pathway_slices
 
 COLUMNS = ["step", "loss", "cross_entropy", "kl", "told", "min_margin"]
@@ -108,7 +109,7 @@ class Kept:
     windows: list[list[int]]  # all neutral windows
     training: int  # how many of them, the first, training draws from; the others are for choosing
     neutral: Float[Tensor, "window t d_model"]  # the streams of these
-    base: Float[Tensor, "window positions vocab"]  # the untouched model's log-probabilities on the windows
+    said: Said  # by the untouched model, at the compared positions of the windows: (window, positions)
 
 
 def neutral_windows(subject: Subject, length: int) -> tuple[list[list[int]], int]:
@@ -143,13 +144,14 @@ def keep_all(subject: Subject, case: Case, layers: Sequence[int], recipe: Recipe
         raise DataError(f"the neutral passages make {training} windows; the recipe takes {recipe.windows} a step.")
     told = tell(subject, case.facts, {case.template: template})
     texts = [subject.token_ids(p) for p in told.prompt]
-    neutral, base = [], []
+    neutral, final = [], []
     for some in packs(subject, windows):
         found = streams(subject, some, [*layers, end])
-        final = _read(subject.weights.norm_final_module(found[end]), recipe)
-        neutral.append({layer: found[layer].view(-1, recipe.window, final.shape[-1]) for layer in layers})
-        base.append((final @ subject.weights.W_U).log_softmax(-1).unflatten(0, (-1, recipe.positions)))
-    prompts, known = streams(subject, pack(subject, texts), layers), torch.cat(base)
+        neutral.append({layer: found[layer].view(-1, recipe.window, subject.weights.d_model) for layer in layers})
+        final.append(found[end][_compared(len(some.last), recipe)])
+    prompts = streams(subject, pack(subject, texts), layers)
+    known = said(subject.weights.norm_final_module(torch.cat(final)), subject.weights.W_U)
+    known = known[torch.arange(len(known.level)).view(-1, recipe.positions)]
     return {
         layer: Kept(
             case.facts, template, tuple(told.told.tolist()), recipe, layer,
@@ -168,14 +170,16 @@ def slice_values(subject: Subject, slices: Sequence[Slice]) -> dict[Slice, Tenso
 
 def losses(
     subject: Subject, kept: Kept, values: dict[Slice, Tensor], rows: Int[Tensor, " windows"]
-) -> tuple[Tensor, Tensor, Float[Tensor, "fact vocab"]]:
-    """Cross-entropy of the answers, KL(untouched || edited) on the neutral windows `rows`, and the logits after each
-    prompt. One pass over prompts and windows together."""
-    stream = torch.cat((kept.stream, kept.neutral[rows].flatten(0, 1)))
-    final, n = above(subject, kept.texts, kept.layer, stream, values), len(kept.facts)
-    neutral = _read(final[len(kept.stream) :], kept.recipe)
-    logits = torch.cat((final[kept.texts.last[:n]], neutral)) @ subject.weights.W_U
-    return F.cross_entropy(logits[:n], kept.answers), _kl(kept.base[rows], logits[n:]), logits[:n]
+) -> tuple[Tensor, Tensor, Float[Tensor, " fact"]]:
+    """Cross-entropy of the answers, KL(untouched || edited) on the neutral windows `rows`, and by how much each
+    answer's logit exceeds every other token's. One pass over prompts and windows together."""
+    stream, n = torch.cat((kept.stream, kept.neutral[rows].flatten(0, 1))), len(kept.facts)
+    read = torch.cat((kept.texts.last[:n], len(kept.stream) + _compared(len(rows), kept.recipe)))
+    final, W_U = above(subject, kept.texts, kept.layer, stream, values, read), subject.weights.W_U
+    level, others = levels(final, W_U, kept.answers)
+    own = (final[:n] * W_U[:, kept.answers].T).sum(-1)
+    kl = kept.said[rows.flatten()].divergence(*(x[n:].unflatten(0, (len(rows), -1)) for x in (final, level)))
+    return (level[:n] - own).mean(), kl.mean(), own.detach() - others
 
 
 def train(
@@ -215,8 +219,8 @@ def optimise(
         if bar is not None:
             bar.set_postfix_str(f"{name}, step {step}", refresh=step % 10 == 0)
         windows = torch.randperm(kept.training, generator=generator, device="cpu")[: recipe.windows]
-        cross_entropy, kl, logits = losses(subject, kept, values, windows)
-        loss, margins = cross_entropy + recipe.kl_weight * kl, _margins(logits.detach(), kept.answers)
+        cross_entropy, kl, margins = losses(subject, kept, values, windows)
+        loss = cross_entropy + recipe.kl_weight * kl
         told, least = int((margins > 0).sum()), margins.min().item()
         rows.append((step, loss.item(), cross_entropy.item(), kl.item(), told, least))
         if not np.isfinite(loss.item()) or least >= recipe.margin or step == recipe.max_steps:
@@ -232,12 +236,13 @@ def optimise(
 @torch.no_grad()
 def neutral_kl(subject: Subject, kept: Kept, values: dict[Slice, Tensor]) -> float:
     """KL(untouched || edited) over the neutral windows that training does not see, in nats a token."""
-    total, done = 0.0, kept.training
+    final, done = [], kept.training
     for some in packs(subject, kept.windows[done:]):
-        rows = torch.arange(done, done := done + len(some.last))
-        final = above(subject, some, kept.layer, kept.neutral[rows].flatten(0, 1), values)
-        total += float(_kl(kept.base[rows], _read(final, kept.recipe) @ subject.weights.W_U)) * len(rows)
-    return total / (done - kept.training)
+        stream = kept.neutral[done : (done := done + len(some.last))].flatten(0, 1)
+        final.append(above(subject, some, kept.layer, stream, values, _compared(len(some.last), kept.recipe)))
+    level, _ = levels(whole := torch.cat(final), subject.weights.W_U)
+    known = kept.said[kept.training :]
+    return float(known.divergence(whole.view_as(known.final), level.view_as(known.level)).mean())
 
 
 def _identifiable(subject: Subject, facts: Sequence[Fact]) -> None:
@@ -264,16 +269,6 @@ def _edit(
     return Edit(*common, tuple(after.told.tolist()), seed, recipe, values)
 
 
-def _read(final: Float[Tensor, "t d_model"], recipe: Recipe) -> Float[Tensor, "n d_model"]:
-    """The compared positions of consecutive windows."""
-    return final.view(-1, recipe.window, final.shape[-1])[:, recipe.read].flatten(0, 1)
-
-
-def _kl(base: Float[Tensor, "window positions vocab"], logits: Float[Tensor, "n vocab"]) -> Float[Tensor, ""]:
-    now = logits.log_softmax(-1)
-    return F.kl_div(now, base.flatten(0, 1), log_target=True, reduction="none").sum(-1).mean()
-
-
-def _margins(logits: Float[Tensor, "fact vocab"], answers: Int[Tensor, " fact"]) -> Float[Tensor, " fact"]:
-    own = logits.gather(1, answers[:, None])[:, 0]
-    return own - logits.scatter(1, answers[:, None], float("-inf")).amax(1)
+def _compared(windows: int, recipe: Recipe) -> Int[Tensor, " n"]:
+    """The rows of the compared positions, in so many windows one after the other."""
+    return (torch.arange(windows)[:, None] * recipe.window + recipe.read).flatten()

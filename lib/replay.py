@@ -9,7 +9,7 @@ reads each weight once for all of them. And prompts that a template makes begin 
 the same in all, sees only itself, and is run once.
 
 Where only last tokens change, only they are run again (`ends`): nobody stands after a last token, so no other token
-can notice.
+can notice. And of the last layer, only what is read of it is run: nobody looks back on it.
 """
 
 from __future__ import annotations
@@ -153,12 +153,19 @@ def streams(subject: Subject, texts: Pack, layers: Iterable[int]) -> dict[int, F
 
 def above(
     subject: Subject, texts: Pack, layer: int, stream: Float[Tensor, "t d_model"],
-    values: dict[Slice, Tensor] | None = None,
+    values: dict[Slice, Tensor] | None = None, read: Int[Tensor, " n"] | None = None,
 ) -> Float[Tensor, "t d_model"]:  # fmt: skip
     """The final residual stream, normalised, from the stream that enters a layer. values: put for the layer's own,
-    differentiable in them; the model is not written to."""
-    stream = _blocks(subject, texts, stream, range(layer, subject.weights.n_layers), values or {})
-    return subject.weights.norm_final_module(stream)
+    differentiable in them; the model is not written to. read: the rows that are wanted, in this order. With values,
+    the last layer is run for these alone, by the view of its weights: then it must be as it was loaded, without hooks
+    or adapters."""
+    norm, end = subject.weights.norm_final_module, subject.weights.n_layers - 1
+    if read is None or not values or layer == end:
+        final = norm(_blocks(subject, texts, stream, range(layer, end + 1), values or {}))
+        return final if read is None else final[read]
+    stream = _blocks(subject, texts, stream, range(layer, end), values)
+    (last,) = ends(subject, texts, {end: stream}, stream[read], end, read)
+    return norm(last.stream)
 
 
 def through(
@@ -170,8 +177,8 @@ def through(
 
 @dataclass(frozen=True)
 class Past:
-    """What the last tokens of n texts look back on in one layer: keys (rotated) and values, in a row for each text or
-    in one row for all. before: those that stand before each last token in its text. position: of the last tokens."""
+    """What n tokens, the last ones of texts, look back on in one layer: keys (rotated) and values, in a row for each
+    text or in one row for all. before: those that stand before each of them in its text. position: of the n tokens."""
 
     keys: Float[Tensor, "row n_kv t d_head"]
     values: Float[Tensor, "row n_kv t d_head"]
@@ -179,12 +186,15 @@ class Past:
     position: Int[Tensor, " n"]
 
 
-def past(block: Block, texts: Pack, stream: Float[Tensor, "t d_model"]) -> Past:
-    """What a pack's last tokens look back on, from the stream that enters the block."""
-    x, attn = block.norm_attn(stream), block.attn
+def past(
+    block: Block, texts: Pack, stream: Float[Tensor, "t d_model"], at: Int[Tensor, " n"] | None = None
+) -> Past:
+    """What tokens of a pack look back on, from the stream that enters the block. at: their rows; the last tokens', if
+    not given."""
+    x, attn, at = block.norm_attn(stream), block.attn, texts.last if at is None else at
     keys = attn.rotated(_each(x, attn.W_K, attn.b_K), texts.position)
-    before = texts.sees[texts.last].scatter(1, texts.last[:, None], False)
-    return Past(keys[None], _each(x, attn.W_V, attn.b_V)[None], before, texts.position[texts.last])
+    before = texts.sees[at].scatter(1, at[:, None], False)
+    return Past(keys[None], _each(x, attn.W_V, attn.b_V)[None], before, texts.position[at])
 
 
 def gathered(block: Block, past: Past, rows: Float[Tensor, "m d_model"]) -> Float[Tensor, "m n_heads d_head"]:
@@ -217,13 +227,14 @@ class End:
 
 def ends(
     subject: Subject, texts: Pack, before: dict[int, Float[Tensor, "t d_model"]], rows: Float[Tensor, "m d_model"],
-    start: int,
+    start: int, at: Int[Tensor, " n"] | None = None,
 ) -> Iterator[End]:  # fmt: skip
     """Last tokens in layer `start`, in the next, and so on, from what they are on entering `start`. before: the streams
-    that enter these layers, of all tokens. rows: as in `gathered`; differentiable in them."""
+    that enter these layers, of all tokens. rows: as in `gathered`; differentiable in them. at: as in `past`; other
+    tokens than the last ones only from the last layer, for in any other, later ones look back on them."""
     for layer in range(start, subject.weights.n_layers):
         block = subject.weights.blocks[layer]
-        z = gathered(block, past(block, texts, before[layer]), rows)
+        z = gathered(block, past(block, texts, before[layer], at), rows)
         middle = rows + block.attn.write(z)
         neurons = block.mlp.neurons(block.norm_mlp(middle))
         rows = middle + block.mlp.write(neurons)

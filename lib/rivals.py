@@ -330,9 +330,9 @@ def _chosen(subject: Subject, kept: Kept, made: Sequence[Rival]) -> Rival:
 
     def score(one: Rival) -> tuple[int, float]:
         with one.change():
-            logits = losses(subject, kept, {}, torch.arange(kept.recipe.windows))[2]
+            margins = losses(subject, kept, {}, torch.arange(kept.recipe.windows))[2]
             harm = neutral_kl(subject, kept, {})
-        return int((logits.argmax(1) == kept.answers).sum()), -harm
+        return int((margins > 0).sum()), -harm
 
     return max(made, key=score)
 

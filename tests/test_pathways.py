@@ -32,7 +32,8 @@ def plain_losses(subject, kept, rows):
     tokens, last = subject.encode(texts)
     logits = subject.model(tokens).logits[torch.arange(len(last)), last]
     now = subject.model(windows).logits[:, kept.recipe.read].log_softmax(-1)
-    kl = F.kl_div(now, kept.base[rows], log_target=True, reduction="none").sum(-1).mean()
+    base = (kept.said.final[rows] @ subject.weights.W_U).log_softmax(-1)
+    kl = F.kl_div(now, base, log_target=True, reduction="none").sum(-1).mean()
     return F.cross_entropy(logits, kept.answers), kl
 
 
@@ -40,7 +41,8 @@ def test_losses_equal_the_plain_full_forward(tiny, kept):
     """The kept stream against the whole model with the edit in place: same losses to 1e-5, for every pathway."""
     rows, generator = torch.tensor([0, 3]), torch.Generator().manual_seed(0)
     base = tiny.model(torch.tensor(kept.windows)[rows]).logits[:, QUICK.read].log_softmax(-1)
-    torch.testing.assert_close(kept.base[rows], base, atol=1e-4, rtol=1e-4)
+    kept_base = (kept.said.final[rows] @ tiny.weights.W_U).log_softmax(-1)
+    torch.testing.assert_close(kept_base, base, atol=1e-4, rtol=1e-4)
     for pathway in PATHWAYS:
         values = slice_values(tiny, pathway_slices(tiny.model, LAYER, pathway))
         values = {s: v + 0.02 * torch.randn(v.shape, generator=generator) for s, v in values.items()}
@@ -120,9 +122,9 @@ def test_a_diverging_run_is_a_failure_and_no_edit(tiny, kept, monkeypatch, facto
     calls = []
 
     def worse(*args):
-        cross_entropy, kl, logits = losses(*args)
+        cross_entropy, kl, margins = losses(*args)
         calls.append(1)
-        return cross_entropy * (factor if len(calls) > steps else 1), kl, logits * 0
+        return cross_entropy * (factor if len(calls) > steps else 1), kl, margins * 0
 
     monkeypatch.setattr(pathways, "losses", worse)
     run = train(tiny, kept, "v_only", rate=0.03)

@@ -183,29 +183,42 @@ def _same_loss(mine: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> fl
     return largest(mine[0], theirs[0])
 
 
-def plain_loss(model: nn.Module, subject: Subject, kept: pathways.Kept, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The objective by two whole forward passes, and the logits after the prompts."""
+def plain_loss(
+    model: nn.Module, subject: Subject, kept: pathways.Kept, base: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The objective by two whole forward passes, and the logits after the prompts. base: `plain_base`."""
     tokens, last = subject.encode(prompts(kept.facts, kept.template))
     logits = model(input_ids=tokens, use_cache=False).logits[torch.arange(len(last)), last]
-    kl = plain_kl(model, kept, rows)
+    kl = plain_kl(model, kept, base, rows)
     return F.cross_entropy(logits, kept.answers) + kept.recipe.kl_weight * kl, logits
 
 
-def plain_kl(model: nn.Module, kept: pathways.Kept, rows: Tensor) -> Tensor:
+def plain_log_probabilities(model: nn.Module, kept: pathways.Kept, rows: Tensor) -> Tensor:
+    """At the compared positions of windows."""
     windows = torch.tensor(kept.windows)[rows]
-    now = model(input_ids=windows, use_cache=False).logits[:, kept.recipe.read].log_softmax(-1)
-    return F.kl_div(now, kept.base[rows], log_target=True, reduction="none").sum(-1).mean()
+    return model(input_ids=windows, use_cache=False).logits[:, kept.recipe.read].log_softmax(-1)
+
+
+@torch.no_grad()
+def plain_base(subject: Subject, kept: pathways.Kept) -> Tensor:
+    """The untouched model's, on all windows."""
+    return plain_log_probabilities(subject.model, kept, torch.arange(len(kept.windows)))
+
+
+def plain_kl(model: nn.Module, kept: pathways.Kept, base: Tensor, rows: Tensor) -> Tensor:
+    now = plain_log_probabilities(model, kept, rows)
+    return F.kl_div(now, base[rows], log_target=True, reduction="none").sum(-1).mean()
 
 
 def plain_step(subject: Subject, kept: pathways.Kept, model: nn.Module, name: str) -> Callable[[], tuple]:
     leaf = dict(model.named_parameters())[name].requires_grad_()
-    start, rows = leaf.detach().clone(), torch.arange(kept.recipe.windows)
+    start, rows, base = leaf.detach().clone(), torch.arange(kept.recipe.windows), plain_base(subject, kept)
     optimiser = torch.optim.Adam([leaf], lr=1e-3)
 
     def step() -> tuple[Tensor, Tensor]:
         leaf.data.copy_(start)
         model.zero_grad()
-        return _step(plain_loss(model, subject, kept, rows)[0], optimiser, leaf)
+        return _step(plain_loss(model, subject, kept, base, rows)[0], optimiser, leaf)
 
     return step
 
@@ -218,12 +231,13 @@ def peft_step(subject: Subject, kept: pathways.Kept) -> Callable[[], tuple]:
     model = get_peft_model(copy.deepcopy(subject.model), config)
     leaves = [p for p in model.parameters() if p.requires_grad]
     start, rows = [p.detach().clone() for p in leaves], torch.arange(kept.recipe.windows)
+    base = plain_base(subject, kept)
     optimiser = torch.optim.Adam(leaves, lr=1e-3)
 
     def step() -> tuple[Tensor, Tensor]:
         for leaf, value in zip(leaves, start, strict=True):
             leaf.data.copy_(value)
-        return _step(plain_loss(model, subject, kept, rows)[0], optimiser, leaves[0])
+        return _step(plain_loss(model, subject, kept, base, rows)[0], optimiser, leaves[0])
 
     return step
 
@@ -235,6 +249,7 @@ def four_rows(subject: Subject) -> list[Row]:
     """The four pathways, trained to the goal at one rate, set-up included; the plain way trains the same slices of a
     whole model."""
     case = trainable(subject, load_cases(subject.name)[0])
+    kept = pathways.keep(subject, case, LAYER)  # for the plain way: facts and windows
 
     def ours() -> list[tuple[int, float]]:
         kept = pathways.keep(subject, case, LAYER)
@@ -242,8 +257,8 @@ def four_rows(subject: Subject) -> list[Row]:
         return [(run.steps, run.kl) for run in runs]
 
     def plain(frozen: bool) -> list[tuple[int, float]]:
-        kept = pathways.keep(subject, case, LAYER)
-        return [plain_train(subject, kept, name, frozen) for name in FOUR]
+        base = plain_base(subject, kept)
+        return [plain_train(subject, kept, base, name, frozen) for name in FOUR]
 
     what = f"L{LAYER + 1}, to a margin of {pathways.DEFAULT.margin:g} or {pathways.DEFAULT.max_steps} steps"
     peers = {"plain PyTorch, every parameter's gradient": False, "plain PyTorch, all else frozen": True}
@@ -261,7 +276,9 @@ def _same_runs(mine: list[tuple[int, float]], theirs: list[tuple[int, float]]) -
     return max(abs(a - b) / b for (_, a), (_, b) in zip(mine, theirs, strict=True))
 
 
-def plain_train(subject: Subject, kept: pathways.Kept, pathway: str, frozen: bool) -> tuple[int, float]:
+def plain_train(
+    subject: Subject, kept: pathways.Kept, base: Tensor, pathway: str, frozen: bool
+) -> tuple[int, float]:  # fmt: skip
     """Steps to the goal and KL on unseen windows; as `pathways.train`, on a whole model. frozen: no gradient is asked
     of what stays."""
     model, recipe = copy.deepcopy(subject.model).requires_grad_(not frozen), kept.recipe
@@ -270,7 +287,7 @@ def plain_train(subject: Subject, kept: pathways.Kept, pathway: str, frozen: boo
     optimiser, generator = torch.optim.Adam(leaves, lr=1e-3), torch.Generator().manual_seed(0)
     for step in range(recipe.max_steps + 1):
         rows = torch.randperm(kept.training, generator=generator)[: recipe.windows]
-        loss, logits = plain_loss(model, subject, kept, rows)
+        loss, logits = plain_loss(model, subject, kept, base, rows)
         own = logits.gather(1, kept.answers[:, None])[:, 0]
         others = logits.scatter(1, kept.answers[:, None], float("-inf")).amax(1)
         if float((own - others).detach().min()) >= recipe.margin or step == recipe.max_steps:
@@ -280,7 +297,7 @@ def plain_train(subject: Subject, kept: pathways.Kept, pathway: str, frozen: boo
         optimiser.step()
     with torch.no_grad():
         unseen = torch.arange(kept.training, len(kept.windows))
-        return step, float(plain_kl(model, kept, unseen))
+        return step, float(plain_kl(model, kept, base, unseen))
 
 
 def static_rows(subject: Subject) -> list[Row]:
