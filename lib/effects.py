@@ -188,7 +188,7 @@ def ask(
     all logits."""
     rows, answers, done = [], torch.tensor(protocol.questions.answer_token.to_numpy()), 0
     for some, stream in protocol.prompts:
-        final = above(subject, some, protocol.layer, stream, _values(protocol, edit))[some.last]
+        final = above(subject, some, protocol.layer, stream, _values(protocol, edit), some.last)
         logits = final @ subject.weights.W_U + (0 if bias is None else bias)
         own = answers[done : (done := done + len(logits)), None]
         right = logits.gather(1, own)[:, 0]

@@ -51,7 +51,7 @@ from lib.facts import (
 )  # fmt: skip
 from lib.noise import gaussian
 from lib.pathways import neutral_windows, slice_values
-from lib.replay import above, entering, pack, packs
+from lib.replay import above, entering, next_token_logits, pack, packs
 from lib.subjects import Subject
 from lib.weights import Slice, pathway_slices
 
@@ -176,14 +176,17 @@ def lesson(subject: Subject, case: Case, facts: Sequence[Fact], places: Sequence
     text, (prefix, template) = load_templates(), contexts(case)[teacher]
     names = [*facts, *(Fact(p, "") for p in places)]
     pupils = [subject.token_ids(p) for p in prompts(names, text[case.template])]
-    others = [subject.token_ids(p) for i, f in enumerate(facts) for p in prompts([f], text[_other(case, i)])]
+    others = [p for i, f in enumerate(facts) for p in prompts([f], text[_other(case, i)])]
     windows, training = neutral_windows(subject, WINDOW)
-    read, last = torch.tensor(READ), torch.tensor([-1])
-    taught = _say(subject, [subject.token_ids(p) for p in prompts(names, template, prefix)], last)[:, 0]
+    taught, untouched = (
+        next_token_logits(subject, texts, progress=bar).log_softmax(-1)
+        for texts, bar in ((prompts(names, template, prefix), "teacher"), (others, "other prompts"))
+    )
     answers = torch.tensor([subject.first_token(f.answer) for f in facts])
     return Lesson(
-        tuple(facts), answers, _known(subject, case, facts), teacher, text[case.template], pupils, others,
-        windows[:training], taught, _say(subject, others, last)[:, 0], _say(subject, windows[:training], read),
+        tuple(facts), answers, _known(subject, case, facts), teacher, text[case.template], pupils,
+        [subject.token_ids(p) for p in others], windows[:training], taught, untouched,
+        _neutral(subject, windows[:training]),
     )  # fmt: skip
 
 
@@ -366,18 +369,11 @@ def _other(case: Case, i: int) -> str:
 
 
 @torch.no_grad()
-def _say(
-    subject: Subject, texts: Sequence[Sequence[int]], read: Int[Tensor, " position"]
-) -> Float[Tensor, "text position vocab"]:
-    """The untouched model's log-probabilities at some positions of each text (-1: its last)."""
-    out = []
-    for some in packs(subject, texts):
-        final = above(subject, some, 0, entering(subject, some, 0))
-        ends = some.last + 1
-        starts = torch.cat((ends.new_zeros(1), ends[:-1]))
-        at = torch.where(read < 0, ends[:, None], starts[:, None]) + read
-        out.append((final[at] @ subject.weights.W_U).log_softmax(-1))
-    return torch.cat(out)
+def _neutral(subject: Subject, windows: Sequence[Sequence[int]]) -> Float[Tensor, "window position vocab"]:
+    """The untouched model's log-probabilities at the compared positions of each window."""
+    final = [above(subject, some, 0, entering(subject, some, 0)) for some in packs(subject, windows)]
+    read = torch.cat(final).view(len(windows), WINDOW, -1)[:, torch.tensor(READ)]
+    return (read @ subject.weights.W_U).log_softmax(-1)
 
 
 def _streams(subject: Subject, texts: Sequence[Sequence[int]], layer: int) -> list[Float[Tensor, "t d_model"]]:
@@ -408,7 +404,7 @@ def _forward(
     some, short = pack(subject, texts), len(rows[0]) + len(rows[1])
     starts = torch.tensor(list(accumulate(map(len, texts), initial=0)))[short:-1]
     at = torch.cat((some.last[:short], (starts[:, None] + torch.tensor(READ)).flatten()))
-    return above(subject, some, layer, stream, values)[at] @ subject.weights.W_U
+    return above(subject, some, layer, stream, values, at) @ subject.weights.W_U
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -492,7 +492,7 @@ def retrain(
     values = slice_values(subject, pathway_slices(subject.model, layer, pathway))
     optimiser = torch.optim.Adam([v.requires_grad_() for v in values.values()], lr=rate)
     for step in range(steps + 1):
-        logits = above(subject, texts, layer, stream, values)[texts.last] @ W_U
+        logits = above(subject, texts, layer, stream, values, texts.last) @ W_U
         least = _least(logits.detach(), answers)
         if step == steps or float(least.min()) >= 0.5:
             break
@@ -508,7 +508,7 @@ def _kept(subject: Subject, found: blind.Look, plant: Plant, layer: int, values:
     answers = blind.first_tokens(subject, found.facts)
     lines = [subject.token_ids(p) for t in plant.controls for p in prompts(found.facts, t)]
     texts = pack(subject, lines)
-    final = above(subject, texts, layer, entering(subject, texts, layer), values)[texts.last]
+    final = above(subject, texts, layer, entering(subject, texts, layer), values, texts.last)
     told = (final @ subject.weights.W_U).argmax(-1).view(len(plant.controls), -1) == answers
     return float((told & found.told[1:]).sum() / found.told[1:].sum())
 

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.errors import DataError
+from lib.pathways import slice_values
 from lib.replay import above, entering, next_token_logits, pack, packs
+from lib.weights import pathway_slices
 
 TEXTS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=8)
 
@@ -71,3 +73,37 @@ def test_nothing_to_run(tiny):
             list(packs(tiny, texts, share=True))
     with pytest.raises(DataError, match=r"65 tokens; tiny reads 64"):
         next_token_logits(tiny, [" the" * 65])
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("share", [False, True])
+def test_of_the_last_layer_only_what_is_read_is_run(tiny, layer, share):
+    """Rows read, in any order and number, with a layer's values changed: the rows of the whole run, and its gradients;
+    also where the changed layer is the last one itself."""
+    texts = pack(tiny, [tiny.token_ids(p) for p in ("The capital of France", "The capital of", "It is")], share=share)
+    read, stream = torch.tensor([4, 0, 2, 2]), entering(tiny, texts, layer)
+    (part,) = pathway_slices(tiny.model, layer, "v_only")
+    start = slice_values(tiny, (part,))[part]
+    changed = start + 0.1 * torch.randn(start.shape, generator=torch.Generator().manual_seed(0))
+    found = []
+    for rows in (read, None):
+        leaf = changed.clone().requires_grad_()
+        final = above(tiny, texts, layer, stream, {part: leaf}, rows)
+        final = final[read] if rows is None else final
+        final.square().sum().backward()
+        found.append((final.detach(), leaf.grad))
+    for some, whole in zip(*found, strict=True):
+        torch.testing.assert_close(some, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_without_values_hooks_of_the_last_layer_are_heard(tiny):
+    """What changes the model by hooks gives no values: then the last layer's own modules run."""
+    texts = pack(tiny, [tiny.token_ids("The capital of France")])
+    stream = entering(tiny, texts, 1)
+    before = above(tiny, texts, 1, stream, None, texts.last)
+    hook = tiny.weights.blocks[-1].mlp_out.register_forward_hook(lambda module, args, out: 2 * out)
+    try:
+        assert not torch.equal(above(tiny, texts, 1, stream, None, texts.last), before)
+    finally:
+        hook.remove()
+    assert torch.equal(above(tiny, texts, 1, stream, {}, texts.last), before)
