@@ -36,7 +36,7 @@ from lib.errors import BookError, SubjectError, SweepError, WorkerError
 from lib.subjects import ROOT, Subject, load
 
 F = TypeVar("F", bound=Callable[..., dict[str, Any]])
-PACKAGES = ("torch", "transformers", "numpy")  # a number may differ between versions of these
+PACKAGES = ("torch", "transformers", "numpy", "scipy", "einops", "peft")  # numbers may differ between versions
 _one_at_a_time = threading.Lock()  # a worker with several threads has one model, and an edit changes it in place
 _loaded: dict[str, Subject] = {}
 

@@ -258,7 +258,7 @@ def n_layers(name: str) -> int:
 
 
 def cache_folder() -> Path:
-    """Where fetched models are kept: $QKV_CACHE, or the user's cache folder."""
+    """Where fetched models and finished runs of sweeps are kept: $QKV_CACHE, or the user's cache folder."""
     return Path(os.environ.get("QKV_CACHE") or user_cache_path("qkv-decomposition"))
 
 

@@ -9,6 +9,8 @@
 2. A store is a folder: `sweep.json` says whose results it holds, and each finished run is a file under its key,
    written under another name and renamed. Only the client writes, as results arrive: workers share no disk with it.
    A lock beside the folder keeps a second sweep out; it goes with the process that holds it, however that ends.
+   The default stores of all checkouts share what is finished, in the user's cache folder: a key names all that a run
+   depends on, so what stands under it is this run, whoever did it. Give an empty $QKV_CACHE to do everything anew.
 3. Runs go to a cluster of Dask: this machine's cores, or the scheduler at any address. Workers elsewhere need this
    project in the same version, and the subject fetched (`python -m lib fetch`); they say so if not. One thread a run,
    so a number does not depend on how many workers there are; it may on the kind of processor.
@@ -21,7 +23,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -36,10 +38,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from tqdm.auto import tqdm
 
 from lib.cluster import ask_workers, connect, each, threads
-from lib.errors import SweepError, WorkerError
+from lib.errors import ChapterError, SweepError, WorkerError
 from lib.experiments import code, code_sha256, complete, differing, perform
 from lib.results import BUILD, make_folder, slug, write_atomically
-from lib.subjects import ROOT, canonical, n_layers, weights_sha256
+from lib.subjects import ROOT, cache_folder, canonical, n_layers, weights_sha256
 
 SPECS = ROOT / "data" / "sweeps"
 HEADER = "sweep.json"
@@ -80,12 +82,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a specification comes to here and now. header: whose results the store may hold."""
+    """What a specification comes to here and now. header: whose results the store may hold. shared: whether its
+    finished runs are shared with other checkouts."""
 
     spec: Spec
     store: Path
     header: dict[str, Any]
     runs: tuple[Run, ...]
+    shared: bool
 
 
 def load(source: str | Path, *, subject: str | None = None) -> Spec:
@@ -128,7 +132,8 @@ def plan(spec: Spec, store: Path | None = None) -> Plan:
     own = {"experiment": spec.run, "subject": spec.subject, "weights_sha256": weights_sha256(spec.subject)}
     version = code_sha256(spec.run)
     runs = tuple(Run(_sha256({**own, "code": version, "parameters": p}), p) for p in parameters)
-    return Plan(spec, (store or default_store(spec)).resolve(), {**own, "code": code(spec.run)}, runs)
+    header = {**own, "code": code(spec.run)}
+    return Plan(spec, (store or default_store(spec)).resolve(), header, runs, shared=store is None)
 
 
 def default_store(spec: Spec) -> Path:
@@ -190,8 +195,9 @@ def run_all(
             locks.enter_context(_locked(planned.store))
             if fresh and _fault(planned):
                 _set_aside(planned.store, say)
-            records = finished(planned)
             write_atomically(planned.store / HEADER, json.dumps(planned.header, indent=1) + "\n")
+            _take_shared(planned, say)
+            records = finished(planned)
             for left_over in planned.store.glob("*.part"):
                 left_over.unlink()
             todo += [(planned, r) for r in planned.runs if r.key not in records]
@@ -257,7 +263,7 @@ def _do(
                         bar.set_postfix_str(f"{sum(map(len, failed.values()))} failed")
                     else:
                         content = {"parameters": one.parameters, **outcome}
-                        write_atomically(planned.store / f"{key}.json", json.dumps(content) + "\n")
+                        _keep(planned, key, content)
                     bar.update()
     return failed
 
@@ -303,6 +309,33 @@ def _fault(planned: Plan) -> str:
         return f"holds results of another version of {differs}" if differs else ""
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"has a damaged {HEADER}"
+
+
+def _keep(planned: Plan, key: str, content: dict[str, Any]) -> None:
+    """Write a finished run into its store, and among the shared ones, if these can be written."""
+    text = json.dumps(content) + "\n"
+    write_atomically(planned.store / f"{key}.json", text)
+    if planned.shared:
+        with suppress(ChapterError):
+            write_atomically(_shared(key), text)
+
+
+def _take_shared(planned: Plan, say: Callable[[str], None]) -> None:
+    """Copy into the store what it lacks and another checkout has finished."""
+    taken = 0
+    for run in planned.runs if planned.shared else ():
+        own = planned.store / f"{run.key}.json"
+        theirs = None if _read(own) else _read(_shared(run.key))
+        if theirs is not None and theirs.get("parameters") == run.parameters:
+            write_atomically(own, json.dumps(theirs) + "\n")
+            taken += 1
+    if taken:
+        say(f"{planned.spec.name} on {planned.spec.subject}: {_plural(taken, 'run')} of {len(planned.runs)} were done "
+            "before, with the same code, data and weights")  # fmt: skip
+
+
+def _shared(key: str) -> Path:
+    return cache_folder() / "runs" / key[:2] / f"{key}.json"
 
 
 def _read(path: Path) -> dict[str, Any] | None:

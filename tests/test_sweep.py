@@ -403,6 +403,42 @@ def test_ctrl_c_leaves_what_is_finished_and_says_so(tmp_path, here, monkeypatch)
     assert len(sweep.run(sweep.load(path), tmp_path / "store")) == 3 and len(here) == 3
 
 
+def test_checkouts_share_finished_runs(tmp_path, here, monkeypatch):
+    """Another checkout's default store takes what has this very key, whole, and nothing else; stores that were asked
+    for by name share nothing."""
+    monkeypatch.setattr(sweep, "cache_folder", lambda: tmp_path / "cache")
+    said: list[str] = []
+
+    def run(checkout: str, **changes) -> pd.DataFrame:
+        monkeypatch.setattr(sweep, "default_store", lambda wanted: tmp_path / checkout / wanted.name)
+        return sweep.run(spec(**changes), say=said.append)
+
+    table = run("one", seeds=[1, 2])
+    pd.testing.assert_frame_equal(run("two", seeds=[1, 2, 3]).head(2), table, check_exact=True)
+    assert sorted(p["seed"] for p in here) == [1, 2, 3]
+    assert said == ["s on organism: 2 runs of 3 were done before, with the same code, data and weights"]
+    files = {json.loads(p.read_text())["parameters"]["seed"]: p for p in tmp_path.glob("cache/runs/*/*.json")}
+    first, second, third = (files[seed] for seed in (1, 2, 3))
+    first.write_text(first.read_text()[:30])  # cut short
+    second.write_text(third.read_text())  # another run under its name
+    run("three", seeds=[1, 2, 3])
+    assert sorted(p["seed"] for p in here[3:]) == [1, 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "code_sha256", lambda name: "another version")
+        patch.setattr(experiments, "code_sha256", lambda name: "another version")
+        run("four", seeds=[1])
+    assert len(here) == 6, "another version of the code is another run"
+    sweep.run(spec(seeds=[1]), tmp_path / "named")
+    assert len(here) == 7
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, here, monkeypatch):
+    (tmp_path / "cache").write_text("no folder")
+    monkeypatch.setattr(sweep, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(sweep, "default_store", lambda wanted: tmp_path / "store")
+    assert len(sweep.run(spec())) == 1 and len(here) == 1
+
+
 def test_a_store_of_something_else_is_refused_and_set_aside_on_request(tmp_path, here, monkeypatch):
     store = tmp_path / "store"
     table = sweep.run(spec(), store)
