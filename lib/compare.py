@@ -109,7 +109,7 @@ def _again(subject: Subject, kept: Kept, row: Any) -> Trained:
     if run.reached != row.reached or run.diverged != row.diverged:
         raise EditError(
             f"{row.pathway} at rate {row.rate:g} came out otherwise than in the sweep ({run.steps} steps, not "
-            f"{row.steps}); delete _build/sweeps/{subject.name} and run the chapter again."
+            f"{row.steps}); delete _build/sweeps/{subject.name} and run the chapter again with QKV_RUNS=off."
         )
     return run
 

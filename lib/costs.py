@@ -32,6 +32,15 @@ def read(path: Path = RECORD) -> dict[str, Any]:
     raise DataError(f"{path} is no record of a benchmark ({reason}); make one with `python -m tests.bench --record`.")
 
 
+def renewed(record: dict[str, Any], found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record with rows measured again in place of those of the same work and peer. Raises DataError for a row that
+    it does not have."""
+    new = {(row["row"], row["peer"]): row for row in found}
+    if unknown := new.keys() - {(row["row"], row["peer"]) for row in record["rows"]}:
+        raise DataError(f"the record has no row {' / '.join(min(unknown))}; make a whole one, without naming rows.")
+    return record | {"rows": [new.get((row["row"], row["peer"]), row) for row in record["rows"]]}
+
+
 def rows(record: dict[str, Any]) -> pd.DataFrame:
     """A row a comparison. bound: how many times fewer floating-point operations ours needs, which is what it could be
     faster if both ran at the same rate."""
@@ -54,6 +63,7 @@ def report(report: Callable[..., None], record: dict[str, Any], table: pd.DataFr
     report("machine", f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads")
     report("matmul", record["matmul_gflops"], ".0f")
     report("started", record["started"])
+    report("again", _again(record))
     report("comparisons", len(table))
     report("largest_difference", float((table.difference / table.tolerance.where(table.tolerance > 0)).max()), ".0%")
     report("goals", len(judged))
@@ -72,6 +82,16 @@ def report(report: Callable[..., None], record: dict[str, Any], table: pd.DataFr
     report("largest_gb", float((ran[-1]["peak_gb"] if ran else 0) or "nan"), ".1f")
     over = points.trace_s / points.forward_s
     report("trace_over_forward", (float(over.min()), float(over.max())), ".1f")
+
+
+def _again(record: dict[str, Any]) -> str:
+    """Which rows are not of the record's own run, and of when they are."""
+    later: dict[str, list[str]] = {}
+    for row in record["rows"]:
+        if (started := row.get("started", record["started"])) != record["started"]:
+            later.setdefault(started, []).append(row["row"])
+    words = [f"{' and '.join(dict.fromkeys(names))} {started} (UTC)" for started, names in later.items()]
+    return f"Measured again later, with newer code: {'; '.join(words)}." if words else "All rows are of that run."
 
 
 def _missed(row: Any) -> str:

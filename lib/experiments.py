@@ -36,7 +36,7 @@ from lib.errors import BookError, SubjectError, SweepError, WorkerError
 from lib.subjects import ROOT, Subject, load
 
 F = TypeVar("F", bound=Callable[..., dict[str, Any]])
-PACKAGES = ("torch", "transformers", "numpy", "scipy", "einops", "peft")  # numbers may differ between versions
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "einops", "peft")  # numbers may depend on these
 _one_at_a_time = threading.Lock()  # a worker with several threads has one model, and an edit changes it in place
 _loaded: dict[str, Subject] = {}
 
@@ -80,11 +80,19 @@ def complete(name: str, given: dict[str, Any]) -> dict[str, Any]:
 def code(name: str) -> dict[str, str]:
     """sha256 of each file that an experiment's numbers can depend on, by its path in the project, and the version of
     each package. Raises WorkerError if a module was changed after this process started: it may run the old one."""
-    data = [p for p in inputs.data_files(ROOT) if "sweeps" not in p.parts and "__pycache__" not in p.parts]
+    data = [p for p in inputs.data_files(ROOT) if p.parent != ROOT / "data" / "sweeps"]
     sums = _sha256s([*inputs.modules({name.split(".")[0]}, ROOT), *data])
     if stale := [path for path, value in sums.items() if _AT_START.get(path, value) != value]:
         raise WorkerError(f"{_here()} started before {stale[0]} was changed, and may run the old one; start it again.")
     return sums | {package: version(package) for package in PACKAGES}
+
+
+def is_unchanged(name: str) -> bool:
+    """Whether the files are still those that `code` read."""
+    try:
+        return code.__wrapped__(name) == code(name)
+    except WorkerError:
+        return False
 
 
 def code_sha256(name: str) -> str:

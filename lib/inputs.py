@@ -45,12 +45,13 @@ def modules(names: Iterable[str], root: Path) -> list[Path]:
 def data_files(root: Path) -> list[Path]:
     """The files of data/ that a computed number can depend on: not what is expected of it, nor the record of a
     benchmark, nor the weights, which have a sum of their own."""
-    apart = ("claims.yaml", BENCH)
+    apart, folder = ("claims.yaml", BENCH), root / "data"
     return sorted(
         p
-        for p in (root / "data").rglob("*")
-        if p.is_file() and "expected" not in p.parts and p.suffix != ".safetensors" and p.name not in apart
-    )
+        for p in folder.rglob("*")
+        if p.is_file() and p.suffix != ".safetensors" and p.name not in apart
+        and not {"expected", "__pycache__"} & {*p.relative_to(folder).parts}
+    )  # fmt: skip
 
 
 def digest(files: Iterable[Path], extra: str, base: Path) -> str:

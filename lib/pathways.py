@@ -6,9 +6,8 @@
 
 Only what changes is computed: the stream that enters the layer is kept, and training starts from it (`replay`); of
 what comes out, only the last position of a prompt and a few of a passage are read, and the unembedding is fetched once
-for the loss and its gradient (`vocabulary`). The leaf that the optimiser holds
-is the slice itself, not the parameter around it: no gradient, weight decay or optimiser state can reach anything
-else, and the model is not touched at all.
+for the loss and its gradient (`vocabulary`). The leaf that the optimiser holds is the slice itself, not the parameter
+around it: no gradient, weight decay or optimiser state can reach anything else, and the model is not touched at all.
 """
 
 from __future__ import annotations
@@ -178,7 +177,7 @@ def losses(
     final, W_U = above(subject, kept.texts, kept.layer, stream, values, read), subject.weights.W_U
     level, others = levels(final, W_U, kept.answers)
     own = (final[:n] * W_U[:, kept.answers].T).sum(-1)
-    kl = kept.said[rows.flatten()].divergence(*(x[n:].unflatten(0, (len(rows), -1)) for x in (final, level)))
+    kl = kept.said[rows].divergence(*(x[n:].unflatten(0, (len(rows), -1)) for x in (final, level)))
     return (level[:n] - own).mean(), kl.mean(), own.detach() - others
 
 
@@ -242,7 +241,7 @@ def neutral_kl(subject: Subject, kept: Kept, values: dict[Slice, Tensor]) -> flo
         final.append(above(subject, some, kept.layer, stream, values, _compared(len(some.last), kept.recipe)))
     level, _ = levels(whole := torch.cat(final), subject.weights.W_U)
     known = kept.said[kept.training :]
-    return float(known.divergence(whole.view_as(known.final), level.view_as(known.level)).mean())
+    return max(0.0, float(known.divergence(whole.view_as(known.final), level.view_as(known.level)).mean()))
 
 
 def _identifiable(subject: Subject, facts: Sequence[Fact]) -> None:

@@ -9,7 +9,7 @@ reads each weight once for all of them. And prompts that a template makes begin 
 the same in all, sees only itself, and is run once.
 
 Where only last tokens change, only they are run again (`ends`): nobody stands after a last token, so no other token
-can notice. And of the last layer, only what is read of it is run: nobody looks back on it.
+can notice. And where an edit's values are tried (`above`), the last layer is run only for what is read of it.
 """
 
 from __future__ import annotations
@@ -154,11 +154,11 @@ def streams(subject: Subject, texts: Pack, layers: Iterable[int]) -> dict[int, F
 def above(
     subject: Subject, texts: Pack, layer: int, stream: Float[Tensor, "t d_model"],
     values: dict[Slice, Tensor] | None = None, read: Int[Tensor, " n"] | None = None,
-) -> Float[Tensor, "t d_model"]:  # fmt: skip
+) -> Float[Tensor, "t_or_n d_model"]:  # fmt: skip
     """The final residual stream, normalised, from the stream that enters a layer. values: put for the layer's own,
     differentiable in them; the model is not written to. read: the rows that are wanted, in this order. With values,
-    the last layer is run for these alone, by the view of its weights: then it must be as it was loaded, without hooks
-    or adapters."""
+    the last layer is run for these alone, by the view of its weights: changes of these in place are seen; hooks,
+    adapters and modules put for its own are not."""
     norm, end = subject.weights.norm_final_module, subject.weights.n_layers - 1
     if read is None or not values or layer == end:
         final = norm(_blocks(subject, texts, stream, range(layer, end + 1), values or {}))
@@ -177,8 +177,9 @@ def through(
 
 @dataclass(frozen=True)
 class Past:
-    """What n tokens, the last ones of texts, look back on in one layer: keys (rotated) and values, in a row for each
-    text or in one row for all. before: those that stand before each of them in its text. position: of the n tokens."""
+    """What n tokens look back on in one layer (the last ones of texts, or any in the last layer): keys (rotated) and
+    values, in a row for each text or in one row for all. before: those that stand before each of the n in its text.
+    position: of the n tokens."""
 
     keys: Float[Tensor, "row n_kv t d_head"]
     values: Float[Tensor, "row n_kv t d_head"]

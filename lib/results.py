@@ -10,6 +10,7 @@ In a chapter the text is glued under the key, so that `{glue:text}` followed by 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import resource
@@ -136,7 +137,7 @@ def make_folder(folder: Path) -> Path:
 
 def write_atomically(path: Path, content: str) -> None:
     """Write under a temporary name, then rename. Raises ChapterError where nothing can be written."""
-    temporary = make_folder(path.parent) / (path.name + ".part")
+    temporary = make_folder(path.parent) / f"{path.name}.{os.getpid()}.part"  # another process may write the same
     try:
         temporary.write_text(content, encoding="utf-8")
         temporary.replace(path)

@@ -2,7 +2,7 @@
 
 1. Each chapter has a fingerprint: its notebook, every module of lib/ that it imports, directly or through others, all
    of data/, the pins and the installed packages, the subject's weights. A chapter whose fingerprint is unchanged is not
-   executed again; there is no other cache.
+   executed again. Beside these copies only sweeps keep anything, run by run (`sweep`).
 2. Executed copies go to _build/executed/<subject>/, numbers to _build/results/<subject>/. A chapter that reads what
    another one makes has that one executed before it, and is executed anew when it changes.
 3. The dashboard is made from the results and the edits, and kept by the same rule, as _build/dashboard/<subject>.html.

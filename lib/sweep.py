@@ -9,8 +9,8 @@
 2. A store is a folder: `sweep.json` says whose results it holds, and each finished run is a file under its key,
    written under another name and renamed. Only the client writes, as results arrive: workers share no disk with it.
    A lock beside the folder keeps a second sweep out; it goes with the process that holds it, however that ends.
-   The default stores of all checkouts share what is finished, in the user's cache folder: a key names all that a run
-   depends on, so what stands under it is this run, whoever did it. Give an empty $QKV_CACHE to do everything anew.
+   Checkouts share the finished runs of the book's own subjects, by kind of processor, in the user's cache folder or
+   in $QKV_RUNS: what stands under a key is this very run. With QKV_RUNS=off nothing is taken from there or left there.
 3. Runs go to a cluster of Dask: this machine's cores, or the scheduler at any address. Workers elsewhere need this
    project in the same version, and the subject fetched (`python -m lib fetch`); they say so if not. One thread a run,
    so a number does not depend on how many workers there are; it may on the kind of processor.
@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import product
@@ -31,6 +33,7 @@ from statistics import median
 from typing import Annotated, Any
 
 import pandas as pd
+import torch
 import yaml
 from distributed import KilledWorker
 from filelock import FileLock, Timeout
@@ -39,9 +42,10 @@ from tqdm.auto import tqdm
 
 from lib.cluster import ask_workers, connect, each, threads
 from lib.errors import ChapterError, SweepError, WorkerError
-from lib.experiments import code, code_sha256, complete, differing, perform
+from lib.experiments import code, code_sha256, complete, differing, is_unchanged, perform
 from lib.results import BUILD, make_folder, slug, write_atomically
 from lib.subjects import ROOT, cache_folder, canonical, n_layers, weights_sha256
+from lib.subjects import SPECS as SUBJECTS
 
 SPECS = ROOT / "data" / "sweeps"
 HEADER = "sweep.json"
@@ -133,7 +137,8 @@ def plan(spec: Spec, store: Path | None = None) -> Plan:
     version = code_sha256(spec.run)
     runs = tuple(Run(_sha256({**own, "code": version, "parameters": p}), p) for p in parameters)
     header = {**own, "code": code(spec.run)}
-    return Plan(spec, (store or default_store(spec)).resolve(), header, runs, shared=store is None)
+    shared = store is None and spec.subject in SUBJECTS and os.environ.get("QKV_RUNS") != "off"
+    return Plan(spec, (store or default_store(spec)).resolve(), header, runs, shared)
 
 
 def default_store(spec: Spec) -> Path:
@@ -196,8 +201,10 @@ def run_all(
             if fresh and _fault(planned):
                 _set_aside(planned.store, say)
             write_atomically(planned.store / HEADER, json.dumps(planned.header, indent=1) + "\n")
-            _take_shared(planned, say)
             records = finished(planned)
+            for key, record in _elsewhere(planned, records).items():
+                write_atomically(planned.store / f"{key}.json", json.dumps(record) + "\n")
+                records[key] = record
             for left_over in planned.store.glob("*.part"):
                 left_over.unlink()
             todo += [(planned, r) for r in planned.runs if r.key not in records]
@@ -220,6 +227,7 @@ def run_all(
 def estimate(planned: Plan, workers: int | None = None) -> str:
     """How many runs there are, how many are finished, and how long the others will take."""
     records = finished(planned)
+    records |= _elsewhere(planned, records)
     left, n = len(planned.runs) - len(records), workers or threads()
     measured = [record["seconds"] for record in records.values()]
     each_run = median(measured) if measured else planned.spec.seconds
@@ -263,7 +271,7 @@ def _do(
                         bar.set_postfix_str(f"{sum(map(len, failed.values()))} failed")
                     else:
                         content = {"parameters": one.parameters, **outcome}
-                        _keep(planned, key, content)
+                        _keep(planned, key, content, share=planned.shared and not scheduler)
                     bar.update()
     return failed
 
@@ -311,31 +319,27 @@ def _fault(planned: Plan) -> str:
         return f"has a damaged {HEADER}"
 
 
-def _keep(planned: Plan, key: str, content: dict[str, Any]) -> None:
-    """Write a finished run into its store, and among the shared ones, if these can be written."""
+def _keep(planned: Plan, key: str, content: dict[str, Any], *, share: bool) -> None:
+    """Write a finished run into its store. share: and for other checkouts, if that can be written, and if no file was
+    changed meanwhile: the run may have read it."""
     text = json.dumps(content) + "\n"
     write_atomically(planned.store / f"{key}.json", text)
-    if planned.shared:
+    if share and is_unchanged(planned.spec.run):
         with suppress(ChapterError):
             write_atomically(_shared(key), text)
 
 
-def _take_shared(planned: Plan, say: Callable[[str], None]) -> None:
-    """Copy into the store what it lacks and another checkout has finished."""
-    taken = 0
-    for run in planned.runs if planned.shared else ():
-        own = planned.store / f"{run.key}.json"
-        theirs = None if _read(own) else _read(_shared(run.key))
-        if theirs is not None and theirs.get("parameters") == run.parameters:
-            write_atomically(own, json.dumps(theirs) + "\n")
-            taken += 1
-    if taken:
-        say(f"{planned.spec.name} on {planned.spec.subject}: {_plural(taken, 'run')} of {len(planned.runs)} were done "
-            "before, with the same code, data and weights")  # fmt: skip
+def _elsewhere(planned: Plan, own: Container[str]) -> dict[str, dict[str, Any]]:
+    """The records of the plan's runs that are not its own and that another checkout has shared, by key."""
+    lacking = [run for run in planned.runs if run.key not in own] if planned.shared else []
+    found = {run.key: (run, _read(_shared(run.key))) for run in lacking}
+    return {key: r for key, (run, r) in found.items() if r is not None and r.get("parameters") == run.parameters}
 
 
 def _shared(key: str) -> Path:
-    return cache_folder() / "runs" / key[:2] / f"{key}.json"
+    folder = os.environ.get("QKV_RUNS") or cache_folder() / "runs"
+    device = "cuda" if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+    return Path(folder) / f"{platform.machine()}-{device}" / key[:2] / f"{key}.json"
 
 
 def _read(path: Path) -> dict[str, Any] | None:

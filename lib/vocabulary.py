@@ -2,16 +2,19 @@
 
 With few rows, a product with W_U spends its time fetching W_U from memory, and a loss needs it twice: for the logits,
 and for the gradient. But both need only a sum over the vocabulary, which can be taken a few thousand tokens at a time
-while these are at hand (the running maximum is that of Milakov and Gimelshein 2018, and of Dao et al. 2022):
+while these are at hand (Milakov and Gimelshein 2018; in attention, Dao et al. 2022):
 
-    level(x) = log sum_v exp(x . W_U[v])        grad level(x) = sum_v p_v(x) W_U[v]
+    level(x) = log sum_v exp(x . W_U[:, v])        grad level(x) = sum_v p_v(x) W_U[:, v]
 
 the mean unembedding under what is said. Any loss over the vocabulary follows from it. Cross-entropy of a token is
-`level(x) - x . W_U[token]`; and the divergence of what is said at x from what was said at y is how far `level` lies
+`level(x) - x . W_U[:, token]`; and the divergence of what is said at x from what was said at y is how far `level` lies
 above its tangent at y (a Bregman divergence), so that of y three small things must be kept (`Said`), not a number for
 each token:
 
     KL(y || x) = level(x) - level(y) - (x - y) . grad level(y)
+
+It is a small difference of large numbers: rounding leaves some 1e-5 nats a position, of either sign, and less in a
+mean. Sums are in fp32, whatever the model is read in.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ class Said:
     mean: Float[Tensor, "*n d_model"]
 
     def divergence(self, final: Float[Tensor, "*n d_model"], level: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """KL(this || what is said at `final`), in nats. Rounding leaves about 1e-6."""
+        """KL(this || what is said at `final`), in nats; not clamped at zero."""
         return level - self.level - ((final - self.final) * self.mean).sum(-1)
 
     def __getitem__(self, rows: Any) -> Said:
@@ -62,6 +65,7 @@ class _Levels(torch.autograd.Function):
     def forward(ctx: Any, final: Tensor, W_U: Tensor, apart: Tensor | None) -> tuple[Tensor, Tensor]:
         level, mean, other = _swept(final, W_U, apart, mean=ctx.needs_input_grad[0])
         ctx.save_for_backward(mean)
+        ctx.dtype = final.dtype
         ctx.mark_non_differentiable(other)
         return level, other
 
@@ -69,23 +73,24 @@ class _Levels(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         (mean,) = ctx.saved_tensors
-        return slope[:, None] * mean, None, None
+        return (slope[:, None] * mean).to(ctx.dtype), None, None
 
 
 @torch.no_grad()
 def _swept(final: Tensor, W_U: Tensor, apart: Tensor | None, *, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Levels; mean unembeddings, zero unless asked for; and the largest logits of tokens that are not set apart."""
-    total, weighed, at = torch.zeros(len(final)), torch.zeros_like(final), 0
-    top = torch.full((len(final),), float("-inf"))
-    other = top[: 0 if apart is None else len(apart)]
+    final, at = final.float(), 0
+    top, total = torch.full((len(final),), float("-inf")), torch.zeros(len(final))
+    weighed, other = torch.zeros_like(final), top[: 0 if apart is None else len(apart)]
     for part in W_U.T.split(CHUNK):
+        part = part.float()
         logits = final @ part.T
         if apart is not None:
             own = torch.arange(at, at + len(part)) == apart[:, None]
             other = torch.maximum(other, logits[: len(apart)].masked_fill(own, float("-inf")).amax(1))
         new = torch.maximum(top, logits.amax(1))
-        shrunk, share = (top - new).exp(), (logits - new[:, None]).exp_()
-        total = total * shrunk + share.sum(1)
+        shrunk, share = (top - new).exp(), (logits - new[:, None]).exp()
+        total = total * shrunk + share.sum(1)  # relative to the largest logit so far: logarithms would add up rounding
         if mean:
             weighed = torch.addmm(weighed * shrunk[:, None], share, part)
         top, at = new, at + len(part)

@@ -75,3 +75,13 @@ def test_a_record_is_told_as_it_is(tmp_path):
     assert said["missed"].startswith("other beside a slow way: ") and "wanted 90 times" in said["missed"]
     assert (said["largest"], said["largest_precision"]) == ("b", "bfloat16")
     assert said["growth"] == "4 times the prompts, 4 times the seconds" and said["trace_over_forward"] == (2.0, 2.0)
+
+
+def test_rows_measured_again_take_the_place_of_their_own():
+    record = {"started": "then", "rows": [{"row": n, "peer": "p", "ratio": 1} for n in ("a", "b")]}
+    again = costs.renewed(record, [{"row": "b", "peer": "p", "ratio": 2, "started": "now"}])
+    assert [(r["row"], r["ratio"]) for r in again["rows"]] == [("a", 1), ("b", 2)]
+    assert costs._again(record) == "All rows are of that run."
+    assert costs._again(again) == "Measured again later, with newer code: b now (UTC)."
+    with pytest.raises(DataError, match="the record has no row b / other"):
+        costs.renewed(record, [{"row": "b", "peer": "other"}])

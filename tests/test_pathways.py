@@ -25,15 +25,19 @@ def kept(tiny):
     return keep(tiny, CASE, LAYER, QUICK)
 
 
-def plain_losses(subject, kept, rows):
+def plain_base(subject, kept):
+    """The untouched model's log-probabilities at the compared positions of all windows."""
+    return (kept.said.final @ subject.weights.W_U).log_softmax(-1)
+
+
+def plain_losses(subject, kept, rows, base):
     """The same two losses, by a full forward pass of the model as it stands."""
     windows = torch.tensor(kept.windows)[rows]
     texts = prompts(kept.facts, kept.template)
     tokens, last = subject.encode(texts)
     logits = subject.model(tokens).logits[torch.arange(len(last)), last]
     now = subject.model(windows).logits[:, kept.recipe.read].log_softmax(-1)
-    base = (kept.said.final[rows] @ subject.weights.W_U).log_softmax(-1)
-    kl = F.kl_div(now, base, log_target=True, reduction="none").sum(-1).mean()
+    kl = F.kl_div(now, base[rows], log_target=True, reduction="none").sum(-1).mean()
     return F.cross_entropy(logits, kept.answers), kl
 
 
@@ -41,14 +45,14 @@ def test_losses_equal_the_plain_full_forward(tiny, kept):
     """The kept stream against the whole model with the edit in place: same losses to 1e-5, for every pathway."""
     rows, generator = torch.tensor([0, 3]), torch.Generator().manual_seed(0)
     base = tiny.model(torch.tensor(kept.windows)[rows]).logits[:, QUICK.read].log_softmax(-1)
-    kept_base = (kept.said.final[rows] @ tiny.weights.W_U).log_softmax(-1)
-    torch.testing.assert_close(kept_base, base, atol=1e-4, rtol=1e-4)
+    known = plain_base(tiny, kept)
+    torch.testing.assert_close(known[rows], base, atol=1e-4, rtol=1e-4)
     for pathway in PATHWAYS:
         values = slice_values(tiny, pathway_slices(tiny.model, LAYER, pathway))
         values = {s: v + 0.02 * torch.randn(v.shape, generator=generator) for s, v in values.items()}
         cross_entropy, kl, _ = losses(tiny, kept, values, rows)
         with applied(tiny, pathways._edit(tiny, kept, pathway, values, 0, {})):
-            plain, plain_kl = plain_losses(tiny, kept, rows)
+            plain, plain_kl = plain_losses(tiny, kept, rows, known)
         assert float(cross_entropy) == pytest.approx(float(plain), abs=1e-5)
         assert float(kl) == pytest.approx(float(plain_kl), abs=1e-5)
 
@@ -61,7 +65,7 @@ def test_gradients_equal_the_plain_full_forward(tiny, kept, pathway):
     sum(losses(tiny, kept, leaves, rows)[:2]).backward()
     parameters = dict(tiny.model.named_parameters())
     tiny.model.requires_grad_(True)
-    sum(plain_losses(tiny, kept, rows)).backward()
+    sum(plain_losses(tiny, kept, rows, plain_base(tiny, kept))).backward()
     for part, leaf in leaves.items():
         torch.testing.assert_close(leaf.grad, part.of(parameters[part.name].grad), atol=1e-5, rtol=1e-3)
     tiny.model.zero_grad()
@@ -173,13 +177,13 @@ def test_a_step_costs_a_fraction_of_the_plain_one(smollm2):
     kept, rows = keep(smollm2, case, 23), torch.arange(1)
     values = slice_values(smollm2, pathway_slices(smollm2.model, 23, "v_only"))
     leaves = {s: v.requires_grad_() for s, v in values.items()}
-    ours, plain = [], []
+    ours, plain, base = [], [], plain_base(smollm2, kept)
     try:
         for _ in range(4):
             smollm2.model.requires_grad_(False)
             ours.append(_seconds(lambda: losses(smollm2, kept, leaves, rows)))
             smollm2.model.requires_grad_(True)
-            plain.append(_seconds(lambda: plain_losses(smollm2, kept, rows)))
+            plain.append(_seconds(lambda: plain_losses(smollm2, kept, rows, base)))
     finally:
         smollm2.model.zero_grad()
         smollm2.model.requires_grad_(False)

@@ -1,5 +1,7 @@
 """Packs: whatever they share, each text is read as if it stood alone."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -67,6 +69,17 @@ def test_shared_or_not_the_model_says_the_same(tiny):
         torch.testing.assert_close(final, alone, atol=1e-4, rtol=1e-4)
 
 
+@contextmanager
+def counting(module):
+    """A list that grows by one with each call of a module."""
+    calls: list[int] = []
+    handle = module.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
 def test_nothing_to_run(tiny):
     for texts in ([], [[1], []]):
         with pytest.raises(DataError, match="there is nothing to run"):
@@ -88,7 +101,9 @@ def test_of_the_last_layer_only_what_is_read_is_run(tiny, layer, share):
     found = []
     for rows in (read, None):
         leaf = changed.clone().requires_grad_()
-        final = above(tiny, texts, layer, stream, {part: leaf}, rows)
+        with counting(tiny.weights.blocks[-1].module) as calls:
+            final = above(tiny, texts, layer, stream, {part: leaf}, rows)
+        assert len(calls) == (rows is None or layer == 2), "the last layer as a whole"
         final = final[read] if rows is None else final
         final.square().sum().backward()
         found.append((final.detach(), leaf.grad))

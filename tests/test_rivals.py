@@ -100,12 +100,12 @@ def test_the_rule_takes_the_most_told_then_the_least_harm(organism, monkeypatch)
         now[:] = [name]
         return nullcontext()
 
-    def logits(*_):
-        right = torch.nn.functional.one_hot(kept.answers, organism.weights.W_U.shape[1]).float()
-        right[told[now[0]] :] *= -1
-        return None, None, right
+    def some_told(*_):
+        margins = torch.ones(len(kept.facts))
+        margins[told[now[0]] :] *= -1
+        return None, None, margins
 
-    monkeypatch.setattr(rivals, "losses", logits)
+    monkeypatch.setattr(rivals, "losses", some_told)
     monkeypatch.setattr(rivals, "neutral_kl", lambda *_: harm[now[0]])
     made = [Rival(n, 0, 0, change=lambda n=n: change(n)) for n in told]
     assert rivals._chosen(organism, kept, made).name == "c"

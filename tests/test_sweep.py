@@ -407,17 +407,17 @@ def test_checkouts_share_finished_runs(tmp_path, here, monkeypatch):
     """Another checkout's default store takes what has this very key, whole, and nothing else; stores that were asked
     for by name share nothing."""
     monkeypatch.setattr(sweep, "cache_folder", lambda: tmp_path / "cache")
-    said: list[str] = []
 
     def run(checkout: str, **changes) -> pd.DataFrame:
         monkeypatch.setattr(sweep, "default_store", lambda wanted: tmp_path / checkout / wanted.name)
-        return sweep.run(spec(**changes), say=said.append)
+        return sweep.run(spec(**changes))
 
     table = run("one", seeds=[1, 2])
     pd.testing.assert_frame_equal(run("two", seeds=[1, 2, 3]).head(2), table, check_exact=True)
     assert sorted(p["seed"] for p in here) == [1, 2, 3]
-    assert said == ["s on organism: 2 runs of 3 were done before, with the same code, data and weights"]
-    files = {json.loads(p.read_text())["parameters"]["seed"]: p for p in tmp_path.glob("cache/runs/*/*.json")}
+    monkeypatch.setattr(sweep, "default_store", lambda wanted: tmp_path / "new" / wanted.name)
+    assert "3 runs, 3 finished" in sweep.estimate(sweep.plan(spec(seeds=[1, 2, 3])))
+    files = {json.loads(p.read_text())["parameters"]["seed"]: p for p in tmp_path.glob("cache/runs/*/*/*.json")}
     first, second, third = (files[seed] for seed in (1, 2, 3))
     first.write_text(first.read_text()[:30])  # cut short
     second.write_text(third.read_text())  # another run under its name
@@ -428,8 +428,18 @@ def test_checkouts_share_finished_runs(tmp_path, here, monkeypatch):
         patch.setattr(experiments, "code_sha256", lambda name: "another version")
         run("four", seeds=[1])
     assert len(here) == 6, "another version of the code is another run"
+    shared = list(tmp_path.glob("cache/runs/*/*/*.json"))
     sweep.run(spec(seeds=[1]), tmp_path / "named")
-    assert len(here) == 7
+    with monkeypatch.context() as patch:
+        patch.setenv("QKV_RUNS", "off")
+        run("five", seeds=[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "is_unchanged", lambda name: False)
+        run("six", seeds=[9])
+    assert len(here) == 9 and list(tmp_path.glob("cache/runs/*/*/*.json")) == shared, "these take and leave nothing"
+    monkeypatch.setenv("QKV_RUNS", str(tmp_path / "elsewhere"))
+    run("seven", seeds=[1])
+    assert len(here) == 10 and len(list(tmp_path.glob("elsewhere/*/*/*.json"))) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, here, monkeypatch):

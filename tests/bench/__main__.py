@@ -27,22 +27,27 @@ app = typer.Typer(add_completion=False)
 def bench(
     only: Annotated[list[str] | None, typer.Argument(help="Rows to run, such as `step`; all if none is named.")] = None,
     output: Annotated[Path, typer.Option(help="The file to write.")] = BUILD / "bench.json",
-    record: Annotated[bool, typer.Option(help="Write the record that the book shows instead.")] = False,
+    record: Annotated[
+        bool, typer.Option(help="Write the record that the book shows; of some rows, put them in place of its own.")
+    ] = False,
 ) -> None:
     """Measure the book's work against its peers, each row with its equality check. Exit 1 where results differ."""
     torch.set_num_threads(2)
-    subject, found = subjects.load("smollm2"), []
+    subject, found = subjects.load("smollm2"), list[dict]()
+    stamp = {"commit": commit(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
     makers = [m for m in rows.ROWS if not only or any(m.__name__.startswith(word) for word in only)]
     for maker in (bar := tqdm(makers, desc="bench")):
         for row in maker(subject):
             bar.set_postfix_str(f"{row.name} / {row.peer_name}")
-            found.append(measure.run(row, measure.matmul_rate()))
-    content = {
-        "machine": measure.machine(), "lib": __version__, "commit": commit(),
-        "matmul_gflops": measure.matmul_rate() / 1e9, "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "rows": found, "growth": [] if only else growth.measure_all(subject),
-        "sizes": [] if only else big.measure_all(subject),
-    }  # fmt: skip
+            found.append(measure.run(row, measure.matmul_rate()) | stamp)
+    if only and record:
+        content = costs.renewed(costs.read(), found)
+    else:
+        content = {
+            "machine": measure.machine(), "lib": __version__, "matmul_gflops": measure.matmul_rate() / 1e9, **stamp,
+            "rows": found, "growth": [] if only else growth.measure_all(subject),
+            "sizes": [] if only else big.measure_all(subject),
+        }  # fmt: skip
     output = costs.RECORD if record else output
     write_atomically(output, json.dumps(content, indent=1) + "\n")
     Console(width=180).print(show(found))
