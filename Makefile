@@ -49,7 +49,7 @@ links: .venv/ready  ## check every link that the built book follows to the outsi
 bench: .venv/ready  ## speed of the book beside TransformerLens, Captum, PyTorch and peft: a table, and _build/bench.json
 	$(BIN)/python -m tests.bench
 
-clean:  ## delete what was built (the environment and the fetched models stay)
+clean:  ## delete what was built (the environment, fetched models and shared runs stay)
 	rm -rf _build
 
 .venv/ready: requirements.txt requirements-dev.txt constraints.txt pyproject.toml
