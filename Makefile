@@ -18,7 +18,7 @@ book: .venv/ready  ## execute every chapter on SUBJECT (default smollm2) and bui
 test: .venv/ready  ## lint, types and tests, the real model's included
 	$(BIN)/ruff check lib tests data
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 smoke: .venv/ready  ## execute every chapter on the small planted model, and check its numbers
 	$(LIB) run --subject organism

@@ -75,7 +75,8 @@ def trainings(subject: Subject) -> Numbers:
     case = asked(subject)[0]
     run = pathways.train(subject, pathways.keep(subject, case, LAYER), "v_only", rate=3e-3)
     edits.save_all({"v_only": run.edit}, folder := Path(subjects.cache_folder() / "device"))
-    kept, protocol = edits.load_all(folder)["v_only"], effects.prepare(subject, case, LAYER)
+    some = {"texts": {"": effects.load_passages()["letter"][:800]}, "table": effects.questions(subject, case)[::7]}
+    kept, protocol = edits.load_all(folder)["v_only"], effects.prepare(subject, case, LAYER, **some)
     said, read = effects.ask(subject, protocol, kept), effects.read(subject, protocol, effects.noise(subject, kept))
     verified = edits.verify(subject, kept)["as recorded"].all()
     return [run.history.loss, said.margin, read.kl, float(verified)]
