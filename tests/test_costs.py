@@ -7,6 +7,7 @@ import pytest
 import torch
 from bench import measure
 from bench.measure import Row
+from typer.testing import CliRunner
 
 from lib import costs
 from lib.errors import DataError
@@ -85,3 +86,10 @@ def test_rows_measured_again_take_the_place_of_their_own():
     assert costs._again(again) == "Measured again later, with newer code: b now (UTC)."
     with pytest.raises(DataError, match="the record has no row b / other"):
         costs.renewed(record, [{"row": "b", "peer": "other"}])
+
+
+def test_a_row_that_is_not_there_is_refused_before_anything_is_measured():
+    from tests.bench.__main__ import app
+
+    said = CliRunner().invoke(app, ["nonsense"])
+    assert said.exit_code == 2 and "there is no row 'nonsense'; choose from trace, " in " ".join(said.output.split())

@@ -1,6 +1,6 @@
 """`make bench`: every row measured and checked, the table printed, all of it kept as JSON.
 
-python -m tests.bench [ROW ...] [--output FILE]
+python -m tests.bench [ROW ...] [--output FILE | --record]
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ def bench(
     ] = False,
 ) -> None:
     """Measure the book's work against its peers, each row with its equality check. Exit 1 where results differ."""
+    makers = {maker.__name__.removesuffix("_rows"): maker for maker in rows.ROWS}
+    for word in only or ():
+        if word not in makers:
+            raise typer.BadParameter(f"there is no row {word!r}; choose from {', '.join(makers)}.")
     torch.set_num_threads(2)
     subject, found = subjects.load("smollm2"), list[dict]()
     stamp = {"commit": commit(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
-    makers = [m for m in rows.ROWS if not only or any(m.__name__.startswith(word) for word in only)]
-    for maker in (bar := tqdm(makers, desc="bench")):
-        for row in maker(subject):
+    for name in (bar := tqdm(list(only or makers), desc="bench")):
+        for row in makers[name](subject):
             bar.set_postfix_str(f"{row.name} / {row.peer_name}")
             found.append(measure.run(row, measure.matmul_rate()) | stamp)
     if only and record:
