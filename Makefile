@@ -15,6 +15,7 @@ book: .venv/ready  ## execute every chapter on SUBJECT (default smollm2) and bui
 	$(LIB) dashboard --subject $(SUBJECT)
 	$(LIB) build --subject $(SUBJECT)
 
+# Files in their order: left to itself, xdist begins with those of many tests, and ends alone on the longest.
 test: .venv/ready  ## lint, types and tests, the real model's included
 	$(BIN)/ruff check lib tests data
 	$(BIN)/mypy

@@ -5,12 +5,13 @@ import time
 
 import pytest
 import torch
-from bench import measure
-from bench.measure import Row
-from typer.testing import CliRunner
+from typer import BadParameter
 
 from lib import costs
 from lib.errors import DataError
+from tests.bench import measure
+from tests.bench.__main__ import bench
+from tests.bench.measure import Row
 
 ONE = torch.ones(3)
 
@@ -89,7 +90,5 @@ def test_rows_measured_again_take_the_place_of_their_own():
 
 
 def test_a_row_that_is_not_there_is_refused_before_anything_is_measured():
-    from tests.bench.__main__ import app
-
-    said = CliRunner().invoke(app, ["nonsense"])
-    assert said.exit_code == 2 and "there is no row 'nonsense'; choose from trace, " in " ".join(said.output.split())
+    with pytest.raises(BadParameter, match=r"there is no row 'nonsense'; choose from trace, .*, load"):
+        bench(["load", "nonsense"])
