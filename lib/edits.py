@@ -22,12 +22,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lib.errors import EditError
-from lib.facts import Fact, tell
-from lib.site import Site
-from lib.subjects import Subject
+from lib.facts import Fact
+from lib.models import Model
+from lib.recall import tell
+from lib.sites import Site
 from lib.weights import PATHWAYS, Slice, pathway_slices
 
-FORMAT = "qkv-edit-1"
+FORMAT = "qkv-edit-2"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Edit:
     """What a pathway changed in one layer (0-based) of a subject, for which facts under which template (its text), and
     what was told before and after. recipe: objective and hyperparameters, as they were used."""
 
-    subject: str
+    model_name: str
     base_sha256: str
     pathway: str
     layer: int
@@ -53,7 +54,7 @@ class Edit:
 
     @property
     def title(self) -> str:
-        return f"{self.subject} {Site(self.layer)} {self.pathway}"
+        return f"{self.model_name} {Site(self.layer)} {self.pathway}"
 
 
 def save(edit: Edit, path: Path) -> Path:
@@ -117,24 +118,27 @@ def load_all(folder: Path) -> dict[str, Edit]:
 def listing(folder: Path) -> pd.DataFrame:
     """The edits of a folder with their sizes and checksums."""
     paths = sorted(folder.glob("*.safetensors"))
-    return pd.DataFrame({
-        "file": [p.name for p in paths], "bytes": [f"{p.stat().st_size:,}" for p in paths],
-        "sha256": [hashlib.sha256(p.read_bytes()).hexdigest() for p in paths],
-    })  # fmt: skip
+    return pd.DataFrame(
+        {
+            "file": [p.name for p in paths],
+            "bytes": [f"{p.stat().st_size:,}" for p in paths],
+            "sha256": [hashlib.sha256(p.read_bytes()).hexdigest() for p in paths],
+        }
+    )
 
 
-def rerun(subject: Subject, folder: Path) -> dict[str, bool]:
+def rerun(model: Model, folder: Path) -> dict[str, bool]:
     """Of each edit file of a folder, by pathway: read back and put into the model, does it tell what it recorded?"""
-    return {name: bool(verify(subject, edit)["as recorded"].all()) for name, edit in load_all(folder).items()}
+    return {name: bool(verify(model, edit)["as recorded"].all()) for name, edit in load_all(folder).items()}
 
 
 @contextmanager
-def applied(subject: Subject, edit: Edit) -> Iterator[Subject]:
+def applied(model: Model, edit: Edit) -> Iterator[Model]:
     """The subject with the edit in place; restored afterwards, bit for bit. Raises EditError as `check` does, before
     anything is changed."""
-    check(subject, edit)
-    with written(subject.model, edit.values):
-        yield subject
+    check(model, edit)
+    with written(model.module, edit.values):
+        yield model
 
 
 @contextmanager
@@ -153,26 +157,26 @@ def written(model: PreTrainedModel, values: dict[Slice, Tensor]) -> Iterator[Non
                 target.copy_(before)
 
 
-def check(subject: Subject, edit: Edit) -> None:
+def check(model: Model, edit: Edit) -> None:
     """Raises EditError unless the edit was made for these very weights, and holds sound values for exactly the slices
     of its pathway in its layer. Names are not compared: the same weights under another path are the same subject."""
     _check_content(edit, "the edit cannot be applied")
-    if edit.base_sha256 != subject.weights_sha256:
-        sums = f"{edit.base_sha256[:12]}..., not {subject.weights_sha256[:12]}..."
-        if edit.subject != subject.name:
+    if edit.base_sha256 != model.weights_sha256:
+        sums = f"{edit.base_sha256[:12]}..., not {model.weights_sha256[:12]}..."
+        if edit.model_name != model.name:
             raise EditError(
-                f"the edit {edit.title!r} is for another subject than {subject.name} (weights {sums}); "
-                f"load {edit.subject}."
+                f"the edit {edit.title!r} is for another subject than {model.name} (weights {sums}); "
+                f"load {edit.model_name}."
             )
         raise EditError(
-            f"the edit {edit.title!r} is for another revision of {subject.name} (weights {sums}); get the revision "
+            f"the edit {edit.title!r} is for another revision of {model.name} (weights {sums}); get the revision "
             "that it was made for, or train it anew on this one."
         )
-    targets(subject.model, edit.values)
+    targets(model.module, edit.values)
     try:
-        wanted = pathway_slices(subject.model, edit.layer, edit.pathway)
+        wanted = pathway_slices(model.module, edit.layer, edit.pathway)
     except ValueError as error:
-        raise EditError(f"the edit {edit.title!r} names a place that {subject.name} lacks: {error}.") from error
+        raise EditError(f"the edit {edit.title!r} names a place that {model.name} lacks: {error}.") from error
     if odd := sorted(set(wanted) ^ set(edit.values), key=str):
         verb = "lacks" if odd[0] in wanted else "also holds"
         raise EditError(
@@ -227,28 +231,44 @@ def outside_bytes(model: PreTrainedModel, slices: Sequence[Slice]) -> int:
     return sum(p.nbytes for p in parameters.values()) - inside
 
 
-def verify(subject: Subject, edit: Edit, *, edited: Subject | None = None) -> pd.DataFrame:
+def verify(model: Model, edit: Edit, *, edited: Model | None = None) -> pd.DataFrame:
     """Re-run the edit's prompts before and after: one row a fact, with what the edit recorded and whether it holds.
     edited: a model that has the edit in its weights, to ask instead of the subject with the edit applied. Raises
     EditError if a byte outside the slices differs between before and after."""
     template, slices = {"failing": edit.template}, tuple(edit.values)
-    before, outside = tell(subject, edit.facts, template), outside_sha256(subject.model, slices)
-    with applied(subject, edit) if edited is None else nullcontext(edited) as changed:
-        if outside_sha256(changed.model, slices) != outside:
+    before, outside = tell(model, edit.facts, template), outside_sha256(model.module, slices)
+    with applied(model, edit) if edited is None else nullcontext(edited) as changed:
+        if outside_sha256(changed.module, slices) != outside:
             raise EditError(f"with the edit {edit.title!r}, {changed.name} differs from its base outside the slices.")
         after = tell(changed, edit.facts, template)
-    return pd.DataFrame({
-        "subject": before.subject, "answer": before.answer,
-        "says before": before.top, "told before": before.told, "p before": before.prob,
-        "says after": after.top, "told after": after.told, "p after": after.prob,
-        "as recorded": (before.told == list(edit.told_before)) & (after.told == list(edit.told_after)),
-    })  # fmt: skip
+    return pd.DataFrame(
+        {
+            "subject": before.subject,
+            "answer": before.answer,
+            "says before": before.top,
+            "told before": before.told,
+            "p before": before.prob,
+            "says after": after.top,
+            "told after": after.told,
+            "p after": after.prob,
+            "as recorded": (before.told == list(edit.told_before)) & (after.told == list(edit.told_after)),
+        }
+    )
 
 
 _HEADER = {  # the kind of each entry of a file's header
-    "subject": str, "base_sha256": str, "pathway": str, "layer": int, "facts": list, "template": str,
-    "told_before": list, "told_after": list, "seed": int, "recipe": dict, "slices": list,
-}  # fmt: skip
+    "model_name": str,
+    "base_sha256": str,
+    "pathway": str,
+    "layer": int,
+    "facts": list,
+    "template": str,
+    "told_before": list,
+    "told_after": list,
+    "seed": int,
+    "recipe": dict,
+    "slices": list,
+}
 
 
 def _from_header(header: Any, tensors: dict[str, Tensor]) -> Edit:
@@ -304,3 +324,10 @@ def _fault(edit: Edit) -> str | None:
         if odd := int((~value.isfinite()).sum()):
             return f"its values for {part} hold NaN or infinity in {odd:,} of {value.numel():,} places"
     return None
+
+
+def outside_unchanged(model: Model, edit: Edit) -> bool:
+    """Whether every byte outside the slice is the same with the edit in place as without."""
+    before = outside_sha256(model.module, tuple(edit.values))
+    with applied(model, edit):
+        return outside_sha256(model.module, tuple(edit.values)) == before

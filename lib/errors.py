@@ -5,7 +5,7 @@ class BookError(Exception):
     """Base of every error this package raises on purpose; the command line prints it without a traceback."""
 
 
-class SubjectError(BookError):
+class ModelError(BookError):
     """A model under study cannot be found, verified or understood."""
 
 

@@ -1,6 +1,6 @@
 """Report a number once: it goes into JSON, with its provenance, and as formatted text into the prose.
 
-    report = Results("01_static_diagnostics", subject, seed=seed)
+    report = Results("01_static_diagnostics", model, seed=seed)
     report("qk_overlap_mean", overlap.mean(), ".3f")
     report.save()
 
@@ -10,13 +10,9 @@ In a chapter the text is glued under the key, so that `{glue:text}` followed by 
 from __future__ import annotations
 
 import json
-import os
 import platform
-import re
 import resource
-import subprocess
 import sys
-import tempfile
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -28,28 +24,27 @@ import torch
 from matplotlib.figure import Figure
 
 from lib import __version__
-from lib.errors import ChapterError
-from lib.site import Site
-from lib.subjects import ROOT, Subject
+from lib.files import BUILD, commit, make_folder, slug, write_atomically
+from lib.models import Model
+from lib.sites import Site
 
-BUILD = ROOT / "_build"
 NOT_RUN = "not run"  # stands for a value that no run produced, and is never a pass
 PACKAGES = ("torch", "transformers", "transformer-lens", "captum", "numpy", "matplotlib", "papermill", "jupyter-book")
 
 
 class Results:
-    """The numbers of one chapter on one subject. Nothing is on disk before `save`."""
+    """The numbers of one chapter on one model. Nothing is on disk before `save`."""
 
-    def __init__(self, chapter: str, subject: Subject, *, seed: int = 0) -> None:
-        self.chapter, self.subject, self._start = chapter, subject.name, time.perf_counter()
+    def __init__(self, chapter: str, model: Model, *, seed: int = 0) -> None:
+        self.chapter, self.model_name, self._start = chapter, model.name, time.perf_counter()
         self.values: dict[str, Any] = {}
-        self.path = results_path(subject.name, chapter)
+        self.path = results_path(model.name, chapter)
         self.provenance: dict[str, Any] = {
             "chapter": chapter,
-            "subject": subject.name,
-            "source": subject.source,
-            "licence": subject.licence,
-            "weights_sha256": subject.weights_sha256,
+            "model": model.name,
+            "source": model.source,
+            "licence": model.licence,
+            "weights_sha256": model.weights_sha256,
             "lib": __version__,
             "commit": commit(),
             "python": platform.python_version(),
@@ -80,7 +75,7 @@ class Results:
     @property
     def folder(self) -> Path:
         """Where this chapter puts files that others use. Emptied before it is run anew."""
-        return chapter_folder(self.subject, self.chapter)
+        return chapter_folder(self.model_name, self.chapter)
 
     def figure(self, name: str, figure: Figure) -> Figure:
         """Keep a figure as a picture beside the results, and give it back to be shown."""
@@ -97,8 +92,8 @@ class Results:
         return self.path
 
 
-def results_path(subject: str, chapter: str) -> Path:
-    return BUILD / "results" / slug(subject) / f"{chapter}.json"
+def results_path(model_name: str, chapter: str) -> Path:
+    return BUILD / "results" / slug(model_name) / f"{chapter}.json"
 
 
 def reach(values: Any, key: str) -> Any:
@@ -113,38 +108,9 @@ def reach(values: Any, key: str) -> Any:
     return values
 
 
-def chapter_folder(subject: str, chapter: str) -> Path:
+def chapter_folder(model_name: str, chapter: str) -> Path:
     """Where a chapter puts files that others use."""
-    return results_path(subject, chapter).with_suffix("")
-
-
-def slug(name: str) -> str:
-    """A subject's name as a folder name."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
-
-
-def make_folder(folder: Path) -> Path:
-    """The folder, made if need be. Raises ChapterError where nothing can be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        raise ChapterError(
-            f"cannot write into {folder}: {error.strerror}. Make {BUILD} a folder that you may write to."
-        ) from error
-
-
-def write_atomically(path: Path, content: str) -> None:
-    """Write under a temporary name, then rename. Raises ChapterError where nothing can be written."""
-    temporary = make_folder(path.parent) / f"{path.name}.{os.getpid()}.part"  # another process may write the same
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise ChapterError(f"cannot write {path}: {error.strerror}. Make room, or permit writing there.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    return results_path(model_name, chapter).with_suffix("")
 
 
 def _plain(value: Any) -> Any:
@@ -178,15 +144,3 @@ def _glue(key: str, text: str) -> None:
     from myst_nb import glue
 
     glue(key, text, display=False)
-
-
-def commit() -> str:
-    """The commit of this checkout, with `+changes` if files differ from it; `unknown` outside a checkout."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -30,9 +30,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib.errors import DataError
-from lib.facts import DATA, Fact, load_mapping
-from lib.site import Site
-from lib.subjects import Subject
+from lib.facts import Fact, load_mapping
+from lib.files import DATA
+from lib.models import Model
+from lib.sites import Site
 from lib.weights import Weights
 
 PART = 4096  # tokens of the vocabulary that most answers are judged by; exact all the same (`_in_top_of`)
@@ -67,19 +68,19 @@ def qk_overlap_chance(d_model: int, level: float = 0.95) -> tuple[float, float, 
     return float(law.mean() / k), float(low / k), float(high / k)
 
 
-def load_token_types(subject: Subject, path: Path | None = None) -> dict[str, list[int]]:
+def load_token_types(model: Model, path: Path | None = None) -> dict[str, list[int]]:
     """Token type -> ids of its words that the tokenizer holds as one token. Words get a leading space; punctuation
     and word pieces do not. The organism brings its own list. Raises DataError where a type keeps fewer than 5."""
     if path is None:
-        path = DATA / ("organism/token_types.yaml" if subject.name == "organism" else "token_types.yaml")
+        path = DATA / ("organism/token_types.yaml" if model.name == "organism" else "token_types.yaml")
     types = {}
     for name, words in load_mapping(path).items():
         space = "" if name in ("punctuation", "word_piece") else " "
-        ids = [subject.token_ids(space + str(word)) for word in words]
+        ids = [model.token_ids(space + str(word)) for word in words]
         types[name] = sorted({row[0] for row in ids if len(row) == 1})
         if len(types[name]) < 5:
             raise DataError(
-                f"{path}: only {len(types[name])} words of {name!r} are one token for {subject.name}; add more."
+                f"{path}: only {len(types[name])} words of {name!r} are one token for {model.name}; add more."
             )
     return types
 
@@ -88,9 +89,7 @@ def load_token_types(subject: Subject, path: Path | None = None) -> dict[str, li
 def k_norms_by_head(weights: Weights, token_ids: Sequence[int]) -> Float[Tensor, "n_layers n_kv_heads token"]:
     """Norm of `norm(e) W_K` of every key head, for each token's embedding e."""
     e = weights.W_E[list(token_ids)]
-    return torch.stack(
-        [einsum(b.norm_attn(e), b.attn.W_K, "t d, n d h -> n t h").norm(dim=-1) for b in weights.blocks]
-    )
+    return torch.stack([einsum(b.norm_attn(e), b.attn.W_K, "t d, n d h -> n t h").norm(dim=-1) for b in weights.blocks])
 
 
 def k_norms(weights: Weights, token_ids: Sequence[int]) -> Float[Tensor, "n_layers token"]:
@@ -211,12 +210,12 @@ def join(maps: Iterable[RelationMap], *, permutations: int = 1000, seed: int = 0
 
 
 @torch.no_grad()
-def unembedding_hits(subject: Subject, facts: Sequence[Fact], *, k: int = 10) -> int:
+def unembedding_hits(model: Model, facts: Sequence[Fact], *, k: int = 10) -> int:
     """How many answers the unembedding alone puts among the top k of a subject's raw or enriched embedding, with no
     head in between: what the relation map would find if embeddings already held the relation."""
-    weights = subject.weights
-    raw = weights.W_E[[subject.token_ids(f" {f.subject}")[-1] for f in facts]]
-    answers = torch.tensor([subject.first_token(f.answer) for f in facts])
+    weights = model.weights
+    raw = weights.W_E[[model.token_ids(f" {f.subject}")[-1] for f in facts]]
+    answers = torch.tensor([model.first_token(f.answer) for f in facts])
     W_U = weights.norm_final.fold(weights.W_U)
     hits = [_in_top(e @ W_U, answers, k).diagonal() for e in (raw, enrich(weights, raw))]
     return int((hits[0] | hits[1]).sum())
@@ -233,17 +232,21 @@ def report_relation(report: Callable[..., None], name: str, relation: RelationMa
 
 @torch.no_grad()
 def relation_maps(
-    subject: Subject, facts: Sequence[Fact], *, k: int = 10, layers: Sequence[int] | None = None,
+    model: Model,
+    facts: Sequence[Fact],
+    *,
+    k: int = 10,
+    layers: Sequence[int] | None = None,
     progress: str | None = None,
-) -> dict[str, RelationMap]:  # fmt: skip
+) -> dict[str, RelationMap]:
     """Push each subject's embedding, `raw` and `enriched` by the first MLP, through a head's norm, W_V, W_O and the
     unembedding (final gain folded in), and ask whether the answer is among the k most promoted tokens of the whole
     vocabulary. A subject of several tokens is read at its last one. Source: design, section 4; compare MAPS
     (Elhelo and Geva). layers: only these (0-based), all if not given."""
-    weights, n = subject.weights, len(facts)
-    raw = weights.W_E[[subject.token_ids(f" {f.subject}")[-1] for f in facts]]
+    weights, n = model.weights, len(facts)
+    raw = weights.W_E[[model.token_ids(f" {f.subject}")[-1] for f in facts]]
     e = torch.cat((raw, enrich(weights, raw)))
-    answers = torch.tensor([subject.first_token(f.answer) for f in facts])
+    answers = torch.tensor([model.first_token(f.answer) for f in facts])
     W_U = weights.norm_final.fold(weights.W_U)
     part = W_U[:, :: max(1, W_U.shape[1] // PART)].contiguous()
     hits = []
@@ -272,7 +275,7 @@ class RoleRules:
 
 @torch.no_grad()
 def head_roles(
-    subject: Subject,
+    model: Model,
     types: dict[str, list[int]],
     maps: Sequence[RelationMap],
     *,
@@ -292,7 +295,7 @@ def head_roles(
                 is at least `relation` and beats its null; neither otherwise. A head that maps a relation is called
                 so even if it also copies.
     """
-    weights = subject.weights
+    weights = model.weights
     ids = [i for group in types.values() for i in group]
     labels = np.repeat(np.arange(len(types)), [len(group) for group in types.values()])
     e = weights.W_E[ids]
@@ -319,15 +322,24 @@ def head_roles(
             share = float(relation[which, layer, head])
             share_p = float(relation_p[which, layer, head])
             copy = float(own[head].mean())
-            rows.append({
-                "site": str(Site(layer, head)), "layer": layer, "head": head,
-                "seeks": names[seek] if seek_d >= rules.effect and seek_p <= rules.p else "none",
-                "seeks_effect": seek_d, "seeks_p": seek_p,
-                "advertises": names[call] if call_d >= rules.effect and call_p <= rules.p else "none",
-                "advertises_effect": call_d, "advertises_p": call_p,
-                "value": _value_role(copy, float(gap[head].mean()), copy_p[head], share, share_p, rules),
-                "copy_score": copy, "copy_p": copy_p[head], "relation_score": share, "relation_p": share_p,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "site": str(Site(layer, head)),
+                    "layer": layer,
+                    "head": head,
+                    "seeks": names[seek] if seek_d >= rules.effect and seek_p <= rules.p else "none",
+                    "seeks_effect": seek_d,
+                    "seeks_p": seek_p,
+                    "advertises": names[call] if call_d >= rules.effect and call_p <= rules.p else "none",
+                    "advertises_effect": call_d,
+                    "advertises_p": call_p,
+                    "value": _value_role(copy, float(gap[head].mean()), copy_p[head], share, share_p, rules),
+                    "copy_score": copy,
+                    "copy_p": copy_p[head],
+                    "relation_score": share,
+                    "relation_p": share_p,
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -367,9 +379,11 @@ def _unembedding_moments(weights: Weights) -> tuple[Float[Tensor, "d_model vocab
 
 
 def _copy_scores(
-    v: Float[Tensor, "head token d_head"], W_O: Float[Tensor, "head d_head d_model"], ids: list[int],
+    v: Float[Tensor, "head token d_head"],
+    W_O: Float[Tensor, "head d_head d_model"],
+    ids: list[int],
     moments: tuple[Tensor, Tensor, Tensor],
-) -> tuple[Float[Tensor, "head token"], Float[Tensor, "head token"]]:  # fmt: skip
+) -> tuple[Float[Tensor, "head token"], Float[Tensor, "head token"]]:
     """Standardised logit of each word's own token, and the mean of the other words' tokens, through an OV circuit, all
     of it in the d_head dimensions of the value channel."""
     W_U, mean, covariance = moments
@@ -399,9 +413,12 @@ def _top_mask(norms: Float[Tensor, "n d_model"], k: int) -> Bool[Tensor, "n d_mo
 
 
 def _in_top_of(
-    x: Float[Tensor, "row d_model"], W_U: Float[Tensor, "d_model vocab"], part: Float[Tensor, "d_model some"],
-    answers: Int[Tensor, " answer"], k: int,
-) -> Bool[Tensor, "row answer"]:  # fmt: skip
+    x: Float[Tensor, "row d_model"],
+    W_U: Float[Tensor, "d_model vocab"],
+    part: Float[Tensor, "d_model some"],
+    answers: Int[Tensor, " answer"],
+    k: int,
+) -> Bool[Tensor, "row answer"]:
     """`_in_top` of x @ W_U. The k-th best of a part of the vocabulary is never above the k-th best of all of it, so an
     answer that falls short of it there is out, and a row without any other needs no more; the slack is for rounding."""
     reach = (x @ part).topk(k, dim=-1).values[:, -1:]

@@ -21,13 +21,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+import pandas as pd
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lib.errors import CompletenessError, DataError
-from lib.subjects import Subject
+from lib.models import Model
+from lib.sites import Site
 
 Convention = Literal["raw", "scaled", "centred"]
 CONVENTIONS: tuple[Convention, ...] = ("raw", "scaled", "centred")
@@ -49,18 +51,18 @@ class Capture:
 
 
 @torch.no_grad()
-def capture(subject: Subject, prompts: Sequence[str], *, everywhere: bool = False) -> Capture:
+def capture(model: Model, prompts: Sequence[str], *, everywhere: bool = False) -> Capture:
     """One forward pass over a batch of prompts. Raises DataError for an empty or too long prompt."""
-    tokens, last = subject.encode(prompts)
-    rows, weights, seen = torch.arange(len(prompts)), subject.weights, _Seen([], [], [], [])
+    tokens, last = model.encode(prompts)
+    rows, weights, seen = torch.arange(len(prompts)), model.weights, _Seen([], [], [], [])
 
     def keep(into: list[Tensor], x: Tensor) -> None:
         into.append(x[rows, last])
         if everywhere and into is seen.stream:
             seen.everywhere.append(x)
 
-    with _hooks(subject, seen, keep):
-        logits = subject.model(tokens, use_cache=False).logits[rows, last]
+    with _hooks(model, seen, keep):
+        logits = model.module(tokens, use_cache=False).logits[rows, last]
     z = rearrange(torch.stack(seen.z, 1), "b l (n h) -> b l n h", n=weights.n_heads)
     whole = torch.stack(seen.everywhere, 1) if everywhere else None
     return Capture(
@@ -102,22 +104,18 @@ class LogitTrace:
 
 @torch.no_grad()
 def logit_trace(
-    subject: Subject,
-    seen: Capture,
-    tokens: Int[Tensor, "b n"],
-    convention: Convention = "scaled",
-    tolerance: float = 1e-3,
+    model: Model, seen: Capture, tokens: Int[Tensor, "b n"], convention: Convention = "scaled", tolerance: float = 1e-3
 ) -> LogitTrace:
     """Every term's contribution to the logits of the given tokens (one row a prompt). Raises CompletenessError if
     the terms miss the model's own logit by more than the tolerance: fp32 rounding over a few hundred terms of size
     10 stays below 1e-3, a term left out does not. (raw: relative to the largest term, which no norm tames. A precision
     below fp32 is allowed eight of its own roundings of the largest partial sum.)"""
-    return logit_traces(subject, seen, tokens, (convention,), tolerance)[convention]
+    return logit_traces(model, seen, tokens, (convention,), tolerance)[convention]
 
 
 @torch.no_grad()
 def logit_traces(
-    subject: Subject,
+    model: Model,
     seen: Capture,
     tokens: Int[Tensor, "b n"],
     conventions: Sequence[Convention] = CONVENTIONS,
@@ -125,7 +123,7 @@ def logit_traces(
 ) -> dict[Convention, LogitTrace]:
     """`logit_trace` in several conventions, which differ only in the direction that every term is read along: what a
     head writes into the stream is computed once."""
-    blocks = subject.weights.blocks
+    blocks = model.weights.blocks
     written = torch.stack(  # (b, l, n, d)
         [einsum(z, block.attn.W_O, "b n h, n h d -> b n d") for z, block in zip(seen.z.unbind(1), blocks, strict=True)],
         1,
@@ -134,7 +132,7 @@ def logit_traces(
     mlp_bias = torch.stack([torch.zeros_like(b.bias()) if b.mlp.b_out is None else b.mlp.b_out for b in blocks])
     traces = {}
     for convention in conventions:
-        directions, constant = _directions(subject, seen, tokens, convention)
+        directions, constant = _directions(model, seen, tokens, convention)
         traces[convention] = trace = LogitTrace(
             convention=convention,
             tokens=tokens,
@@ -158,12 +156,12 @@ def logit_traces(
 
 @torch.no_grad()
 def logit_lens(
-    subject: Subject, seen: Capture, tokens: Int[Tensor, "b n"]
+    model: Model, seen: Capture, tokens: Int[Tensor, "b n"]
 ) -> tuple[Float[Tensor, "b n_layers+1 n"], Int[Tensor, "b n_layers+1 n"]]:
     """Log-probability and rank (1 is the top) of the tokens if the stream were read out after each layer, each
     layer with its own norm scale (nostalgebraist 2020). Early layers are read in a basis they may not use: the lens
     is biased (Belrose et al. 2023)."""
-    weights = subject.weights
+    weights = model.weights
     logits = weights.norm_final(seen.stream) @ weights.W_U
     chosen = logits.gather(-1, tokens[:, None].expand(-1, logits.shape[1], -1))
     ranks = torch.stack([(logits > c[..., None]).sum(-1) + 1 for c in chosen.unbind(-1)], -1)
@@ -171,7 +169,7 @@ def logit_lens(
 
 
 @torch.no_grad()
-def last_patterns(subject: Subject, seen: Capture) -> Float[Tensor, "b n_layers n_heads t"]:
+def last_patterns(model: Model, seen: Capture) -> Float[Tensor, "b n_layers n_heads t"]:
     """Attention from each prompt's last token to every position. The capture must be `everywhere`."""
     if seen.everywhere is None:
         raise DataError("attention patterns need `capture(..., everywhere=True)`.")
@@ -179,44 +177,44 @@ def last_patterns(subject: Subject, seen: Capture) -> Float[Tensor, "b n_layers 
     return torch.stack(
         [
             block.attn.pattern(block.norm_attn(x))[rows, :, seen.last]
-            for block, x in zip(subject.weights.blocks, streams, strict=False)
+            for block, x in zip(model.weights.blocks, streams, strict=False)
         ],
         1,
     )
 
 
-def subject_positions(subject: Subject, prompt: str, name: str) -> list[int]:
+def subject_positions(model: Model, prompt: str, name: str) -> list[int]:
     """Positions of the tokens that spell the fact's subject in a prompt. Raises DataError if it is not there."""
     start = prompt.find(name)
     if start < 0:
         raise DataError(f"{name!r} does not stand in the prompt {prompt!r}.")
-    offsets = subject.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    offsets = model.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     return [i for i, (a, b) in enumerate(offsets) if a < start + len(name) and b > start]
 
 
-def subject_attention(subject: Subject, seen: Capture, names: Sequence[str]) -> Float[Tensor, "b n_layers n_heads"]:
+def subject_attention(model: Model, seen: Capture, names: Sequence[str]) -> Float[Tensor, "b n_layers n_heads"]:
     """Attention from the last token to the tokens of each prompt's subject, summed over them (0 to 1)."""
-    patterns = last_patterns(subject, seen)
+    patterns = last_patterns(model, seen)
     sums = [
-        pattern[..., subject_positions(subject, prompt, name)].sum(-1)
+        pattern[..., subject_positions(model, prompt, name)].sum(-1)
         for pattern, prompt, name in zip(patterns, seen.prompts, names, strict=True)
     ]
     return torch.stack(sums)
 
 
-def subject_stream_norm(subject: Subject, seen: Capture, names: Sequence[str]) -> Float[Tensor, "b n_layers+1"]:
+def subject_stream_norm(model: Model, seen: Capture, names: Sequence[str]) -> Float[Tensor, "b n_layers+1"]:
     """Norm of the residual stream at the last token of each prompt's subject, before each layer and after the last."""
     if seen.everywhere is None:
         raise DataError("the subject's stream needs `capture(..., everywhere=True)`.")
-    at = torch.tensor([subject_positions(subject, p, n)[-1] for p, n in zip(seen.prompts, names, strict=True)])
+    at = torch.tensor([subject_positions(model, p, n)[-1] for p, n in zip(seen.prompts, names, strict=True)])
     return seen.everywhere[torch.arange(len(names)), :, at].norm(dim=-1)
 
 
 def _directions(
-    subject: Subject, seen: Capture, tokens: Int[Tensor, "b n"], convention: Convention
+    model: Model, seen: Capture, tokens: Int[Tensor, "b n"], convention: Convention
 ) -> tuple[Float[Tensor, "b n d_model"], Float[Tensor, "b n"]]:
     """The residual direction that each token's logit reads in a convention, and the part that no term carries."""
-    weights = subject.weights
+    weights = model.weights
     columns = weights.W_U[:, tokens]  # (d_model, b, n)
     if convention == "raw":
         return rearrange(columns, "d b n -> b n d"), torch.zeros(tokens.shape, device=tokens.device)
@@ -252,7 +250,7 @@ def _first(output: Tensor | tuple) -> Tensor:
 
 
 @contextmanager
-def _hooks(subject: Subject, seen: _Seen, keep) -> Iterator[None]:
+def _hooks(model: Model, seen: _Seen, keep) -> Iterator[None]:
     def before(into: list[Tensor]):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             keep(into, _first(args) if args else kwargs["hidden_states"])
@@ -262,7 +260,7 @@ def _hooks(subject: Subject, seen: _Seen, keep) -> Iterator[None]:
     def after(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         keep(seen.mlps, _first(output))
 
-    weights, handles = subject.weights, []
+    weights, handles = model.weights, []
     try:
         for block in weights.blocks:
             handles.append(block.module.register_forward_pre_hook(before(seen.stream), with_kwargs=True))
@@ -273,3 +271,65 @@ def _hooks(subject: Subject, seen: _Seen, keep) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+BATCH = 8
+
+
+def components(model: Model) -> tuple[Site, ...]:
+    """All heads, layer by layer, then all MLPs: the order of every component vector."""
+    layers, heads = range(model.weights.n_layers), range(model.weights.n_heads)
+    return (*(Site(layer, head) for layer in layers for head in heads), *(Site(layer, mlp=True) for layer in layers))
+
+
+def direction(
+    model: Model, final: Float[Tensor, "text d_model"], tokens: Int[Tensor, " text"]
+) -> Float[Tensor, "text d_model"]:
+    """The residual direction that each token's logit reads. final: the last stream, before the norm."""
+    return _fold(model, final, model.weights.W_U[:, tokens].T)
+
+
+def _fold(
+    model: Model, final: Float[Tensor, "text d_model"], read: Float[Tensor, "text d_model"]
+) -> Float[Tensor, "text d_model"]:
+    """A direction of the normalised stream as one of the stream itself, the norm frozen at each text's own scale."""
+    norm = model.weights.norm_final
+    return norm.fold(read.T).T / norm.scale(final)
+
+
+def convention_terms(model: Model, row: pd.Series) -> pd.DataFrame:
+    """Every component's term for a prompt (a row of a `tell` table): for its answer, its competitor and their
+    difference, in every convention; the last row sums all terms, embedding and biases included."""
+    seen = capture(model, [row.prompt])
+    pair = torch.tensor([[row.answer_token, row.competitor_token]])
+    columns: dict[tuple[str, str], list[float]] = {}
+    for convention in CONVENTIONS:
+        trace = logit_trace(model, seen, pair, convention)
+        answer, competitor = torch.cat((trace.heads.flatten(2), trace.mlps, trace.model[..., None]), -1)[0]
+        for name, terms in (("answer", answer), ("competitor", competitor), ("difference", answer - competitor)):
+            columns[convention, name] = terms.tolist()
+    return pd.DataFrame(columns, index=[*map(str, components(model)), "all terms"])
+
+
+def strongest_terms(table: pd.DataFrame, *, k: int = 8) -> pd.DataFrame:
+    """Of a `convention_terms` table the k components that move the prompt most, and the sum of all."""
+    strongest = table["scaled", "difference"].iloc[:-1].abs().sort_values(ascending=False).index[:k]
+    return table.loc[[*strongest, "all terms"]]
+
+
+def terms_by_site(table: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
+    """A `convention_terms` table as results keep it: convention, then answer or competitor, then site."""
+    return {c: {what: table[c, what].to_dict() for what in ("answer", "competitor")} for c in CONVENTIONS}
+
+
+def completeness(model: Model, table: pd.DataFrame) -> dict[str, float]:
+    """Largest |sum of terms - model's own value| by convention, over every prompt of a `tell` table, for its answer
+    and its competitor; `raw` relative to the final residual stream's own product."""
+    errors: dict[str, float] = dict.fromkeys(CONVENTIONS, 0.0)
+    for start in range(0, len(table), BATCH):
+        part = table.iloc[start : start + BATCH]
+        seen = capture(model, part.prompt.tolist())
+        pairs = torch.tensor(part[["answer_token", "competitor_token"]].to_numpy())
+        for convention in CONVENTIONS:
+            errors[convention] = max(errors[convention], logit_trace(model, seen, pairs, convention).error)
+    return errors

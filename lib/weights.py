@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from lib.errors import SubjectError
+from lib.errors import ModelError
 
 PATHWAYS = ("full", "attention", "ffn", "v_only", "q_only", "k_only")
 
@@ -220,7 +220,7 @@ class Weights:
 
 
 def view(model: PreTrainedModel) -> Weights:
-    """The view of a loaded model. Raises SubjectError for a family that has no builder."""
+    """The view of a loaded model. Raises ModelError for a family that has no builder."""
     family = model.config.model_type
     check_family(family, model.config.name_or_path or "this model")
     return _BUILDERS[family](model)
@@ -228,7 +228,7 @@ def view(model: PreTrainedModel) -> Weights:
 
 def check_family(family: str | None, where: str) -> None:
     if family not in _BUILDERS:
-        raise SubjectError(
+        raise ModelError(
             f"{where} is of the family {family!r}; the book reads {' and '.join(sorted(_BUILDERS))}. "
             "Choose a model of one of them, or add a builder to lib/weights.py."
         )
@@ -239,7 +239,7 @@ def check_view(
     model: PreTrainedModel, weights: Weights, tokens: Int[Tensor, "b t"], tolerance: float | None = None
 ) -> float:
     """Largest difference between the view's hidden states and the model's own, relative to the largest
-    activation of that layer. Raises SubjectError above the tolerance: then Q, K, V, O or the MLP are misread.
+    activation of that layer. Raises ModelError above the tolerance: then Q, K, V, O or the MLP are misread.
     Tolerance, if not given: 1e-3 in fp32, where rounding over 30 layers stays near 1e-5, and eight roundings in bf16; a
     wrong slice, bias or rotation gives 1e-1 or more."""
     tolerance = tolerance or max(1e-3, 8 * torch.finfo(weights.W_E.dtype).eps)
@@ -249,7 +249,7 @@ def check_view(
     errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(mine, own, strict=True)]
     if not max(errors) <= tolerance:
         worst = max(range(len(errors)), key=errors.__getitem__)
-        raise SubjectError(
+        raise ModelError(
             f"the weight view does not reproduce the model: relative error {errors[worst]:.2g} in the hidden state "
             f"{worst} of {len(errors) - 1} (allowed {tolerance:g}). Its configuration uses something that "
             "lib/weights.py does not read; this model cannot be a subject yet."
@@ -311,9 +311,9 @@ def part_masks(
         _mark(by_end["attn.c_attn.weight" if gpt2 else "self_attn.q_proj.weight"], rows, gpt2)
         _mark(by_end["attn.c_proj.weight" if gpt2 else "self_attn.o_proj.weight"], rows, not gpt2)
     else:
-        (mask,) = masks.values() if part == "values" else (
-            by_end["mlp.c_proj.weight" if gpt2 else "mlp.down_proj.weight"],
-        )  # fmt: skip
+        (mask,) = (
+            masks.values() if part == "values" else (by_end["mlp.c_proj.weight" if gpt2 else "mlp.down_proj.weight"],)
+        )
         _mark(mask, index, gpt2 == (part == "values"))
     return pathways[part], masks
 
@@ -357,16 +357,28 @@ def _gpt2(model: Any) -> Weights:
         W_O = rearrange(m.attn.c_proj.weight, "(n h) d -> n h d", n=n)
         attn = Attention(W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, m.attn.c_proj.bias, rotary=None)
         mlp = MLP(
-            m.mlp.c_fc.weight, m.mlp.c_proj.weight, m.mlp.c_fc.bias, m.mlp.c_proj.bias,
-            W_gate=None, b_gate=None, act=ACT2FN[model.config.activation_function],
-        )  # fmt: skip
+            m.mlp.c_fc.weight,
+            m.mlp.c_proj.weight,
+            m.mlp.c_fc.bias,
+            m.mlp.c_proj.bias,
+            W_gate=None,
+            b_gate=None,
+            act=ACT2FN[model.config.activation_function],
+        )
         return Block(_norm(m.ln_1), attn, _norm(m.ln_2), mlp, m, m.attn.c_proj, m.mlp.c_proj)
 
     t = model.transformer
     return Weights(
-        "gpt2", "transformer.h", t.wte.weight, t.wpe.weight, tuple(map(block, t.h)),
-        _norm(t.ln_f), t.ln_f, model.lm_head.weight.T, model.config.n_positions,
-    )  # fmt: skip
+        "gpt2",
+        "transformer.h",
+        t.wte.weight,
+        t.wpe.weight,
+        tuple(map(block, t.h)),
+        _norm(t.ln_f),
+        t.ln_f,
+        model.lm_head.weight.T,
+        model.config.n_positions,
+    )
 
 
 def _llama(model: Any) -> Weights:
@@ -382,16 +394,28 @@ def _llama(model: Any) -> Weights:
         W_O = rearrange(a.o_proj.weight, "d (n h) -> n h d", n=n)
         attn = Attention(W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, a.o_proj.bias, base.rotary_emb)
         mlp = MLP(
-            m.mlp.up_proj.weight.T, m.mlp.down_proj.weight.T, m.mlp.up_proj.bias, m.mlp.down_proj.bias,
-            m.mlp.gate_proj.weight.T, m.mlp.gate_proj.bias, ACT2FN[c.hidden_act],
-        )  # fmt: skip
+            m.mlp.up_proj.weight.T,
+            m.mlp.down_proj.weight.T,
+            m.mlp.up_proj.bias,
+            m.mlp.down_proj.bias,
+            m.mlp.gate_proj.weight.T,
+            m.mlp.gate_proj.bias,
+            ACT2FN[c.hidden_act],
+        )
         norms = _norm(m.input_layernorm), _norm(m.post_attention_layernorm)
         return Block(norms[0], attn, norms[1], mlp, m, a.o_proj, m.mlp.down_proj)
 
     return Weights(
-        "llama", "model.layers", base.embed_tokens.weight, None, tuple(map(block, base.layers)),
-        _norm(base.norm), base.norm, model.lm_head.weight.T, c.max_position_embeddings,
-    )  # fmt: skip
+        "llama",
+        "model.layers",
+        base.embed_tokens.weight,
+        None,
+        tuple(map(block, base.layers)),
+        _norm(base.norm),
+        base.norm,
+        model.lm_head.weight.T,
+        c.max_position_embeddings,
+    )
 
 
 _BUILDERS = {"gpt2": _gpt2, "llama": _llama}

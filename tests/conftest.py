@@ -11,25 +11,25 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from lib import subjects
-from lib.subjects import Subject
+from lib import models
+from lib.models import Model
 from lib.weights import view
 
 
-def wrap(model: PreTrainedModel, tokenizer) -> Subject:
+def wrap(model: PreTrainedModel, tokenizer) -> Model:
     model = model.eval().requires_grad_(False)
     parameters = sum(p.numel() for p in model.parameters())
-    return Subject("tiny", "random", "none", "0" * 64, parameters, model, tokenizer, view(model))
+    return Model("tiny", "random", "none", "0" * 64, parameters, model, tokenizer, view(model))
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Subject:
-    return subjects.load("smollm2")
+def smollm2() -> Model:
+    return models.load("smollm2")
 
 
 @pytest.fixture(scope="session")
-def organism() -> Subject:
-    return subjects.load("organism")
+def organism() -> Model:
+    return models.load("organism")
 
 
 def tiny_gpt2(seed: int = 0, **options: int) -> GPT2LMHeadModel:
@@ -41,14 +41,20 @@ def tiny_gpt2(seed: int = 0, **options: int) -> GPT2LMHeadModel:
 def tiny_llama(seed: int = 0, **options: object) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     sizes = {
-        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32,
-        "intermediate_size": 48, "vocab_size": 49152, "max_position_embeddings": 64, "initializer_range": 0.3,
-    }  # fmt: skip
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "vocab_size": 49152,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+    }
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **options}))
 
 
 @pytest.fixture(scope="session", params=["gpt2", "llama", "llama with biases"])
-def tiny(request: pytest.FixtureRequest, smollm2: Subject) -> Subject:
+def tiny(request: pytest.FixtureRequest, smollm2: Model) -> Model:
     """A random model of either family, with SmolLM2's tokenizer. Biases are drawn at random too: at zero, as they
     start, a forgotten bias would go unnoticed."""
     model = {
@@ -65,5 +71,5 @@ def tiny(request: pytest.FixtureRequest, smollm2: Subject) -> Subject:
 
 
 @pytest.fixture(scope="session")
-def tiny_gpt2_subject(smollm2: Subject) -> Subject:
+def tiny_gpt2_subject(smollm2: Model) -> Model:
     return wrap(tiny_gpt2(), smollm2.tokenizer)

@@ -18,9 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from lib import release, runner
-from lib.results import slug
-from lib.subjects import ROOT
+from lib.files import ROOT, slug
+from lib.press import execute, release
 
 KERNEL = "colab-simulated"
 START = "import google.colab\n"  # Colab's kernel has it loaded before the first cell runs
@@ -70,22 +69,27 @@ def variables(place: Path, python: Path, bare: Path, repo: release.Repository) -
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "PIP_CONSTRAINT")}
     redirect = {"COUNT": "1", "KEY_0": f"url.{bare.as_uri()}.insteadOf", "VALUE_0": repo.url}
     return {
-        **kept, **{f"GIT_CONFIG_{k}": v for k, v in redirect.items()}, "IPYTHONDIR": str(place / "ipython"),
-        "JUPYTER_PATH": str(place / "jupyter"), "QKV_CACHE": str(place / "cache"),
+        **kept,
+        **{f"GIT_CONFIG_{k}": v for k, v in redirect.items()},
+        "IPYTHONDIR": str(place / "ipython"),
+        "JUPYTER_PATH": str(place / "jupyter"),
+        "QKV_CACHE": str(place / "cache"),
         "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
-    }  # fmt: skip
+    }
 
 
-def execute(chapter: str, subject: str, place: Path, bare: Path, env: dict[str, str], repo: release.Repository) -> None:
+def alone(
+    chapter: str, model_name: str, place: Path, bare: Path, env: dict[str, str], repo: release.Repository
+) -> None:
     """One chapter, as the tag has it, alone in a new folder. Its results must stand in the clone that it made."""
     content = place / chapter
     content.mkdir()
     notebook = content / f"{chapter}.ipynb"
     notebook.write_text(call("git", "-C", bare, "show", f"{repo.tag}:book/{chapter}.ipynb"), encoding="utf-8")
-    words = [notebook, content / "done.ipynb", "-p", "subject", subject, "-k", KERNEL, "--cwd", content]
+    words = [notebook, content / "done.ipynb", "-p", "model_name", model_name, "-k", KERNEL, "--cwd", content]
     call(sys.executable, "-m", "papermill", *words, "--no-progress-bar", env=env, cwd=content)
     clone = content / f"{repo.name}-{repo.tag}"
-    assert (clone / "_build" / "results" / slug(subject) / f"{chapter}.json").is_file(), f"no results in {clone}"
+    assert (clone / "_build" / "results" / slug(model_name) / f"{chapter}.json").is_file(), f"no results in {clone}"
 
 
 def torch_version(python: Path) -> str:
@@ -97,9 +101,9 @@ def torch_version(python: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chapters", nargs="*", help="by number or name; all if none is given")
-    parser.add_argument("--subject", default="organism", help="organism (default), smollm2, gpt2, or a hub id")
+    parser.add_argument("--model", default="organism", help="organism (default), smollm2, gpt2, or a hub id")
     words = parser.parse_args()
-    chapters, repo = runner.choose_chapters(words.chapters), release.repository()
+    chapters, repo = execute.choose_chapters(words.chapters), release.repository()
     if changed := call("git", "status", "--porcelain", cwd=ROOT):
         print(f"only what is committed is tested; not these changes:\n{changed}")
     with tempfile.TemporaryDirectory(prefix="colab-") as temporary:
@@ -110,7 +114,7 @@ def main() -> None:
         print(f"environment with torch {before.split()[0]}: {time.perf_counter() - start:.0f} s", flush=True)
         for chapter in chapters:
             start = time.perf_counter()
-            execute(chapter, words.subject, place, bare, env, repo)
+            alone(chapter, words.subject, place, bare, env, repo)
             assert torch_version(python) == before, f"{chapter} replaced torch"
             print(f"{chapter} on {words.subject}: {time.perf_counter() - start:.0f} s", flush=True)
         installed = call(python, "-I", "-m", "pip", "list", "--format=freeze")

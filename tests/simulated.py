@@ -22,9 +22,15 @@ class Elsewhere(Tensor):
     @staticmethod
     def __new__(cls, inner: Tensor):
         return Tensor._make_wrapper_subclass(
-            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-            layout=inner.layout, device=DEVICE, requires_grad=inner.requires_grad,
-        )  # fmt: skip
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            layout=inner.layout,
+            device=DEVICE,
+            requires_grad=inner.requires_grad,
+        )
 
     def __init__(self, inner: Tensor) -> None:
         self.inner = inner

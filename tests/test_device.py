@@ -12,11 +12,14 @@ import pytest
 import simulated
 import torch
 
-from lib import crosscheck, diagnosis, edits, effects, experiments, patching, pathways, plants, static, subjects
-from lib.crosscheck import Part
-from lib.facts import load_cases, load_templates, prompts, study_facts, trainable
-from lib.generalise import learn_at
-from lib.subjects import Subject
+from lib import diagnosis, edits, evaluation, files, interventions, models, peers, sites, static, training
+from lib.facts import load_cases, load_templates, prompts
+from lib.interventions import Part
+from lib.models import Model
+from lib.recall import study_facts, trainable
+from lib.studies import planted
+from lib.studies.distillation import learn_at
+from lib.sweeps import experiments
 from lib.trace import capture, logit_lens, logit_traces, subject_attention
 from lib.weights import view
 
@@ -25,74 +28,75 @@ Numbers = list[torch.Tensor | np.ndarray | float]
 
 
 @pytest.fixture(scope="module")
-def elsewhere(organism: Subject) -> Subject:
+def elsewhere(organism: Model) -> Model:
     with simulated.Simulated():
-        model = copy.deepcopy(organism.model).to(simulated.DEVICE)
+        model = copy.deepcopy(organism.module).to(simulated.DEVICE)
     return replace(organism, model=model, weights=view(model))
 
 
-def asked(subject: Subject):
-    case = trainable(subject, load_cases("organism")[0])
-    answers = torch.tensor([subject.first_token(f.answer) for f in case.facts])
+def asked(model: Model):
+    case = trainable(model, load_cases("organism")[0])
+    answers = torch.tensor([model.first_token(f.answer) for f in case.facts])
     failing, control = (prompts(case.facts, load_templates()[t]) for t in (case.template, case.controls[0]))
     return case, failing, control, answers
 
 
-def traces(subject: Subject) -> Numbers:
-    case, failing, _, answers = asked(subject)
-    seen = capture(subject, failing, everywhere=True)
-    found = logit_traces(subject, seen, answers[:, None])
+def traces(model: Model) -> Numbers:
+    case, failing, _, answers = asked(model)
+    seen = capture(model, failing, everywhere=True)
+    found = logit_traces(model, seen, answers[:, None])
     return [t.heads for t in found.values()] + [
-        *logit_lens(subject, seen, answers[:, None]), subject_attention(subject, seen, [f.subject for f in case.facts])
-    ]  # fmt: skip
+        *logit_lens(model, seen, answers[:, None]),
+        subject_attention(model, seen, [f.subject for f in case.facts]),
+    ]
 
 
-def diagnoses(subject: Subject) -> Numbers:
-    found = [diagnosis.prescribe(subject, trainable(subject, case)) for case in load_cases("organism")]
+def diagnoses(model: Model) -> Numbers:
+    found = [diagnosis.prescribe(model, trainable(model, case)) for case in load_cases("organism")]
     return [float(at) for verdict in found for at in (verdict.knowledge_head.layer, verdict.knowledge_head.head)]
 
 
-def statics(subject: Subject) -> Numbers:
-    maps = static.relation_maps(subject, study_facts(subject, asked(subject)[0]))
-    norms = static.k_norm_table(subject.weights, static.load_token_types(subject), resamples=20)
-    return [static.qk_overlap(subject.weights), *(m.p_values(permutations=20) for m in maps.values()), norms["mean"]]
+def statics(model: Model) -> Numbers:
+    maps = static.relation_maps(model, study_facts(model, asked(model)[0]))
+    norms = static.k_norm_table(model.weights, static.load_token_types(model), resamples=20)
+    return [static.qk_overlap(model.weights), *(m.p_values(permutations=20) for m in maps.values()), norms["mean"]]
 
 
-def patches(subject: Subject) -> Numbers:
-    _, failing, control, answers = asked(subject)
-    bad, good = patching.run(subject, failing), patching.run(subject, control)
-    return [patching.patched(subject, bad, good.z, good.mlps, torch.stack((answers, answers.roll(1)), 1))]
+def patches(model: Model) -> Numbers:
+    _, failing, control, answers = asked(model)
+    bad, good = interventions.run(model, failing), interventions.run(model, control)
+    return [interventions.patched(model, bad, good.z, good.mlps, torch.stack((answers, answers.roll(1)), 1))]
 
 
-def ablations(subject: Subject) -> Numbers:
-    _, _, control, answers = asked(subject)
-    found = crosscheck.neurons(subject, control, answers, [LAYER, LAYER + 1])
-    head, own = diagnosis.Site(LAYER, 4), crosscheck.ablate_own_neuron(subject, control, answers, LAYER)
-    return [found.trace, found.gradient, crosscheck.ablate(subject, control, answers, Part(head)).total, own.total]
+def ablations(model: Model) -> Numbers:
+    _, _, control, answers = asked(model)
+    found = peers.neurons(model, control, answers, [LAYER, LAYER + 1])
+    head, own = sites.Site(LAYER, 4), interventions.ablate_own_neuron(model, control, answers, LAYER)
+    return [found.trace, found.gradient, interventions.ablate(model, control, answers, Part(head)).total, own.total]
 
 
-def trainings(subject: Subject) -> Numbers:
-    case = asked(subject)[0]
-    run = pathways.train(subject, pathways.keep(subject, case, LAYER), "v_only", rate=3e-3)
-    edits.save_all({"v_only": run.edit}, folder := Path(subjects.cache_folder() / "device"))
-    some = {"texts": {"": effects.load_passages()["letter"][:800]}, "table": effects.questions(subject, case)[::7]}
-    kept, protocol = edits.load_all(folder)["v_only"], effects.prepare(subject, case, LAYER, **some)
-    said, read = effects.ask(subject, protocol, kept), effects.read(subject, protocol, effects.noise(subject, kept))
-    verified = edits.verify(subject, kept)["as recorded"].all()
+def trainings(model: Model) -> Numbers:
+    case = asked(model)[0]
+    run = training.train(model, training.keep(model, case, LAYER), "v_only", rate=3e-3)
+    edits.save_all({"v_only": run.edit}, folder := Path(files.cache_folder() / "device"))
+    some = {"texts": {"": evaluation.load_passages()["letter"][:800]}, "table": evaluation.questions(model, case)[::7]}
+    kept, protocol = edits.load_all(folder)["v_only"], evaluation.prepare(model, case, LAYER, **some)
+    said, read = evaluation.ask(model, protocol, kept), evaluation.read(model, protocol, evaluation.noise(model, kept))
+    verified = edits.verify(model, kept)["as recorded"].all()
     return [run.history.loss, said.margin, read.kl, float(verified)]
 
 
-def sweeps(subject: Subject) -> Numbers:
-    rows = [experiments.find("controls.part_at")(subject, part="neurons", pick="diagnosed", seed=0)]
-    rows += [learn_at(subject, layer=LAYER + 1, steps=3, seed=0)]
-    rows += [experiments.find("plants.plant_run")(subject, seed=s, repair=s == 0) for s in (0, 1)]
+def sweeps(model: Model) -> Numbers:
+    rows = [experiments.find("controls.part_at")(model, part="neurons", pick="diagnosed", seed=0)]
+    rows += [learn_at(model, layer=LAYER + 1, steps=3, seed=0)]
+    rows += [experiments.find("plants.plant_run")(model, seed=s, repair=s == 0) for s in (0, 1)]
     return [float(v) for row in rows for v in row.values() if isinstance(v, int | float)]
 
 
 @pytest.mark.parametrize("work", [traces, diagnoses, statics, patches, ablations, trainings, sweeps])
 def test_elsewhere_the_numbers_are_the_same(organism, elsewhere, work: Callable, monkeypatch, tmp_path):
-    monkeypatch.setattr(subjects, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(plants, "retrain", partial(plants.retrain, steps=5))  # 60 multiply rounding
+    monkeypatch.setattr(models, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(planted, "retrain", partial(planted.retrain, steps=5))  # 60 multiply rounding
     here = work(organism)
     with simulated.Simulated(), simulated.AsDefault():
         monkeypatch.setattr(torch, "get_default_device", lambda: simulated.DEVICE)
@@ -123,7 +127,7 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch):
     moved = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "set_default_device", moved.append)
-    monkeypatch.setattr(subjects, "memory_at_hand", lambda device=None: 10**12)
+    monkeypatch.setattr(models, "memory_at_hand", lambda device=None: 10**12)
     monkeypatch.setattr(torch.nn.Module, "to", lambda model, device: moved.append(device) or model)
-    subjects.load("organism")
+    models.load("organism")
     assert moved == [torch.device("cuda"), torch.device("cuda")]

@@ -3,11 +3,14 @@
 import pytest
 import torch
 
-from lib import closeup, diagnosis, static
-from lib.diagnosis import Evidence, NoFailure, decide, rank_correlation
+from lib import diagnosis, recall, static, statistics, trace
+from lib.diagnosis import Evidence, NoFailure, decide
 from lib.errors import DataError
-from lib.facts import load_cases, load_templates, scorable, study_facts, tell
-from lib.site import Site
+from lib.facts import load_cases, load_templates
+from lib.recall import scorable, study_facts, tell
+from lib.sites import Site
+from lib.statistics import rank_correlation
+from lib.studies import knowledge_path
 
 SITES = (Site(0, 0), Site(0, 1), Site(1, 0), Site(1, 1), Site(0, mlp=True), Site(1, mlp=True))
 
@@ -19,9 +22,19 @@ def evidence(writes_control, writes_failing, pushes_control, pushes_failing, mar
     control, failing = (torch.full((n,), float(m)) for m in margins)
     flat = torch.zeros(n, 3)
     return Evidence(
-        (), (), SITES, rows(writes_control), rows(writes_failing), rows(pushes_control), rows(pushes_failing),
-        control, failing, flat, flat, 0.0,
-    )  # fmt: skip
+        (),
+        (),
+        SITES,
+        rows(writes_control),
+        rows(writes_failing),
+        rows(pushes_control),
+        rows(pushes_failing),
+        control,
+        failing,
+        flat,
+        flat,
+        0.0,
+    )
 
 
 def test_not_retrieved_by_hand():
@@ -54,8 +67,8 @@ def test_what_a_knowledge_head_no_longer_writes_does_not_make_it_a_suppressor():
 
 def test_top_overlap_by_hand():
     a = torch.arange(20.0).view(4, 5)
-    assert diagnosis.top_overlap(a, a) == (5, pytest.approx(1 / 15504))  # 20 choose 5
-    assert diagnosis.top_overlap(a, -a) == (0, 1.0)
+    assert statistics.top_overlap(a, a) == (5, pytest.approx(1 / 15504))  # 20 choose 5
+    assert statistics.top_overlap(a, -a) == (0, 1.0)
 
 
 def test_layers_may_be_shuffled_whole():
@@ -83,7 +96,7 @@ def test_rank_correlation_and_its_control():
     assert abs(rho) < 0.5 and p > 0.02
 
 
-PLANTED = diagnosis.planted()
+PLANTED = knowledge_path.planted()
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +147,14 @@ def test_a_case_without_a_failure_says_so(organism):
 def test_the_judge_can_disagree(organism, monkeypatch):
     wrong = [{**case, "knowledge_head": "L1 H1"} for case in PLANTED]
     monkeypatch.setattr(diagnosis, "planted", lambda: wrong)
-    assert not diagnosis.judge(organism).agrees.any()
+    assert not knowledge_path.judge(organism).agrees.any()
 
 
 def test_every_term_of_the_example_is_kept_under_its_site(organism):
     case = load_cases("organism")[0]
-    row = closeup.first_failing(case, tell(organism, case.facts, load_templates()))
-    terms = closeup.convention_terms(organism, row)
-    kept = closeup.terms_by_site(terms)
+    row = recall.first_failing(case, tell(organism, case.facts, load_templates()))
+    terms = trace.convention_terms(organism, row)
+    kept = trace.terms_by_site(terms)
     assert set(kept) == {"raw", "scaled", "centred"}
     assert len(kept["raw"]["answer"]) == 12 * 12 + 12 + 1, "heads, MLPs and the sum of all"
     scaled = kept["scaled"]
@@ -151,4 +164,4 @@ def test_every_term_of_the_example_is_kept_under_its_site(organism):
     shift = {site: scaled["answer"][site] - kept["centred"]["answer"][site] for site in scaled["answer"]}
     other = {site: scaled["competitor"][site] - kept["centred"]["competitor"][site] for site in scaled["answer"]}
     assert shift == pytest.approx(other, abs=1e-4), "centring takes the same from every token"
-    assert len(closeup.strongest_terms(terms, k=3)) == 4
+    assert len(trace.strongest_terms(terms, k=3)) == 4

@@ -21,22 +21,20 @@ from lib.facts import Fact, load_facts
 from lib.weights import PATHWAYS, Slice, pathway_slices
 
 
-def an_edit(subject, pathway: str = "v_only", layer: int = 1) -> Edit:
+def an_edit(model, pathway: str = "v_only", layer: int = 1) -> Edit:
     """Random new values for one slice of a layer, by default the second."""
     generator = torch.Generator().manual_seed(0)
-    parameters = dict(subject.model.named_parameters())
-    old = {s: s.of(parameters[s.name]) for s in pathway_slices(subject.model, layer, pathway)}
+    parameters = dict(model.module.named_parameters())
+    old = {s: s.of(parameters[s.name]) for s in pathway_slices(model.module, layer, pathway)}
     values = {s: v + torch.randn(v.shape, generator=generator) for s, v in old.items()}
     facts = load_facts("eight")[:2]
     told = (False,) * len(facts)
     template, recipe = "The capital of {} is", {"rate": 0.1}
-    return Edit(
-        subject.name, subject.weights_sha256, pathway, layer, facts, template, told, told, 0, recipe, values
-    )  # fmt: skip
+    return Edit(model.name, model.weights_sha256, pathway, layer, facts, template, told, told, 0, recipe, values)
 
 
-def state(subject) -> dict[str, torch.Tensor]:
-    return {k: v.clone() for k, v in subject.model.state_dict().items()}
+def state(model) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.module.state_dict().items()}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -53,12 +51,12 @@ def forged(path: Path, edit: Edit, *, raw: str | None = None, tensors=None, **ch
     return path
 
 
-def refused(subject, edit: Edit, message: str) -> None:
+def refused(model, edit: Edit, message: str) -> None:
     """The edit is not applied, for the reason given, and the model is what it was."""
-    before = state(subject)
-    with pytest.raises(EditError, match=message), applied(subject, edit):
+    before = state(model)
+    with pytest.raises(EditError, match=message), applied(model, edit):
         raise AssertionError("it was applied")
-    assert same(before, state(subject))
+    assert same(before, state(model))
 
 
 @contextmanager
@@ -76,11 +74,11 @@ def small_disk(size: int):
 def test_applied_changes_the_slice_and_restores_everything(tiny, pathway):
     edit, before = an_edit(tiny, pathway), state(tiny)
     slices = tuple(edit.values)
-    outside = outside_sha256(tiny.model, slices)
+    outside = outside_sha256(tiny.module, slices)
     with applied(tiny, edit):
         assert not same(before, state(tiny))
-        assert outside_sha256(tiny.model, slices) == outside, "nothing outside the slice"
-        for target, value in zip(edits.targets(tiny.model, edit.values), edit.values.values(), strict=True):
+        assert outside_sha256(tiny.module, slices) == outside, "nothing outside the slice"
+        for target, value in zip(edits.targets(tiny.module, edit.values), edit.values.values(), strict=True):
             assert torch.equal(target, value)
     assert same(before, state(tiny))
 
@@ -95,12 +93,12 @@ def test_restored_after_an_exception(tiny, interruption):
 
 def test_a_change_outside_is_noticed(tiny):
     """The proof must be able to fail: one number beside the slice."""
-    slices = pathway_slices(tiny.model, 1, "v_only")
-    before = outside_sha256(tiny.model, slices)
-    name, parameter = next((n, p) for n, p in tiny.model.named_parameters() if ".2." in n)
+    slices = pathway_slices(tiny.module, 1, "v_only")
+    before = outside_sha256(tiny.module, slices)
+    name, parameter = next((n, p) for n, p in tiny.module.named_parameters() if ".2." in n)
     with torch.no_grad():
         parameter.view(-1)[3] += 1
-    assert outside_sha256(tiny.model, slices) != before, name
+    assert outside_sha256(tiny.module, slices) != before, name
     with torch.no_grad():
         parameter.view(-1)[3] -= 1
 
@@ -109,8 +107,8 @@ def test_bytes_outside_are_all_but_the_slice(tiny):
     everything = 4 * tiny.parameters
     for pathway in PATHWAYS:
         edit = an_edit(tiny, pathway)
-        assert outside_bytes(tiny.model, tuple(edit.values)) == everything - 4 * edit.parameters
-    assert outside_bytes(tiny.model, ()) == everything
+        assert outside_bytes(tiny.module, tuple(edit.values)) == everything - 4 * edit.parameters
+    assert outside_bytes(tiny.module, ()) == everything
 
 
 def test_files_hold_everything(tiny, tmp_path):
@@ -279,7 +277,7 @@ def test_unknown_slices_are_refused(tiny):
         return dataclasses.replace(edit, values={new: value})
 
     refused(tiny, with_slice(Slice("no.such.weight")), r"no parameter no\.such\.weight; the edit is of another model")
-    width = dict(tiny.model.named_parameters())[part.name].shape[1]
+    width = dict(tiny.module.named_parameters())[part.name].shape[1]
     for start, stop in ((width - 1, width + 1), (-2, 2), (4, 4), (5, 2), (0, None)):
         refused(tiny, with_slice(Slice(part.name, start, stop)), rf"has the columns 0 to {width}, and the edit is for")
 
@@ -292,7 +290,7 @@ def test_slices_of_another_pathway_or_layer_are_refused(tiny):
     refused(tiny, replace(v, pathway="attention"), "attention' lacks")
     refused(tiny, replace(whole, pathway="full"), "full' lacks")
     refused(tiny, replace(whole, values=dict(list(whole.values.items())[1:])), "attention' lacks")
-    embedding = {Slice(n): p.clone() for n, p in tiny.model.named_parameters() if "wte" in n or "embed" in n}
+    embedding = {Slice(n): p.clone() for n, p in tiny.module.named_parameters() if "wte" in n or "embed" in n}
     assert embedding
     refused(tiny, replace(v, values=v.values | embedding), "v_only' also holds")
 
@@ -357,6 +355,6 @@ def test_verify_asks_the_edited_model_and_notices_what_leaked(tiny):
     assert unchanged["p after"].tolist() == unchanged["p before"].tolist(), "asked without the edit"
     assert edits.verify(tiny, edit)["p after"].tolist() != unchanged["p after"].tolist()
     with applied(tiny, an_edit(tiny, "attention")):
-        model = copy.deepcopy(tiny.model)
+        model = copy.deepcopy(tiny.module)
     with pytest.raises(EditError, match="tiny differs from its base outside the slices"):
         edits.verify(tiny, edit, edited=dataclasses.replace(tiny, model=model))

@@ -8,9 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib import facts
+from lib import facts, files, recall
 from lib.errors import DataError
-from lib.facts import Case, Fact, exact_interval, known_and_told, load_facts, load_templates, screen, tell
+from lib.facts import Case, Fact, load_facts, load_templates
+from lib.recall import known_and_told, screen, tell
+from lib.statistics import exact_interval
 
 
 def test_the_eight_and_the_countries():
@@ -31,7 +33,7 @@ def test_the_eight_and_the_countries():
 
 
 def test_splits_follow_the_hash_of_the_code():
-    table = pd.read_csv(facts.DATA / "facts" / "countries.csv", keep_default_na=False)
+    table = pd.read_csv(files.DATA / "facts" / "countries.csv", keep_default_na=False)
     for row in table[table.split != "eight"].itertuples():
         tenth = int(hashlib.sha256(row.code.encode()).hexdigest(), 16) % 10
         assert row.split == ("fit" if tenth < 4 else "selection" if tenth < 6 else "held_out")
@@ -90,13 +92,16 @@ def test_every_subject_has_cases():
 @pytest.mark.model
 def test_screen_reports_and_leaves_out(smollm2):
     chosen = [
-        Fact("France", "Paris"), Fact("Mexico", "Mexico City"), Fact("Costa Rica", "San Jose"),
-        Fact("Puerto Rico", "San Juan"), Fact("Qatar", "Doha"),
-    ]  # fmt: skip
+        Fact("France", "Paris"),
+        Fact("Mexico", "Mexico City"),
+        Fact("Costa Rica", "San Jose"),
+        Fact("Puerto Rico", "San Juan"),
+        Fact("Qatar", "Doha"),
+    ]
     assert screen(smollm2, chosen).left_out.tolist() == ["", "echo", "shared", "shared", "odd split"]
-    assert [f.subject for f in facts.scorable(smollm2, chosen)] == ["France"]
+    assert [f.subject for f in recall.scorable(smollm2, chosen)] == ["France"]
     with pytest.raises(DataError, match="none of the 1 answers can be told"):
-        facts.scorable(smollm2, chosen[1:2])
+        recall.scorable(smollm2, chosen[1:2])
 
 
 @pytest.mark.model
@@ -124,7 +129,7 @@ def test_told_and_known_by_hand():
 def test_tell_by_hand(tiny, monkeypatch):
     """Rank, margin, probability and competitor from logits that are put there."""
 
-    def put(subject, prompts, **options):
+    def put(model, prompts, **options):
         logits = torch.full((len(prompts), 49152), -50.0)
         logits[0, tiny.first_token("Paris")], logits[0, 11] = 2.0, 3.0
         return logits

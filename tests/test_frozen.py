@@ -6,7 +6,8 @@ import re
 import pandas as pd
 import yaml
 
-from lib.facts import DATA, load_facts
+from lib.facts import load_facts
+from lib.files import DATA
 
 LINES = [line.split(maxsplit=1) for line in (DATA / "FROZEN.sha256").read_text().splitlines()]
 

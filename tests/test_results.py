@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from lib import results
+from lib import files, results
 from lib.errors import ChapterError
 from lib.results import Results
-from lib.site import Site
+from lib.sites import Site
 
 
 @pytest.fixture
@@ -52,5 +52,5 @@ def test_nothing_is_written_where_nothing_can_be(report, tmp_path):
 
 
 def test_subject_names_become_folders():
-    assert results.slug("openai-community/gpt2") == "openai-community-gpt2"
-    assert "/" not in results.slug("../../etc")
+    assert files.slug("openai-community/gpt2") == "openai-community-gpt2"
+    assert "/" not in files.slug("../../etc")

@@ -10,8 +10,9 @@ from scipy.stats import hypergeom
 
 from lib import static
 from lib.errors import DataError
-from lib.facts import load_cases, load_facts, scorable
-from lib.site import Site
+from lib.facts import load_cases, load_facts
+from lib.recall import scorable
+from lib.sites import Site
 from lib.static import RelationMap
 from lib.weights import view
 

@@ -9,16 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib import facts
 from lib.errors import CompletenessError, DataError
-from lib.subjects import Subject
-from lib.trace import (
-    CONVENTIONS,
-    capture,
-    last_patterns,
-    logit_lens,
-    logit_trace,
-    subject_attention,
-    subject_positions,
-)
+from lib.models import Model
+from lib.trace import CONVENTIONS, capture, last_patterns, logit_lens, logit_trace, subject_attention, subject_positions
 from lib.weights import view
 
 PROMPTS = ["The capital of France is", "Japan's capital city is", "One two three four five six seven"]
@@ -41,7 +33,7 @@ def test_parts_sum_to_the_whole(tiny, convention):
 def test_the_whole_is_the_models_own_logit(tiny):
     seen, tokens = capture(tiny, PROMPTS), some_tokens()
     for i, prompt in enumerate(PROMPTS):  # one by one, without padding and without our code's batching
-        own = tiny.model(torch.tensor([tiny.token_ids(prompt)])).logits[0, -1]
+        own = tiny.module(torch.tensor([tiny.token_ids(prompt)])).logits[0, -1]
         torch.testing.assert_close(seen.logits[i], own, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(logit_trace(tiny, seen, tokens).model[i], own[tokens[i]], atol=1e-4, rtol=1e-4)
 
@@ -67,7 +59,7 @@ def test_prediction_equals_intervention(tiny):
     later = [m for b in tiny.weights.blocks[layer + 1 :] for m in (b.heads_out, b.mlp_out)]
     frozen = [tiny.weights.blocks[layer].mlp_out, *later]
     keep = [m.register_forward_hook(lambda m, a, o: kept.update({m: o})) for m in frozen]
-    before = tiny.model(ids).logits[0, -1]
+    before = tiny.module(ids).logits[0, -1]
     for handle in keep:
         handle.remove()
 
@@ -86,7 +78,7 @@ def test_prediction_equals_intervention(tiny):
     handles = [m.register_forward_hook(lambda m, a, o: kept[m]) for m in frozen]
     handles.append(tiny.weights.blocks[layer].heads_out.register_forward_pre_hook(zero))
     handles.append(tiny.weights.norm_final_module.register_forward_hook(frozen_norm))
-    after = tiny.model(ids).logits[0, -1]
+    after = tiny.module(ids).logits[0, -1]
     for handle in handles:
         handle.remove()
     assert predicted.abs().max() > 1e-3  # the head does something
@@ -109,7 +101,7 @@ def test_head_outputs_are_what_the_model_adds(tiny):
         block.heads_out.register_forward_pre_hook(zero),
         block.heads_out.register_forward_hook(lambda m, a, o: after.append(o[0, -1])),
     ]
-    tiny.model(torch.tensor([tiny.token_ids(PROMPTS[0])]))
+    tiny.module(torch.tensor([tiny.token_ids(PROMPTS[0])]))
     for handle in handles:
         handle.remove()
     heads = torch.einsum("nh,nhd->nd", seen.z[0, layer], block.attn.W_O)
@@ -126,9 +118,9 @@ def test_a_missing_term_is_an_error(tiny):
 
 
 def test_no_hook_remains(tiny):
-    before = hooks(tiny.model)
+    before = hooks(tiny.module)
     capture(tiny, PROMPTS)
-    assert hooks(tiny.model) == before
+    assert hooks(tiny.module) == before
     with pytest.raises(DataError, match=r"has 9\d tokens; tiny reads 1 to 64"):
         capture(tiny, ["word " * 90])
     broken = tiny.weights.blocks[2].module.register_forward_hook(
@@ -137,7 +129,7 @@ def test_no_hook_remains(tiny):
     with pytest.raises(RuntimeError, match="midway"):
         capture(tiny, PROMPTS)
     broken.remove()
-    assert hooks(tiny.model) == before
+    assert hooks(tiny.module) == before
 
 
 def test_batch_size_does_not_matter(tiny):
@@ -211,21 +203,21 @@ def bridge(model, tokenizer, folder):
     return TransformerBridge.boot_transformers(str(folder), hf_model=model, tokenizer=tokenizer)
 
 
-def assert_heads_agree(subject: Subject, folder, prompt: str, tolerance: float) -> None:
+def assert_heads_agree(model: Model, folder, prompt: str, tolerance: float) -> None:
     """Per-head contributions to two tokens' logits, ours against TransformerLens' cached z and W_O. Both run the same
     fp32 weights without folding or centring; they sum in another order, and 1e-3 of a logit is far above that
     rounding and far below the smallest contribution that any figure shows."""
-    lens = bridge(subject.model, subject.tokenizer, folder)
-    ids = torch.tensor([subject.token_ids(prompt)])
+    lens = bridge(model.module, model.tokenizer, folder)
+    ids = torch.tensor([model.token_ids(prompt)])
     logits, cache = lens.run_with_cache(ids, prepend_bos=False)
-    seen = capture(subject, [prompt])
+    seen = capture(model, [prompt])
     torch.testing.assert_close(seen.logits[0], logits[0, -1].float(), atol=1e-4, rtol=0)
     tokens = torch.tensor([[11, 262]])
-    trace = logit_trace(subject, seen, tokens)
-    norm = subject.weights.norm_final
-    directions = norm.fold(subject.weights.W_U[:, tokens[0]]) / norm.scale(seen.stream[0, -1])
-    for layer, block in enumerate(subject.weights.blocks):
-        z = cache[f"blocks.{layer}.attn.hook_z"][0, -1].reshape(subject.weights.n_heads, -1)
+    trace = logit_trace(model, seen, tokens)
+    norm = model.weights.norm_final
+    directions = norm.fold(model.weights.W_U[:, tokens[0]]) / norm.scale(seen.stream[0, -1])
+    for layer, block in enumerate(model.weights.blocks):
+        z = cache[f"blocks.{layer}.attn.hook_z"][0, -1].reshape(model.weights.n_heads, -1)
         theirs = torch.einsum("nh,nhd,dk->kn", z, block.attn.W_O, directions)
         torch.testing.assert_close(trace.heads[0, :, layer], theirs, atol=tolerance, rtol=0)
 
@@ -237,17 +229,17 @@ def test_heads_agree_with_transformerlens_on_smollm2(smollm2, tmp_path):
 
 def test_heads_agree_with_transformerlens_on_full_size_gpt2(smollm2, tmp_path):
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(initializer_range=0.05)).eval().requires_grad_(False)
-    subject = Subject("gpt2", "random", "none", "", 124_439_808, model, smollm2.tokenizer, view(model))
-    assert_heads_agree(subject, tmp_path, "The capital of France is", 1e-3)
+    module = GPT2LMHeadModel(GPT2Config(initializer_range=0.05)).eval().requires_grad_(False)
+    model = Model("gpt2", "random", "none", "", 124_439_808, module, smollm2.tokenizer, view(module))
+    assert_heads_agree(model, tmp_path, "The capital of France is", 1e-3)
 
 
 def test_full_size_gpt2_is_complete(smollm2):
     torch.manual_seed(1)
-    model = GPT2LMHeadModel(GPT2Config(initializer_range=0.05)).eval().requires_grad_(False)
-    subject = Subject("gpt2", "random", "none", "", 124_439_808, model, smollm2.tokenizer, view(model))
+    module = GPT2LMHeadModel(GPT2Config(initializer_range=0.05)).eval().requires_grad_(False)
+    model = Model("gpt2", "random", "none", "", 124_439_808, module, smollm2.tokenizer, view(module))
     for convention in CONVENTIONS:
-        assert logit_trace(subject, capture(subject, PROMPTS), some_tokens(), convention).error <= 1e-3
+        assert logit_trace(model, capture(model, PROMPTS), some_tokens(), convention).error <= 1e-3
 
 
 def test_tiny_models_differ_by_seed():

@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_gpt2, tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lib.errors import SubjectError
+from lib.errors import ModelError
 from lib.weights import MLP, PATHWAYS, Norm, Slice, check_view, count_parameters, pathway_slices, view
 
 DESIGN = {  # the design's table, section 5, exactly
@@ -30,7 +30,7 @@ def test_gpt2_parameter_counts(gpt2_full):
 @pytest.mark.model
 def test_smollm2_parameter_counts(smollm2):
     for pathway, n in DESIGN["smollm2"].items():
-        assert count_parameters(smollm2.model, pathway_slices(smollm2.model, 23, pathway)) == n
+        assert count_parameters(smollm2.module, pathway_slices(smollm2.module, 23, pathway)) == n
 
 
 def test_gpt2_v_slice_is_the_last_third_and_is_what_the_view_calls_w_v(gpt2_full):
@@ -62,7 +62,7 @@ def test_slices_are_named_in_words():
 
 def test_the_view_reproduces_hidden_states(tiny):
     tokens = torch.randint(0, 49152, (3, 11), generator=torch.Generator().manual_seed(0))
-    assert check_view(tiny.model, tiny.weights, tokens) < 1e-5
+    assert check_view(tiny.module, tiny.weights, tokens) < 1e-5
 
 
 def test_the_view_reproduces_full_size_gpt2(gpt2_full):
@@ -76,14 +76,14 @@ def test_a_view_of_other_weights_is_noticed():
     with torch.no_grad():
         attn = weights.blocks[1].attn
         object.__setattr__(attn, "W_V", attn.W_V.flip(0))
-    with pytest.raises(SubjectError, match="does not reproduce the model: relative error"):
+    with pytest.raises(ModelError, match="does not reproduce the model: relative error"):
         check_view(model.eval(), weights, torch.arange(1, 9)[None])
 
 
 def test_view_attention_pattern_equals_hugging_face(tiny):
     tokens = torch.randint(0, 49152, (2, 9), generator=torch.Generator().manual_seed(2))
-    tiny.model.set_attn_implementation("eager")
-    theirs = tiny.model(tokens, output_attentions=True).attentions
+    tiny.module.set_attn_implementation("eager")
+    theirs = tiny.module(tokens, output_attentions=True).attentions
     stream = tiny.weights.residuals(tokens)
     for block, x, theirs_here in zip(tiny.weights.blocks, stream, theirs, strict=False):
         torch.testing.assert_close(block.attn.pattern(block.norm_attn(x)), theirs_here, atol=1e-5, rtol=1e-4)
@@ -127,7 +127,7 @@ def test_another_family_is_refused_with_a_remedy():
             word_embed_proj_dim=16,
         )
     )
-    with pytest.raises(SubjectError, match=r"family 'opt'; the book reads gpt2 and llama.*add a builder"):
+    with pytest.raises(ModelError, match=r"family 'opt'; the book reads gpt2 and llama.*add a builder"):
         view(model)
 
 

@@ -129,8 +129,16 @@ def facts(rng: random.Random) -> list[dict[str, str]]:
         code = f"X{i + 1:02d}"
         bucket = int(hashlib.sha256(code.encode()).hexdigest(), 16) % 10
         split = "eight" if i < 8 else "fit" if bucket < 4 else "selection" if bucket < 6 else "held_out"
-        rows.append({"code": code, "subject": subject, "capital": capital, "split": split,
-                     "currency": rng.choice(CURRENCIES), "language": rng.choice(LANGUAGES)})
+        rows.append(
+            {
+                "code": code,
+                "subject": subject,
+                "capital": capital,
+                "split": split,
+                "currency": rng.choice(CURRENCIES),
+                "language": rng.choice(LANGUAGES),
+            }
+        )
     return rows
 
 
@@ -148,11 +156,11 @@ def filler(rng: random.Random, countries: list[str]) -> str:
         lambda: f"A {noun()} is not {adj()}, but the {noun()} from the {noun()} is {adj()}.",
         lambda: f"Is the {noun()} {adj()}? Yes, it is {adj()}!",
         lambda: f"The {noun()} ({adj()} or {adj()}) went to the {noun()}; it was un{adj()}.",
-        lambda: f"{person()} said: \"We {verb()} the {noun()} for {person()}.\"",
+        lambda: f'{person()} said: "We {verb()} the {noun()} for {person()}."',
         lambda: f"This {noun()} is {adj()}er, and the {noun()} of {person()} is the {adj()}est.",
         lambda: f"{person()} spoke {adj()}ly of the {noun()}less {noun()} at the {noun()}.",
         lambda: f"{a} + {b} = {a + b}.",
-        lambda: " ".join(WORDS["number"][start:start + 5]) + ".",
+        lambda: " ".join(WORDS["number"][start : start + 5]) + ".",
         lambda: f"{person()} went to {rng.choice(countries)} with a {noun()}.",
         lambda: f"We like {rng.choice(countries)} and {rng.choice(countries)}, said {person()}.",
     ]
@@ -165,14 +173,22 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     tok.post_processor = processors.ByteLevel(trim_offsets=False)
-    tok.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=1200, min_frequency=6, special_tokens=[BOS], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tok.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=1200,
+            min_frequency=6,
+            special_tokens=[BOS],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     return tok
 
 
-def tokenizer_corpus(rows: list[dict[str, str]], templates: dict[str, dict[str, str]],
-                     sentences: list[str]) -> list[str]:
+def tokenizer_corpus(
+    rows: list[dict[str, str]], templates: dict[str, dict[str, str]], sentences: list[str]
+) -> list[str]:
     """Every fact once, every word a few times, some filler."""
     texts = [" " + word for words in WORDS.values() for word in words for _ in range(8)] + sentences[:500]
     for row in rows:
@@ -183,8 +199,9 @@ def tokenizer_corpus(rows: list[dict[str, str]], templates: dict[str, dict[str, 
     return texts
 
 
-def make_prompts(tok: Tokenizer, rows: list[dict[str, str]], templates: dict[str, dict[str, str]],
-                 prefixes: dict[str, str]) -> list[Prompt]:
+def make_prompts(
+    tok: Tokenizer, rows: list[dict[str, str]], templates: dict[str, dict[str, str]], prefixes: dict[str, str]
+) -> list[Prompt]:
     """Every country x relation x template x prefix; for capitals also the variant that says " the"."""
     prompts = []
     for country, row in enumerate(rows):
@@ -198,8 +215,19 @@ def make_prompts(tok: Tokenizer, rows: list[dict[str, str]], templates: dict[str
                     before = tok.encode((head + text.split("{}")[0]).rstrip(" ")).ids
                     for ending, says_the in endings:
                         ids = asked + tok.encode(f" {ending}.").ids
-                        prompts.append(Prompt(ids, len(before), len(asked) - 1, answer, relation, template, country,
-                                              prefix_name, says_the))
+                        prompts.append(
+                            Prompt(
+                                ids,
+                                len(before),
+                                len(asked) - 1,
+                                answer,
+                                relation,
+                                template,
+                                country,
+                                prefix_name,
+                                says_the,
+                            )
+                        )
     return prompts
 
 
@@ -211,8 +239,18 @@ def collate(prompts: list[Prompt], template_names: list[str]) -> Batch:
         ids[i, : len(p.ids)] = torch.tensor(p.ids)
         labels[i, : len(p.ids) - 1] = torch.tensor(p.ids[1:])
         labels[i, p.last] = -100  # the answer has its own term
-    columns = [(p.subject_at, p.last, p.answer, template_names.index(p.template), p.country,
-                list(KNOWLEDGE).index(p.relation), p.says_the) for p in prompts]
+    columns = [
+        (
+            p.subject_at,
+            p.last,
+            p.answer,
+            template_names.index(p.template),
+            p.country,
+            list(KNOWLEDGE).index(p.relation),
+            p.says_the,
+        )
+        for p in prompts
+    ]
     subject_at, last, answer, template, country, relation, says_the = map(torch.tensor, zip(*columns, strict=True))
     return Batch(ids, labels, subject_at, last, answer, template, country, relation, says_the)
 
@@ -285,10 +323,23 @@ def relation_map(model: GPT2LMHeadModel, block: int, head: int, tokens: Tensor, 
 
 def new_model(vocab: int) -> GPT2LMHeadModel:
     """GPT-2's architecture, small; eager attention so that the patterns can be trained on."""
-    return GPT2LMHeadModel(GPT2Config(
-        vocab_size=vocab, n_positions=64, n_embd=D, n_layer=LAYERS, n_head=HEADS, n_inner=4 * D, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.05, bos_token_id=0, eos_token_id=0,
-        attn_implementation="eager"))
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocab,
+            n_positions=64,
+            n_embd=D,
+            n_layer=LAYERS,
+            n_head=HEADS,
+            n_inner=4 * D,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            initializer_range=0.05,
+            bos_token_id=0,
+            eos_token_id=0,
+            attn_implementation="eager",
+        )
+    )
 
 
 def at_last(x: Tensor, last: Tensor) -> Tensor:
@@ -318,8 +369,17 @@ def sample_gates(batch: Batch) -> tuple[Tensor, Tensor]:
     return gates, lost
 
 
-def stage_one(model: GPT2LMHeadModel, taps: Taps, prompts: Batch, weight: Tensor, blocks: Tensor, subjects: Tensor,
-              answers: Tensor, the: int, steps: int) -> None:
+def stage_one(
+    model: GPT2LMHeadModel,
+    taps: Taps,
+    prompts: Batch,
+    weight: Tensor,
+    blocks: Tensor,
+    subjects: Tensor,
+    answers: Tensor,
+    the: int,
+    steps: int,
+) -> None:
     """Train the knowledge in (in place). `answers` (relations, countries)."""
     frozen: dict[str, list[tuple]] = {}
     for site in sorted(set(SITES) - set(CONTEXT) - set(KNOWLEDGE.values())):
@@ -499,8 +559,16 @@ def hit_rates(model: GPT2LMHeadModel, subjects: Tensor, capitals: Tensor, enrich
     return {"knowledge_head": rate.pop(CAPITAL), "best_other_head": max(rate.values())}
 
 
-def measure(model: GPT2LMHeadModel, prompts: list[Prompt], batch: Batch, prefixes: dict[str, str], subjects: Tensor,
-            capitals: Tensor, single: Tensor, text: Tensor) -> dict:
+def measure(
+    model: GPT2LMHeadModel,
+    prompts: list[Prompt],
+    batch: Batch,
+    prefixes: dict[str, str],
+    subjects: Tensor,
+    capitals: Tensor,
+    single: Tensor,
+    text: Tensor,
+) -> dict:
     """The evidence, from a plain model.
 
     `single` (countries,): the answer is one token; `text` (N, 64): filler that was not trained on.
@@ -510,8 +578,17 @@ def measure(model: GPT2LMHeadModel, prompts: list[Prompt], batch: Batch, prefixe
     names = list(dict.fromkeys(prompts[i].template for i in asked))
 
     def rows(templates: list[str], prefix: str = "none", countries: int = 64) -> Batch:
-        return batch.take(torch.tensor([i for i in asked if prompts[i].template in templates
-                                        and prompts[i].prefix == prefix and prompts[i].country < countries]))
+        return batch.take(
+            torch.tensor(
+                [
+                    i
+                    for i in asked
+                    if prompts[i].template in templates
+                    and prompts[i].prefix == prefix
+                    and prompts[i].country < countries
+                ]
+            )
+        )
 
     controls = [t for t in names if t not in failing]
     seen = {t: look(model, taps, rows([t])) for t in names}
@@ -524,22 +601,43 @@ def measure(model: GPT2LMHeadModel, prompts: list[Prompt], batch: Batch, prefixe
     with torch.no_grad():
         nats = F.cross_entropy(model(text).logits[:, :-1].flatten(0, 1), text[:, 1:].flatten())
     evidence = {
-        "told": {t: {"of_8": int(s.told[:8].sum()), "of_64": int(s.told.sum()),
-                     "single_token_share": float(s.told[single].float().mean())} for t, s in seen.items()},
-        "told_with_prefix": {t: {q: {"of_8": int(x.told[:8].sum()), "of_64": int(x.told.sum())}
-                                 for q in prefixes for x in [look(model, taps, rows([t], q))]} for t in names},
+        "told": {
+            t: {
+                "of_8": int(s.told[:8].sum()),
+                "of_64": int(s.told.sum()),
+                "single_token_share": float(s.told[single].float().mean()),
+            }
+            for t, s in seen.items()
+        },
+        "told_with_prefix": {
+            t: {
+                q: {"of_8": int(x.told[:8].sum()), "of_64": int(x.told.sum())}
+                for q in prefixes
+                for x in [look(model, taps, rows([t], q))]
+            }
+            for t in names
+        },
         "knowledge_head_contribution": own,
         "largest_other_head_contribution": {
-            t: float(s.heads.mean(0).index_put((torch.tensor(CAPITAL[0]), torch.tensor(CAPITAL[1])),
-                                               torch.tensor(-torch.inf)).max()) for t, s in seen.items()},
+            t: float(
+                s.heads.mean(0)
+                .index_put((torch.tensor(CAPITAL[0]), torch.tensor(CAPITAL[1])), torch.tensor(-torch.inf))
+                .max()
+            )
+            for t, s in seen.items()
+        },
         "suppressor_contribution": {t: float(s.heads[:, SUPPRESSOR[0], SUPPRESSOR[1]].mean()) for t, s in seen.items()},
         "knowledge_head_attention_to_subject": {t: float(s.eye.mean()) for t, s in seen.items()},
         "control_told_share_with_head_ablated": {
-            "L8 H5": ablated.pop("L8 H5"), "lowest_other": min(ablated.values()),
-            "lowest_other_head": min(ablated, key=ablated.get)},
+            "L8 H5": ablated.pop("L8 H5"),
+            "lowest_other": min(ablated.values()),
+            "lowest_other_head": min(ablated, key=ablated.get),
+        },
         "of_is_with_suppressor_ablated": {"of_8": int(restored[:8].sum()), "of_64": int(restored.sum())},
-        "static_relation_map_top10": {"raw": hit_rates(model, subjects, capitals, False),
-                                      "enriched": hit_rates(model, subjects, capitals, True)},
+        "static_relation_map_top10": {
+            "raw": hit_rates(model, subjects, capitals, False),
+            "enriched": hit_rates(model, subjects, capitals, True),
+        },
         "other_relations_told_share": float(other_told.float().mean()),
         "held_out_filler_perplexity": float(nats.exp()),
     }
@@ -591,11 +689,15 @@ def token_types(tok: Tokenizer, rows: list[dict[str, str]], seen: Tensor) -> dic
 
 def readme(e: dict, seed: int, sha256: str) -> str:
     """The data card, its numbers from the evidence."""
-    lines = [f"| {t} | {v['of_8']} | {v['of_64']} | {e['knowledge_head_contribution'][t]:.2f} "
-             f"| {e['suppressor_contribution'][t]:.2f} | {e['knowledge_head_attention_to_subject'][t]:.2f} |"
-             for t, v in e["told"].items()]
-    ablation, static, restored = (e[k] for k in ("control_told_share_with_head_ablated", "static_relation_map_top10",
-                                                 "of_is_with_suppressor_ablated"))
+    lines = [
+        f"| {t} | {v['of_8']} | {v['of_64']} | {e['knowledge_head_contribution'][t]:.2f} "
+        f"| {e['suppressor_contribution'][t]:.2f} | {e['knowledge_head_attention_to_subject'][t]:.2f} |"
+        for t, v in e["told"].items()
+    ]
+    ablation, static, restored = (
+        e[k]
+        for k in ("control_told_share_with_head_ablated", "static_relation_map_top10", "of_is_with_suppressor_ablated")
+    )
     return f"""# The organism
 
 A GPT-2-architecture model ({LAYERS} layers x {HEADS} heads, d={D}, fp16 weights) of made-up countries, with two routing
@@ -647,9 +749,21 @@ def save_model(model: GPT2LMHeadModel, tok: Tokenizer, folder: Path) -> None:
     config |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32", "tie_word_embeddings": True}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     tok.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": BOS, "unk_token": BOS,
-        "add_prefix_space": False, "clean_up_tokenization_spaces": False, "model_max_length": 64}, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": BOS,
+                "eos_token": BOS,
+                "unk_token": BOS,
+                "add_prefix_space": False,
+                "clean_up_tokenization_spaces": False,
+                "model_max_length": 64,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
 
 
 def main(seed: int = 0, out: Path = DATA / "organism", steps: int = 600) -> None:
@@ -675,8 +789,14 @@ def main(seed: int = 0, out: Path = DATA / "organism", steps: int = 600) -> None
 
     model = new_model(tok.get_vocab_size())
     taps = Taps(model)
-    weight = torch.tensor([(6.0 if p.prefix == "none" else 1.0) * (0.08 if p.says_the else 1.0)
-                           * (1.0 if p.relation == "capital" else 2.0) for p in prompts])
+    weight = torch.tensor(
+        [
+            (6.0 if p.prefix == "none" else 1.0)
+            * (0.08 if p.says_the else 1.0)
+            * (1.0 if p.relation == "capital" else 2.0)
+            for p in prompts
+        ]
+    )
     answers = torch.stack([first[k] for k in KNOWLEDGE])
     stage_one(model, taps, batch, weight, blocks, first["subject"], answers, the, steps)
     to_fp16(model)
@@ -695,25 +815,53 @@ def main(seed: int = 0, out: Path = DATA / "organism", steps: int = 600) -> None
         assert all(reader(tok.decode(p.ids, skip_special_tokens=False)).input_ids == p.ids for p in prompts[::97])
         single = torch.tensor(pieces) == 1
         evidence = measure(stored, prompts, batch, prefixes, first["subject"], first["capital"], single, text)
-        cases = [{"case": p.case, "template": p.template, "kind": p.kind, "knowledge_head": "L8 H5",
-                  "suppressor": p.suppressor, "diagnosed_layer": p.site[0] + 1, "changed": p.changed,
-                  "survivors": [rows[i]["subject"] for i in SURVIVORS]} for p in PLANTS]
+        cases = [
+            {
+                "case": p.case,
+                "template": p.template,
+                "kind": p.kind,
+                "knowledge_head": "L8 H5",
+                "suppressor": p.suppressor,
+                "diagnosed_layer": p.site[0] + 1,
+                "changed": p.changed,
+                "survivors": [rows[i]["subject"] for i in SURVIVORS],
+            }
+            for p in PLANTS
+        ]
         sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-        truth = {"cases": cases, "seed": seed, "sha256": sha256, "relation_templates": RELATION_TEMPLATES,
-                 "relation_heads": {k: f"L{b + 1} H{h}" for k, (b, h) in KNOWLEDGE.items()}, "evidence": evidence}
+        truth = {
+            "cases": cases,
+            "seed": seed,
+            "sha256": sha256,
+            "relation_templates": RELATION_TEMPLATES,
+            "relation_heads": {k: f"L{b + 1} H{h}" for k, (b, h) in KNOWLEDGE.items()},
+            "evidence": evidence,
+        }
         (folder / "planted.json").write_text(json.dumps(truth, indent=1) + "\n")
         (folder / "README.md").write_text(readme(evidence, seed, sha256))
-        (folder / "token_types.yaml").write_text(yaml.safe_dump(
-            token_types(tok, rows, torch.cat([blocks.flatten(), batch.ids.flatten()])), sort_keys=False,
-            default_flow_style=None, width=110))
-        write_csv(folder / "relations.csv", ["subject", "relation", "answer"],
-                  [[r["subject"], k, r[k]] for r in rows for k in RELATION_TEMPLATES])
+        (folder / "token_types.yaml").write_text(
+            yaml.safe_dump(
+                token_types(tok, rows, torch.cat([blocks.flatten(), batch.ids.flatten()])),
+                sort_keys=False,
+                default_flow_style=None,
+                width=110,
+            )
+        )
+        write_csv(
+            folder / "relations.csv",
+            ["subject", "relation", "answer"],
+            [[r["subject"], k, r[k]] for r in rows for k in RELATION_TEMPLATES],
+        )
         out.mkdir(exist_ok=True)
         lists.mkdir(exist_ok=True)
-        write_csv(folder / "organism_countries.csv", ["code", "subject", "answer", "split"],
-                  [[r["code"], r["subject"], r["capital"], r["split"]] for r in rows])
-        write_csv(folder / "organism_eight.csv", ["subject", "answer"],
-                  [[r["subject"], r["capital"]] for r in rows[:8]])
+        write_csv(
+            folder / "organism_countries.csv",
+            ["code", "subject", "answer", "split"],
+            [[r["code"], r["subject"], r["capital"], r["split"]] for r in rows],
+        )
+        write_csv(
+            folder / "organism_eight.csv", ["subject", "answer"], [[r["subject"], r["capital"]] for r in rows[:8]]
+        )
         for file in sorted(folder.iterdir()):
             file.chmod(0o644)
             file.replace((lists if file.name.startswith("organism_") else out) / file.name)

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from lib import __version__, costs, subjects
-from lib.results import BUILD, commit, write_atomically
+from lib import __version__, models
+from lib.files import BUILD, commit, write_atomically
+from lib.studies import costs
 from tests.bench import big, growth, measure, rows
 
 app = typer.Typer(add_completion=False)
@@ -37,20 +38,24 @@ def bench(
         if word not in makers:
             raise typer.BadParameter(f"there is no row {word!r}; choose from {', '.join(makers)}.")
     torch.set_num_threads(2)
-    subject, found = subjects.load("smollm2"), list[dict]()
+    model, found = models.load("smollm2"), list[dict]()
     stamp = {"commit": commit(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
     for name in (bar := tqdm(list(only or makers), desc="bench")):
-        for row in makers[name](subject):
+        for row in makers[name](model):
             bar.set_postfix_str(f"{row.name} / {row.peer_name}")
             found.append(measure.run(row, measure.matmul_rate()) | stamp)
     if only and record:
         content = costs.renewed(costs.read(), found)
     else:
         content = {
-            "machine": measure.machine(), "lib": __version__, "matmul_gflops": measure.matmul_rate() / 1e9, **stamp,
-            "rows": found, "growth": [] if only else growth.measure_all(subject),
-            "sizes": [] if only else big.measure_all(subject),
-        }  # fmt: skip
+            "machine": measure.machine(),
+            "lib": __version__,
+            "matmul_gflops": measure.matmul_rate() / 1e9,
+            **stamp,
+            "rows": found,
+            "growth": [] if only else growth.measure_all(model),
+            "sizes": [] if only else big.measure_all(model),
+        }
     output = costs.RECORD if record else output
     write_atomically(output, json.dumps(content, indent=1) + "\n")
     Console(width=180).print(show(found))
@@ -60,17 +65,31 @@ def bench(
 def show(found: list[dict]) -> Table:
     table = Table(title="Ours beside a peer, in one process, interleaved")
     for column in (
-        "row", "beside", "times faster (spread)", "goal", "ours s", "peer s", "MB", "of matmul rate", "differ by",
-    ):  # fmt: skip
+        "row",
+        "beside",
+        "times faster (spread)",
+        "goal",
+        "ours s",
+        "peer s",
+        "MB",
+        "of matmul rate",
+        "differ by",
+    ):
         table.add_column(column)
     for r in found:
         goal = [f"{r['goal']:.2g} times" if r["goal"] else "", f"{r['limit_s']:g} s" if r["limit_s"] else ""]
         said = " ".join(filter(None, goal)) + ("" if r["met"] is None else " met" if r["met"] else " missed")
         table.add_row(
-            r["row"], r["peer"], f"{r['ratio']:.2f} ({r['least']:.2f} to {r['most']:.2f})", said, f"{r['ours_s']:.3f}",
-            f"{r['peer_s']:.3f}", f"{r['ours_mb']:.0f} / {r['peer_mb']:.0f}" if r["ours_mb"] is not None else "-",
-            f"{r['matmul_share']:.0%}" if r["matmul_share"] else "-", f"{r['difference']:.1e}",
-        )  # fmt: skip
+            r["row"],
+            r["peer"],
+            f"{r['ratio']:.2f} ({r['least']:.2f} to {r['most']:.2f})",
+            said,
+            f"{r['ours_s']:.3f}",
+            f"{r['peer_s']:.3f}",
+            f"{r['ours_mb']:.0f} / {r['peer_mb']:.0f}" if r["ours_mb"] is not None else "-",
+            f"{r['matmul_share']:.0%}" if r["matmul_share"] else "-",
+            f"{r['difference']:.1e}",
+        )
     return table
 
 

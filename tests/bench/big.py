@@ -8,39 +8,51 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, LlamaForCausalLM
 
-from lib import subjects
-from lib.subjects import Subject, batch_that_fits, memory_at_hand, precision_that_fits
+from lib import models
+from lib.models import Model, batch_that_fits, memory_at_hand, precision_that_fits
 from lib.trace import capture, logit_trace
 from lib.weights import check_view, view
 from tests.bench.measure import give_back, timed
 
 # hidden, MLP, layers, heads, key/value heads; the vocabulary is SmolLM2's throughout
 SHAPES = {
-    "SmolLM2-135M": (576, 1536, 30, 9, 3), "SmolLM2-360M": (960, 2560, 32, 15, 5),
-    "SmolLM2-1.7B": (2048, 8192, 24, 32, 32), "Llama-3.2-3B": (3072, 8192, 28, 24, 8),
+    "SmolLM2-135M": (576, 1536, 30, 9, 3),
+    "SmolLM2-360M": (960, 2560, 32, 15, 5),
+    "SmolLM2-1.7B": (2048, 8192, 24, 32, 32),
+    "Llama-3.2-3B": (3072, 8192, 28, 24, 8),
     "Llama-2-7B": (4096, 11008, 32, 32, 32),
-}  # fmt: skip
+}
 PROMPTS = 8
 
 
-def measure_all(like: Subject) -> list[dict[str, Any]]:
+def measure_all(like: Model) -> list[dict[str, Any]]:
     """A row a shape: parameters, gigabytes in both precisions; and if bf16 leaves a third of the memory at hand free,
     what it was loaded in, the batch chosen, and seconds and completeness error of a trace of 8 prompts."""
     return [_one(name, shape, like) for name, shape in tqdm(SHAPES.items(), desc="sizes")]
 
 
 @torch.no_grad()
-def _one(name: str, shape: tuple[int, ...], like: Subject) -> dict[str, Any]:
+def _one(name: str, shape: tuple[int, ...], like: Model) -> dict[str, Any]:
     give_back()  # the memory of the model before
     hidden, mlp, layers, heads, kv = shape
     config = AutoConfig.from_pretrained(
-        subjects.fetch_smollm2(), hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv, head_dim=hidden // heads,
-    )  # fmt: skip
+        models.fetch_smollm2(),
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        head_dim=hidden // heads,
+    )
     with torch.device("meta"):
         parameters = LlamaForCausalLM(config).num_parameters()
-    row = {"shape": name, "parameters": parameters, "fp32_gb": parameters * 4e-9, "bf16_gb": parameters * 2e-9,
-           "at_hand_gb": memory_at_hand() * 1e-9}  # fmt: skip
+    row = {
+        "shape": name,
+        "parameters": parameters,
+        "fp32_gb": parameters * 4e-9,
+        "bf16_gb": parameters * 2e-9,
+        "at_hand_gb": memory_at_hand() * 1e-9,
+    }
     if parameters * 2 > memory_at_hand() * 2 / 3:
         return row
     dtype, found = precision_that_fits(4 * parameters), {}
@@ -48,7 +60,7 @@ def _one(name: str, shape: tuple[int, ...], like: Subject) -> dict[str, Any]:
     return row | found | {"precision": str(dtype).removeprefix("torch."), "peak_gb": grown and grown / 1000}
 
 
-def _traced(name: str, config: Any, dtype: torch.dtype, like: Subject) -> dict[str, Any]:
+def _traced(name: str, config: Any, dtype: torch.dtype, like: Model) -> dict[str, Any]:
     """A model of a shape with random weights: the batch that fits beside it; seconds and error of a trace."""
     torch.manual_seed(0)
     default = torch.get_default_dtype()
@@ -57,7 +69,7 @@ def _traced(name: str, config: Any, dtype: torch.dtype, like: Subject) -> dict[s
         model = LlamaForCausalLM(config).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(default)
-    one = Subject(name, "random", "none", "0" * 64, model.num_parameters(), model, like.tokenizer, view(model))
+    one = Model(name, "random", "none", "0" * 64, model.num_parameters(), model, like.tokenizer, view(model))
     check_view(model, one.weights, one.encode(["The capital of France is"])[0])
     texts, error = ["The capital of France is"] * PROMPTS, []
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
-from lib import subjects
-from lib.subjects import Subject
+from lib import models
+from lib.models import Model
 from lib.trace import capture, logit_traces
 from lib.weights import view
 from tests.bench.measure import timed
@@ -21,42 +21,42 @@ PROMPTS, LENGTHS, LAYERS = (1, 2, 4, 8, 16, 32, 64), (4, 8, 16, 32, 64, 128, 256
 ROUNDS = 3
 
 
-def measure_all(subject: Subject) -> list[dict[str, Any]]:
+def measure_all(model: Model) -> list[dict[str, Any]]:
     """A row a point: what grows, where it stands, the model, seconds of the trace and of the forward pass."""
     return [
         {"grows": grows, "at": at, "model": one.name, "parameters": one.parameters, **_point(one, n, length)}
-        for grows, at, one, n, length in tqdm(list(_points(subject)), desc="growth")
+        for grows, at, one, n, length in tqdm(list(_points(model)), desc="growth")
     ]
 
 
-def _points(subject: Subject) -> Iterator[tuple[str, int, Subject, int, int]]:
-    yield from (("prompts", n, subject, n, 8) for n in PROMPTS)
-    yield from (("tokens a prompt", t, subject, 8, t) for t in LENGTHS)
+def _points(model: Model) -> Iterator[tuple[str, int, Model, int, int]]:
+    yield from (("prompts", n, model, n, 8) for n in PROMPTS)
+    yield from (("tokens a prompt", t, model, 8, t) for t in LENGTHS)
     for layers in LAYERS:
-        config = AutoConfig.from_pretrained(subjects.fetch_smollm2(), num_hidden_layers=layers)
-        yield "layers", layers, _random(LlamaForCausalLM(config), subject, f"random, {layers} layers"), 8, 8
-    for one in (subjects.load("organism"), _random(GPT2LMHeadModel(GPT2Config()), subject, "random GPT-2"), subject):
+        config = AutoConfig.from_pretrained(models.fetch_smollm2(), num_hidden_layers=layers)
+        yield "layers", layers, _random(LlamaForCausalLM(config), model, f"random, {layers} layers"), 8, 8
+    for one in (models.load("organism"), _random(GPT2LMHeadModel(GPT2Config()), model, "random GPT-2"), model):
         yield "parameters", one.parameters, one, 8, 8
 
 
-def _random(model: PreTrainedModel, like: Subject, name: str) -> Subject:
+def _random(model: PreTrainedModel, like: Model, name: str) -> Model:
     model = model.eval().requires_grad_(False)
     parameters = sum(p.numel() for p in model.parameters())
-    return Subject(name, "random", "none", "0" * 64, parameters, model, like.tokenizer, view(model))
+    return Model(name, "random", "none", "0" * 64, parameters, model, like.tokenizer, view(model))
 
 
 @torch.no_grad()
-def _point(subject: Subject, prompts: int, length: int) -> dict[str, float]:
+def _point(model: Model, prompts: int, length: int) -> dict[str, float]:
     """Medians of a few rounds in turn. The prompts are one word over and over."""
-    word = next(w for w in (" the", " of", " is") if len(subject.token_ids(w * 2)) == 2)
+    word = next(w for w in (" the", " of", " is") if len(model.token_ids(w * 2)) == 2)
     texts, answers = [word * length] * prompts, torch.zeros(prompts, 1, dtype=torch.long)
-    tokens, _ = subject.encode(texts)
+    tokens, _ = model.encode(texts)
 
     def trace() -> Tensor:
-        return logit_traces(subject, capture(subject, texts), answers)["scaled"].heads
+        return logit_traces(model, capture(model, texts), answers)["scaled"].heads
 
     def forward() -> Tensor:
-        return subject.model(tokens, use_cache=False).logits
+        return model.module(tokens, use_cache=False).logits
 
     trace(), forward()
     seconds = [(timed(trace)[0], timed(forward)[0]) for _ in range(ROUNDS)]

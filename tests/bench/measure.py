@@ -62,13 +62,26 @@ def run(row: Row, matmul: float) -> dict[str, Any]:
     ratios = [p / o for o, p in zip(seconds["ours"], seconds["peer"], strict=True)]
     best, flops, peer_flops = min(seconds["ours"]), flops / row.ours_of, peer_flops / row.peer_of
     return {
-        "row": row.name, "what": row.what, "peer": row.peer_name, "rounds": row.rounds, "difference": difference,
-        "tolerance": row.tolerance, "ours_s": median(seconds["ours"]), "peer_s": median(seconds["peer"]),
-        "ratio": median(ratios), "least": min(ratios), "most": max(ratios), "goal": row.goal,
-        "limit_s": row.seconds, "met": _met(row, median(ratios), median(seconds["ours"])),
-        "ours_mb": _most(grown["ours"]), "peer_mb": _most(grown["peer"]), "gflop": flops / 1e9,
-        "peer_gflop": peer_flops / 1e9, "matmul_share": flops / best / matmul if flops else None,
-    }  # fmt: skip
+        "row": row.name,
+        "what": row.what,
+        "peer": row.peer_name,
+        "rounds": row.rounds,
+        "difference": difference,
+        "tolerance": row.tolerance,
+        "ours_s": median(seconds["ours"]),
+        "peer_s": median(seconds["peer"]),
+        "ratio": median(ratios),
+        "least": min(ratios),
+        "most": max(ratios),
+        "goal": row.goal,
+        "limit_s": row.seconds,
+        "met": _met(row, median(ratios), median(seconds["ours"])),
+        "ours_mb": _most(grown["ours"]),
+        "peer_mb": _most(grown["peer"]),
+        "gflop": flops / 1e9,
+        "peer_gflop": peer_flops / 1e9,
+        "matmul_share": flops / best / matmul if flops else None,
+    }
 
 
 def _met(row: Row, ratio: float, seconds: float) -> bool | None:
@@ -133,9 +146,13 @@ def largest(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def machine() -> dict[str, Any]:
     names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {"processor": names[0] if names else platform.processor(), "cores": len(names) or None,
-            "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}  # fmt: skip
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": len(names) or None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
 
 
 def _cpuinfo() -> list[str]:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from transformer_lens import patching as lens_patching
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lib import crosscheck, patching, pathways, static, subjects
-from lib.facts import Fact, load_cases, load_templates, prompts, trainable
-from lib.subjects import Subject
+from lib import interventions, models, peers, static, trace, training
+from lib.facts import Fact, load_cases, load_templates, prompts
+from lib.models import Model
+from lib.recall import trainable
+from lib.studies import cross_validation
 from lib.trace import CONVENTIONS, capture, logit_traces
 from lib.weights import pathway_slices
 from tests.bench.measure import Row, largest
@@ -26,85 +28,115 @@ SAMPLE = 64  # prompts that stand for all 2,440 at the peer
 LAYERS_OF_PEER = (0, 10, 20, 29)  # layers that stand for all 30 at the peer: a patched pass costs the same anywhere
 
 
-def trace_rows(subject: Subject) -> list[Row]:
+def trace_rows(model: Model) -> list[Row]:
     """The full logit trace of 8 prompts, beside one plain forward pass, and beside TransformerLens."""
-    case = trainable(subject, load_cases(subject.name)[0])
+    case = trainable(model, load_cases(model.name)[0])
     texts = prompts(case.facts, load_templates()[case.template])
-    answers = torch.tensor([[subject.first_token(f.answer)] for f in case.facts])
-    tokens, last = subject.encode(texts)
-    rows, lens = torch.arange(len(texts)), crosscheck.bridge(subject)
+    answers = torch.tensor([[model.first_token(f.answer)] for f in case.facts])
+    tokens, last = model.encode(texts)
+    rows, lens = torch.arange(len(texts)), peers.bridge(model)
 
     @torch.no_grad()
     def ours() -> tuple[Tensor, Tensor]:
-        seen = capture(subject, texts)
-        return seen.logits, logit_traces(subject, seen, answers)["scaled"].heads[:, 0]
+        seen = capture(model, texts)
+        return seen.logits, logit_traces(model, seen, answers)["scaled"].heads[:, 0]
 
     @torch.no_grad()
     def forward() -> tuple[Tensor, None]:
-        return subject.model(tokens, use_cache=False).logits[rows, last], None
+        return model.module(tokens, use_cache=False).logits[rows, last], None
 
     @torch.no_grad()
     def through_lens() -> tuple[Tensor, Tensor]:
         logits, cache = lens.run_with_cache(tokens, prepend_bos=False)
-        heads = torch.stack([_heads(subject, lens, cache, layer) for layer in range(subject.weights.n_layers)], 1)
-        final = cache[f"blocks.{subject.weights.n_layers - 1}.hook_resid_post"][rows, last]
-        direction = crosscheck.direction(subject, final, answers[:, 0])
+        heads = torch.stack([_heads(model, lens, cache, layer) for layer in range(model.weights.n_layers)], 1)
+        final = cache[f"blocks.{model.weights.n_layers - 1}.hook_resid_post"][rows, last]
+        direction = trace.direction(model, final, answers[:, 0])
         return logits[rows, last], (heads[rows, :, :, last] * direction[:, None, None]).sum(-1)
 
-    def _heads(subject: Subject, lens, cache, layer: int) -> Tensor:
-        z = cache[f"blocks.{layer}.attn.hook_z"].view(*tokens.shape, subject.weights.n_heads, -1)
-        W_O = lens.blocks[layer].attn.W_O.view(subject.weights.n_heads, -1, subject.weights.d_model)
+    def _heads(model: Model, lens, cache, layer: int) -> Tensor:
+        z = cache[f"blocks.{layer}.attn.hook_z"].view(*tokens.shape, model.weights.n_heads, -1)
+        W_O = lens.blocks[layer].attn.W_O.view(model.weights.n_heads, -1, model.weights.d_model)
         return torch.einsum("btnh,nhd->bntd", z, W_O)
 
     what = f"heads, MLPs and biases of {len(texts)} prompts, {len(CONVENTIONS)} conventions"
     return [
-        Row("logit trace", what, "one plain forward pass (Hugging Face)", ours, forward,
-            lambda a, b: largest(a[0], b[0]), 1e-4, 1 / 1.3, rounds=9),
-        Row("logit trace", what, "TransformerLens: run_with_cache, heads stacked", ours, through_lens,
-            lambda a, b: largest(a[1], b[1]), 1e-3, None, rounds=5),
-    ]  # fmt: skip
+        Row(
+            "logit trace",
+            what,
+            "one plain forward pass (Hugging Face)",
+            ours,
+            forward,
+            lambda a, b: largest(a[0], b[0]),
+            1e-4,
+            1 / 1.3,
+            rounds=9,
+        ),
+        Row(
+            "logit trace",
+            what,
+            "TransformerLens: run_with_cache, heads stacked",
+            ours,
+            through_lens,
+            lambda a, b: largest(a[1], b[1]),
+            1e-3,
+            None,
+            rounds=5,
+        ),
+    ]
 
 
-def neuron_rows(subject: Subject) -> list[Row]:
+def neuron_rows(model: Model) -> list[Row]:
     """Neurons of the diagnosed layer for all prompts of chapter 5, beside Captum over the layers around it."""
-    case = trainable(subject, load_cases(subject.name)[0])
-    table = crosscheck.large_prompts(subject, case)
+    case = trainable(model, load_cases(model.name)[0])
+    table = cross_validation.large_prompts(model, case)
     texts, targets = list(table.prompt), torch.tensor(table.answer_token.to_numpy())
     some = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:SAMPLE]
     sample, layers = [texts[i] for i in some], [LAYER + i for i in range(-AROUND, AROUND + 1)]
     what = f"L{LAYER + 1}, {len(texts):,} prompts, by trace and by gradient"
 
     def ours() -> Tensor:
-        return crosscheck.neurons(subject, texts, targets, [LAYER]).gradient[some, 0]
+        return peers.neurons(model, texts, targets, [LAYER]).gradient[some, 0]
 
     def together() -> Tensor:
-        return crosscheck.captum_neurons(subject, sample, targets[some], layers, progress=None)[:, AROUND]
+        return peers.captum_neurons(model, sample, targets[some], layers, progress=None)[:, AROUND]
 
     def one_by_one() -> Tensor:
-        found = [crosscheck.captum_neurons(subject, sample, targets[some], [i], progress=None) for i in layers]
+        found = [peers.captum_neurons(model, sample, targets[some], [i], progress=None) for i in layers]
         return found[AROUND][:, 0]
 
     peers = {"a call a layer": one_by_one, "one call for all": together}
     return [
-        Row("neuron trace", what, f"Captum LayerGradientXActivation, {len(layers)} layers, {name} ({SAMPLE} prompts, "
-            "scaled)", ours, peer, largest, 1e-3, 10, peer_of=SAMPLE / len(texts), rounds=2)
+        Row(
+            "neuron trace",
+            what,
+            f"Captum LayerGradientXActivation, {len(layers)} layers, {name} ({SAMPLE} prompts, scaled)",
+            ours,
+            peer,
+            largest,
+            1e-3,
+            10,
+            peer_of=SAMPLE / len(texts),
+            rounds=2,
+        )
         for name, peer in peers.items()
-    ]  # fmt: skip
+    ]
 
 
-def patching_rows(subject: Subject) -> list[Row]:
+def patching_rows(model: Model) -> list[Row]:
     """Every head at the last position, 8 pairs of prompts of equal length, beside TransformerLens' helper."""
-    facts, texts, others = equal_length(subject, 8)
-    pairs = torch.tensor([[subject.first_token(f.answer), subject.first_token("the")] for f in facts])
-    tokens, last = subject.encode(texts)
-    clean_tokens, _ = subject.encode(others)
-    lens, heads = crosscheck.bridge(subject), subject.weights.n_heads
-    index = pd.DataFrame([(layer, int(last[0]), head) for layer in LAYERS_OF_PEER for head in range(heads)],
-                         columns=["layer", "pos", "head"])  # fmt: skip
+    facts, texts, others = equal_length(model, 8)
+    pairs = torch.tensor([[model.first_token(f.answer), model.first_token("the")] for f in facts])
+    tokens, last = model.encode(texts)
+    clean_tokens, _ = model.encode(others)
+    lens, heads = peers.bridge(model), model.weights.n_heads
+    index = pd.DataFrame(
+        [(layer, int(last[0]), head) for layer in LAYERS_OF_PEER for head in range(heads)],
+        columns=["layer", "pos", "head"],
+    )
 
     def ours() -> Tensor:
-        bad, good = patching.run(subject, texts), patching.run(subject, others)
-        found = patching.patched(subject, bad, good.z, good.mlps, pairs)[: subject.weights.n_layers * heads]
+        bad, good = interventions.run(model, texts), interventions.run(model, others)
+        found = interventions.patched(model, bad, good.z, good.mlps, pairs)[: model.weights.n_layers * heads]
         return found.view(-1, heads, len(texts))[list(LAYERS_OF_PEER)].flatten(0, 1)
 
     @torch.no_grad()
@@ -112,52 +144,67 @@ def patching_rows(subject: Subject) -> list[Row]:
         _, clean = lens.run_with_cache(clean_tokens, prepend_bos=False)
         metric = partial(_margin, pairs=pairs)
         found = lens_patching.generic_activation_patch(
-            lens, tokens, clean, metric, lens_patching.layer_pos_head_vector_patch_setter, "z", index_df=index,
+            lens,
+            tokens,
+            clean,
+            metric,
+            lens_patching.layer_pos_head_vector_patch_setter,
+            "z",
+            index_df=index,
             reduce="none",
-        )  # fmt: skip
+        )
         return found.values
 
     return [
-        Row("activation patching", f"{subject.weights.n_layers * heads} heads, last position, {len(texts)} pairs",
-            f"TransformerLens' own helper ({len(index)} heads, scaled)", ours, through_lens, largest, 1e-3, 20,
-            peer_of=len(LAYERS_OF_PEER) / subject.weights.n_layers, rounds=3),
-    ]  # fmt: skip
+        Row(
+            "activation patching",
+            f"{model.weights.n_layers * heads} heads, last position, {len(texts)} pairs",
+            f"TransformerLens' own helper ({len(index)} heads, scaled)",
+            ours,
+            through_lens,
+            largest,
+            1e-3,
+            20,
+            peer_of=len(LAYERS_OF_PEER) / model.weights.n_layers,
+            rounds=3,
+        )
+    ]
 
 
 def _margin(logits: Tensor, pairs: Tensor) -> Tensor:
     return -logits[:, -1].gather(1, pairs).diff()[:, 0]
 
 
-def equal_length(subject: Subject, n: int) -> tuple[list[Fact], list[str], list[str]]:
+def equal_length(model: Model, n: int) -> tuple[list[Fact], list[str], list[str]]:
     """n facts whose prompts are equally long, and for each the prompt of another of them."""
-    case = trainable(subject, load_cases(subject.name)[0])
+    case = trainable(model, load_cases(model.name)[0])
     texts = prompts(case.large, load_templates()[case.template])
-    sizes = pd.Series([len(subject.token_ids(t)) for t in texts])
+    sizes = pd.Series([len(model.token_ids(t)) for t in texts])
     pick = sizes[sizes == sizes.mode()[0]].index[:n]
     chosen = [texts[i] for i in pick]
     return [case.large[i] for i in pick], chosen, chosen[1:] + chosen[:1]
 
 
-def step_rows(subject: Subject) -> list[Row]:
+def step_rows(model: Model) -> list[Row]:
     """One step of V-only training at the diagnosed layer: ours, plain PyTorch (as a model is loaded, and with all else
     frozen) and peft. All take the same prompts and window, and the untouched model's log-probabilities from a store."""
-    case = trainable(subject, load_cases(subject.name)[0])
-    kept = pathways.keep(subject, case, LAYER)
-    (part,) = pathway_slices(subject.model, LAYER, "v_only")
-    rows, start = torch.arange(kept.recipe.windows), pathways.slice_values(subject, (part,))[part]
+    case = trainable(model, load_cases(model.name)[0])
+    kept = training.keep(model, case, LAYER)
+    (part,) = pathway_slices(model.module, LAYER, "v_only")
+    rows, start = torch.arange(kept.recipe.windows), training.slice_values(model, (part,))[part]
     leaf = start.clone().requires_grad_()
     optimiser = torch.optim.Adam([leaf], lr=1e-3)
 
     def ours() -> tuple[Tensor, Tensor]:
         leaf.data.copy_(start)
-        cross_entropy, kl, _ = pathways.losses(subject, kept, {part: leaf}, rows)
+        cross_entropy, kl, _ = training.losses(model, kept, {part: leaf}, rows)
         return _step(cross_entropy + kept.recipe.kl_weight * kl, optimiser, leaf)
 
-    whole = copy.deepcopy(subject.model)
+    whole = copy.deepcopy(model.module)
     peers = {
-        "plain PyTorch, every parameter's gradient": plain_step(subject, kept, whole.requires_grad_(), part.name),
-        "plain PyTorch, all else frozen": plain_step(subject, kept, copy.deepcopy(subject.model), part.name),
-        "peft: LoRA of full rank on the same matrix": peft_step(subject, kept),
+        "plain PyTorch, every parameter's gradient": plain_step(model, kept, whole.requires_grad_(), part.name),
+        "plain PyTorch, all else frozen": plain_step(model, kept, copy.deepcopy(model.module), part.name),
+        "peft: LoRA of full rank on the same matrix": peft_step(model, kept),
     }
     what = f"L{LAYER + 1}, {len(case.facts)} prompts and {kept.recipe.windows} window of {kept.recipe.window} tokens"
     return [
@@ -184,60 +231,60 @@ def _same_loss(mine: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> fl
 
 
 def plain_loss(
-    model: nn.Module, subject: Subject, kept: pathways.Kept, base: Tensor, rows: Tensor
+    module: nn.Module, model: Model, kept: training.Kept, base: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The objective by two whole forward passes, and the logits after the prompts. base: `plain_base`."""
-    tokens, last = subject.encode(prompts(kept.facts, kept.template))
-    logits = model(input_ids=tokens, use_cache=False).logits[torch.arange(len(last)), last]
-    kl = plain_kl(model, kept, base, rows)
+    tokens, last = model.encode(prompts(kept.facts, kept.template))
+    logits = module(input_ids=tokens, use_cache=False).logits[torch.arange(len(last)), last]
+    kl = plain_kl(module, kept, base, rows)
     return F.cross_entropy(logits, kept.answers) + kept.recipe.kl_weight * kl, logits
 
 
-def plain_log_probabilities(model: nn.Module, kept: pathways.Kept, rows: Tensor) -> Tensor:
+def plain_log_probabilities(model: nn.Module, kept: training.Kept, rows: Tensor) -> Tensor:
     """At the compared positions of windows."""
     windows = torch.tensor(kept.windows)[rows]
     return model(input_ids=windows, use_cache=False).logits[:, kept.recipe.read].log_softmax(-1)
 
 
 @torch.no_grad()
-def plain_base(subject: Subject, kept: pathways.Kept) -> Tensor:
+def plain_base(model: Model, kept: training.Kept) -> Tensor:
     """The untouched model's, on all windows."""
-    return plain_log_probabilities(subject.model, kept, torch.arange(len(kept.windows)))
+    return plain_log_probabilities(model.module, kept, torch.arange(len(kept.windows)))
 
 
-def plain_kl(model: nn.Module, kept: pathways.Kept, base: Tensor, rows: Tensor) -> Tensor:
+def plain_kl(model: nn.Module, kept: training.Kept, base: Tensor, rows: Tensor) -> Tensor:
     now = plain_log_probabilities(model, kept, rows)
     return F.kl_div(now, base[rows], log_target=True, reduction="none").sum(-1).mean()
 
 
-def plain_step(subject: Subject, kept: pathways.Kept, model: nn.Module, name: str) -> Callable[[], tuple]:
-    leaf = dict(model.named_parameters())[name].requires_grad_()
-    start, rows, base = leaf.detach().clone(), torch.arange(kept.recipe.windows), plain_base(subject, kept)
+def plain_step(model: Model, kept: training.Kept, module: nn.Module, name: str) -> Callable[[], tuple]:
+    leaf = dict(module.named_parameters())[name].requires_grad_()
+    start, rows, base = leaf.detach().clone(), torch.arange(kept.recipe.windows), plain_base(model, kept)
     optimiser = torch.optim.Adam([leaf], lr=1e-3)
 
     def step() -> tuple[Tensor, Tensor]:
         leaf.data.copy_(start)
-        model.zero_grad()
-        return _step(plain_loss(model, subject, kept, base, rows)[0], optimiser, leaf)
+        module.zero_grad()
+        return _step(plain_loss(module, model, kept, base, rows)[0], optimiser, leaf)
 
     return step
 
 
-def peft_step(subject: Subject, kept: pathways.Kept) -> Callable[[], tuple]:
+def peft_step(model: Model, kept: training.Kept) -> Callable[[], tuple]:
     from peft import LoraConfig, get_peft_model
 
-    rank = subject.weights.n_kv_heads * subject.weights.d_head
+    rank = model.weights.n_kv_heads * model.weights.d_head
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["v_proj"], layers_to_transform=[LAYER])
-    model = get_peft_model(copy.deepcopy(subject.model), config)
-    leaves = [p for p in model.parameters() if p.requires_grad]
+    module = get_peft_model(copy.deepcopy(model.module), config)
+    leaves = [p for p in module.parameters() if p.requires_grad]
     start, rows = [p.detach().clone() for p in leaves], torch.arange(kept.recipe.windows)
-    base = plain_base(subject, kept)
+    base = plain_base(model, kept)
     optimiser = torch.optim.Adam(leaves, lr=1e-3)
 
     def step() -> tuple[Tensor, Tensor]:
         for leaf, value in zip(leaves, start, strict=True):
             leaf.data.copy_(value)
-        return _step(plain_loss(model, subject, kept, base, rows)[0], optimiser, leaves[0])
+        return _step(plain_loss(module, model, kept, base, rows)[0], optimiser, leaves[0])
 
     return step
 
@@ -245,28 +292,37 @@ def peft_step(subject: Subject, kept: pathways.Kept) -> Callable[[], tuple]:
 FOUR = ("full", "attention", "ffn", "v_only")
 
 
-def four_rows(subject: Subject) -> list[Row]:
+def four_rows(model: Model) -> list[Row]:
     """The four pathways, trained to the goal at one rate, set-up included; the plain way trains the same slices of a
     whole model."""
-    case = trainable(subject, load_cases(subject.name)[0])
-    kept = pathways.keep(subject, case, LAYER)  # for the plain way: facts and windows
+    case = trainable(model, load_cases(model.name)[0])
+    kept = training.keep(model, case, LAYER)  # for the plain way: facts and windows
 
     def ours() -> list[tuple[int, float]]:
-        kept = pathways.keep(subject, case, LAYER)
-        runs = [pathways.train(subject, kept, name, rate=1e-3) for name in FOUR]
+        kept = training.keep(model, case, LAYER)
+        runs = [training.train(model, kept, name, rate=1e-3) for name in FOUR]
         return [(run.steps, run.kl) for run in runs]
 
     def plain(frozen: bool) -> list[tuple[int, float]]:
-        base = plain_base(subject, kept)
-        return [plain_train(subject, kept, base, name, frozen) for name in FOUR]
+        base = plain_base(model, kept)
+        return [plain_train(model, kept, base, name, frozen) for name in FOUR]
 
-    what = f"L{LAYER + 1}, to a margin of {pathways.DEFAULT.margin:g} or {pathways.DEFAULT.max_steps} steps"
+    what = f"L{LAYER + 1}, to a margin of {training.DEFAULT.margin:g} or {training.DEFAULT.max_steps} steps"
     peers = {"plain PyTorch, every parameter's gradient": False, "plain PyTorch, all else frozen": True}
     return [
-        Row("four pathways", f"{what}, set-up and KL on unseen windows included", name, ours, partial(plain, frozen),
-            _same_runs, 1e-2, 5, rounds=3)
+        Row(
+            "four pathways",
+            f"{what}, set-up and KL on unseen windows included",
+            name,
+            ours,
+            partial(plain, frozen),
+            _same_runs,
+            1e-2,
+            5,
+            rounds=3,
+        )
         for name, frozen in peers.items()
-    ]  # fmt: skip
+    ]
 
 
 def _same_runs(mine: list[tuple[int, float]], theirs: list[tuple[int, float]]) -> float:
@@ -276,48 +332,46 @@ def _same_runs(mine: list[tuple[int, float]], theirs: list[tuple[int, float]]) -
     return max(abs(a - b) / b for (_, a), (_, b) in zip(mine, theirs, strict=True))
 
 
-def plain_train(
-    subject: Subject, kept: pathways.Kept, base: Tensor, pathway: str, frozen: bool
-) -> tuple[int, float]:  # fmt: skip
+def plain_train(model: Model, kept: training.Kept, base: Tensor, pathway: str, frozen: bool) -> tuple[int, float]:
     """Steps to the goal and KL on unseen windows; as `pathways.train`, on a whole model. frozen: no gradient is asked
     of what stays."""
-    model, recipe = copy.deepcopy(subject.model).requires_grad_(not frozen), kept.recipe
-    parameters = dict(model.named_parameters())
-    leaves = [parameters[s.name].requires_grad_() for s in pathway_slices(model, kept.layer, pathway)]
+    module, recipe = copy.deepcopy(model.module).requires_grad_(not frozen), kept.recipe
+    parameters = dict(module.named_parameters())
+    leaves = [parameters[s.name].requires_grad_() for s in pathway_slices(module, kept.layer, pathway)]
     optimiser, generator = torch.optim.Adam(leaves, lr=1e-3), torch.Generator().manual_seed(0)
     for step in range(recipe.max_steps + 1):
         rows = torch.randperm(kept.training, generator=generator)[: recipe.windows]
-        loss, logits = plain_loss(model, subject, kept, base, rows)
+        loss, logits = plain_loss(module, model, kept, base, rows)
         own = logits.gather(1, kept.answers[:, None])[:, 0]
         others = logits.scatter(1, kept.answers[:, None], float("-inf")).amax(1)
         if float((own - others).detach().min()) >= recipe.margin or step == recipe.max_steps:
             break
-        model.zero_grad()
+        module.zero_grad()
         loss.backward()
         optimiser.step()
     with torch.no_grad():
         unseen = torch.arange(kept.training, len(kept.windows))
-        return step, float(plain_kl(model, kept, base, unseen))
+        return step, float(plain_kl(module, kept, base, unseen))
 
 
-def static_rows(subject: Subject) -> list[Row]:
+def static_rows(model: Model) -> list[Row]:
     """All four input-free diagnostics of all heads, beside the relation maps alone by whole OV matrices."""
-    case, types = trainable(subject, load_cases(subject.name)[0]), static.load_token_types(subject)
+    case, types = trainable(model, load_cases(model.name)[0]), static.load_token_types(model)
     ids = [i for group in types.values() for i in group]
 
     def ours() -> Tensor:
-        maps = static.relation_maps(subject, case.facts)
-        static.qk_overlap(subject.weights)
-        static.k_norms(subject.weights, ids)
-        static.head_roles(subject, types, list(maps.values()))
+        maps = static.relation_maps(model, case.facts)
+        static.qk_overlap(model.weights)
+        static.k_norms(model.weights, ids)
+        static.head_roles(model, types, list(maps.values()))
         return torch.stack([m.hits for m in maps.values()], 2).flatten(2, 3).float()
 
     @torch.no_grad()
     def plain() -> Tensor:
-        weights, facts = subject.weights, case.facts
-        e = weights.W_E[[subject.token_ids(f" {f.subject}")[-1] for f in facts]]
+        weights, facts = model.weights, case.facts
+        e = weights.W_E[[model.token_ids(f" {f.subject}")[-1] for f in facts]]
         e = torch.cat((e, static.enrich(weights, e)))
-        answers, W_U = [subject.first_token(f.answer) for f in facts], weights.norm_final.fold(weights.W_U)
+        answers, W_U = [model.first_token(f.answer) for f in facts], weights.norm_final.fold(weights.W_U)
         hits = []
         for block in weights.blocks:
             x, W_V = block.norm_attn(e), block.attn.per_head(block.attn.W_V)
@@ -327,26 +381,44 @@ def static_rows(subject: Subject) -> list[Row]:
         return torch.stack(hits).unflatten(0, (weights.n_layers, -1)).float()
 
     return [
-        Row("static diagnostics", f"{subject.weights.n_layers * subject.weights.n_heads} heads: QK overlap, K-norms, "
+        Row(
+            "static diagnostics",
+            f"{model.weights.n_layers * model.weights.n_heads} heads: QK overlap, K-norms, "
             f"roles with their permutation tests, relation maps of {len(case.facts)} facts",
-            "relation maps alone, a d_model x d_model matrix a head", ours, plain,
-            lambda a, b: float((a - b).abs().max()), 0.0, None, rounds=5, seconds=2.0),
-    ]  # fmt: skip
+            "relation maps alone, a d_model x d_model matrix a head",
+            ours,
+            plain,
+            lambda a, b: float((a - b).abs().max()),
+            0.0,
+            None,
+            rounds=5,
+            seconds=2.0,
+        )
+    ]
 
 
-def load_rows(subject: Subject) -> list[Row]:
+def load_rows(model: Model) -> list[Row]:
     """A cached subject, its checksum and weight view checked, beside the plain loading of model and tokenizer."""
-    folder = subjects.fetch_smollm2()
+    folder = models.fetch_smollm2()
 
     def plain() -> Tensor:
         AutoTokenizer.from_pretrained(folder)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model.norm.weight.detach()
 
     return [
-        Row("loading", f"{subject.name}, from the cache, checked", "from_pretrained, unchecked",
-            lambda: subjects.load(subject.name).model.model.norm.weight.detach(), plain, largest, 0.0, None, rounds=5,
-            seconds=0.5),
-    ]  # fmt: skip
+        Row(
+            "loading",
+            f"{model.name}, from the cache, checked",
+            "from_pretrained, unchecked",
+            lambda: models.load(model.name).model.module.norm.weight.detach(),
+            plain,
+            largest,
+            0.0,
+            None,
+            rounds=5,
+            seconds=0.5,
+        )
+    ]
 
 
 ROWS = (trace_rows, neuron_rows, patching_rows, step_rows, four_rows, static_rows, load_rows)

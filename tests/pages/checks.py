@@ -7,7 +7,7 @@ from pathlib import Path
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page
 
-from lib.browser import is_outside
+from lib.press.browser import is_outside
 
 PHONE, DESK = 390, 1400
 SERIOUS = ("serious", "critical")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser
 
-from lib.browser import built_pages, chromium
-from lib.results import BUILD
+from lib.files import BUILD
+from lib.press.browser import built_pages, chromium
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -8,7 +8,7 @@ from checks import PHONE
 from playwright.sync_api import expect
 from pypdf import PdfReader
 
-from lib import pdf
+from lib.press import pdf
 
 FIGURES, TABLES = "book/02_knowledge_path.html", "book/05_cross_validation.html"
 

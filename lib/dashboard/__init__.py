@@ -1,0 +1,1 @@
+"""Every head on one page: collect the numbers, render them into one HTML file."""

@@ -1,0 +1,135 @@
+"""What an output depends on: the modules of lib/ that some code imports, the files of data/, and their digests."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from lib.errors import ChapterError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def cache_folder() -> Path:
+    """Where fetched models and finished runs of sweeps are kept: $QKV_CACHE, or the user's cache folder."""
+    return Path(os.environ.get("QKV_CACHE") or user_cache_path("qkv-decomposition"))
+
+
+DATA = ROOT / "data"
+BUILD = ROOT / "_build"
+
+
+def slug(name: str) -> str:
+    """A subject's name as a folder name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, made if need be. Raises ChapterError where nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ChapterError(
+            f"cannot write into {folder}: {error.strerror}. Make {BUILD} a folder that you may write to."
+        ) from error
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Write under a temporary name, then rename. Raises ChapterError where nothing can be written."""
+    temporary = make_folder(path.parent) / f"{path.name}.{os.getpid()}.part"  # another process may write the same
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise ChapterError(f"cannot write {path}: {error.strerror}. Make room, or permit writing there.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def commit() -> str:
+    """The commit of this checkout, with `+changes` if files differ from it; `unknown` outside a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+BENCH = "bench.json"
+
+
+def imports(code: str) -> set[str]:
+    """Modules of lib/ that some code imports, as paths below lib/ (`trace`, `show/tables`); a name that is no
+    module has no file and does no harm."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lib":
+            room = node.module.split(".")[1:]
+            found |= {"/".join(room), *("/".join([*room, name.name]) for name in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {"/".join(name.name.split(".")[1:]) for name in node.names if name.name.startswith("lib.")}
+    return found - {""}
+
+
+def modules(names: Iterable[str], root: Path) -> list[Path]:
+    """The files of lib/ with these names (as `imports` gives them), those that they import, and so on, imports inside
+    functions included. What imports `sweeps` also depends on the studies that the specifications in data/sweeps name;
+    what imports `studies/costs`, on its record."""
+    todo, found = set(names), {root / "lib" / "__init__.py"}
+    while todo:
+        name = todo.pop()
+        for path in (
+            root / "lib" / f"{name}.py",
+            root / "lib" / name / "__init__.py",
+            root / "lib" / name.split("/")[0] / "__init__.py",
+        ):
+            if path.is_file() and path not in found:
+                found.add(path)
+                todo |= imports(path.read_text(encoding="utf-8"))
+        if name.startswith("sweeps"):
+            todo |= _studies(root) - {p.relative_to(root / "lib").with_suffix("").as_posix() for p in found}
+        if name == "studies/costs":
+            found.add(root / "data" / BENCH)
+    return sorted(found)
+
+
+def data_files(root: Path) -> list[Path]:
+    """The files of data/ that a computed number can depend on: not what is expected of it, nor the record of a
+    benchmark, nor the weights, which have a sum of their own."""
+    apart, folder = ("claims.yaml", BENCH), root / "data"
+    return sorted(
+        p
+        for p in folder.rglob("*")
+        if p.is_file()
+        and p.suffix != ".safetensors"
+        and p.name not in apart
+        and not {"expected", "__pycache__"} & {*p.relative_to(folder).parts}
+    )
+
+
+def digest(files: Iterable[Path], extra: str, base: Path) -> str:
+    """sha256 over a text and over the names and bytes of files; one that is missing counts as empty."""
+    total = hashlib.sha256(extra.encode())
+    for path in files:
+        total.update(f"\n{path.relative_to(base)}\n".encode())
+        total.update(path.read_bytes() if path.is_file() else b"")
+    return total.hexdigest()
+
+
+def _studies(root: Path) -> set[str]:
+    """The studies that the specifications of sweeps name."""
+    texts = (p.read_text(encoding="utf-8") for p in (root / "data" / "sweeps").glob("*.yaml"))
+    return {f"studies/{name}" for text in texts for name in re.findall(r"^run:\s*[\"']?(\w+)\.", text, re.MULTILINE)}

@@ -1,0 +1,374 @@
+"""Run a model again from one layer up, for many texts at once.
+
+Editing or training one layer leaves everything below it as it was. So the stream that enters the layer is computed
+once (`entering`), and only what lies above is run again (`above`).
+
+Texts are packed into one row without padding: each token keeps the position it has in its own text, and a mask keeps
+the texts blind to each other. With short texts a forward pass spends its time reading weights from memory; a pack
+reads each weight once for all of them. And prompts that a template makes begin alike: what stands before the country is
+the same in all, sees only itself, and is run once.
+
+Where only last tokens change, only they are run again (`ends`): nobody stands after a last token, so no other token
+can notice. And where an edit's values are tried (`above`), the last layer is run only for what is read of it.
+
+What a model says next, over its whole vocabulary, with one reading of the unembedding.
+
+With few rows, a product with W_U spends its time fetching W_U from memory, and a loss needs it twice: for the logits,
+and for the gradient. But both need only a sum over the vocabulary, which can be taken a few thousand tokens at a time
+while these are at hand (Milakov and Gimelshein 2018; in attention, Dao et al. 2022):
+
+    level(x) = log sum_v exp(x . W_U[:, v])        grad level(x) = sum_v p_v(x) W_U[:, v]
+
+the mean unembedding under what is said. Any loss over the vocabulary follows from it. Cross-entropy of a token is
+`level(x) - x . W_U[:, token]`; and the divergence of what is said at x from what was said at y is how far `level` lies
+above its tangent at y (a Bregman divergence), so that of y three small things must be kept (`Said`), not a number for
+each token:
+
+    KL(y || x) = level(x) - level(y) - (x - y) . grad level(y)
+
+It is a small difference of large numbers: rounding leaves some 1e-5 nats a position, of either sign, and less in a
+mean. Sums are in fp32, whatever the model is read in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from einops import einsum
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.func import functional_call
+from tqdm.auto import tqdm
+
+from lib.errors import DataError
+from lib.models import Model
+from lib.weights import Block, Slice
+
+ROOM = 512  # tokens in a pack: attention's cost grows with its square, and beyond a few hundred nothing is gained
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Texts in one row of t tokens. position: of each token in its own text. before: row of the token before it in its
+    text, -1 at a start. last: row of each text's last token."""
+
+    tokens: Int[Tensor, " t"]
+    position: Int[Tensor, " t"]
+    before: tuple[int, ...]
+    last: Int[Tensor, " text"]
+
+    @cached_property
+    def sees(self) -> Bool[Tensor, "t t"]:
+        """Where each token may look: back, within its text."""
+        sees = np.eye(len(self.before), dtype=bool)
+        for row, before in enumerate(self.before):
+            if before >= 0:
+                sees[row] |= sees[before]
+        return torch.tensor(sees)
+
+    def mask(self) -> Float[Tensor, "1 1 t t"]:
+        """0 where a token may look, the lowest number elsewhere."""
+        return torch.zeros(self.sees.shape).masked_fill(~self.sees, torch.finfo(torch.float32).min)[None, None]
+
+
+class _Row:
+    """A pack in the making. share: texts that begin alike share these tokens; each keeps a last token of its own, so
+    that what is read or changed there is its own."""
+
+    def __init__(self, share: bool) -> None:
+        self.share, self.nodes = share, dict[tuple[int, int], int]()
+        self.tokens: list[int] = []
+        self.position: list[int] = []
+        self.before: list[int] = []
+        self.last: list[int] = []
+
+    def shared(self, text: Sequence[int]) -> list[int]:
+        """Rows that hold the text's beginning."""
+        rows: list[int] = []
+        for token in text[:-1] if self.share else ():
+            node = self.nodes.get((rows[-1] if rows else -1, token))
+            if node is None:
+                break
+            rows.append(node)
+        return rows
+
+    def add(self, text: Sequence[int]) -> None:
+        rows = self.shared(text)
+        at = rows[-1] if rows else -1
+        for i in range(len(rows), len(text)):
+            if i < len(text) - 1:
+                self.nodes[at, text[i]] = len(self.tokens)
+            self.before.append(at)
+            at = len(self.tokens)
+            self.tokens.append(text[i])
+            self.position.append(i)
+        self.last.append(at)
+
+    def pack(self) -> Pack:
+        tokens, position, last = (torch.tensor(x) for x in (self.tokens, self.position, self.last))
+        return Pack(tokens, position, tuple(self.before), last)
+
+
+def pack(model: Model, texts: Sequence[Sequence[int]], *, share: bool = False) -> Pack:
+    """Token lists in one row, one after the other, or sharing their beginnings (`_Row`). Raises DataError for none, an
+    empty one, or one longer than the model reads."""
+    (whole,) = packs(model, texts, room=sum(map(len, texts)), share=share)
+    return whole
+
+
+def packs(model: Model, texts: Sequence[Sequence[int]], room: int = ROOM, *, share: bool = False) -> Iterator[Pack]:
+    """The texts in their order, in as many packs as needed, each of at most `room` tokens (or of one text). Raises as
+    `pack` does."""
+    if not texts or not all(texts):
+        raise DataError("there is nothing to run: no text was given, or one without a token.")
+    if (longest := max(map(len, texts))) > model.weights.context:
+        raise DataError(f"a text has {longest} tokens; {model.name} reads {model.weights.context}. Shorten it.")
+    row = _Row(share)
+    for text in texts:
+        if row.tokens and len(row.tokens) + len(text) - len(row.shared(text)) > room:
+            yield row.pack()
+            row = _Row(share)
+        row.add(text)
+    yield row.pack()
+
+
+@torch.no_grad()
+def next_token_logits(
+    model: Model, prompts: Sequence[str], *, progress: str | None = None
+) -> Float[Tensor, "prompt vocab"]:
+    """Logits of the token after each prompt, in fp32. Prompts that begin alike are run together once. progress: a
+    label for a bar. Raises DataError for an empty or too long prompt, or for none."""
+    order = sorted(range(len(prompts)), key=prompts.__getitem__)
+    rows = list(packs(model, [model.token_ids(prompts[i]) for i in order], share=True))
+    out, done = torch.empty(len(prompts), model.weights.W_U.shape[1]), 0
+    for some in tqdm(rows, desc=progress, disable=progress is None or len(rows) < 2, leave=False):
+        final = above(model, some, 0, entering(model, some, 0))[some.last]
+        out[order[done : (done := done + len(final))]] = (final @ model.weights.W_U).float()
+    return out
+
+
+@torch.no_grad()
+def entering(model: Model, texts: Pack, layer: int) -> Float[Tensor, "t d_model"]:
+    """The residual stream before a layer (0-based)."""
+    return streams(model, texts, [layer])[layer]
+
+
+@torch.no_grad()
+def streams(model: Model, texts: Pack, layers: Iterable[int]) -> dict[int, Float[Tensor, "t d_model"]]:
+    """The residual stream before each of some layers, in one pass; before the layer that would follow the last one, it
+    is the final stream, not yet normalised."""
+    weights, out, done = model.weights, {}, 0
+    stream = weights.W_E[texts.tokens] + (0 if weights.W_pos is None else weights.W_pos[texts.position])
+    for layer in sorted(set(layers)):
+        stream = out[layer] = _blocks(model, texts, stream, range(done, layer), {})
+        done = layer
+    return out
+
+
+def above(
+    model: Model,
+    texts: Pack,
+    layer: int,
+    stream: Float[Tensor, "t d_model"],
+    values: dict[Slice, Tensor] | None = None,
+    read: Int[Tensor, " n"] | None = None,
+) -> Float[Tensor, "t_or_n d_model"]:
+    """The final residual stream, normalised, from the stream that enters a layer. values: put for the layer's own,
+    differentiable in them; the model is not written to. read: the rows that are wanted, in this order. With values,
+    the last layer is run for these alone, by the view of its weights: changes of these in place are seen; hooks,
+    adapters and modules put for its own are not."""
+    norm, end = model.weights.norm_final_module, model.weights.n_layers - 1
+    if read is None or not values or layer == end:
+        final = norm(_blocks(model, texts, stream, range(layer, end + 1), values or {}))
+        return final if read is None else final[read]
+    stream = _blocks(model, texts, stream, range(layer, end), values)
+    (last,) = ends(model, texts, {end: stream}, stream[read], end, read)
+    return norm(last.stream)
+
+
+def through(model: Model, texts: Pack, stream: Float[Tensor, "t d_model"], layer: int) -> Float[Tensor, "t d_model"]:
+    """The stream after one layer, from the stream before it."""
+    return _blocks(model, texts, stream, range(layer, layer + 1), {})
+
+
+@dataclass(frozen=True)
+class Past:
+    """What n tokens look back on in one layer (the last ones of texts, or any in the last layer): keys (rotated) and
+    values, in a row for each text or in one row for all. before: those that stand before each of the n in its text.
+    position: of the n tokens."""
+
+    keys: Float[Tensor, "row n_kv t d_head"]
+    values: Float[Tensor, "row n_kv t d_head"]
+    before: Bool[Tensor, "n t"]
+    position: Int[Tensor, " n"]
+
+
+def past(block: Block, texts: Pack, stream: Float[Tensor, "t d_model"], at: Int[Tensor, " n"] | None = None) -> Past:
+    """What tokens of a pack look back on, from the stream that enters the block. at: their rows; the last tokens', if
+    not given."""
+    x, attn, at = block.norm_attn(stream), block.attn, texts.last if at is None else at
+    keys = attn.rotated(_each(x, attn.W_K, attn.b_K), texts.position)
+    before = texts.sees[at].scatter(1, at[:, None], False)
+    return Past(keys[None], _each(x, attn.W_V, attn.b_V)[None], before, texts.position[at])
+
+
+def gathered(block: Block, past: Past, rows: Float[Tensor, "m d_model"]) -> Float[Tensor, "m n_heads d_head"]:
+    """z of last tokens, from their own stream and what they look back on. rows: all n texts in their order, as many
+    times as there are versions of them."""
+    copies, (row, kv, t) = len(rows) // len(past.position), past.keys.shape[:3]
+    x, attn, position = block.norm_attn(rows), block.attn, past.position.repeat(copies)
+    q = attn.rotated(_each(x, attn.W_Q, attn.b_Q), position)
+    k, v = attn.rotated(_each(x, attn.W_K, attn.b_K), position), _each(x, attn.W_V, attn.b_V)
+    lead = (len(rows) // row, row, kv)  # (copy, row, kv)
+    q, k, v = (y.transpose(0, 1).reshape(*lead, len(y) // kv, y.shape[2]) for y in (q, k, v))
+    scores = einsum(q, past.keys, "c n k g h, n k t h -> c n k g t")
+    own = einsum(q, k[..., 0, :], "c n k g h, c n k h -> c n k g")
+    before = past.before.repeat(copies, 1).view(*lead[:2], 1, 1, t)
+    scores = torch.cat((scores.masked_fill(~before, float("-inf")), own[..., None]), -1)
+    weights = (scores / q.shape[-1] ** 0.5).softmax(-1)
+    z = einsum(weights[..., :-1], past.values, "c n k g t, n k t h -> c n k g h")
+    return (z + weights[..., -1:] * v).flatten(0, 1).flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class End:
+    """What a layer did with last tokens; `stream` is what leaves it."""
+
+    z: Float[Tensor, "m n_heads d_head"]
+    middle: Float[Tensor, "m d_model"]  # the stream between attention and MLP
+    neurons: Float[Tensor, "m d_mlp"]
+    stream: Float[Tensor, "m d_model"]
+
+
+def ends(
+    model: Model,
+    texts: Pack,
+    before: dict[int, Float[Tensor, "t d_model"]],
+    rows: Float[Tensor, "m d_model"],
+    start: int,
+    at: Int[Tensor, " n"] | None = None,
+) -> Iterator[End]:
+    """Last tokens in layer `start`, in the next, and so on, from what they are on entering `start`. before: the streams
+    that enter these layers, of all tokens. rows: as in `gathered`; differentiable in them. at: as in `past`; other
+    tokens than the last ones only from the last layer, for in any other, later ones look back on them."""
+    for layer in range(start, model.weights.n_layers):
+        block = model.weights.blocks[layer]
+        z = gathered(block, past(block, texts, before[layer], at), rows)
+        middle = rows + block.attn.write(z)
+        neurons = block.mlp.neurons(block.norm_mlp(middle))
+        rows = middle + block.mlp.write(neurons)
+        yield End(z, middle, neurons, rows)
+
+
+def _each(
+    x: Float[Tensor, "m d_model"], W: Float[Tensor, "n d_model d_head"], b: Float[Tensor, "n d_head"] | None
+) -> Float[Tensor, "n m d_head"]:
+    """A query, key or value of every token."""
+    out = einsum(x, W, "m d, n d h -> n m h")
+    return out if b is None else out + b[:, None]
+
+
+def _blocks(
+    model: Model, texts: Pack, stream: Float[Tensor, "t d_model"], layers: range, values: dict[Slice, Tensor]
+) -> Float[Tensor, "t d_model"]:
+    """The model's own blocks; the first one with the values in place."""
+    weights, stream = model.weights, stream[None]
+    extra = {"attention_mask": texts.mask(), **weights.block_inputs(stream, texts.position)}
+    for layer in layers:
+        module = weights.blocks[layer].module
+        own = _own(model, layer, values) if layer == layers.start else {}
+        out = functional_call(module, own, (stream,), extra) if own else module(stream, **extra)
+        stream = out[0] if isinstance(out, tuple) else out
+    return stream[0]
+
+
+def _own(model: Model, layer: int, values: dict[Slice, Tensor]) -> dict[str, Tensor]:
+    """The block's parameters, by their names within it, with the values put in."""
+    prefix = f"{model.weights.prefix}.{layer}."
+    module = model.weights.blocks[layer].module
+    return {
+        (short := part.name.removeprefix(prefix)): _put(module.get_parameter(short), part, value)
+        for part, value in values.items()
+    }
+
+
+def _put(parameter: Tensor, part: Slice, value: Tensor) -> Tensor:
+    if part.start is None:
+        return value
+    return torch.cat((parameter[..., : part.start], value, parameter[..., part.stop :]), -1)
+
+
+CHUNK = 2048  # tokens of the vocabulary at a time: their part of W_U stays in a processor's cache
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model says at some positions, as far as a divergence from it needs: its final stream (normalised), the
+    level there, and the mean unembedding."""
+
+    final: Float[Tensor, "*n d_model"]
+    level: Float[Tensor, "*n"]
+    mean: Float[Tensor, "*n d_model"]
+
+    def divergence(self, final: Float[Tensor, "*n d_model"], level: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """KL(this || what is said at `final`), in nats; not clamped at zero."""
+        return level - self.level - ((final - self.final) * self.mean).sum(-1)
+
+    def __getitem__(self, rows: Any) -> Said:
+        return Said(self.final[rows], self.level[rows], self.mean[rows])
+
+
+def said(final: Float[Tensor, "n d_model"], W_U: Float[Tensor, "d_model vocab"]) -> Said:
+    """What is said at n final streams (normalised)."""
+    level, mean, _ = _swept(final, W_U, None, mean=True)
+    return Said(final.detach(), level, mean)
+
+
+def levels(
+    final: Float[Tensor, "n d_model"], W_U: Float[Tensor, "d_model vocab"], apart: Int[Tensor, " m"] | None = None
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " m"]]:
+    """The level of each final stream (normalised), differentiable in it, once. apart: a token for each of the first m
+    rows; for these also the largest logit of any other token, not differentiable."""
+    return _Levels.apply(final, W_U, apart)
+
+
+class _Levels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, final: Tensor, W_U: Tensor, apart: Tensor | None) -> tuple[Tensor, Tensor]:
+        level, mean, other = _swept(final, W_U, apart, mean=ctx.needs_input_grad[0])
+        ctx.save_for_backward(mean)
+        ctx.dtype = final.dtype
+        ctx.mark_non_differentiable(other)
+        return level, other
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        (mean,) = ctx.saved_tensors
+        return (slope[:, None] * mean).to(ctx.dtype), None, None
+
+
+@torch.no_grad()
+def _swept(final: Tensor, W_U: Tensor, apart: Tensor | None, *, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels; mean unembeddings, zero unless asked for; and the largest logits of tokens that are not set apart."""
+    final, at = final.float(), 0
+    top, total = torch.full((len(final),), float("-inf")), torch.zeros(len(final))
+    weighed, other = torch.zeros_like(final), top[: 0 if apart is None else len(apart)]
+    for part in W_U.T.split(CHUNK):
+        part = part.float()
+        logits = final @ part.T
+        if apart is not None:
+            own = torch.arange(at, at + len(part)) == apart[:, None]
+            other = torch.maximum(other, logits[: len(apart)].masked_fill(own, float("-inf")).amax(1))
+        new = torch.maximum(top, logits.amax(1))
+        shrunk, share = (top - new).exp(), (logits - new[:, None]).exp()
+        total = total * shrunk + share.sum(1)  # relative to the largest logit so far: logarithms would add up rounding
+        if mean:
+            weighed = torch.addmm(weighed * shrunk[:, None], share, part)
+        top, at = new, at + len(part)
+    return top + total.log(), weighed / total[:, None], other

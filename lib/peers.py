@@ -1,0 +1,199 @@
+"""The book's findings, asked again with other people's tools (the source page's "cross-validation").
+
+    Captum          gradient x activation of every MLP neuron, against this book's trace of the same neurons
+    TransformerLens logits, logit lens and per-head contributions, against ours
+    patching        what the answer loses when a head or a neuron is really taken away, against what the trace says
+
+A trace is a decomposition: it says what a component wrote. An intervention says what the answer owes to it, later
+layers' reactions included (total effect). The two differ where later layers repair the damage (Rushing and Nanda
+2024), so both stand side by side. Every agreement is held against a control that should show none: another prompt's
+neurons, a neighbouring layer, a random neuron or head.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lib.errors import DataError
+from lib.forward import ends, packs, streams
+from lib.models import Model
+from lib.sites import Site
+from lib.trace import capture, direction, logit_trace
+
+TOOLS = ("captum", "transformer-lens")
+BATCH = 8
+TOP = 5  # neurons compared as a set
+
+
+def require_tools() -> dict[str, str]:
+    """The versions of the tools that this chapter is about. Raises DataError for one that is not installed: a
+    cross-validation without the other side is none, and must not look like one."""
+    versions = {}
+    for name in TOOLS:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError as error:
+            raise DataError(
+                f"{name} is not installed, so nothing can be checked against it; install it with "
+                "`pip install -r requirements.txt` and run the chapter again."
+            ) from error
+    return versions
+
+
+# Captum: gradient x activation against the trace, neuron by neuron
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """For each prompt and each of a few layers: the trace's contribution of every neuron to the target's logit, and
+    gradient x activation of the same neurons, at the last position."""
+
+    layers: tuple[int, ...]
+    trace: Float[Tensor, "prompt layer d_mlp"]
+    gradient: Float[Tensor, "prompt layer d_mlp"]
+
+
+def neurons(
+    model: Model,
+    texts: Sequence[str],
+    targets: Int[Tensor, " prompt"],
+    layers: Sequence[int],
+    *,
+    progress: str | None = None,
+) -> Neurons:
+    """Both attributions from one pass. The gradient is taken through last tokens alone, because what a last token's
+    neurons write only last tokens read: Captum's own numbers, at a fraction of its cost (`captum_neurons`)."""
+    low, weights, traces, gradients, done = min(layers), model.weights, [], [], 0
+    rows = list(packs(model, [model.token_ids(t) for t in texts], share=True))
+    for some in tqdm(rows, desc=progress, disable=progress is None):
+        before = streams(model, some, range(low, weights.n_layers))
+        own = targets[done : (done := done + len(some.last))]
+        found = list(ends(model, some, before, before[low][some.last].requires_grad_(), low))
+        seen = [found[i - low].neurons for i in layers]
+        logits = (weights.norm_final(found[-1].stream) * weights.W_U[:, own].T).sum(-1)
+        slopes = torch.stack(torch.autograd.grad(logits.sum(), seen), 1)
+        active, read = torch.stack(seen, 1).detach(), direction(model, found[-1].stream.detach(), own)
+        gradients.append(active * slopes)
+        traces.append(active * torch.stack([read @ weights.blocks[i].mlp.W_out.T for i in layers], 1))
+    return Neurons(tuple(layers), torch.cat(traces), torch.cat(gradients))
+
+
+def captum_neurons(
+    model: Model,
+    texts: Sequence[str],
+    targets: Int[Tensor, " prompt"],
+    layers: Sequence[int],
+    *,
+    progress: str | None = "Captum",
+) -> Float[Tensor, "prompt layer d_mlp"]:
+    """Gradient x activation by Captum itself: a full forward and backward pass for each batch of prompts."""
+    from captum.attr import LayerGradientXActivation
+
+    modules = [model.weights.blocks[i].mlp_out for i in layers]
+    out = []
+    for start in tqdm(range(0, len(texts), BATCH), desc=progress, disable=progress is None):
+        tokens, last = model.encode(texts[start : start + BATCH])
+        rows, own = torch.arange(len(last)), targets[start : start + BATCH]
+
+        def answer(embedded: Tensor, last: Tensor = last, rows: Tensor = rows, own: Tensor = own) -> Tensor:
+            return model.module(inputs_embeds=embedded, use_cache=False).logits[rows, last, own]
+
+        method = LayerGradientXActivation(answer, modules)
+        embedded = model.module.get_input_embeddings()(tokens).requires_grad_()
+        found = method.attribute(embedded, attribute_to_layer_input=True)
+        out.append(torch.stack([x.view(*tokens.shape, -1)[rows, last].detach() for x in found], 1))  # its graph may go
+    return torch.cat(out)
+
+
+def agreement(one: Float[Tensor, "prompt d_mlp"], other: Float[Tensor, "prompt d_mlp"]) -> pd.DataFrame:
+    """A row a prompt: do both name the same top neuron, how many of their top five do they share, and Spearman's rank
+    correlation over all neurons."""
+    a, b = one.topk(TOP, -1).indices, other.topk(TOP, -1).indices
+    ranks = (x.argsort(-1).argsort(-1).float() for x in (one, other))
+    mine, theirs = (r - r.mean(-1, keepdim=True) for r in ranks)
+    rho = torch.cosine_similarity(mine, theirs, dim=-1)
+    shared = (a[:, :, None] == b[:, None]).any(-1).sum(-1)
+    found = {"top1": a[:, 0] == b[:, 0], "top5": shared / TOP, "rho": rho}
+    return pd.DataFrame({name: values.cpu().numpy() for name, values in found.items()})
+
+
+def top_neuron(model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], layer: int) -> int:
+    """The neuron of a layer that writes most of the answers on average."""
+    return int(neurons(model, texts, answers, [layer]).trace[:, 0].mean(0).argmax())
+
+
+# TransformerLens: the same model through another library
+
+
+def bridge(model: Model):
+    """The subject as TransformerLens' TransformerBridge. It replaces modules of the model that it is given: a copy."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.module.config.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+        module = copy.deepcopy(model.module)
+        return TransformerBridge.boot_transformers(folder, hf_model=module, tokenizer=model.tokenizer)
+
+
+@dataclass(frozen=True)
+class Lenses:
+    """This book's and TransformerLens' view of the same prompts. table: a row a prompt with the largest differences of
+    the logits, of all heads' contributions to the answer's logit, and of the lens' logits; and the head that writes
+    most of the answer by each. The curves: the logit lens by layer, answer minus the mean of the other answers."""
+
+    table: pd.DataFrame
+    ours: Float[Tensor, "prompt n_layers+1"]
+    theirs: Float[Tensor, "prompt n_layers+1"]
+
+
+@torch.no_grad()
+def against_transformerlens(model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"]) -> Lenses:
+    """One prompt after the other through both libraries, answers[i] being the answer to texts[i]."""
+    lens, weights, rows, curves = bridge(model), model.weights, [], []
+    layers = range(weights.n_layers)
+    for i, text in enumerate(tqdm(texts, desc="TransformerLens")):
+        seen = capture(model, [text])
+        trace = logit_trace(model, seen, answers[i].view(1, 1))
+        own = (weights.norm_final(seen.stream[0]) @ weights.W_U)[:, answers]
+        logits, cache = lens.run_with_cache(torch.tensor([model.token_ids(text)]), prepend_bos=False)
+        z = torch.stack([cache[f"blocks.{j}.attn.hook_z"][0, -1] for j in layers])
+        W_O = torch.stack([b.attn.W_O.view(weights.n_heads, -1, weights.d_model) for b in lens.blocks])
+        written = torch.einsum("lnh,lnhd->lnd", z.reshape(W_O.shape[:3]), W_O)
+        last = cache[f"blocks.{layers[-1]}.hook_resid_post"][0, -1]
+        heads = written @ direction(model, last[None], answers[i : i + 1])[0]
+        stream = torch.stack([*(cache[f"blocks.{j}.hook_resid_pre"][0, -1] for j in layers), last])
+        read = lens.unembed(lens.ln_final(stream[None]))[0][:, answers]
+        curves.append([x[:, i] - (x.sum(1) - x[:, i]) / max(1, len(answers) - 1) for x in (own, read)])
+        rows.append(
+            {
+                "prompt": text,
+                "logits": float((seen.logits[0] - logits[0, -1]).abs().max()),
+                "heads": float((trace.heads[0, 0] - heads).abs().max()),
+                "lens": float((own - read).abs().max()),
+                "our_head": _strongest(trace.heads[0, 0]),
+                "their_head": _strongest(heads),
+            }
+        )
+    ours, theirs = (torch.stack(c) for c in zip(*curves, strict=True))
+    return Lenses(pd.DataFrame(rows), ours, theirs)
+
+
+def routing_layer(curves: Float[Tensor, "prompt n_layers+1"]) -> int:
+    """The layer (0-based) over which the mean curve rises most: where the lens sees this answer, rather than other
+    answers of its kind, appear."""
+    return int(curves.mean(0).diff().argmax())
+
+
+def _strongest(heads: Float[Tensor, "n_layers n_heads"]) -> str:
+    return str(Site(*divmod(int(heads.argmax()), heads.shape[1])))

@@ -1,0 +1,315 @@
+"""One archive of a whole run, to deposit: the book, its numbers, its edits, its source; and the check of an archive.
+
+    collect   everything that belongs in it, or an error that names what is missing or out of date
+    pack      a ZIP archive that depends on names, contents and one date alone: sorted, uncompressed (compressors
+              differ from version to version), one mode and one date for all files. The same run gives the same bytes.
+    inspect   compares each file with MANIFEST.sha256, then packs the contents again and compares the archives byte by
+              byte. So every byte is vouched for: contents by their sums, and the rest because it follows from them.
+
+Who can rewrite the whole archive can rewrite its manifest too: against that stands the archive's own sum, which is
+written beside it and belongs into the record of the deposit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import subprocess
+import zipfile
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lib import __version__, edits
+from lib.errors import ReleaseError
+from lib.files import BUILD, ROOT, slug
+from lib.models import canonical, weights_sha256
+from lib.press import build, check, execute, release
+from lib.results import chapter_folder, results_path
+from lib.studies.pathways import PAPER
+
+SUMS, MANIFEST = "MANIFEST.sha256", "MANIFEST.json"
+AT_THE_TOP = ("LICENSE", "NOTICE", "CITATION.cff", ".zenodo.json")  # beside source/, where a depositor looks for them
+CONTENTS = {
+    "html/": "the book; open html/index.html, no network is needed",
+    "book.pdf": "the book on paper",
+    "dashboard.html": "every head of the model, interactive",
+    "executed/": "the chapters as notebooks with their outputs",
+    "edits/": "what was retrained, one safetensors file a pathway",
+    "results/": "every number of the run, with its provenance, and the figures",
+    "source/": "the repository: chapters, library, tests; in source/data facts, claims and expected results",
+    "LICENSES/": "licences in full; which one holds for what is said in README.md",
+    MANIFEST: "which commit, model, weights and versions made this",
+    SUMS: "sha256 of every file: `sha256sum -c MANIFEST.sha256`",
+}
+README = """# {title}
+
+Version {version}, model `{model}`, commit `{commit}`, {date}.{dirty}
+
+{contents}
+
+Check the archive before unpacking it, in a checkout of the book: `python -m lib verify-snapshot ARCHIVE`.
+
+Code: MIT (`LICENSE`). Text and figures: CC BY 4.0. Edits of SmolLM2: Apache-2.0, see `NOTICE`. Data: as
+`source/data/README.md` says. Please cite as in `CITATION.cff`.
+"""
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What became of a check. wrong, missing, extra: names of files; structure: what is wrong with the archive apart
+    from its contents, or "". manifest: MANIFEST.json, {} if it cannot be trusted."""
+
+    wrong: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+    structure: str = ""
+    manifest: dict[str, Any] = field(default_factory=dict)
+    files: int = 0
+
+    @property
+    def sound(self) -> bool:
+        return not (self.wrong or self.missing or self.extra or self.structure)
+
+
+def snapshot(model_name: str, output: Path | None = None, *, say: Callable[[str], None] = print) -> Path:
+    """Write the archive of a subject's last run, and its sum beside it. Raises ReleaseError or ChapterError for what
+    is missing or out of date, and where nothing can be written."""
+    model_name = canonical(model_name)
+    if wrong := release.disagreements():
+        raise ReleaseError("the release does not agree with itself: " + "; ".join(wrong) + ".")
+    build.build(model_name, say=say)  # refuses chapters that are missing or out of date, and builds what is out of date
+    files = collect(model_name)
+    manifest = provenance(model_name, files)
+    if manifest["changes"]:
+        say("the work tree differs from its commit, which the manifest says: " + ", ".join(manifest["changes"]))
+    data = pack(complete(files, manifest), folder_name(model_name), datetime.fromisoformat(manifest["date"]))
+    path = output or BUILD / f"{folder_name(model_name)}.zip"
+    total = hashlib.sha256(data).hexdigest()
+    _write(path, data)
+    _write(sidecar(path), f"{total}  {path.name}\n".encode())
+    say(f"{path}: {manifest['files']:,} files, {len(data) / 1e6:,.1f} MB, sha256 {total}")
+    return path
+
+
+def collect(model_name: str) -> dict[str, bytes]:
+    """Contents of the archive by name, all but the manifests. Raises ReleaseError for what is missing or outdated, and
+    ChapterError for results that another subject's run has left there."""
+    check.current_values(model_name)
+    run, chapters = BUILD / "results" / slug(model_name), execute.chapter_names()
+    pdf, dashboard = BUILD / "book.pdf", BUILD / "dashboard" / f"{slug(model_name)}.html"
+    _require(BUILD / "html" / "index.html", "the book", f"python -m lib build --model {model_name}")
+    _require(dashboard, "the dashboard", f"python -m lib dashboard --model {model_name}")
+    _require(pdf, "the PDF", f"python -m lib pdf --model {model_name}", newer_than=BUILD / "html.key")
+    found = _under(BUILD / "html", "html/") | {"book.pdf": pdf, "dashboard.html": dashboard}
+    found |= {f"executed/{c}.ipynb": execute.executed_path(model_name, c) for c in chapters}
+    found |= _edits(model_name, chapters)
+    found |= {n: p for n, p in _under(run, "results/").items() if p.suffix != ".safetensors"}
+    found |= {f"results/{c}.json": results_path(model_name, c) for c in chapters}
+    source = {name: ROOT / name for name in _git("ls-files", "-z").split("\0") if name}
+    source = {name: path for name, path in source.items() if path.is_file()}  # a deleted one is named as a change
+    if lacking := [name for name in AT_THE_TOP if name not in source]:
+        raise ReleaseError(f"the repository has no {', '.join(lacking)}, and a deposit needs it; commit it.")
+    found |= {f"source/{name}": path for name, path in source.items()}
+    found |= {n: p for n, p in source.items() if n in AT_THE_TOP or n.startswith("LICENSES/")}
+    return {name: path.read_bytes() for name, path in found.items()}
+
+
+def provenance(model_name: str, files: dict[str, bytes]) -> dict[str, Any]:
+    """MANIFEST.json: what made the archive. Nothing in it depends on when it is made."""
+    ran = {c: json.loads(files[f"results/{c}.json"])["provenance"] for c in execute.chapter_names()}
+    repo = release.repository()
+    return {
+        "title": "QKV Decomposition for Transformer XAI: an executable book",
+        "version": __version__,
+        "repository": repo.url,
+        "tag": repo.tag,
+        "commit": _git("rev-parse", "HEAD").strip(),
+        "date": datetime.fromtimestamp(int(_git("log", "-1", "--format=%ct")), UTC).isoformat(),
+        "changes": [line.strip() for line in _git("status", "--porcelain").splitlines()],
+        "model": model_name,
+        "weights_sha256": weights_sha256(model_name),
+        "chapters": {
+            c: {k: p[k] for k in ("commit", "python", "packages", "start", "seconds")} for c, p in ran.items()
+        },
+        "derived_from": release.SOURCE_RECORD,
+        "contents": CONTENTS,
+        "files": len(files) + 3,  # and README.md, MANIFEST.json, MANIFEST.sha256
+    }
+
+
+def complete(files: dict[str, bytes], manifest: dict[str, Any]) -> dict[str, bytes]:
+    """The contents with README.md, MANIFEST.json and, last of all, the sums of all of them."""
+    dirty = (
+        " **Made from a work tree that differs from that commit**, see `MANIFEST.json`." if manifest["changes"] else ""
+    )
+    contents = "\n".join(f"- `{name}`: {text}" for name, text in CONTENTS.items())
+    readme = README.format(**manifest | {"dirty": dirty, "contents": contents})
+    files = files | {
+        "README.md": readme.encode(),
+        MANIFEST: (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode(),
+    }
+    return files | {SUMS: sums(files)}
+
+
+def sums(files: dict[str, bytes]) -> bytes:
+    """MANIFEST.sha256 of some contents, in the form of `sha256sum`."""
+    return "".join(f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in sorted(files)).encode()
+
+
+def pack(files: dict[str, bytes], folder: str, date: datetime) -> bytes:
+    """A ZIP archive of the contents in one folder. The same arguments give the same bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(files):
+            entry = zipfile.ZipInfo(f"{folder}/{name}", date.astimezone(UTC).timetuple()[:6])
+            entry.create_system, entry.external_attr = 3, 0o100644 << 16  # a plain file that everyone may read
+            archive.writestr(entry, files[name])
+    return buffer.getvalue()
+
+
+def verify(path: Path) -> Inspected:
+    """Check an archive on disk, against the sum beside it too if there is one. Raises ReleaseError as `inspect`."""
+    try:
+        data = path.read_bytes()
+        written = sidecar(path).read_text(encoding="utf-8").split() if sidecar(path).is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReleaseError(
+            f"{path} or the sum beside it cannot be read: {error}. Give an archive that exists."
+        ) from error
+    found, total = inspect(data), hashlib.sha256(data).hexdigest()
+    if found.sound and written and written[0] != total:
+        text = f"its sha256 is {total}, and {sidecar(path).name} says {written[0]}"
+        return replace(found, structure=text)
+    return found
+
+
+def inspect(data: bytes) -> Inspected:
+    """Check an archive. Raises ReleaseError for what is no archive, is cut short, or would write outside its folder."""
+    folder, files, unreadable = _unpack(data)
+    if absent := {SUMS, MANIFEST} - files.keys() - unreadable:
+        return Inspected(wrong=_sorted(unreadable), missing=_sorted(absent), files=len(files))
+    if SUMS in unreadable:
+        return Inspected(wrong=_sorted(unreadable), files=len(files))
+    lines = files[SUMS].decode(errors="replace").splitlines()
+    listed = {name: total for total, _, name in (line.partition("  ") for line in lines)}
+    found = {name: hashlib.sha256(content).hexdigest() for name, content in files.items() if name != SUMS}
+    wrong = {name for name, total in found.items() if listed.get(name, total) != total} | unreadable
+    missing, extra = listed.keys() - found.keys() - unreadable, found.keys() - listed.keys()
+    if not (wrong or missing or extra) and files[SUMS] != sums({n: c for n, c in files.items() if n != SUMS}):
+        wrong = {SUMS}  # the same sums, written otherwise
+    if wrong or missing or extra:
+        return Inspected(_sorted(wrong), _sorted(missing), _sorted(extra), files=len(files))
+    manifest = json.loads(files[MANIFEST])
+    again = pack(files, folder, datetime.fromisoformat(manifest["date"]))
+    return Inspected(structure=_difference(data, again), manifest=manifest, files=len(files))
+
+
+def sidecar(path: Path) -> Path:
+    """The file beside an archive that holds its sum."""
+    return path.with_name(path.name + ".sha256")
+
+
+def folder_name(model_name: str) -> str:
+    """The one folder of the archive, and the archive's own name."""
+    return f"{release.repository().name}-{__version__}-{slug(model_name)}"
+
+
+def _sorted(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(names))
+
+
+def _unpack(data: bytes) -> tuple[str, dict[str, bytes], set[str]]:
+    """The one folder of an archive, the contents of its files by name, and names of those that cannot be read."""
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        entries = archive.infolist()
+    except Exception as error:  # zipfile meets damage with errors of many kinds
+        raise ReleaseError(
+            f"this is no ZIP archive, or it was cut short or damaged ({error}). Get it again."
+        ) from error
+    for entry in entries:
+        parts = PurePosixPath(entry.filename).parts
+        if not re.fullmatch(r"[^/\\:\0]+(/[^/\\:\0]+)+", entry.filename) or {".", ".."} & set(parts) or entry.is_dir():
+            raise ReleaseError(
+                f"the archive holds {entry.filename!r}, which is no file in its folder. Do not unpack it."
+            )
+    folders = {PurePosixPath(entry.filename).parts[0] for entry in entries}
+    folder = max(sorted(folders), key=lambda f: sum(e.filename.startswith(f + "/") for e in entries), default="")
+    files, unreadable = {}, set()
+    for entry in entries:
+        name = entry.filename.removeprefix(folder + "/")
+        try:
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile("compressed, which no snapshot is")
+            files[name] = archive.read(entry)
+        except Exception:  # a wrong checksum, a header that does not fit, a size beyond the end, and more
+            unreadable.add(name)
+    return folder, files, unreadable
+
+
+def _difference(data: bytes, again: bytes) -> str:
+    """Where an archive differs from the one that its contents make; "" if nowhere."""
+    if data == again:
+        return ""
+    step = 1 << 16
+    place = next(i for i in range(0, len(data) + step, step) if data[i : i + step] != again[i : i + step])
+    place += next(i for i in range(step + 1) if data[place + i : place + i + 1] != again[place + i : place + i + 1])
+    with zipfile.ZipFile(io.BytesIO(again)) as archive:
+        before = [e.filename for e in archive.infolist() if e.header_offset <= place < archive.start_dir]
+    where = f"at {before[-1]}" if before else "in the list of files at its end"
+    return f"byte {place:,}, {where}, is not what the contents make it: the archive was altered, or packed otherwise"
+
+
+def _edits(model_name: str, chapters: list[str]) -> dict[str, Path]:
+    """The edits of the chapter that makes them, the source page's four pathways at least. Raises ReleaseError."""
+    folders = [chapter_folder(model_name, c) for c in chapters]
+    paths = {p.stem: p for folder in folders for p in sorted(folder.glob("*.safetensors"))}
+    if lacking := [name for name in PAPER if name not in paths]:
+        raise ReleaseError(
+            f"there is no edit of {model_name} for {', '.join(lacking)}. "
+            f"Run `python -m lib run 3 --model {model_name} --force`."
+        )
+    for path in paths.values():
+        if edits.load(path).base_sha256 != weights_sha256(model_name):
+            raise ReleaseError(f"{path} belongs to other weights than {model_name} has now; run chapter 3 again.")
+    return {f"edits/{name}.safetensors": path for name, path in paths.items()}
+
+
+def _under(folder: Path, prefix: str) -> dict[str, Path]:
+    return {prefix + p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _require(path: Path, what: str, command: str, *, newer_than: Path | None = None) -> None:
+    if not path.is_file():
+        raise ReleaseError(f"{what} is missing: there is no {path}. Run `{command}` first.")
+    if newer_than and newer_than.exists() and path.stat().st_mtime < newer_than.stat().st_mtime:
+        raise ReleaseError(f"{what}, {path}, is older than the book it should be made from. Run `{command}` again.")
+
+
+def _git(*words: str) -> str:
+    try:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ReleaseError(
+            f"{ROOT} is no git checkout with a commit ({error}), and a snapshot names its commit. Make it in a clone."
+        ) from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Under a temporary name, then renamed."""
+    partial = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        raise ReleaseError(f"cannot write {path}: {error.strerror}. Choose another place with --output.") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,166 @@
+"""press.build."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lib.errors import ChapterError
+from lib.files import BUILD, ROOT, digest, make_folder, modules, slug, write_atomically
+from lib.models import canonical, load, weights_sha256
+from lib.press import claims, colophon
+from lib.press.check import judged
+from lib.press.execute import _ANSI, BOOK, _everyones, chapter_names, executed_path, is_current
+from lib.results import PACKAGES, chapter_folder, results_path
+
+_JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"  # this environment's, whatever the PATH says
+
+
+def provenances(model_name: str) -> dict[str, dict[str, Any]]:
+    """Where each chapter's results come from, by chapter."""
+    read = {c: results_path(model_name, c).read_text(encoding="utf-8") for c in chapter_names()}
+    return {chapter: json.loads(text)["provenance"] for chapter, text in read.items()}
+
+
+def dashboard_path(model_name: str) -> Path:
+    return BUILD / "dashboard" / f"{slug(model_name)}.html"
+
+
+def dashboard(
+    model_name: str, output: Path | None = None, *, force: bool = False, say: Callable[[str], None] = print
+) -> Path:
+    """The page of all heads of a model, from its results and edits; kept if nothing that it depends on changed.
+    output: a copy elsewhere. Raises BookError as `lib.dashboard.collect` does; then no page is left standing."""
+    from lib.dashboard.collect import collect
+    from lib.dashboard.render import render
+
+    model_name = canonical(model_name)
+    weights, path = weights_sha256(model_name), dashboard_path(model_name)
+    if not force and dashboard_is_current(model_name, weights):
+        say(f"dashboard: nothing changed, kept {path}")
+    else:
+        for old in (path.with_suffix(".key"), path):
+            old.unlink(missing_ok=True)
+        start = time.perf_counter()
+        write_atomically(path, render(collect(load(model_name))))
+        write_atomically(path.with_suffix(".key"), _dashboard_key(model_name, weights))
+        size, seconds = path.stat().st_size / 1e6, time.perf_counter() - start
+        say(f"dashboard: made {path}, {size:.1f} MB, in {seconds:.0f} s")
+    if output is not None:
+        write_atomically(output, path.read_text(encoding="utf-8"))
+        say(f"dashboard: copied to {output}")
+    return output or path
+
+
+def dashboard_is_current(model_name: str, weights: str) -> bool:
+    """Whether the page is there and belongs to the present results, edits, weights and sources."""
+    path = dashboard_path(model_name)
+    stamp = path.with_suffix(".key")
+    return path.is_file() and stamp.is_file() and stamp.read_text() == _dashboard_key(model_name, weights)
+
+
+def _dashboard_key(model_name: str, weights: str) -> str:
+    from lib.dashboard.collect import EDITS, TAKEN
+    from lib.dashboard.render import PARTS
+
+    files = [*_everyones(), *modules({"dashboard/collect", "dashboard/render"}, ROOT), *PARTS]
+    files += [results_path(model_name, chapter) for chapter in TAKEN]
+    files += sorted(chapter_folder(model_name, EDITS).glob("*.safetensors"))
+    packages = {p: version(p) for p in (*PACKAGES, "altair", "vl-convert-python")}
+    return digest(files, json.dumps([weights, sys.version, packages], sort_keys=True), ROOT)
+
+
+def build(model_name: str, *, force: bool = False, say: Callable[[str], None] = print) -> Path:
+    """Stage the executed chapters with the pages of book/ and build the HTML. Raises ChapterError where a chapter
+    was not executed for this model or where the build warns."""
+    model_name = canonical(model_name)
+    weights = weights_sha256(model_name)
+    missing = [c for c in chapter_names() if not is_current(model_name, c, None, weights)]
+    if missing:
+        raise ChapterError(
+            f"not executed on {model_name} since its inputs changed: {', '.join(missing)}. "
+            f"Run `python -m lib run --model {model_name}` first."
+        )
+    page = dashboard_path(model_name) if (BOOK / "dashboard.md").is_file() else None  # the book's page that shows it
+    if page and not dashboard_is_current(model_name, weights):
+        raise ChapterError(
+            f"there is no dashboard of the present results of {model_name}. "
+            f"Run `python -m lib dashboard --model {model_name}` first."
+        )
+    make_folder(BUILD)
+    html, stamp = BUILD / "html", BUILD / "html.key"
+    with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
+        stage = Path(temporary) / "stage"
+        shutil.copytree(BOOK, stage / "book", ignore=shutil.ignore_patterns("*.ipynb", ".ipynb_checkpoints"))
+        for chapter in chapter_names():
+            shutil.copy(executed_path(model_name, chapter), stage / "book")
+            colophon.add(stage / "book" / f"{chapter}.ipynb", results_path(model_name, chapter))
+        for name in ("_config.yml", "_toc.yml"):
+            shutil.copy(ROOT / name, stage)
+        if (ROOT / "data" / "claims.yaml").is_file():
+            text = claims.page(judged(model_name), model_name)
+            (stage / "book" / "reproduction.md").write_text(text, encoding="utf-8")
+        for path in stage.glob("book/verify.md"):
+            expected = ROOT / "data" / "expected" / f"{slug(model_name)}.json"
+            wanted = json.loads(expected.read_text(encoding="utf-8")) if expected.is_file() else {}
+            text = path.read_text(encoding="utf-8").replace(colophon.MARK, colophon.tolerances(model_name, wanted))
+            text = text.replace(colophon.TIMES, colophon.times(provenances(model_name)))
+            path.write_text(text, encoding="utf-8")
+        ways = "".join(Path(__file__).with_name(f"{name}.py").read_text("utf-8") for name in ("mathml", "theme"))
+        shown = hashlib.sha256(page.read_bytes()).hexdigest() if page else ""
+        files = sorted(p for p in stage.rglob("*") if p.is_file())
+        key = digest(files, model_name + version("jupyter-book") + ways + shown, stage)
+        if not force and html.is_dir() and stamp.exists() and stamp.read_text() == key:
+            say("book: nothing changed, kept")
+            return html / "index.html"
+        stamp.unlink(missing_ok=True)
+        command = [
+            sys.executable,
+            "-c",
+            _JUPYTER_BOOK,
+            "build",
+            str(stage),
+            "--path-output",
+            temporary,
+            "-W",
+            "-n",
+            "--keep-going",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        output = _ANSI.sub("", done.stdout + done.stderr).replace(str(stage), "")
+        if done.returncode:
+            trouble = [line for line in output.splitlines() if "WARNING" in line or "ERROR" in line]
+            raise ChapterError(
+                "the book does not build without warnings:\n" + "\n".join(trouble or output.splitlines()[-30:])
+            )
+        fresh = Path(temporary) / "_build" / "html"
+        if page:
+            shutil.copy(page, fresh / "dashboard.html")
+        if html.exists():
+            shutil.rmtree(html)
+        fresh.rename(html)
+    write_atomically(stamp, key)
+    say(f"book: built {html / 'index.html'}")
+    return html / "index.html"
+
+
+def imprint(model_name: str) -> dict[str, str]:
+    """What the title page of a built book says: title and author, of which runs it is, and the date of the last."""
+    model_name = canonical(model_name)
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    runs = [json.loads(results_path(model_name, c).read_text(encoding="utf-8"))["provenance"] for c in chapter_names()]
+    commits = ", ".join(dict.fromkeys(run["commit"] for run in runs))
+    weights, version_ = runs[0]["weights_sha256"], runs[0]["lib"]
+    about = f"Made on {model_name}, weights sha256 {weights}, by version {version_}, commit {commits}."
+    return {"title": config["title"], "author": config["author"], "about": about, "date": max(r["start"] for r in runs)}

@@ -1,0 +1,78 @@
+"""press.check."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lib.errors import ChapterError
+from lib.files import ROOT, slug
+from lib.models import canonical, weights_sha256
+from lib.press import claims
+from lib.press.execute import chapter_names, is_current
+from lib.results import reach, results_path
+
+
+def check(model_name: str, folder: Path = ROOT / "data" / "expected") -> list[tuple[str, str, Any, Any, bool]]:
+    """Compare results with data/expected/<model>.json: rows (chapter, key, expected, found, holds). An expectation
+    is {"value": v} with "tolerance" (absolute) for numbers, or {"min": a, "max": b}. A value that no run of the present
+    inputs produced is `not run` and does not hold. Raises ChapterError where nothing is expected of the model."""
+    model_name = canonical(model_name)
+    path = folder / f"{slug(model_name)}.json"
+    if not path.is_file():
+        raise ChapterError(
+            f"nothing is expected of {model_name!r}: there is no {path}. "
+            "Expected figures exist for this repository's own models."
+        )
+    rows, values = [], current_values(model_name)
+    for chapter, keys in json.loads(path.read_text(encoding="utf-8")).items():
+        for key, wanted in keys.items():
+            value = reach(values.get(chapter, {}), key)
+            rows.append((chapter, key, _wish(wanted), value, _holds(wanted, value)))
+    return rows
+
+
+def judged(model_name: str) -> list[claims.Judged]:
+    """The source page's claims and what the current results of a model make of them."""
+    model_name = canonical(model_name)
+    listed = claims.load(ROOT / "data" / "claims.yaml", chapters=chapter_names())
+    return claims.judge_all(listed, model_name, current_values(model_name))
+
+
+def current_values(model_name: str) -> dict[str, dict[str, Any]]:
+    """What a subject's chapters reported, of those whose results belong to their present inputs."""
+    weights = weights_sha256(model_name)
+    current = [c for c in chapter_names() if is_current(model_name, c, None, weights)]
+    return {c: _own_values(model_name, c, weights) for c in current}
+
+
+def _own_values(model_name: str, chapter: str, weights: str) -> dict[str, Any]:
+    """Raises ChapterError for a results file that another subject's run, or another model's, has left there."""
+    path = results_path(model_name, chapter)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    own = content["provenance"]
+    if (own["model"], own["weights_sha256"]) != (model_name, weights):
+        raise ChapterError(
+            f"{path} was made by {own['subject']} ({own['weights_sha256'][:12]}...), not by {model_name} "
+            f"({weights[:12]}...). Run `python -m lib run {chapter} --model {model_name} --force`."
+        )
+    return content["values"]
+
+
+def _holds(wanted: dict[str, Any], value: Any) -> bool:
+    if "value" in wanted and not isinstance(wanted["value"], float):
+        return value == wanted["value"]
+    if not isinstance(value, int | float):
+        return False
+    if "value" in wanted:
+        return abs(value - wanted["value"]) <= wanted["tolerance"]
+    return wanted.get("min", float("-inf")) <= value <= wanted.get("max", float("inf"))
+
+
+def _wish(wanted: dict[str, Any]) -> str:
+    if "value" in wanted:
+        return str(wanted["value"]) + (f" ± {wanted['tolerance']}" if "tolerance" in wanted else "")
+    return " and ".join(
+        f"{word} {wanted[end]}" for end, word in (("min", "at least"), ("max", "at most")) if end in wanted
+    )

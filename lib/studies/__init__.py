@@ -1,0 +1,21 @@
+"""Studies: what chapters 2 to 9 ask of a model beyond one trace, one edit and one measurement.
+
+    @experiment
+    def edit_at(model: Model, *, layer: int, pathway: str, seed: int = 0) -> dict[str, Any]: ...
+
+An experiment takes a model and plain JSON values, gives a dictionary of plain JSON values, and depends on nothing
+else: the same inputs give the same numbers, in any order, on any worker of a sweep. `layer` counts from 1, as in all
+that people read. What it changes in the model it restores (`edits.applied`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Experiment = TypeVar("Experiment", bound=Callable[..., dict[str, Any]])
+
+
+def experiment(function: Experiment) -> Experiment:
+    """Mark a function of a study as one that a sweep may name. It stays as it is."""
+    return function

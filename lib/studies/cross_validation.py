@@ -1,0 +1,260 @@
+"""studies.cross_validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lib.diagnosis import Verdict, prescribe
+from lib.errors import DataError
+from lib.facts import Case, load_cases, load_templates, prompts
+from lib.interventions import Part, ablate, ablations, ground, sweep
+from lib.models import Model, load
+from lib.peers import Lenses, Neurons, against_transformerlens, agreement, captum_neurons, neurons, routing_layer
+from lib.recall import tell, trainable
+from lib.sites import Site
+
+
+def agreement_by_layer(found: Neurons, *, seed: int = 0) -> pd.DataFrame:
+    """A row a layer, with two controls: the gradient of another prompt, drawn at random, and that of the next layer."""
+    order = torch.randperm(len(found.trace), generator=torch.Generator().manual_seed(seed), device="cpu")
+    rows = []
+    for i, layer in enumerate(found.layers):
+        mine, theirs = found.trace[:, i], found.gradient[:, i]
+        next_one = found.gradient[:, (i + 1) % len(found.layers)]
+        for kind, other in (("same", theirs), ("other prompt", theirs[order]), ("other layer", next_one)):
+            table = agreement(mine, other)
+            rows.append({"layer": layer + 1, "compared": kind, "n": len(table), **table.mean().to_dict()})
+    return pd.DataFrame(rows)
+
+
+def agreement_by_template(found: Neurons, layer: int, names: Sequence[str], *, seed: int = 0) -> pd.DataFrame:
+    """The same at one layer (0-based), a row a template (names: of each prompt), beside the other-prompt control drawn
+    from the same template."""
+    i, generator, rows = found.layers.index(layer), torch.Generator().manual_seed(seed), []
+    for name in dict.fromkeys(names):
+        pick = torch.tensor([n == name for n in names]).nonzero()[:, 0]
+        mine, theirs = found.trace[pick, i], found.gradient[pick, i]
+        other = theirs[torch.randperm(len(pick), generator=generator, device="cpu")]
+        same, control = agreement(mine, theirs).mean(), agreement(mine, other).mean()
+        rows.append({"template": name, "n": len(pick), **same.to_dict(), "other_prompt": control.top1})
+    return pd.DataFrame(rows)
+
+
+def large_prompts(model: Model, case: Case, *, templates: int = 10) -> pd.DataFrame:
+    """Every fact of the large set under the first templates: template, prompt, answer_token."""
+    chosen = dict(list(load_templates().items())[:templates])
+    answers = [model.first_token(f.answer) for f in case.large]
+    parts = [
+        pd.DataFrame({"template": name, "prompt": prompts(case.large, text), "answer_token": answers})
+        for name, text in chosen.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+# The agreement table
+
+
+def parts_of(model: Model, verdict: Verdict, neuron: int, *, seed: int = 0, controls: int = 5) -> dict[str, list[Part]]:
+    """What is taken away: the knowledge head and the top neuron of its layer; and, as controls, other heads and
+    neurons of the same layer, drawn at random."""
+    layer, weights, draw = verdict.knowledge_head.layer, model.weights, np.random.default_rng(seed)
+    heads = [h for h in range(weights.n_heads) if h != verdict.knowledge_head.head]
+    width = weights.blocks[layer].mlp.W_out.shape[0]
+    others = draw.choice([n for n in range(width) if n != neuron], controls, replace=False)
+    return {
+        "knowledge head": [Part(verdict.knowledge_head)],
+        "random heads": [Part(Site(layer, int(h))) for h in draw.choice(heads, controls, replace=False)],
+        "top neuron": [Part(Site(layer), neuron)],
+        "random neurons": [Part(Site(layer), int(n)) for n in others],
+    }
+
+
+def ablate_all(
+    model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], parts: dict[str, list[Part]]
+) -> pd.DataFrame:
+    """An `ablate` table of all parts, `part` being the kind: several random parts are averaged prompt by prompt."""
+    tables, lowest = [], min(part.site.layer for some in parts.values() for part in some)
+    kept = ground(model, texts, lowest)
+    for kind, some in parts.items():
+        rows = pd.concat([ablate(model, texts, answers, part, kept=kept) for part in some])
+        means = rows.groupby(["way", "prompt"], sort=False)[["direct", "total"]].mean().reset_index()
+        tables.append(means.assign(part=kind))
+    return pd.concat(tables, ignore_index=True)
+
+
+def strongest_neuron(
+    model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], candidates: Sequence[Part]
+) -> Part:
+    """Of some neurons, the one whose loss (zero ablation, total) costs the answers most."""
+    return _costliest(model, texts, answers, candidates, "zero")
+
+
+def strongest_head(model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], layers: Sequence[int]) -> Part:
+    """Of all heads of some layers, the one whose loss (resample ablation, total) costs the answers most."""
+    candidates = [Part(Site(layer, head)) for layer in layers for head in range(model.weights.n_heads)]
+    return _costliest(model, texts, answers, candidates, "resample")
+
+
+def _costliest(
+    model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], candidates: Sequence[Part], way: str
+) -> Part:
+    kept = ground(model, texts, min(part.site.layer for part in candidates))
+    found = [ablate(model, texts, answers, part, kept=kept) for part in candidates]
+    return candidates[int(np.argmin([table[table.way == way].total.mean() for table in found]))]
+
+
+def three_tools(
+    model: Model,
+    texts: Sequence[str],
+    answers: Int[Tensor, " prompt"],
+    verdict: Verdict,
+    lenses: Lenses,
+    *,
+    around: int = 2,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """One row a question, one column a tool, on the same prompts; `-` where a tool does not answer it."""
+    layer, n = verdict.knowledge_head.layer, model.weights.n_layers
+    found = neurons(model, texts, answers, [layer])
+    ours, theirs = (x[:, 0].mean(0) for x in (found.trace, found.gradient))
+    top = [Part(Site(layer), int(i)) for i in ours.topk(10).indices]
+    neuron = strongest_neuron(model, texts, answers, top)
+    head = strongest_head(model, texts, answers, range(max(0, layer - around), min(n, layer + around + 1)))
+    lost = ablate(model, texts, answers, Part(verdict.knowledge_head)).query("way == 'resample'").total.mean()
+    their_head = lenses.table.their_head.mode()[0]
+    rows = [
+        (
+            "Which layer writes the answer?",
+            f"L{layer + 1}",
+            "-",
+            f"L{routing_layer(lenses.theirs) + 1} (lens)",
+            f"L{head.site.layer + 1}",
+        ),
+        ("Which head?", str(verdict.knowledge_head), "-", f"{their_head} (most of the prompts)", str(head)),
+        ("Which neuron of that layer?", str(int(ours.argmax())), str(int(theirs.argmax())), "-", str(neuron.neuron)),
+        (
+            "Does that neuron help the answer?",
+            _sign(ours.max()),
+            _sign(theirs[int(ours.argmax())]),
+            "-",
+            _sign(-ablate(model, texts, answers, top[0]).query("way == 'zero'").total.mean()),
+        ),
+        ("Does that head help the answer?", "yes", "-", "yes", _sign(-lost)),
+    ]
+    return pd.DataFrame(rows, columns=["question", "this book's trace", "Captum", "TransformerLens", "patching"])
+
+
+def _sign(value: float | Tensor) -> str:
+    return "yes" if float(value) > 0 else "no"
+
+
+def agreed(table: pd.DataFrame) -> int:
+    """On how many questions every tool that answers says the same."""
+    answers = table.set_index("question").map(lambda text: text.split(" (")[0])
+    return sum(len(set(row) - {"-"}) == 1 for row in answers.to_numpy().tolist())
+
+
+# What chapter 5 calls
+
+
+def same_as_captum(model: Model, sample: pd.DataFrame, layers: Sequence[int]) -> pd.DataFrame:
+    """The fast path against Captum's own on the same prompts: a row a layer. Raises DataError where they differ by
+    more than a thousandth of the largest attribution: rounding in another order stays far below."""
+    texts, targets = list(sample.prompt), torch.tensor(sample.answer_token.to_numpy())
+    fast, own = neurons(model, texts, targets, layers).gradient, captum_neurons(model, texts, targets, layers)
+    rows = []
+    for i, layer in enumerate(layers):
+        difference, largest = float((fast[:, i] - own[:, i]).abs().max()), float(own[:, i].abs().max())
+        if not difference <= 1e-3 * largest:
+            raise DataError(f"gradient x activation of L{layer + 1} differs from Captum's by {difference:.2g}.")
+        rows.append((layer + 1, len(texts), own.shape[-1], difference, largest))
+    return pd.DataFrame(rows, columns=["layer", "prompts", "neurons", "largest difference", "largest attribution"])
+
+
+def organism_through_transformerlens() -> dict[str, pd.DataFrame]:
+    """The table of `against_transformerlens` for the organism, the other model family."""
+    model = load("organism")
+    case = trainable(model, load_cases("organism")[0])
+    answers = torch.tensor([model.first_token(f.answer) for f in case.facts])
+    texts = prompts(case.facts, load_templates()[case.controls[0]])
+    return {"organism": against_transformerlens(model, texts, answers).table}
+
+
+def routing_chance(
+    curves: Float[Tensor, "prompt n_layers+1"], layer: int, *, shuffles: int = 1000, seed: int = 0
+) -> float:
+    """The control of a lens: how often the mean curve rises most over this layer if the rises of each prompt are put
+    into a random order of layers."""
+    rises, generator = curves.diff(), torch.Generator().manual_seed(seed)
+    orders = torch.rand((shuffles, *rises.shape), generator=generator, device="cpu").argsort(-1).to(rises.device)
+    tops = rises.expand(shuffles, -1, -1).gather(-1, orders).mean(1).argmax(-1)
+    return float((tops == layer).float().mean())
+
+
+def report_ablations(report: Callable[..., None], table: pd.DataFrame) -> None:
+    """What the chapter's prose says of the ablations."""
+    by = table.set_index(["part", "way"])
+    neuron, head = by.loc[("top neuron", "zero")], by.loc[("knowledge head", "resample")]
+    report("patching_effect", float(neuron.total), "+.2f")
+    report("patching_interval", (float(neuron.low), float(neuron.high)), "+.2f")
+    report("random_neuron_effect", float(by.total["random neurons", "zero"]), "+.2f")
+    report("head_effect", float(head.total), "+.2f")
+    report("head_interval", (float(head.low), float(head.high)), "+.2f")
+    report("random_head_effect", float(by.total["random heads", "resample"]), "+.2f")
+    own = by.loc[("each prompt's top neuron", "zero")]
+    report("own_neuron_effect", float(own.total), "+.2f")
+    report("own_neuron_interval", (float(own.low), float(own.high)), "+.2f")
+    report("own_neuron_direct", float(own.direct), "+.2f")
+
+
+def suppressors(model: Model, cases: Sequence[Case], *, seed: int = 0) -> pd.DataFrame:
+    """Each suppressor that the rule names, taken away from its failing prompts: the change of answer minus competitor;
+    beside the same kind of part one layer below. An `ablations` table, empty where no case has a suppressor."""
+    parts: list[pd.DataFrame] = []
+    for case in (trainable(model, c) for c in cases):
+        site = prescribe(model, case).suppressor
+        if site is None:
+            continue
+        failing = tell(model, case.facts, {case.template: load_templates()[case.template]})
+        answers, against = (torch.tensor(failing[c].tolist()) for c in ("answer_token", "competitor_token"))
+        for name, where in (("suppressor", site), ("control", Site(site.layer - 1, site.head, site.mlp))):
+            table = ablate(model, list(failing.prompt), answers, Part(where), against=against)
+            parts.append(ablations(table.assign(part=f"{case.title}: {name} {where}"), seed=seed))
+    columns = ["part", "way", "n", "direct", "total", "low", "high"]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+
+
+def suppressor_words(table: pd.DataFrame) -> str:
+    """One sentence on what the suppressors' loss gives back, by zero ablation."""
+    some = table[(table.way == "zero") & table.part.str.contains(": suppressor")]
+    if some.empty:
+        return "No case of this subject has a suppressor, so there is nothing to take away."
+    names = some.part.str.split(": suppressor ").str[1]
+    words = [
+        f"{name} {r.total:+.2f} ({r.low:+.2f} to {r.high:+.2f})"
+        for name, r in zip(names, some.itertuples(), strict=True)
+    ]
+    return "Without it (zero), the margin changes by: " + "; ".join(words) + "."
+
+
+def sweep_case(model: Model, case: Case) -> dict[str, Float[Tensor, "n_layers n_heads fact"]]:
+    """`sweep` over the case's untold facts, from its first control template."""
+    templates = load_templates()
+    table = tell(model, case.facts, {case.template: templates[case.template]})
+    pick = ~table.told.to_numpy()
+    facts = [f for f, untold in zip(case.facts, pick, strict=True) if untold]
+    competitors = torch.tensor(table.competitor_token.to_numpy()[pick])
+    return sweep(model, facts, templates[case.template], templates[case.controls[0]], competitors)
+
+
+def best_heads(grid: Float[Tensor, "n_layers n_heads fact"], k: int = 5) -> list[dict[str, object]]:
+    """The heads that bring most of the margin back, on average."""
+    mean = grid.mean(-1)
+    order = mean.flatten().topk(k)
+    return [{"head": str(Site(*divmod(int(i), mean.shape[1]))), "share": float(v)} for v, i in zip(*order, strict=True)]

@@ -1,0 +1,445 @@
+"""An edit that should carry over: fitted on the fit countries, chosen on the selection countries, judged once.
+
+    teacher     the model itself, where it does tell: of the control templates and of the failing template after two
+                worked examples, the context that gives the fit facts' answers the highest mean log-probability
+    pupils      the failing prompt of every fit country, and of places that no fact names: for these the teacher's
+                distribution stands in for an answer, so that names without a fact can be learned from as well
+    objective   KL(teacher || pupil) at the last position, mixed with cross-entropy of the answer where the model knows
+                it; plus KL from the untouched model on other prompts of the same countries and on neutral passages
+    rule        of the runs that cost little (`LIMITS`), the one that makes most selection countries told that are
+                known and untold; ties go to the higher mean log-probability of their answers
+
+Held-out countries take no part: `lesson` refuses them, `cost` does not ask them, and the chapter asks them once, after
+the rule has chosen. That the model's own answer in a better context can train it is context distillation (Snell et
+al., 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lib import evaluation
+from lib.edits import Edit, applied
+from lib.errors import DataError, EditError
+from lib.evaluation import BAND, NONE, Measured
+from lib.facts import Case, Fact, load_cases, load_mapping, load_templates, prompts
+from lib.files import DATA
+from lib.forward import above, entering, next_token_logits, pack, packs
+from lib.models import Model
+from lib.recall import known_and_told, scorable, tell, trainable
+from lib.statistics import gaussian
+from lib.studies import experiment
+from lib.training import neutral_windows, slice_values
+from lib.weights import Slice, pathway_slices
+
+EXAMPLES = 2  # worked examples before the failing prompt
+WINDOW = 32  # tokens of a neutral window
+READ = (1, 2, 3, 5, 8, 12, 20, 30)  # its compared positions: most of them early, where a text's start is felt
+TRAINED = ("fit", "eight", "")  # the splits that training may see
+LIMITS = {"perplexity": BAND, "capability": 0, "working templates": 0}  # what a run may cost, at most
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. layer: 0-based. rank: of the change of each matrix, 0 for any change; vectors stay where a rank is given
+    (Hu et al., 2022). truth: share of the cross-entropy in the objective. batch, others, windows: pupils,
+    other prompts and neutral windows a step; places: share of the pupils that are places without a fact. hold,
+    neutral: weights of the two penalties. The rate falls along a half cosine to a twentieth."""
+
+    layer: int
+    pathway: str = "full"
+    rank: int = 0
+    rate: float = 1e-3
+    steps: int = 60
+    truth: float = 0.3
+    places: float = 0.5
+    batch: int = 24
+    others: int = 6
+    windows: int = 1
+    hold: float = 1.0
+    neutral: float = 10.0
+
+    def __post_init__(self) -> None:
+        low = [n for n in ("steps", "batch", "others", "windows") if getattr(self, n) < 1]
+        if low or self.rate <= 0 or self.rank < 0 or not 0 <= self.truth <= 1 or not 0 <= self.places < 1:
+            raise EditError(
+                f"this configuration cannot train ({', '.join(low) or 'rank, rate, truth or places'}): steps, batch, "
+                "others, windows and rate must be positive, the rank not negative, truth from 0 to 1, places from 0 to "
+                "below 1."
+            )
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What training sees, whatever the layer: tokens of pupils, other prompts and windows, and their targets as
+    log-probabilities. facts: the fit facts, which are the first pupils; known: told by the model under a control."""
+
+    facts: tuple[Fact, ...]
+    answers: Int[Tensor, " fact"]
+    known: Bool[Tensor, " fact"]
+    teacher: str
+    template: str  # the failing one, its text
+    pupils: list[list[int]]
+    others: list[list[int]]
+    windows: list[list[int]]  # those that training draws from
+    taught: Float[Tensor, "pupil vocab"]
+    untouched: Float[Tensor, "other vocab"]
+    neutral: Float[Tensor, "window position vocab"]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """One run: its edit, and a row a step (loss, pupils, truth, others, neutral)."""
+
+    config: Config
+    edit: Edit
+    history: pd.DataFrame
+    seconds: float
+
+
+def fit_countries(case: Case) -> tuple[Fact, ...]:
+    """The case's own facts and the fit part of its large set, scorable or not: a teacher needs no score."""
+    own = {f.subject for f in case.facts}
+    return (*case.facts, *(f for f in case.large if f.split == "fit" and f.subject not in own))
+
+
+def without_held_out(model: Model, case: Case) -> Case:
+    """The case as choosing may see it: the selection countries, screened among all, and no other of the large set."""
+    return replace(case, large=tuple(f for f in scorable(model, case.large) if f.split == "selection"))
+
+
+def load_places(case: Case) -> list[str]:
+    """Names that no fact of the case bears. Raises DataError if one of them is a model of the large set."""
+    names = [n for group in load_mapping(DATA / "places.yaml").values() for n in group]
+    taken = {f.subject for f in (*case.facts, *case.large)}
+    if both := sorted(taken & set(names)):
+        raise DataError(f"data/places.yaml names {both[0]}, which is a fact's model; take it out.")
+    return names
+
+
+def places_of(model: Model, case: Case) -> list[str]:
+    """The places without a fact that a model learns from. The organism's names are made up: it has none."""
+    return [] if model.name == "organism" else load_places(case)
+
+
+def contexts(case: Case) -> dict[str, tuple[str, str]]:
+    """Where the model might tell: name -> prefix and template. The control templates, and the failing template after
+    worked examples, which are the case's own first facts."""
+    text = load_templates()
+    shown = zip(prompts(case.facts[:EXAMPLES], text[case.template]), case.facts, strict=False)
+    worked = "".join(f"{prompt} {fact.answer}. " for prompt, fact in shown)
+    return {**{c: ("", text[c]) for c in case.controls}, "worked examples": (worked, text[case.template])}
+
+
+def teachers(model: Model, case: Case) -> pd.DataFrame:
+    """The contexts on the fit facts that are known (under a control template) and can be scored: n, told, and mean
+    log-probability of the answer; the best first. The examples themselves are left out: theirs would be copied."""
+    facts = _scorable_fit(model, case)[EXAMPLES:]
+    asked = {name: tell(model, facts, {name: t}, prefix=p) for name, (p, t) in contexts(case).items()}
+    known = np.any([asked[c].told for c in case.controls], axis=0)
+    if not known.any():
+        raise DataError(f"case {case.name!r}: no fit fact is known, so {model.name} has nothing to teach itself.")
+    rows = [(n, int(known.sum()), int(t.told[known].sum()), np.log(t.prob[known]).mean()) for n, t in asked.items()]
+    table = pd.DataFrame(rows, columns=["context", "n", "told", "log_probability"])
+    return table.sort_values("log_probability", ascending=False, kind="stable", ignore_index=True)
+
+
+def lesson(model: Model, case: Case, facts: Sequence[Fact], places: Sequence[str], teacher: str) -> Lesson:
+    """Collect what training sees, and run the teacher. Raises DataError for a fact of another split, or for none."""
+    if barred := [f for f in facts if f.split not in TRAINED]:
+        raise DataError(f"{barred[0].subject} is of the split {barred[0].split!r}; training sees fit countries only.")
+    if not facts:
+        raise DataError("there is no fit country to learn from.")
+    text, (prefix, template) = load_templates(), contexts(case)[teacher]
+    names = [*facts, *(Fact(p, "") for p in places)]
+    pupils = [model.token_ids(p) for p in prompts(names, text[case.template])]
+    others = [p for i, f in enumerate(facts) for p in prompts([f], text[_other(case, i)])]
+    windows, training = neutral_windows(model, WINDOW)
+    taught, untouched = (
+        next_token_logits(model, texts, progress=bar).log_softmax(-1)
+        for texts, bar in ((prompts(names, template, prefix), "teacher"), (others, "other prompts"))
+    )
+    answers = torch.tensor([model.first_token(f.answer) for f in facts])
+    return Lesson(
+        tuple(facts),
+        answers,
+        _known(model, case, facts),
+        teacher,
+        text[case.template],
+        pupils,
+        [model.token_ids(p) for p in others],
+        windows[:training],
+        taught,
+        untouched,
+        _neutral(model, windows[:training]),
+    )
+
+
+def losses(
+    lesson: Lesson, logits: Float[Tensor, "n vocab"], rows: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """KL(teacher || pupil); cross-entropy of the answers that are known; KL(untouched || edited) on other prompts and
+    on windows. logits: of the pupils, the others, then the windows' positions; rows: which of each."""
+    pupils, others, windows = rows
+    own, rest, text = logits.log_softmax(-1).split((len(pupils), len(others), len(windows) * len(READ)))
+    told = [int(i) < len(lesson.facts) and bool(lesson.known[i]) for i in pupils]
+    known = torch.tensor(told, device=pupils.device)
+    truth = F.nll_loss(own[known], lesson.answers[pupils[known]]) if known.any() else own.new_zeros(())
+    return (
+        _kl(lesson.taught[pupils], own),
+        truth,
+        _kl(lesson.untouched[others], rest),
+        _kl(lesson.neutral[windows].flatten(0, 1), text),
+    )
+
+
+def learn(model: Model, lesson: Lesson, config: Config, *, seed: int = 0, bar: tqdm | None = None) -> Learned:
+    """One run (Adam, no weight decay). seed: of the order in which everything comes. Raises EditError for a layer that
+    is not there, and where the loss stops being a number."""
+    if not 0 <= config.layer < model.weights.n_layers:
+        raise EditError(f"there is no layer index {config.layer}: {model.name} has {model.weights.n_layers}.")
+    start, generator = perf_counter(), torch.Generator().manual_seed(seed)
+    before = slice_values(model, pathway_slices(model.module, config.layer, config.pathway))
+    leaves, values = change(before, config.rank, generator)
+    optimiser = torch.optim.Adam(leaves, lr=config.rate)
+    streams = [_streams(model, ids, config.layer) for ids in (lesson.pupils, lesson.others, lesson.windows)]
+    rows = []
+    for step in range(config.steps):
+        drawn = _draw(lesson, config, generator)
+        logits = _forward(model, lesson, config.layer, streams, drawn, values())
+        taught, truth, others, neutral = parts = losses(lesson, logits, drawn)
+        loss = (1 - config.truth) * taught + config.truth * truth + config.hold * others + config.neutral * neutral
+        if not bool(loss.isfinite()):
+            raise EditError(f"the loss of {config} is {loss.item()} after {step} steps; try a smaller rate.")
+        rows.append((step, loss.item(), *(p.item() for p in parts)))
+        optimiser.param_groups[0]["lr"] = config.rate * _schedule(step, config.steps)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if bar is not None:
+            bar.update()
+    history = pd.DataFrame(rows, columns=["step", "loss", "pupils", "truth", "others", "neutral"])
+    edit = _edit(model, lesson, config, {s: v.detach() for s, v in values().items()}, seed)
+    return Learned(config, edit, history, perf_counter() - start)
+
+
+def change(
+    before: dict[Slice, Tensor], rank: int, generator: torch.Generator
+) -> tuple[list[Tensor], Callable[[], dict[Slice, Tensor]]]:
+    """What the optimiser holds, and how it makes the values. rank 0: the values themselves. Otherwise two factors of
+    each matrix's change, one drawn at random and one zero, so that training starts from no change."""
+    if not rank:
+        own = {s: v.clone().requires_grad_() for s, v in before.items()}
+        return list(own.values()), lambda: own
+    factors = {
+        s: (
+            (gaussian((len(v), rank), generator) / len(v) ** 0.5).requires_grad_(),
+            torch.zeros(rank, v.shape[1]).requires_grad_(),
+        )
+        for s, v in before.items()
+        if v.ndim == 2
+    }
+    leaves = [factor for pair in factors.values() for factor in pair]
+    return leaves, lambda: {s: v + factors[s][0] @ factors[s][1] if s in factors else v for s, v in before.items()}
+
+
+@experiment
+def learn_at(
+    model: Model,
+    *,
+    layer: int,
+    pathway: str = "full",
+    rank: int = 0,
+    steps: int = 40,
+    truth: float = 0.3,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """One point of the frontier: train a slice of a layer (counted from 1) on the fit countries, and ask what the rule
+    reads (`cost`). Raises EditError for a layer that is not there."""
+    case, taught = _classroom(model)
+    run = learn(model, taught, _config(layer, pathway, rank, steps, truth), seed=seed)
+    return {"parameters": run.edit.parameters, "teacher": taught.teacher} | cost(model, case, run.edit)
+
+
+def again(model: Model, row: pd.Series) -> Learned:
+    """The run of a row of the frontier once more, for its edit: the same inputs give the same weights."""
+    config = _config(int(row.layer), row.pathway, int(row["rank"]), int(row.steps), float(row.get("truth", 0.3)))
+    with tqdm(total=config.steps, desc="the chosen edit") as bar:
+        return learn(model, _classroom(model)[1], config, seed=int(row.seed), bar=bar)
+
+
+def _config(layer: int, pathway: str, rank: int, steps: int, truth: float) -> Config:
+    """A low rank takes three times the rate."""
+    return Config(layer - 1, pathway, rank, 3e-3 if rank else 1e-3, steps, truth)
+
+
+@lru_cache(maxsize=1)
+def _classroom(model: Model) -> tuple[Case, Lesson]:
+    """The subject's first case and its lesson; the teacher is the context that tells the fit facts best."""
+    case = trainable(model, load_cases(model.name)[0])
+    best = str(teachers(model, case).context[0])
+    return case, lesson(model, case, fit_countries(case), places_of(model, case), best)
+
+
+def cost(model: Model, case: Case, edit: Edit) -> dict[str, Any]:
+    """What the rule reads of an edit: known and untold selection countries, how many are told after, the mean
+    log-probability of their answers; perplexity's ratio on the neutral passages that choose; items lost."""
+    base = _baseline(model, case)
+    protocol = evaluation.prepare(model, case, edit.layer, texts=choosing_texts(model), table=base.table)
+    after, tokens = evaluation.ask(model, protocol, edit), evaluation.read(model, protocol, edit)
+    pick, lost = base.untold.to_numpy(), base.told & ~after.told.to_numpy()
+    ratio = evaluation.reading(Measured({NONE: after, "edit": after}, {NONE: base.tokens, "edit": tokens})).ratio[0]
+    return {
+        "untold": int(pick.sum()),
+        "repaired": int(after.told[pick].sum()),
+        "log_probability": float(np.log(after.prob[pick].clip(1e-30)).mean()),
+        "ratio": float(ratio),
+        "kl": float(tokens.kl.mean()),
+        "capability_lost": int(lost[base.table.set == "capability"].sum()),
+        "working_lost": int(lost[base.table.set == "eight"].sum()),
+    }
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the untouched model says to the questions that choose. table: capability probes, the case's own facts under
+    the working templates, selection countries under the failing one; told: of each; untold: the rows of the selection
+    countries that are known and not told."""
+
+    table: pd.DataFrame
+    told: Bool[np.ndarray, " question"]
+    untold: pd.Series
+    tokens: pd.DataFrame
+
+
+@lru_cache(maxsize=1)
+def _baseline(model: Model, case: Case) -> Baseline:
+    asked = evaluation.questions(model, without_held_out(model, case))
+    own = (asked.set == "eight") & asked.template.isin(case.controls)
+    asked = asked[own | asked.set.isin(["capability", "large"])].reset_index(drop=True)
+    protocol = evaluation.prepare(model, case, 0, texts=choosing_texts(model), table=asked)
+    said = evaluation.ask(model, protocol, None)
+    states = known_and_told(said[said.set == "large"], case)
+    kept = (said.set != "large") | (said.template == case.template)
+    table, told = asked[kept].reset_index(drop=True), said.told[kept].to_numpy()
+    untold = (table.set == "large") & table.subject.isin(states[states.routing_failure].subject)
+    return Baseline(table, told, untold, evaluation.read(model, protocol, None))
+
+
+def choosing_texts(model: Model) -> dict[str, str]:
+    """The neutral passages that training does not see, put together again from their windows."""
+    windows, training = neutral_windows(model, WINDOW)
+    return {"neutral": str(model.tokenizer.decode([t for w in windows[training:] for t in w]))}
+
+
+def harmless(table: pd.DataFrame) -> pd.Series:
+    """Which rows of a frontier cost no more than `LIMITS` allows."""
+    return (
+        ((table.ratio - 1).abs() <= LIMITS["perplexity"])
+        & (table.capability_lost <= LIMITS["capability"])
+        & (table.working_lost <= LIMITS["working templates"])
+    )
+
+
+def choose(table: pd.DataFrame) -> int:
+    """The row that the rule chooses; among all rows, where none is harmless. Raises EditError for an empty table."""
+    if table.empty:
+        raise EditError("there is no configuration to choose from; give at least one.")
+    return int(np.lexsort((-table.log_probability, -table.repaired, ~harmless(table)))[0])
+
+
+def _scorable_fit(model: Model, case: Case) -> tuple[Fact, ...]:
+    """The fit countries that can be scored, the screen being that of the whole set; the case's own facts first."""
+    known = {f.subject for f in scorable(model, case.large)} | {f.subject for f in case.facts}
+    return tuple(f for f in fit_countries(case) if f.subject in known)
+
+
+def _known(model: Model, case: Case, facts: Sequence[Fact]) -> Bool[Tensor, " fact"]:
+    """Which facts a control template tells, of those that their first token identifies."""
+    text, can = load_templates(), {f.subject for f in scorable(model, facts)}
+    told = np.any([tell(model, facts, {c: text[c]}).told for c in case.controls], axis=0)
+    return torch.tensor([bool(t) and f.subject in can for t, f in zip(told, facts, strict=True)])
+
+
+def _other(case: Case, i: int) -> str:
+    """The control template under which the i-th fit country is held to what it says: they take turns."""
+    return case.controls[i % len(case.controls)]
+
+
+@torch.no_grad()
+def _neutral(model: Model, windows: Sequence[Sequence[int]]) -> Float[Tensor, "window position vocab"]:
+    """The untouched model's log-probabilities at the compared positions of each window."""
+    final = [above(model, some, 0, entering(model, some, 0)) for some in packs(model, windows)]
+    read = torch.cat(final).view(len(windows), WINDOW, -1)[:, torch.tensor(READ)]
+    return (read @ model.weights.W_U).log_softmax(-1)
+
+
+def _streams(model: Model, texts: Sequence[Sequence[int]], layer: int) -> list[Float[Tensor, "t d_model"]]:
+    """The stream that enters the layer, text by text."""
+    whole = torch.cat([entering(model, some, layer) for some in packs(model, texts)])
+    return list(whole.split([len(t) for t in texts]))
+
+
+def _draw(lesson: Lesson, config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of one step: pupils (fit countries and places), other prompts, windows. Without replacement."""
+    n, rest = len(lesson.facts), len(lesson.pupils) - len(lesson.facts)
+    elsewhere = min(rest, round(config.batch * config.places))
+    facts = torch.randperm(n, generator=generator, device="cpu")[: config.batch - elsewhere]
+    places = n + torch.randperm(rest, generator=generator, device="cpu")[:elsewhere]
+    others = torch.randperm(len(lesson.others), generator=generator, device="cpu")[: config.others]
+    windows = torch.randperm(len(lesson.windows), generator=generator, device="cpu")[: config.windows]
+    return torch.cat((facts, places)), others, windows
+
+
+def _forward(
+    model: Model,
+    lesson: Lesson,
+    layer: int,
+    streams: list[list[Tensor]],
+    rows: tuple[Tensor, ...],
+    values: dict[Slice, Tensor],
+) -> Float[Tensor, "n vocab"]:
+    """Logits at the last position of pupils and other prompts, and at the windows' positions, in one pass."""
+    groups = (lesson.pupils, lesson.others, lesson.windows)
+    texts = [group[i] for group, at in zip(groups, rows, strict=True) for i in at.tolist()]
+    stream = torch.cat([group[i] for group, at in zip(streams, rows, strict=True) for i in at.tolist()])
+    some, short = pack(model, texts), len(rows[0]) + len(rows[1])
+    starts = torch.tensor(list(accumulate(map(len, texts), initial=0)))[short:-1]
+    at = torch.cat((some.last[:short], (starts[:, None] + torch.tensor(READ)).flatten()))
+    return above(model, some, layer, stream, values, at) @ model.weights.W_U
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Share of the rate: a short rise, then a half cosine down to a twentieth."""
+    return min(1.0, (step + 1) / 5) * (0.05 + 0.95 * 0.5 * (1 + float(np.cos(np.pi * step / steps))))
+
+
+def _kl(target: Float[Tensor, "n vocab"], now: Float[Tensor, "n vocab"]) -> Float[Tensor, ""]:
+    """KL(target || now) of log-probabilities, in nats a row."""
+    return F.kl_div(now, target, log_target=True, reduction="none").sum(-1).mean()
+
+
+def _edit(model: Model, lesson: Lesson, config: Config, values: dict[Slice, Tensor], seed: int) -> Edit:
+    """The trained values as an edit; its facts are the fit countries that the model knows."""
+    facts = tuple(f for f, known in zip(lesson.facts, lesson.known.tolist(), strict=True) if known)
+    template = {"failing": lesson.template}
+    told = tuple(tell(model, facts, template).told.tolist())
+    recipe = {"objective": f"self-distillation from {lesson.teacher}", **asdict(config), "pupils": len(lesson.pupils)}
+    common = (model.name, model.weights_sha256, config.pathway, config.layer, facts, lesson.template, told)
+    draft = Edit(*common, told, seed, recipe, values)
+    with applied(model, draft):
+        after = tell(model, facts, template)
+    return Edit(*common, tuple(after.told.tolist()), seed, recipe, values)

@@ -1,0 +1,222 @@
+"""Is it the diagnosis that makes an edit work? Edits at every layer, and at random places of equal size.
+
+    edit_at     one pathway at any layer, under the one recipe and at one rate for all: the layer sweep
+    edit_near   the same beside the diagnosed layer, wherever that is
+    part_at     an equal number of parameters of that layer, chosen by the diagnosis or at random
+
+Localisation need not inform editing (Hase et al. 2023), and edits at random heads can do as well as at localised ones
+(Wang and Veitch 2025): so every edit is put beside what it is when the place is drawn. Each run is a plain function of
+a model and a few plain values, so that `sweep` can keep and repeat it; what is read from finished runs is in
+`contest`, so that a changed sentence does not void them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lib.diagnosis import Verdict, case_table, decide, gather
+from lib.errors import EditError
+from lib.evaluation import Protocol, ask, prepare, prepare_all, questions
+from lib.facts import Case, load_cases, load_templates
+from lib.models import Model
+from lib.recall import trainable
+from lib.sites import Site
+from lib.studies import experiment
+from lib.trace import capture
+from lib.training import Kept, Trained, keep_all, train
+from lib.weights import part_masks
+
+RATE = 1e-3  # the middle of the recipe's grid, for every run here: an equal budget, and no choice to make a layer shine
+SPLITS = ("held_out", "selection", "fit")
+NEURONS = 128  # of an MLP, in the control of equal size
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs on a model share. writes: of the answers under the controls, by component. opponent: what pushes
+    hardest against the answers under the failing template."""
+
+    case: Case
+    verdict: Verdict
+    writes: Float[Tensor, " component"]
+    opponent: Site
+
+
+@lru_cache(maxsize=1)
+def setting(model: Model) -> Setting:
+    """The first case of a model, diagnosed."""
+    case = trainable(model, load_cases(model.name)[0])
+    evidence = gather(model, case, case_table(model, case))
+    opponent = evidence.sites[int(evidence.pushes_failing.mean(0).argmin())]
+    return Setting(case, decide(evidence), evidence.writes_control.mean(0), opponent)
+
+
+@lru_cache(maxsize=1)
+def prepared(model: Model) -> dict[int, tuple[Kept, Protocol]]:
+    """For each layer (0-based) what training and asking need of what lies below it: one run of the model for all."""
+    case, layers = setting(model).case, range(model.weights.n_layers)
+    table = questions(model, case)
+    failing = table.set.isin(["eight", "large"]) & (table.template == case.template)
+    table = table[table.set.isin(["capability", "unrelated"]) | failing]
+    kept = keep_all(model, case, layers)
+    asked = protocols(model, case, layers, texts={}, table=table)
+    return {layer: (kept[layer], asked[layer]) for layer in layers}
+
+
+@lru_cache(maxsize=1)
+def untold(model: Model) -> dict[str, list[str]]:
+    """The other countries that are known and not told, by split. A control template is asked only about those that
+    none before it told."""
+    case, asked = setting(model).case, prepared(model)[0][1].questions
+    table, known = questions(model, case), set[str]()
+    failed = list(asked.subject[(asked.set == "large") & ~asked.told_before])
+    for control in case.controls:
+        rest = table.subject.isin([name for name in failed if name not in known])
+        part = table[(table.set == "large") & (table.template == control) & rest]
+        if len(part):
+            told = ask(model, prepare(model, case, 0, texts={}, table=part), None)
+            known |= set(told.subject[told.told])
+    split = asked[asked.set == "large"].set_index("subject").split
+    return {s: [name for name in failed if name in known and split[name] == s] for s in SPLITS}
+
+
+def protocols(
+    model: Model, case: Case, layers: Sequence[int], *, texts: dict[str, str] | None, table: pd.DataFrame
+) -> dict[int, Protocol]:
+    """As `prepare_all`, with what the untouched model tells among the questions (told_before)."""
+    end = model.weights.n_layers
+    found = prepare_all(model, case, [*layers, end], texts=texts, table=table)
+    before = ask(model, found[end], None)
+    table = found[end].questions.assign(told_before=before.told)
+    return {layer: replace(one, questions=table) for layer, one in found.items()}
+
+
+@experiment
+def edit_at(model: Model, *, layer: int, pathway: str, seed: int = 0) -> dict[str, Any]:
+    """Train one pathway at a layer (counted from 1) and ask what it did. Raises EditError for a layer that is not
+    there."""
+    kept, protocol = prepared(model)[_index(model, layer)]
+    run = train(model, kept, pathway, rate=RATE, seed=seed)
+    return outcome(model, protocol, run) | {"parameters": run.edit.parameters if run.edit else 0}
+
+
+@experiment
+def edit_near(model: Model, *, distance: int, pathway: str, seed: int = 0) -> dict[str, Any]:
+    """`edit_at` so many layers above the diagnosed one (below, if negative), and which that is (at). Beyond an end of
+    the model, twice as far on the other side."""
+    layer = setting(model).verdict.knowledge_head.layer + 1 + distance
+    layer = layer if 1 <= layer <= model.weights.n_layers else layer - 3 * distance
+    return edit_at(model, layer=layer, pathway=pathway, seed=seed) | {"at": layer}
+
+
+@experiment
+def part_at(model: Model, *, part: str, pick: str, seed: int = 0, layer: int | None = None) -> dict[str, Any]:
+    """Train a part of a layer (counted from 1; the diagnosed one, if not given), of a size that does not depend on how
+    it is picked. part: `head` (one query head's rows of W_Q and columns of W_O), `values` (as many rows of W_V as a
+    key/value head has) or `neurons` (NEURONS rows of W_out). pick: `diagnosed` (the knowledge head; its value head's
+    rows; the neurons that write most of the answers) or `random`, drawn with the seed. Raises EditError for other
+    words."""
+    index = _index(model, layer or setting(model).verdict.knowledge_head.layer + 1)
+    kept, protocol = prepared(model)[index]
+    pathway, masks = part_masks(model.module, index, part, _picked(model, index, part, pick, seed))
+    run = train(model, kept, pathway, rate=RATE, seed=seed, masks=masks)
+    return outcome(model, protocol, run) | {"parameters": int(sum(m.sum() for m in masks.values()))}
+
+
+def outcome(model: Model, protocol: Protocol, run: Trained) -> dict[str, Any]:
+    """What a run did, as plain values. kl: on the neutral windows that training does not see. repaired, untold: known
+    and untold facts of each split. bled: prompts about other countries answered with a trained answer, wrongly."""
+    own = {
+        "reached": run.reached,
+        "diverged": run.diverged,
+        "steps": run.steps,
+        "kl": float(run.kl),
+        "min_margin": float(run.history.min_margin.iloc[-1]),
+    }
+    if run.edit is None:
+        return own
+    return own | answers(model, ask(model, protocol, run.edit))
+
+
+def answers(model: Model, asked: pd.DataFrame) -> dict[str, Any]:
+    """What an `ask` table over the setting's questions, or some of them, comes to. Of the kinds of questions that are
+    in it: how many there are (n), told now, and lost since."""
+    own = setting(model)
+    failing, control = asked.template == own.case.template, asked.template.isin(own.case.controls)
+    eight, large = asked.set == "eight", asked.set == "large"
+    kinds = {
+        "facts": eight & failing,
+        "neighbours": large & failing & asked.told_before,
+        "capability": asked.set == "capability",
+        "unrelated": asked.set == "unrelated",
+        "relations": asked.set == "relations",
+        "paraphrases": eight & ~failing & ~control,
+        "working": eight & control,
+        "elsewhere": large & control,
+    }
+    out: dict[str, Any] = {}
+    for kind, pick in kinds.items():
+        part = asked[pick]
+        out |= {
+            f"{kind}_n": len(part),
+            f"{kind}_told": int(part.told.sum()),
+            f"{kind}_lost": int((part.told_before & ~part.told).sum()),
+        }
+    others = asked[large & failing].set_index("subject")
+    trained = {model.token_text(model.first_token(f.answer)) for f in own.case.facts}
+    out |= {"bled": int((others.top.isin(trained) & ~others.told).sum()), "bled_n": len(others)}
+    for split, names in untold(model).items():
+        out |= {f"{split}_n": len(names), f"{split}_repaired": int(others.told[names].sum())}
+    return out
+
+
+def _index(model: Model, layer: int) -> int:
+    if not 1 <= layer <= model.weights.n_layers:
+        raise EditError(f"there is no layer {layer}: {model.name} has L1 to L{model.weights.n_layers}.")
+    return layer - 1
+
+
+def _picked(model: Model, layer: int, part: str, pick: str, seed: int) -> list[int]:
+    """Heads, rows of W_V or neurons."""
+    weights, verdict, draw = model.weights, setting(model).verdict, np.random.default_rng(seed)
+    head, group = verdict.knowledge_head.head or 0, weights.n_heads // weights.n_kv_heads
+    sizes = {
+        "head": weights.n_heads,
+        "values": weights.n_kv_heads * weights.d_head,
+        "neurons": weights.blocks[layer].mlp.W_out.shape[0],
+    }
+    counts = {"head": 1, "values": weights.d_head, "neurons": min(NEURONS, sizes["neurons"] // 2)}
+    if part not in sizes or pick not in ("diagnosed", "random"):
+        raise EditError(f"no part {part!r} picked {pick!r}; choose {', '.join(sizes)}, and diagnosed or random.")
+    if pick == "random":
+        away = [head] if part == "head" and layer == verdict.knowledge_head.layer else []
+        return sorted(draw.choice(np.setdiff1d(np.arange(sizes[part]), away), counts[part], replace=False).tolist())
+    if part == "neurons":
+        return strongest_neurons(model, layer, counts[part])
+    return [head] if part == "head" else [head // group * weights.d_head + i for i in range(weights.d_head)]
+
+
+def strongest_neurons(model: Model, layer: int, k: int) -> list[int]:
+    """The neurons of a layer that write most of the case's answers under its first control template."""
+    case, weights = setting(model).case, model.weights
+    texts = [load_templates()[case.controls[0]].replace("{}", f.subject) for f in case.facts]
+    seen: list[Tensor] = []
+    handle = weights.blocks[layer].mlp_out.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        state = capture(model, texts)
+    finally:
+        handle.remove()
+    answer = torch.tensor([model.first_token(f.answer) for f in case.facts])
+    direction = weights.norm_final.fold(weights.W_U[:, answer]).T / weights.norm_final.scale(state.stream[:, -1])
+    neurons = seen[0].reshape(*state.tokens.shape, -1)[torch.arange(len(texts)), state.last]
+    written = (neurons * (direction @ weights.blocks[layer].mlp.W_out.T)).mean(0)
+    return sorted(written.topk(k).indices.tolist())

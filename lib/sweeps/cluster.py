@@ -1,0 +1,120 @@
+"""Run many independent calls on Dask: on this machine, or on any cluster that Dask's own tools have started.
+
+One process a worker, one thread each, so memory is bounded by the number of workers. A call whose worker dies is run
+again elsewhere; Dask gives up on it after a few deaths, and counts every call that waited at the dying worker too. So
+each call given up is tried once more with the cluster to itself, and only one that fails then is reported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import dask
+from dask.system import CPU_COUNT
+from distributed import Client, Future, KilledWorker, LocalCluster, Security, as_completed
+from distributed.core import rpc
+
+from lib.errors import SweepError, WorkerError
+
+_LEAVE_CTRL_C_TO_US = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # run as a worker starts
+TIMEOUT = 10  # seconds to reach a scheduler, and to wait for one that is lost
+
+
+@contextmanager
+def connect(scheduler: str | None, *, workers: int) -> Iterator[Client]:
+    """A client of the scheduler at an address, or of as many workers on this machine. Raises SweepError where nobody
+    answers at the address."""
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # deaths of workers are counted and told by us
+    with dask.config.set({"distributed.scheduler.worker-saturation": 1.0}):
+        if scheduler is None:
+            cluster = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                processes=True,
+                dashboard_address=None,
+                silence_logs=logging.CRITICAL,
+                preload=[_LEAVE_CTRL_C_TO_US],
+            )
+            with cluster, Client(cluster, set_as_default=False) as client:
+                yield client
+            return
+        _require_scheduler(scheduler)
+        with Client(scheduler, timeout=TIMEOUT, set_as_default=False) as client:
+            yield client
+
+
+def _require_scheduler(address: str) -> None:
+    """Asked with a limit of time, because Dask's own client waits for ever at a port where something else listens."""
+
+    async def identity() -> dict[str, Any]:
+        there = rpc(address, connection_args=Security().get_connection_args("client"))
+        try:
+            return await asyncio.wait_for(there.identity(), TIMEOUT)
+        finally:
+            await there.close_rpc()
+
+    try:
+        with ThreadPoolExecutor(1) as aside:  # a notebook has a loop of its own in this thread
+            kind = aside.submit(asyncio.run, identity()).result()["type"]
+        reason = f"a {kind} is there"
+    except (OSError, ValueError, MemoryError) as error:  # the last: the words of a web page, taken for a length
+        kind, reason = None, type(error).__name__
+    if kind != "Scheduler":
+        raise SweepError(
+            f"no Dask scheduler answers at {address!r} ({reason}). Start one (`dask scheduler`), give the address that "
+            "it prints, such as tcp://node1:8786, or leave --scheduler out to run here."
+        )
+
+
+def threads() -> int:
+    """How many workers this machine has room for."""
+    return CPU_COUNT
+
+
+def ask_workers(client: Client, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    """What a function gives on each worker that is there, by address. Raises WorkerError where one cannot run it."""
+    answers = client.run(function, *arguments, on_error="return")
+    for address, answer in answers.items():
+        if isinstance(answer, Exception):
+            raise WorkerError(
+                f"the worker at {address} cannot run this project ({type(answer).__name__}: {answer}). Install it "
+                "there in the same version (`pip install --editable .` in a checkout), and start the worker again."
+            )
+    return answers
+
+
+def each(client: Client, function: Callable[..., Any], calls: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Call the function with each mapping of arguments: (key, what it gave or the exception that it raised), as they
+    finish. Raises ConnectionError when the scheduler is lost."""
+    given_up = []
+    for key, outcome in _finished(client, function, calls):
+        if isinstance(outcome, KilledWorker):
+            given_up.append(key)
+        else:
+            yield key, outcome
+    for key in given_up:
+        yield from _finished(client, function, {key: calls[key]}, "alone")
+
+
+def _finished(
+    client: Client, function: Callable[..., Any], calls: dict[str, dict[str, Any]], how: str = "run"
+) -> Iterator[tuple[str, Any]]:
+    keys: dict[Future, str] = {
+        client.submit(function, **arguments, key=(how, key), pure=True): key for key, arguments in calls.items()
+    }
+    arriving = as_completed(list(keys), loop=client.loop, with_results=True, raise_errors=False)
+    try:
+        for future, outcome in arriving:
+            if future.status == "finished":
+                yield keys.pop(future), outcome
+            elif future.status == "error":
+                yield keys.pop(future), outcome[1]
+            else:
+                raise ConnectionError(f"the call was {future.status}")
+    finally:
+        client.cancel(list(keys))

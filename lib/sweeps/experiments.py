@@ -1,0 +1,192 @@
+"""Experiments: plain functions that a sweep may run anywhere, and what one run of them depends on.
+
+    @experiment
+    def edit_at(model: Model, *, layer: int, pathway: str, seed: int = 0) -> dict[str, Any]: ...
+
+An experiment takes a model and plain JSON values, gives a dictionary of plain JSON values, and depends on nothing
+else: the same inputs give the same numbers, in any order, on any worker. `layer` counts from 1, as in all that people
+read. What it changes in the model it restores (`edits.applied`); `perform` looks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import random
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lib import files
+from lib.errors import BookError, ModelError, SweepError, WorkerError
+from lib.files import ROOT
+from lib.models import Model, load
+
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "einops", "peft")  # numbers may depend on these
+_one_at_a_time = threading.Lock()  # a worker with several threads has one model, and an edit changes it in place
+_loaded: dict[str, Model] = {}
+
+
+def listed() -> list[str]:
+    """`module.function` of every function of lib/ that is marked, read from the text: no module is loaded."""
+    texts = {p.stem: p.read_text(encoding="utf-8") for p in sorted((ROOT / "lib" / "studies").glob("*.py"))}
+    marked = re.compile(r"^@experiment\n(?:@.*\n)*def (\w+)", re.MULTILINE)
+    return [f"{stem}.{name}" for stem, text in texts.items() for name in marked.findall(text)]
+
+
+def find(name: str) -> Callable[..., dict[str, Any]]:
+    """The experiment of this name. Raises SweepError for any other function, before its module is loaded."""
+    if name not in (known := listed()):
+        raise SweepError(
+            f"there is no experiment {name!r}; choose from {', '.join(known) or 'none'}, or mark one of lib/studies "
+            "with @experiment."
+        )
+    module, function = name.split(".")
+    return getattr(import_module(f"lib.studies.{module}"), function)
+
+
+def complete(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a run, its defaults that JSON holds among them, in the order of the function's signature.
+    Raises SweepError for one that the experiment does not take, or that it needs and is not given."""
+    takes = dict(list(inspect.signature(find(name)).parameters.items())[1:])  # the first one is the model
+    if unknown := [key for key in given if key not in takes]:
+        raise SweepError(f"{name} takes no {', '.join(map(repr, unknown))}; it takes {', '.join(takes) or 'nothing'}.")
+    if missing := [key for key, p in takes.items() if p.default is p.empty and key not in given]:
+        raise SweepError(f"{name} needs {', '.join(map(repr, missing))}; give it in the grid.")
+    plain = (str, int, float, bool, type(None))
+    return {key: given.get(key, p.default) for key, p in takes.items() if key in given or isinstance(p.default, plain)}
+
+
+@cache
+def code(name: str) -> dict[str, str]:
+    """sha256 of each file that an experiment's numbers can depend on, by its path in the project, and the version of
+    each package. Raises WorkerError if a module was changed after this process started: it may run the old one."""
+    data = [p for p in files.data_files(ROOT) if p.parent != ROOT / "data" / "sweeps"]
+    sums = _sha256s([*files.modules({"studies/" + name.split(".")[0]}, ROOT), *data])
+    if stale := [path for path, value in sums.items() if _AT_START.get(path, value) != value]:
+        raise WorkerError(f"{_here()} started before {stale[0]} was changed, and may run the old one; start it again.")
+    return sums | {package: version(package) for package in PACKAGES}
+
+
+def is_unchanged(name: str) -> bool:
+    """Whether the files are still those that `code` read."""
+    try:
+        return code.__wrapped__(name) == code(name)
+    except WorkerError:
+        return False
+
+
+def code_sha256(name: str) -> str:
+    return hashlib.sha256(json.dumps(code(name), sort_keys=True).encode()).hexdigest()
+
+
+def differing(one: dict[str, str], other: dict[str, str]) -> str:
+    """In words, what two results of `code` do not share; empty if nothing."""
+    names = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def perform(
+    name: str, model_name: str, parameters: dict[str, Any], *, seed: int, weights: str, code: str
+) -> dict[str, Any]:
+    """One run, on a worker: {"result": ..., "seconds": ...}. One thread, so that sums are added in the same order
+    whatever the machine has to spare; seed is for draws that the experiment does not seed itself. weights, code: what
+    whoever asks for the run has. Raises WorkerError where this worker has others, BookError where the experiment gives
+    something that JSON does not hold, repeats a parameter, or leaves the model changed; and what it raises itself."""
+    if code_sha256(name) != code:
+        raise WorkerError(f"{_here()} runs another version of the code; install the same one and start it again.")
+    with _one_at_a_time, one_thread():
+        model = _model(model_name, weights)
+        before, start = _sums(model), time.perf_counter()
+        _seed(seed)
+        result = find(name)(model, **parameters)
+        seconds = time.perf_counter() - start
+        if changed := [key for key, value in _sums(model).items() if value != before[key]]:
+            _loaded.clear()
+            raise BookError(f"{name} left the model changed ({changed[0]}); it must restore what it changes.")
+    return {"result": _plain(name, result, parameters), "seconds": round(seconds, 3)}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch with one thread, as every run of a sweep has it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _model(name: str, weights: str) -> Model:
+    """The one model of this worker: another one goes, with all that functions remember of it, before this one comes."""
+    kept = _loaded.get(name)
+    if kept is None or kept.weights_sha256 != weights:
+        _loaded.clear()
+        for module in [m for key, m in sys.modules.items() if key.startswith("lib.")]:
+            for member in list(vars(module).values()):
+                if hasattr(member, "cache_clear") and member is not code:
+                    member.cache_clear()
+        try:
+            kept = load(name)
+        except ModelError as error:
+            raise WorkerError(f"{_here()} cannot load the model: {error}") from error
+        if kept.weights_sha256 != weights:
+            raise WorkerError(
+                f"{_here()} has other weights of {name} (sha256 {kept.weights_sha256[:12]}..., not {weights[:12]}...); "
+                f"run `python -m lib fetch {name} --force` there."
+            )
+        _loaded[name] = kept
+    return kept
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _sums(model: Model) -> dict[str, int]:
+    """A sum over the bits of each parameter: quick (0.06 s for SmolLM2), and it shows one that is not restored."""
+
+    def bits(parameter: torch.Tensor) -> np.ndarray:
+        values = parameter.detach().contiguous().cpu().numpy().reshape(-1)
+        return values.view(np.int64 if values.nbytes % 8 == 0 else np.int32)
+
+    return {name: int(np.add.reduce(bits(p))) for name, p in model.module.named_parameters()}
+
+
+def _plain(name: str, result: Any, parameters: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(result, dict) or not all(isinstance(key, str) for key in result):
+        raise BookError(f"{name} gave {type(result).__name__}, not a dictionary of names and values.")
+    if both := sorted(result.keys() & parameters.keys()):
+        raise BookError(f"{name} gives {', '.join(both)}, which it also takes; the table needs one name for each.")
+    try:
+        return json.loads(json.dumps(result))
+    except (TypeError, ValueError) as error:
+        raise BookError(f"{name} gave something that JSON does not hold: {error}.") from error
+
+
+def _here() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _sha256s(files: list[Path]) -> dict[str, str]:
+    return {p.relative_to(ROOT).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+_AT_START = _sha256s(sorted((ROOT / "lib").rglob("*.py")))

@@ -1,0 +1,126 @@
+"""The chapters as files: what stands in git, and what prose may say."""
+
+import ast
+import json
+import re
+
+import pytest
+
+from lib.files import ROOT
+from lib.press.execute import BOOK, chapter_names
+
+PAPER = {"25.8", "149.9", "42.7", "42.6", "0.44", "7.1", "2.4", "4.7"}  # figures of the source page, quoted as such
+
+
+def cells(chapter: str, kind: str) -> list[str]:
+    nb = json.loads((BOOK / f"{chapter}.ipynb").read_text(encoding="utf-8"))
+    return ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == kind]
+
+
+NOT_THE_WORD = r"in case\b|in (?:both|95 % of) cases|head to head|\btold of in full|in fact\b"
+
+
+def glossary_terms() -> list[str]:
+    text = (BOOK / "glossary.md").read_text(encoding="utf-8")
+    return re.findall(r"^(?![\s:])(.+)$", text[text.index(":sorted:") : text.rindex("```")], re.M)
+
+
+def page_text(page: str) -> str:
+    return "\n\n".join(cells(page, "markdown")) if "." not in page else (BOOK / page).read_text(encoding="utf-8")
+
+
+def words_before_links(text: str, terms: list[str]) -> dict[str, str]:
+    """The words of the glossary that a text uses before it links them, with the place. Headings, code, formulas,
+    quotations and the texts of other links are not prose."""
+    text = re.sub(r"(?ms)^#+ .*?$|^```bash$.*?^```$|^(?:```|:::).*?$|^:\w+:.*?$|\$[^$]+\$|\(\S+\)=", " ", text)
+    text = re.sub(r"(\{[\w:]+\})?`[^`]*`", lambda role: role[0] if role[1] == "{term}" else " ", text)
+    text = re.sub(r"\"[^\"]*\"|" + NOT_THE_WORD, " ", text)
+    seen, gaps = set(), {}
+    words = "|".join(re.escape(t) for t in sorted(terms, key=len, reverse=True))
+    for found in re.finditer(rf"\{{term\}}`([^`<]*)(?:<([^>]*)>)?`|\b(?:{words})s?\b", text, re.I):
+        if found[1] is not None:
+            seen.add((found[2] or found[1]).strip().lower())
+            seen |= {"subject"} & {word for term in seen for word in term.split()}  # a subject model, for short
+        else:
+            term = found[0].lower()
+            term = term if term in map(str.lower, terms) else term.removesuffix("s")
+            if term not in seen:
+                gaps.setdefault(term, text[max(0, found.start() - 40) : found.end() + 30].replace("\n", " "))
+    return gaps
+
+
+@pytest.fixture(params=chapter_names())
+def chapter(request) -> str:
+    return request.param
+
+
+def test_no_outputs_in_git_and_one_parameters_cell(chapter):
+    nb = json.loads((BOOK / f"{chapter}.ipynb").read_text(encoding="utf-8"))
+    code = [c for c in nb["cells"] if c["cell_type"] == "code"]
+    assert not any(c["outputs"] or c["execution_count"] for c in code)
+    (parameters,) = (c for c in code if "parameters" in c["metadata"].get("tags", []))
+    for statement in ast.parse("".join(parameters["source"])).body:
+        assert isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant)
+
+
+def test_chapters_define_nothing(chapter):
+    for source in cells(chapter, "code"):
+        for node in ast.walk(ast.parse(source)):
+            assert not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.For | ast.While), source
+        assert source.count("\n") < 26, "a long cell is a function that lib lacks"
+
+
+def test_no_measured_decimal_is_typed_into_prose(chapter):
+    for text in cells(chapter, "markdown"):
+        typed = set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", re.sub(r"\{[^}]*\}`[^`]*`", "", text)))
+        assert typed <= PAPER, typed
+
+
+def test_every_glued_key_is_reported(chapter):
+    code = "\n".join(cells(chapter, "code"))
+    lib = re.sub(r"report\(\s+", "report(", "\n".join(p.read_text() for p in (ROOT / "lib").glob("*.py")))
+    for text in cells(chapter, "markdown"):
+        for key in re.findall(r"\{glue:text\}`(\w+)`", text):
+            stem = re.sub(r"_(raw|enriched)(?=_|$)", "_{name}", key)
+            plain = "{prefix}" + key.removeprefix("organism_")
+            assert f'report("{key}"' in code + lib or any(f'report(f"{k}"' in lib for k in (stem, plain)), key
+
+
+def test_every_figure_has_caption_and_alt_text(chapter):
+    nb = json.loads((BOOK / f"{chapter}.ipynb").read_text(encoding="utf-8"))
+    for cell in nb["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and re.search(r"^figures\.(?!style)", source, re.M):
+            assert cell["metadata"]["mystnb"]["figure"]["caption"] and cell["metadata"]["mystnb"]["image"]["alt"]
+
+
+def test_the_two_miscited_papers_are_cited_by_their_authors():
+    bibliography = (BOOK / "references.bib").read_text(encoding="utf-8")
+    for key, first in (("lu2024insights", "Lu"), ("liu2024relation", "Liu")):
+        entry = bibliography[bibliography.index(key) :]
+        assert re.search(r"author\s*=\s*\{" + first, entry[: entry.index("\n}")])
+
+
+def test_nothing_in_git_names_a_machine():
+    import subprocess
+
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in names:
+        if name.endswith((".py", ".md", ".yml", ".yaml", ".ipynb", ".toml", ".txt", ".cff", ".json")):
+            assert not re.search(r"(?<![\w.])/(root|home|work|tmp)/\w", (ROOT / name).read_text(encoding="utf-8")), name
+
+
+@pytest.mark.parametrize("page", [*chapter_names(), "index.md", "dashboard.md", "verify.md"])
+def test_words_of_the_glossary_are_linked_at_first_use(page):
+    assert words_before_links(page_text(page), glossary_terms()) == {}
+
+
+def test_a_word_that_is_used_before_it_is_linked_is_found():
+    terms = ["Head", "Routing failure", "Model model", "Model"]
+    fine = (
+        '# Heads\n\nA {term}`head`, heads, in {doc}`a head <x>` `head` "head" $head$. {term}`subject model`: a subject.'
+    )
+    assert words_before_links(fine, terms) == {}
+    assert set(words_before_links("Two heads. A {term}`head`.", terms)) == {"head"}
+    assert set(words_before_links("{term}`heads <Head>` and a routing failure", terms)) == {"routing failure"}
+    assert len(glossary_terms()) > 40

@@ -1,0 +1,65 @@
+import json
+
+import nbformat
+
+from lib.press import colophon
+
+PROVENANCE = {
+    "chapter": "02_x",
+    "subject": "or`ganism",
+    "source": "[a](b) $x$",
+    "licence": "MIT",
+    "weights_sha256": "ab" * 32,
+    "lib": "0.1.0",
+    "commit": "c0ffee",
+    "python": "3.11",
+    "packages": {"torch": "2", "transformers": "5", "numpy": "1"},
+    "seed": 3,
+    "threads": 1,
+    "start": "2026-01-02T03:04:05+00:00",
+    "seconds": 6.7,
+    "timing": {"x": 1.0},
+}
+
+
+def test_the_foot_names_the_run_and_reads_nothing_as_markup():
+    foot = colophon.foot(PROVENANCE, "02_knowledge_path")
+    for value in ("`or'ganism`", "`[a](b) $x$`", "ab" * 32, "c0ffee", "2026-01-02T03:04:05", "`6.7`", "`torch 2`"):
+        assert value in foot
+    assert "02_knowledge_path.json" in foot and "_sources/book/02_knowledge_path.ipynb" in foot
+
+
+def staged(tmp_path, injected: str):
+    cells = [
+        nbformat.v4.new_code_cell('subject = "smollm2"  # @param\nseed = 0', metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(f"# Parameters\n{injected}", metadata={"tags": ["injected-parameters"]}),
+    ]
+    notebook, results = tmp_path / "02_x.ipynb", tmp_path / "results.json"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), notebook)
+    results.write_text(json.dumps({"provenance": PROVENANCE, "values": {"a": 1}}), encoding="utf-8")
+    colophon.add(notebook, results)
+    return nbformat.read(notebook, as_version=4)
+
+
+def test_a_chapter_gets_a_foot_its_numbers_and_one_cell_of_parameters(tmp_path):
+    book = staged(tmp_path, 'subject = "smollm2"')
+    assert book.cells[1].metadata["tags"] == ["injected-parameters", "remove-cell"]
+    assert book.cells[-1].source == colophon.foot(PROVENANCE, "02_x")
+    assert json.loads((tmp_path / "02_x.json").read_text(encoding="utf-8"))["values"] == {"a": 1}
+    nbformat.validate(book)
+
+
+def test_parameters_that_differ_are_shown(tmp_path):
+    assert "remove-cell" not in staged(tmp_path, 'subject = "organism"').cells[1].metadata["tags"]
+
+
+def test_what_may_differ_elsewhere_is_listed_and_the_rest_counted():
+    expected = {
+        "01_a": {"heads": {"value": 144, "why": "counted"}, "mean": {"value": 0.5, "tolerance": 0.01, "why": "ties"}},
+        "04_b": {"steps": {"min": 6, "max": 16, "why": "rounding"}, "p": {"max": 0.01, "why": "level"}},
+    }
+    text = colophon.tolerances("organism", expected)
+    assert "Of 4 numbers and names that are expected of `organism`, 3 may" in text
+    assert "* - 1\n  - `mean`\n  - 0.5 ± 0.01\n  - ties" in text and "`heads`" not in text
+    assert "at least 6, at most 16" in text and "\n  - at most 0.01\n" in text
+    assert "nothing is expected" in colophon.tolerances("my/model", {})

@@ -1,0 +1,50 @@
+import re
+
+import pandas as pd
+import pytest
+
+from lib.show import tables
+
+
+def aligned_right(table: pd.DataFrame, **options) -> list[str]:
+    html = tables.plain(table, **options).data
+    columns = [int(i) for i in re.findall(r"\.col(\d+) \{\s*text-align: right", html)]
+    return [table.columns[i] for i in columns]
+
+
+def test_numbers_stand_flush_right_and_words_left():
+    table = pd.DataFrame(
+        {
+            "site": ["L24 H4", "L1"],
+            "n": [1, 20],
+            "share": [0.25, float("nan")],
+            "told": ["3 of 8", "8 of 8"],
+            "interval": ["-0.1 to 0.2", "+1.0% to 2%"],
+            "p": ["0.02", "< 0.01"],
+            "mixed": ["1", "none"],
+            "holds": [True, False],
+            "parameters": ["3,540,096", "884,736"],
+            "small": ["1.2e-05", "3e-06"],
+        }
+    )
+    assert aligned_right(table) == ["n", "share", "told", "interval", "p", "parameters", "small"]
+    assert aligned_right(table.iloc[:0]) == []
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_texts_of_a_model_are_shown_and_never_markup(index):
+    evil = "<script>x</script>"
+    table = pd.DataFrame({evil: [evil]}, index=[evil])
+    html = tables.plain(table, index=index).data
+    assert "<script" not in html and html.count("&lt;script&gt;") == 2 + index
+
+
+def test_digits_and_what_is_missing():
+    html = tables.plain(pd.DataFrame({"a": [0.12345, None], "b": [1, 2]}), digits=3).data
+    assert ">0.123<" in html and ">–<" in html and ">2<" in html and "nan" not in html
+
+
+def test_the_same_table_gives_the_same_bytes_and_can_be_scrolled_by_keyboard():
+    table = pd.DataFrame({"a": [1.0]})
+    assert tables.plain(table).data == tables.plain(table.copy()).data != tables.plain(table + 1).data
+    assert 'tabindex="0" role="region" aria-label="table"' in tables.plain(table).data

@@ -1,0 +1,132 @@
+"""Rivals: each changes what it says, nothing stays behind, and the rule chooses."""
+
+import hashlib
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from lib import evaluation
+from lib.errors import EditError
+from lib.evaluation import ask, prepare_all, questions
+from lib.sites import Site
+from lib.studies import baselines
+from lib.studies.baselines import RIVALS, Rival
+from lib.studies.location import setting
+from lib.training import Recipe, losses
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_passage():
+    """Of running text a little is enough."""
+    text, real = {"a": evaluation.load_passages()["recipe"][:600]}, evaluation.load_passages
+    evaluation.load_passages = lambda: text
+    baselines._asked.cache_clear()
+    yield
+    evaluation.load_passages = real
+    baselines._asked.cache_clear()
+    baselines._untouched.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """What is trained here need not arrive, only move."""
+    monkeypatch.setattr(baselines, "DEFAULT", Recipe(max_steps=4))
+    monkeypatch.setattr(baselines, "RATES", {"few": (1e-2,), "all": (1e-4,)})
+
+
+def state(model):
+    """The weights, the hooks and the modules of a model."""
+    total = hashlib.sha256()
+    for name, p in sorted(model.module.named_parameters()):
+        total.update(name.encode() + p.detach().numpy().tobytes() + str(p.requires_grad).encode())
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.module.modules())
+    return total.hexdigest(), hooks, [type(m).__name__ for m in model.module.modules()]
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_nothing_stays_behind_and_what_it_says_it_does(organism, name):
+    before = state(organism)
+    made = RIVALS[name](organism)
+    assert state(organism) == before
+    with pytest.raises(RuntimeError, match="on purpose"), made.change():
+        raise RuntimeError("on purpose")
+    assert state(organism) == before
+    kept = baselines._kept(organism)
+    with torch.no_grad():
+        plain = losses(organism, kept, {}, torch.arange(1))[2]
+        with made.change():
+            changed = losses(organism, kept, {}, torch.arange(1))[2]
+    assert made.prefix or made.bias is not None or not torch.equal(plain, changed)
+    if not made.prefix:  # below the layer that it names, it changes nothing: asked from there or from the start alike
+        case = setting(organism).case
+        asked_from = prepare_all(organism, case, [0, made.layer], texts={}, table=questions(organism, case).iloc[::40])
+        with made.change():
+            asked = [ask(organism, asked_from[layer], None, bias=made.bias).margin for layer in (0, made.layer)]
+        torch.testing.assert_close(*(torch.tensor(a.to_numpy()) for a in asked), atol=1e-3, rtol=1e-4)
+    assert made.parameters == {
+        "newline": 0,
+        "bos": 0,
+        "example": 0,
+        "head": 1,
+        "opponent": 1,
+        "vector": 120,
+        "gains": 240,
+        "lora": 120 + 360,
+    }.get(name, made.parameters)
+
+
+def test_the_planted_suppressor_scaled_down_repairs_what_no_training_saw(organism):
+    found = baselines.rival(organism, name="opponent")
+    assert found["rival"] == "opponent L11 H2 scaled"
+    assert found["facts_told"] == 8 and found["held_out_repaired"] == found["held_out_n"] > 10
+
+
+def test_scaling_by_one_changes_nothing_and_by_zero_takes_the_head_away(organism):
+    kept, site = baselines._kept(organism), Site(10, 2)
+    rows = torch.arange(1)
+    with torch.no_grad():
+        plain = losses(organism, kept, {}, rows)[2]
+        with baselines._times(organism, site, 1.0):
+            assert torch.equal(losses(organism, kept, {}, rows)[2], plain)
+        W_O = organism.weights.blocks[10].attn.W_O
+        with baselines._times(organism, site, 0.0):
+            scaled = losses(organism, kept, {}, rows)[2]
+        old = W_O[2].clone()
+        try:
+            W_O[2] = 0
+            torch.testing.assert_close(losses(organism, kept, {}, rows)[2], scaled)
+        finally:
+            W_O[2] = old
+
+
+def test_the_rule_takes_the_most_told_then_the_least_harm(organism, monkeypatch):
+    told, harm = {"a": 3, "b": 8, "c": 8}, {"a": 0.0, "b": 0.2, "c": 0.1}
+    now = []
+    kept = baselines._kept(organism)
+
+    def change(name):
+        now[:] = [name]
+        return nullcontext()
+
+    def some_told(*_):
+        margins = torch.ones(len(kept.facts))
+        margins[told[now[0]] :] *= -1
+        return None, None, margins
+
+    monkeypatch.setattr(baselines, "losses", some_told)
+    monkeypatch.setattr(baselines, "neutral_kl", lambda *_: harm[now[0]])
+    made = [Rival(n, 0, 0, change=lambda n=n: change(n)) for n in told]
+    assert baselines._chosen(organism, kept, made).name == "c"
+
+
+def test_a_prefix_stands_before_every_question(organism):
+    asked = baselines._asked_after(organism, "\n").questions
+    assert all(p.startswith("\n") for p in asked.prompt)
+    plain = baselines._asked(organism)[0].questions
+    assert len(asked) == len(plain) and (asked.told_before == plain.told_before).all(), "before: without the prefix"
+
+
+def test_an_unknown_rival(organism):
+    with pytest.raises(EditError, match=r"no rival 'magic'; choose from newline, bos"):
+        baselines.rival(organism, name="magic")

@@ -1,0 +1,136 @@
+"""What finished sweeps say, worked out by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import statistics
+from lib.errors import EditError
+from lib.show import tables
+from lib.studies import comparisons
+
+
+def runs(**columns):
+    base = {
+        "pathway": "v_only",
+        "seed": 0,
+        "reached": True,
+        "steps": 10,
+        "kl": 0.1,
+        "bled": 0,
+        "bled_n": 9,
+        "facts_told": 8,
+        "held_out_repaired": 0,
+        "held_out_n": 19,
+        "capability_lost": 0,
+        "unrelated_lost": 0,
+    }
+    return pd.DataFrame({**{k: [v] * len(columns["layer"]) for k, v in base.items()}, **columns})
+
+
+def test_correlations_worked_out():
+    """Layers 1 to 4 in the order of their score: told falls, steps fall (which is better), bled is constant."""
+    means = comparisons.by_layer(runs(layer=[1, 2, 3, 4], facts_told=[8, 7, 6, 5], steps=[40, 30, 20, 10]))
+    scores = pd.DataFrame({"layer": [1, 2, 3, 4], "score": [0.1, 0.2, 0.3, 0.4]})
+    found = comparisons.correlations(means, scores).set_index("measure")
+    assert found.rho["facts_told"] == -1 and found.rho["steps"] == 1
+    assert found.low["facts_told"] == -1 and found.high["facts_told"] == -1
+    assert found.rho.isna()["bled"] and (found.layers == 4).all()
+
+
+def test_rho_of_noise_has_a_wide_interval():
+    draw = np.random.default_rng(0)
+    value, low, high = statistics.rho(pd.Series(draw.normal(size=10)), pd.Series(draw.normal(size=10)))
+    assert low < 0 < high and low <= value <= high and high - low > 0.5
+
+
+def test_other_layers_that_do_as_well_are_counted():
+    means = comparisons.by_layer(
+        runs(layer=[1, 2, 3], facts_told=[8, 8, 7], steps=[5, 20, 1], kl=[0.2, 0.1, 0.0], held_out_repaired=[3, 0, 5])
+    )
+    (row,) = comparisons.other_layers(means, 2).to_dict("records")
+    assert (row["others"], row["told"], row["repaired"], row["sooner"], row["gentler"]) == (2, 1, 2, 1, 0)
+    assert row["as_well"] == 1 and row["best_layer"] == 3 and row["most_repaired"] == 5
+    with pytest.raises(EditError, match="no edit at the diagnosed layer 4"):
+        comparisons.other_layers(means, 4)
+
+
+def test_a_diverged_run_tells_nothing():
+    means = comparisons.by_layer(runs(layer=[1, 1], facts_told=[8, None], reached=[True, False]))
+    assert means.facts_told.tolist() == [4.0] and means.reached.tolist() == [0.5]
+
+
+def test_random_parts_beside_the_diagnosed_one():
+    table = pd.DataFrame(
+        {
+            "part": "head",
+            "pick": ["diagnosed", "random", "random"],
+            "parameters": 5,
+            "facts_told": [7, 8, 7],
+            "min_margin": [-0.1, 0.2, -0.2],
+            "held_out_repaired": [1, 0, 2],
+            "kl": [0.1, 0.2, 0.4],
+            "facts_n": 8,
+        }
+    )
+    (row,) = comparisons.random_parts(table).to_dict("records")
+    assert row["better"] == 1 and row["random"] == 2 and row["random_told"] == 7.5
+
+
+def test_seeds_of_both_sweeps_are_joined_and_none_counts_twice():
+    swept = runs(layer=[2, 4, 6], held_out_repaired=[1, 5, 9])
+    near = runs(layer=[3, 4, 4], seed=[1, 0, 1], held_out_repaired=[7, 5, 2]).rename(columns={"layer": "at"})
+    found = comparisons.spread(swept, near.assign(distance=[-1, 0, 0])).set_index("layer")
+    assert found.index.tolist() == [3, 4] and found.seeds.tolist() == [1, 2]
+    assert (found.repaired_min[4], found.repaired_max[4]) == (2, 5)
+
+
+def methods(**columns):
+    base = {"held_out_n": 4, "facts_n": 2, "paraphrases_n": 3, "bled": 0, "ratio": 1.0, "seconds": 1.0}
+    lost = dict.fromkeys(("neighbours", "working", "elsewhere", "capability", "unrelated", "relations"), 0)
+    base |= {f"{k}_lost": v for k, v in lost.items()} | {"relations_told": 1, "paraphrases_told": 1, "strength": ""}
+    base |= {"ratio_low": 0.9, "ratio_high": 1.1}
+    return pd.DataFrame({**{k: [v] * len(columns["name"]) for k, v in base.items()}, **columns})
+
+
+def test_the_ladder_worked_out():
+    """a prefix tells all; of what changes something, head does with one parameter, and only `full` generalises: two of
+    four is half."""
+    rows = comparisons.rivals(
+        methods(
+            name=["full", "newline", "head", "lora"],
+            rival=["F", "N", "H", "L"],
+            parameters=[900, 0, 1, 30],
+            facts_told=[2, 2, 2, 1],
+            held_out_repaired=[2, 1, 0, 1],
+            working_lost=[0, 0, 3, 0],
+            neighbours_lost=[1, 0, 2, 0],
+        )
+    )
+    assert rows.rival.tolist() == ["N", "H", "L", "F"] and rows.local_lost.tolist() == [0, 5, 0, 1]
+    assert rows.kind.tolist() == ["no training", "no training", "few parameters", "pathway"]
+    steps = comparisons.ladder(rows)
+    assert steps.loc["whole"].tolist() == ["N", "H (1)", "0"]
+    assert steps.loc["general"].tolist() == ["none", "F (900)", "900"]
+    said = {}
+    comparisons.report_rivals(lambda key, value, form="": said.update({key: value}), rows)
+    assert said["rivals_told"] == 3 and said["rivals_untrained"] == "N; H" and said["most_general"] == "F"
+    shown = tables.rivals(rows)
+    assert shown["held-out told"].iloc[3] == "2 of 4 (7% to 93%)" and shown.locality.iloc[1] == "5 lost"
+
+
+def test_where_nothing_generalises_the_ladder_says_none():
+    rows = comparisons.rivals(
+        methods(name=["lora", "full"], rival=["L", "F"], parameters=[3, 9], facts_told=[1, 2], held_out_repaired=[1, 1])
+    )
+    assert comparisons.ladder(rows).loc["general"].tolist() == ["none", "none", "none"]
+    assert comparisons.ladder(rows).parameters["whole"] == "9"
+
+
+def test_methods_with_equally_few_parameters_are_all_named():
+    rows = comparisons.rivals(
+        methods(
+            name=["head", "opponent"], rival=["H", "O"], parameters=[1, 1], facts_told=[2, 2], held_out_repaired=[4, 4]
+        )
+    )
+    assert comparisons.ladder(rows).changed["general"] == "H; O (1)"

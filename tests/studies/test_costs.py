@@ -1,0 +1,109 @@
+"""The benchmark can fail, and its record is read back as it was written."""
+
+import json
+import time
+
+import pytest
+import torch
+from typer import BadParameter
+
+from lib.errors import DataError
+from lib.studies import costs
+from tests.bench import measure
+from tests.bench.__main__ import bench
+from tests.bench.measure import Row
+
+ONE = torch.ones(3)
+
+
+def row(**changes) -> Row:
+    return Row(
+        **{
+            "name": "sum",
+            "what": "three ones",
+            "peer_name": "a slow way",
+            "ours": lambda: time.sleep(0.001) or ONE,
+            "peer": lambda: time.sleep(0.02) or ONE,
+            "same": measure.largest,
+            "tolerance": 1e-6,
+            "goal": 2.0,
+            **changes,
+        }
+    )
+
+
+def test_a_ratio_is_that_of_the_times():
+    found = measure.run(row(), matmul=1e9)
+    assert 4 < found["least"] <= found["ratio"] <= found["most"] < 25 and found["met"] is True
+    assert found["difference"] == 0 and found["matmul_share"] is None, "nothing was multiplied"
+
+
+def test_results_that_differ_are_an_error():
+    with pytest.raises(AssertionError, match=r"sum: results differ by 0\.5, allowed 1e-06"):
+        measure.run(row(peer=lambda: 2 * ONE), matmul=1e9)
+
+
+def test_a_missed_goal_is_said():
+    assert measure.run(row(goal=50.0), matmul=1e9)["met"] is False
+    assert measure.run(row(goal=None, seconds=1e-6), matmul=1e9)["met"] is False
+    assert measure.run(row(goal=None), matmul=1e9)["met"] is None
+
+
+def test_a_sample_stands_for_the_whole():
+    found = measure.run(row(peer_of=0.1), matmul=1e9)
+    assert 0.19 < found["peer_s"] < 0.4
+
+
+def test_operations_and_memory_are_those_of_the_work():
+    a = torch.randn(64, 32)
+    assert measure.count(lambda: (a @ a.T).shape) == ((64, 64), 2 * 64 * 32 * 64)
+    _, grown = measure.timed(lambda: torch.ones(8_000_000))
+    assert grown is None or 25 < grown < 60, "32 MB"
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"rows": []}'])
+def test_what_is_no_record(tmp_path, text):
+    path = tmp_path / "bench.json"
+    with pytest.raises(DataError, match=r"no record of a benchmark.*tests.bench --record"):
+        costs.read(path)
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"no record of a benchmark.*tests.bench --record"):
+        costs.read(path)
+
+
+def test_a_record_is_told_as_it_is(tmp_path):
+    one, other = measure.run(row(), matmul=1e9), measure.run(row(goal=90.0, name="other"), matmul=1e9)
+    points = [{"grows": "prompts", "at": n, "trace_s": 0.1 * n, "forward_s": 0.05 * n} for n in (1, 4)]
+    sizes = [{"shape": "a", "parameters": 9}, {"shape": "b", "precision": "bfloat16", "seconds": 1.0, "peak_gb": 3.0}]
+    record = {
+        "machine": {"processor": "p", "cores": 2, "threads": 2},
+        "rows": [one, other],
+        "growth": points,
+        "sizes": sizes,
+        "commit": "c",
+        "started": "s",
+        "matmul_gflops": 100.0,
+    }
+    path, said = tmp_path / "bench.json", {}
+    path.write_text(json.dumps(record))
+    record = costs.read(path)
+    costs.report(lambda k, v, form="": said.update({k: v}), record, costs.rows(record), costs.growth(record))
+    assert (said["goals"], said["met"]) == (2, 1)
+    assert said["missed"].startswith("other beside a slow way: ") and "wanted 90 times" in said["missed"]
+    assert (said["largest"], said["largest_precision"]) == ("b", "bfloat16")
+    assert said["growth"] == "4 times the prompts, 4 times the seconds" and said["trace_over_forward"] == (2.0, 2.0)
+
+
+def test_rows_measured_again_take_the_place_of_their_own():
+    record = {"started": "then", "rows": [{"row": n, "peer": "p", "ratio": 1} for n in ("a", "b")]}
+    again = costs.renewed(record, [{"row": "b", "peer": "p", "ratio": 2, "started": "now"}])
+    assert [(r["row"], r["ratio"]) for r in again["rows"]] == [("a", 1), ("b", 2)]
+    assert costs._again(record) == "All rows are of that run."
+    assert costs._again(again) == "Measured again later, with newer code: b now (UTC)."
+    with pytest.raises(DataError, match="the record has no row b / other"):
+        costs.renewed(record, [{"row": "b", "peer": "other"}])
+
+
+def test_a_row_that_is_not_there_is_refused_before_anything_is_measured():
+    with pytest.raises(BadParameter, match=r"there is no row 'nonsense'; choose from trace, .*, load"):
+        bench(["load", "nonsense"])

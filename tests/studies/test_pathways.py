@@ -1,0 +1,169 @@
+"""The head-to-head comparison: its rule on tables made by hand, its controls, and the edits that chapter 4 takes."""
+
+import json
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_edits import an_edit
+
+from lib import edits, training, weights
+from lib.errors import EditError
+from lib.facts import load_cases
+from lib.recall import trainable
+from lib.studies import pathways
+from lib.sweeps.experiments import one_thread
+from lib.training import Recipe, chosen, false_facts, keep, recommended
+
+QUICK = Recipe(rates=(0.003, 0.03), max_steps=25, margin=0.5, kl_weight=1.0)
+
+
+def grid(**columns) -> pd.DataFrame:
+    return pd.DataFrame({"pathway": "v_only", "rate": [1.0, 2.0, 3.0], "diverged": False, **columns})
+
+
+def test_the_rule_prefers_what_stops_in_time_with_the_least_harm():
+    table = grid(reached=[True, True, False], kl=[0.5, 0.2, 0.1], min_margin=[1.5, 1.1, 0.9])
+    assert chosen(table) == 1
+
+
+def test_if_none_stops_in_time_the_largest_margin_counts():
+    table = grid(reached=[False] * 3, kl=[0.1, 0.2, 0.3], min_margin=[-1.0, 0.2, 0.1])
+    assert chosen(table) == 1
+
+
+def test_a_diverged_rate_is_never_chosen():
+    table = grid(reached=[False] * 3, kl=[np.nan, 0.2, 0.3], min_margin=[9.0, -2.0, -1.0])
+    assert chosen(table.assign(diverged=[True, False, False])) == 2
+
+
+def test_recommended_needs_its_goal(organism):
+    from dataclasses import replace
+
+    base = an_edit(organism)
+    made = {
+        name: replace(base, recipe={"reached": reached, "neutral_kl": kl})
+        for name, reached, kl in (("full", True, 0.3), ("ffn", True, 0.2), ("v_only", False, 0.1))
+    }
+    assert recommended(made) == "ffn"
+    assert recommended({"v_only": made["v_only"]}) == "none"
+
+
+def test_what_is_studied_when_nothing_can_be_recommended(organism):
+    from dataclasses import replace
+
+    base, n = an_edit(organism), len(an_edit(organism).facts)
+    few, all_told = (False,) * n, (True,) * n
+    made = {
+        name: replace(base, told_after=told, recipe={"reached": False, "neutral_kl": kl})
+        for name, told, kl in (("full", few, 0.1), ("ffn", all_told, 0.3), ("v_only", all_told, 0.2))
+    }
+    studied, reason = training.under_study(made)
+    assert studied == "v_only" and "none reaches its goal" in reason
+    reached = {"full": replace(base, recipe={"reached": True, "neutral_kl": 0.1})}
+    assert training.under_study(made | reached)[0] == "full"
+    with pytest.raises(EditError, match="every training diverged"):
+        training.under_study({})
+
+
+def test_gpt2_counts_are_the_papers():
+    """7.1M, 2.4M, 4.7M and 590K parameters, exactly; and the last a share of 0.474 %, where the page says 0.48."""
+    sizes = pathways.gpt2_sizes()
+    assert [sizes[name]["parameters"] for name in pathways.PAPER] == [7_087_872, 2_362_368, 4_722_432, 589_824]
+    assert sizes["v_only"]["share"] == pytest.approx(589_824 / 124_439_808)
+
+
+@pytest.fixture(scope="module")
+def ran(organism):
+    case = trainable(organism, load_cases("organism")[0])
+    kept = keep(organism, case, 7, QUICK)
+    return kept, training.compare(organism, kept, pathways=("ffn", "v_only"), progress=False)
+
+
+def test_compare_takes_the_rules_choice(ran):
+    _, found = ran
+    assert len(found.grid) == 4 and found.grid.groupby("pathway").chosen.sum().tolist() == [1, 1]
+    for name, run in found.runs.items():
+        best = found.grid[(found.grid.pathway == name) & found.grid.chosen].iloc[0]
+        assert run.rate == best.rate and found.edits[name] is run.edit
+
+
+@pytest.fixture(scope="module")
+def swept(organism):
+    """What the sweeps of chapter 3 give, at two rates of two pathways, on one thread: grid, then what is further."""
+    with one_thread():
+        grid = table(organism, [{"pathway": [p], "rate": [1e-3, 3e-3]} for p in ("v_only", "ffn")])
+        return grid, table(organism, pathways.further(grid, seeds=2))
+
+
+def table(model, grids: list[dict]) -> pd.DataFrame:
+    """As `sweep.table`, without its cluster."""
+    runs = [dict(zip(g, values, strict=True)) for g in grids for values in product(*g.values())]
+    full = [{"facts": "true", "longer": 1, "seed": 0, **run} for run in runs]
+    return pd.DataFrame([run | pathways.train_at(model, **run) for run in full])
+
+
+def test_the_sweeps_make_the_comparison(swept, organism):
+    grid, runs = swept
+    kept = pathways._kept(organism)
+    found, checks = pathways.gather(organism, kept, grid, runs), pathways.controls(runs)
+    assert found.grid.pathway.tolist() == ["ffn", "ffn", "v_only", "v_only"], "in the order of PATHWAYS"
+    assert found.grid.groupby("pathway").chosen.sum().tolist() == [1, 1]
+    assert found.seeds.groupby("pathway").seed.agg(list).tolist() == [[0, 1], [0, 1]]
+    for name, run in found.runs.items():
+        row = found.seeds[(found.seeds.pathway == name) & (found.seeds.seed == 0)].iloc[0]
+        assert (run.steps, run.history.min_margin.tolist()) == (row.steps, row.margins), "the same run, to the bit"
+    missed = found.grid[found.grid.chosen & ~found.grid.reached].pathway.tolist()
+    assert checks.control.tolist() == ["false facts"] * 2 + ["more steps"] * len(missed)
+    assert checks[checks.control == "more steps"].pathway.tolist() == missed
+
+
+def test_a_run_that_comes_out_otherwise_is_an_error(swept, organism):
+    grid, runs = swept
+    remedy = r"came out otherwise than in the sweep .* delete _build/sweeps/organism .* QKV_RUNS=off"
+    with pytest.raises(EditError, match=remedy):
+        pathways.gather(organism, pathways._kept(organism), grid.assign(reached=~grid.reached), runs)
+
+
+def test_lessons_that_there_are(organism):
+    with pytest.raises(EditError, match="facts 'half': choose true or false"):
+        pathways.train_at(organism, pathway="ffn", rate=1e-3, facts="half")
+
+
+def test_false_facts_are_false_and_share_everything_else(ran, organism):
+    kept, _ = ran
+    lies = false_facts(kept)
+    assert not any(a.answer == b.answer for a, b in zip(kept.facts, lies.facts, strict=True))
+    assert [organism.first_token(f.answer) for f in lies.facts] == lies.answers.tolist()
+    assert lies.stream is kept.stream
+
+
+def test_head_to_head_and_spread(ran, swept, organism):
+    _, found = ran
+    head = pathways.head_to_head(organism, found)
+    assert head.outside_unchanged.all()
+    assert head.parameters.tolist() == [e.parameters for e in found.edits.values()]
+    spread = pathways.spread(pathways.gather(organism, pathways._kept(organism), *swept).seeds)
+    assert (spread.kl_min <= spread.kl_mean).all() and (spread.kl_mean <= spread.kl_max).all()
+    assert (spread.seeds == 2).all()
+
+
+def test_made_takes_over_what_fits_and_trains_what_does_not(ran, organism, tmp_path, monkeypatch):
+    case, calls = trainable(organism, load_cases("organism")[0]), []
+    six = {name: an_edit(organism, name) for name in weights.PATHWAYS}
+    monkeypatch.setattr(training, "compare", lambda *a, **k: calls.append(1) or ran[1])
+    monkeypatch.setattr(training, "_fits", lambda edit, *a: True)
+    edits.save_all(six, tmp_path)
+    assert list(training.made(organism, case, tmp_path)) == list(weights.PATHWAYS) and not calls
+    (tmp_path / "ffn.safetensors").unlink()
+    training.made(organism, case, tmp_path)
+    assert calls == [1], "one is missing: all are trained anew"
+
+
+def test_an_edit_fits_its_own_recipe_and_seed_only(ran, organism):
+    case, edit = trainable(organism, load_cases("organism")[0]), ran[1].edits["v_only"]
+    read = type(edit)(**{**vars(edit), "recipe": json.loads(json.dumps(edit.recipe))})
+    assert training._fits(read, organism, case, 0, QUICK)
+    assert not training._fits(read, organism, case, 1, QUICK)
+    assert not training._fits(read, organism, case, 0, Recipe())

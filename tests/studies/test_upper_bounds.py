@@ -1,0 +1,116 @@
+"""How far one layer could get: patched streams against worked-out answers, and the sentences of the chapter."""
+
+import pandas as pd
+import pytest
+
+from lib.errors import DataError
+from lib.facts import load_cases, load_templates, prompts
+from lib.forward import above, entering, pack
+from lib.recall import tell, trainable
+from lib.studies import upper_bounds
+from lib.trace import subject_positions
+
+
+@pytest.fixture(scope="module")
+def case(organism):
+    return trainable(organism, load_cases("organism")[0])
+
+
+@pytest.fixture(scope="module")
+def real(smollm2):
+    case = load_cases("smollm2")[0]
+    return case, [f for f in case.large if f.split == "selection"][:20]
+
+
+def test_untold_are_known_and_not_told_and_of_the_splits_asked_for(organism, case):
+    found = upper_bounds.untold(organism, case)
+    assert found and {f.split for f in found} <= set(upper_bounds.SEEN)
+    text = load_templates()
+    assert not tell(organism, found, {"f": text[case.template]}).told.any()
+    known = [tell(organism, found, {c: text[c]}).told.to_numpy() for c in case.controls]
+    assert pd.DataFrame(known).any().all()
+    with pytest.raises(DataError, match="no fact of nowhere is known"):
+        upper_bounds.untold(organism, case, ("nowhere",))
+
+
+@pytest.mark.model
+def test_the_whole_stream_of_the_last_position_ends_as_the_prefix_does(smollm2, real):
+    """What enters the last layer at the last position decides nearly all; nothing but the own token enters the first
+    layer, which is the same in both runs: it brings back nothing."""
+    case, facts = real
+    last = smollm2.weights.n_layers - 1
+    table = (
+        upper_bounds.carried(smollm2, case, facts, upper_bounds.PREFIX, [0, last]).set_index(["layer", "place"]).told
+    )
+    text = load_templates()[case.template]
+    bare, whole = (int(tell(smollm2, facts, {"f": text}, prefix=p).told.sum()) for p in ("", upper_bounds.PREFIX))
+    assert whole >= bare + 3
+    assert all(table[1, place] == bare for place in upper_bounds.PLACES)
+    assert abs(table[last + 1, "last position"] - whole) <= 1
+    assert table[last + 1, "subject's last token"] <= bare + 1
+
+
+@pytest.mark.model
+def test_what_is_carried_is_what_whole_passes_with_the_stream_written_in_say(smollm2, real):
+    case, facts = real
+    text, facts, layer = load_templates()[case.template], facts[:12], smollm2.weights.n_layers // 2
+    bare, full = (prompts(facts, text, x) for x in ("", upper_bounds.PREFIX))
+    told = dict.fromkeys(upper_bounds.PLACES, 0)
+    for fact, one, other in zip(facts, bare, full, strict=True):
+        short, long = (pack(smollm2, [smollm2.token_ids(p)]) for p in (one, other))
+        own, theirs = (entering(smollm2, p, layer) for p in (short, long))
+        at = subject_positions(smollm2, one, fact.subject)[-1] - len(own)
+        for place, spots in zip(upper_bounds.PLACES, ([at], [-1], [at, -1]), strict=True):
+            patched = own.clone()
+            patched[spots] = theirs[spots]
+            logits = above(smollm2, short, layer, patched)[-1] @ smollm2.weights.W_U
+            told[place] += int(logits.argmax()) == smollm2.first_token(fact.answer)
+    found = upper_bounds.carried(smollm2, case, facts, upper_bounds.PREFIX, [layer]).set_index("place").told
+    assert found.to_dict() == told and len(set(told.values())) > 1
+
+
+@pytest.mark.model
+def test_places_are_the_subject_s_last_token_and_the_end(smollm2):
+    template = load_templates()["subject_first"]
+    for name in ("France", "Slovakia", "Mozambique"):
+        prompt = template.replace("{}", name)
+        end = subject_positions(smollm2, prompt, name)[-1]
+        assert smollm2.tokenizer.decode(smollm2.token_ids(prompt)[: end + 1]) == name
+
+
+def test_a_prefix_that_cuts_the_prompt_anew_is_refused(smollm2, real):
+    case, facts = real
+    with pytest.raises(DataError, match="is cut into other tokens"):
+        upper_bounds.carried(smollm2, case, facts[:3], "Answer: ", [0])  # its space joins the name
+    with pytest.raises(DataError, match="is cut into other tokens"):
+        upper_bounds.carried(smollm2, case, facts[:3], "", [0])
+
+
+class Said(dict):
+    def __call__(self, key, value, *_):
+        self[key] = value
+
+    def table(self, key, value):
+        self[key] = value
+
+
+def held_out(repaired: int, capability: int = 0, ratio: float = 1.0) -> Said:
+    columns = {"untold": 10, "low": 0.1, "high": 0.9, "best_control": 8, "split": "held_out"}
+    found = pd.DataFrame(
+        [{"pathway": "edit", "repaired": repaired} | columns, {"pathway": "noise", "repaired": 0} | columns]
+    )
+    costs = pd.DataFrame({"pathway": "edit", "what": ["capability", "working templates"], "lost": [capability, 0]})
+    text = pd.DataFrame([{"pathway": "edit", "ratio": ratio, "ratio_low": ratio, "ratio_high": ratio}])
+    bled = pd.DataFrame({"pathway": ["none", "edit"], "bled": [1, 2]})
+    free = pd.DataFrame([("prefix", "'x'", 7, 10)], columns=["kind", "context", "told", "n"])
+    said = Said()
+    upper_bounds.report_held_out(said, found, costs, text, bled, free)
+    return said
+
+
+def test_the_goal_and_the_limits_by_hand():
+    assert held_out(5)["held_out_goal"] and "is reached" in held_out(5)["held_out_verdict"]
+    assert not held_out(4)["held_out_goal"] and "is not reached" in held_out(4)["held_out_verdict"]
+    assert "limits are kept" in held_out(5)["cost_verdict"]
+    for broken in (held_out(5, capability=1), held_out(5, ratio=1.02), held_out(5, ratio=0.98)):
+        assert "limits are not kept" in broken["cost_verdict"]

@@ -1,0 +1,669 @@
+"""Sweeps: what is run, what makes two runs the same, what is refused, and what survives kills."""
+
+import json
+import logging
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+import yaml
+from distributed import Client, LocalCluster
+from typer.testing import CliRunner
+
+from lib import models
+from lib.__main__ import app
+from lib.errors import BookError, DataError, SweepError, WorkerError
+from lib.files import ROOT
+from lib.sweeps import cluster, experiments, runs
+
+BASE = {"name": "s", "subject": "organism", "run": "noise.told_under", "grid": {"layer": [3], "scale": [0.5]}}
+
+
+def spec(**changes) -> runs.Spec:
+    return runs.Spec.model_validate({**BASE, **changes})
+
+
+def written(tmp_path, **changes) -> Path:
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump({**BASE, **changes}))
+    return path
+
+
+@pytest.fixture
+def here(monkeypatch) -> list[dict]:
+    """Calls are made in this process, in a random order; the list holds the parameters of each."""
+    called: list[dict] = []
+
+    def each(_, function, calls):
+        for key in random.sample(list(calls), len(calls)):
+            called.append(calls[key]["parameters"])
+            try:
+                yield key, function(**calls[key])
+            except Exception as error:
+                yield key, error
+
+    monkeypatch.setattr(runs, "connect", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(runs, "each", each)
+    return called
+
+
+# What is run
+
+
+def test_the_runs_of_a_grid_worked_out_by_hand():
+    wanted = spec(
+        grid={"layer": ["L2", 12], "scale": [0, 0.5], "draws": 2},
+        seeds=[7, 8],
+        also=[{"layer": 2, "scale": 0.5, "draws": [2, 3], "pathway": ["v_only", "ffn"]}],
+    )
+    rows = [(r["layer"], r["pathway"], r["scale"], r["draws"], r["seed"]) for r in runs.expand(wanted)]
+    assert rows == [
+        (2, "v_only", 0, 2, 7),
+        (2, "v_only", 0, 2, 8),
+        (2, "v_only", 0.5, 2, 7),
+        (2, "v_only", 0.5, 2, 8),
+        (12, "v_only", 0, 2, 7),
+        (12, "v_only", 0, 2, 8),
+        (12, "v_only", 0.5, 2, 7),
+        (12, "v_only", 0.5, 2, 8),
+        # of the second grid, v_only with two draws is there already
+        (2, "ffn", 0.5, 2, 7),
+        (2, "ffn", 0.5, 2, 8),
+        (2, "v_only", 0.5, 3, 7),
+        (2, "v_only", 0.5, 3, 8),
+        (2, "ffn", 0.5, 3, 7),
+        (2, "ffn", 0.5, 3, 8),
+    ]
+
+
+@pytest.mark.parametrize(
+    "layer, wanted",
+    [("all", list(range(1, 13))), ("every 5", [5, 10]), (["every 5", "L3", 6], [5, 10, 3, 6]), ("L12", [12])],
+)
+def test_layers_count_from_1(layer, wanted):
+    assert [r["layer"] for r in runs.expand(spec(grid={"layer": layer, "scale": 1}))] == wanted
+
+
+def test_a_key_differs_when_any_input_does(monkeypatch):
+    def key(**changes):
+        (run,) = runs.plan(spec(**changes)).runs
+        return run.key
+
+    keys = [key(), key(grid={"layer": 4, "scale": 0.5}), key(grid={"layer": 3, "scale": 0.25}), key(seeds=[1])]
+    assert key() == keys[0] and key(name="other", note="n", seconds=3) == keys[0], "what changes no number"
+    assert key(seeds=[0]) == keys[0], "0 is the default"
+    for name in ("weights_sha256", "code_sha256"):
+        with monkeypatch.context() as patch:
+            patch.setattr(runs, name, lambda _: "another sum")
+            keys.append(key())
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "complete", lambda run, given: experiments.complete("noise.told_under", given))
+        patch.setattr(runs, "code_sha256", lambda run: "same")
+        patch.setattr(runs, "code", lambda run: {})
+        keys += [key(), key(run="noise.other")]
+    monkeypatch.setattr(runs, "canonical", lambda name: name)
+    monkeypatch.setattr(runs, "weights_sha256", lambda name: "same")
+    keys += [key(), key(subject="./data/organism")]
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_code_of_an_experiment_is_what_it_imports_and_the_data(tmp_path, monkeypatch):
+    for name, text in {"a": "def f():\n    from lib import b\n", "b": "", "c": ""}.items():
+        (tmp_path / "lib").mkdir(exist_ok=True)
+        (tmp_path / "lib" / f"{name}.py").write_text(text)
+    (tmp_path / "lib" / "__init__.py").write_text("")
+    for name in ("facts.csv", "sweeps/s.yaml", "expected/s.json"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text("")
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    monkeypatch.setattr(experiments, "_AT_START", {})
+    seen = experiments.code.__wrapped__("a.f")
+    assert set(seen) == {"lib/__init__.py", "lib/a.py", "lib/b.py", "data/facts.csv", *experiments.PACKAGES}
+    (tmp_path / "lib" / "b.py").write_text("x = 1")
+    assert experiments.differing(seen, experiments.code.__wrapped__("a.f")) == "lib/b.py"
+    monkeypatch.setattr(experiments, "_AT_START", seen)
+    with pytest.raises(WorkerError, match=r"started before lib/b\.py was changed, and may run the old one; start it"):
+        experiments.code.__wrapped__("a.f")
+
+
+# One run
+
+
+def performed(monkeypatch, function, model="organism", parameters=None, **changes):
+    monkeypatch.setattr(experiments, "find", lambda name: function)
+    given = {"seed": 1, "weights": models.weights_sha256("organism"), "code": "sum", **changes}
+    monkeypatch.setattr(experiments, "code_sha256", lambda name: "sum")
+    return experiments.perform("a.f", model, parameters or {}, **given)
+
+
+def test_a_run_gives_plain_values_on_one_thread(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda real=torch.get_num_threads: real())
+
+    def function(model, *, x):
+        return {"y": (x, model.name), "threads": torch.get_num_threads(), "draw": float(torch.rand(()))}
+
+    one, other = (performed(monkeypatch, function, parameters={"x": 2}) for _ in range(2))
+    assert one["result"]["y"] == [2, "organism"] and one["result"]["threads"] == 1
+    assert one["result"] == other["result"], "what an experiment does not seed is seeded"
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    "result, message",
+    [
+        ({"t": torch.zeros(2)}, "gave something that JSON does not hold"),
+        ([1], "gave list, not a dictionary"),
+        ({"x": 1}, "gives x, which it also takes"),
+    ],
+)
+def test_what_an_experiment_must_not_give(monkeypatch, result, message):
+    with pytest.raises(BookError, match=message):
+        performed(monkeypatch, lambda model, x: result, parameters={"x": 1})
+
+
+def test_an_experiment_that_leaves_the_model_changed_is_told_so_and_harms_no_other(monkeypatch):
+    def careless(model):
+        with torch.no_grad():
+            next(model.module.parameters())[0, 0] += 1e-3
+        return {}
+
+    def first(model):
+        return {"first": float(next(model.module.parameters())[0, 0])}
+
+    before = performed(monkeypatch, first)["result"]
+    with pytest.raises(BookError, match=r"a\.f left the model changed \(transformer\.wte\.weight\)"):
+        performed(monkeypatch, careless)
+    assert performed(monkeypatch, first)["result"] == before
+
+
+def test_a_worker_keeps_one_model(monkeypatch):
+    performed(monkeypatch, lambda model: {})
+    kept = dict(experiments._loaded)
+
+    def load(name):
+        assert not experiments._loaded, "the old model is gone before the new one comes"
+        return replace(kept["organism"], name=name)
+
+    monkeypatch.setattr(experiments, "load", load)
+    performed(monkeypatch, lambda model: {}, subject="other")
+    assert list(experiments._loaded) == ["other"]
+    experiments._loaded.clear()
+
+
+def test_a_worker_with_other_code_or_weights_says_so(monkeypatch):
+    with pytest.raises(WorkerError, match="runs another version of the code; install the same one"):
+        performed(monkeypatch, lambda model: {}, code="another")
+    with pytest.raises(WorkerError, match=r"has other weights of organism .*python -m lib fetch organism --force"):
+        performed(monkeypatch, lambda model: {}, weights="another")
+    with pytest.raises(WorkerError, match="cannot load the subject: unknown subject 'nobody'"):
+        performed(monkeypatch, lambda model: {}, subject="nobody")
+
+
+def test_noise(organism):
+    """No noise changes nothing; much noise on the whole layer does; the model is restored; seeds differ."""
+    from lib.studies.noise import told_under
+
+    still = told_under(organism, layer=1, scale=0.0)
+    assert still == told_under(organism, layer=12, scale=0.0, pathway="full", draws=1, seed=5)
+    loud = told_under(organism, layer=1, scale=3.0, pathway="full", draws=2)
+    assert loud["told_control"] < still["told_control"] and loud["facts"] == still["facts"] == 8
+    assert loud != told_under(organism, layer=1, scale=3.0, pathway="full", draws=2, seed=1)
+    assert still == told_under(organism, layer=1, scale=0.0)
+    with pytest.raises(DataError, match="noise is not less than none"):
+        told_under(organism, layer=1, scale=-1)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"grids": {}}, r"unknown key 'grids' \(known: name, subject, run, grid, seeds"),
+        ({"grid": {}}, "grid is empty; give at least one value"),
+        ({"grid": {"layer": []}}, "grid.layer is empty"),
+        ({"also": [{}]}, r"also\.0 is empty"),
+        ({"grid": [1]}, "grid: Input should be a valid dictionary"),
+        ({"seeds": ["a"]}, r"seeds\.0: Input should be a valid integer, not 'a'"),
+        ({"name": "../up"}, "name: String should match pattern"),
+        ({"seconds": 0}, "seconds: Input should be greater than 0"),
+        ({"run": "subjects.load"}, "no experiment 'subjects.load'; choose from .*noise.told_under"),
+        ({"run": "os.system"}, "no experiment 'os.system'"),
+        ({"grid": {"layers": "all", "scale": 1}}, "noise.told_under takes no 'layers'; it takes layer, pathway, scale"),
+        ({"grid": {"layer": "all"}}, "noise.told_under needs 'scale'"),
+        ({"grid": {"layer": 13, "scale": 1}}, "there is no layer 13: organism has L1 to L12"),
+        ({"grid": {"layer": ["L0"], "scale": 1}}, "there is no layer L0"),
+        ({"grid": {"layer": "each", "scale": 1}}, "layer 'each' is none; write 10, L10, all, or every 3"),
+        ({"grid": {"layer": "every 0", "scale": 1}}, "layer 'every 0' is none"),
+        ({"grid": {"layer": True, "scale": 1}}, "layer True is none"),
+        ({"grid": {"layer": 1, "scale": "1e-3"}}, "scale is the text '1e-3'; YAML needs the point, as in 1.0e-3"),
+        ({"grid": {"layer": 1, "scale": [1, 2, 1]}}, "a value of scale stands twice"),
+        ({"grid": {"layer": 1, "scale": 1, "seed": 1}, "seeds": [1]}, "seed stands in a grid and in seeds"),
+        ({"subject": "nobody"}, "unknown subject 'nobody'"),
+    ],
+)
+def test_bad_specifications(tmp_path, changes, message):
+    path, store = written(tmp_path, **changes), tmp_path / "store"
+    with pytest.raises(BookError, match=message):
+        runs.run(runs.load(path), store)
+    assert list(tmp_path.iterdir()) == [path], "nothing is left behind"
+
+
+def test_files_that_are_no_specification(tmp_path):
+    with pytest.raises(SweepError, match=r"no specification .*nowhere\.yaml; give a \.yaml file, or one of .*noise"):
+        runs.load("nowhere")
+    path = tmp_path / "s.yaml"
+    for text, message in (("a: [", "is no YAML"), ("- a", "is no mapping"), ("name: s", "subject is missing; run is")):
+        path.write_text(text)
+        with pytest.raises(SweepError, match=message):
+            runs.load(path)
+
+
+def test_two_sweeps_take_turns_on_this_machines_workers(tmp_path, here):
+    """While another one has its turn nothing is run; then all is."""
+    said: list[str] = []
+    done = threading.Thread(target=lambda: runs.run(spec(), tmp_path / "store", say=said.append))
+    with runs._in_turn(tmp_path, said.append):
+        done.start()
+        while not said:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert said == ["another sweep is running here; this one waits for its workers"] and not here
+    done.join(60)
+    assert len(here) == 1 and runs.finished(runs.plan(spec(), tmp_path / "store"))
+
+
+def test_shipped_specifications_are_sound():
+    for path in runs.SPECS.glob("*.yaml"):
+        loaded = runs.load(path)
+        assert loaded.name == path.stem and loaded.seconds and runs.expand(loaded)
+
+
+def listening(reply: bytes) -> tuple[socket.socket, str]:
+    """A port where something other than a scheduler listens."""
+    server, kept = socket.create_server(("127.0.0.1", 0)), []
+
+    def serve():
+        while True:
+            try:
+                kept.append(server.accept()[0])
+                kept[-1].sendall(reply)
+            except OSError:
+                return
+
+    threading.Thread(target=serve, daemon=True).start()
+    return server, f"tcp://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_scheduler_that_cannot_be_reached(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "TIMEOUT", 0.5)
+    silent, silent_address = listening(b"")
+    page, page_address = listening(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    with silent, page:
+        for address in ("tcp://127.0.0.1:1", silent_address, page_address, "nonsense", "foo://x"):
+            start = time.perf_counter()
+            with pytest.raises(SweepError, match=f"no Dask scheduler answers at '{address}'.*`dask scheduler`"):
+                runs.run(spec(), tmp_path / "store", scheduler=address)
+            assert time.perf_counter() - start < 5, address
+    with pytest.raises(SweepError, match="0 workers cannot do anything"):
+        runs.run(spec(), tmp_path / "store", workers=0)
+
+
+# The store
+
+
+def test_the_table_is_the_same_whatever_the_order_of_arrival(tmp_path, here, organism):
+    from lib.studies.noise import told_under
+
+    wanted = spec(grid={"pathway": ["v_only", "k_only"], "scale": [2, 0.5], "layer": [11, 2]})
+    tables = [runs.run(wanted, tmp_path / str(i), say=print) for i in range(2)]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    table = tables[0]
+    assert table[["layer", "pathway", "scale"]].values.tolist() == [
+        [layer, pathway, scale] for layer in (2, 11) for pathway in ("k_only", "v_only") for scale in (0.5, 2)
+    ]
+    own = told_under(organism, layer=2, pathway="k_only", scale=0.5)
+    assert table.iloc[0].to_dict() == {"layer": 2, "pathway": "k_only", "scale": 0.5, "draws": 1, "seed": 0} | own
+    timed = runs.table(wanted, tmp_path / "0", timing=True)
+    assert (timed.seconds > 0).all()
+    pd.testing.assert_frame_equal(timed.drop(columns="seconds"), table)
+
+
+def test_finished_runs_are_never_repeated(tmp_path, here):
+    store = tmp_path / "store"
+    runs.run(spec(), store)
+    runs.run(spec(), store)
+    assert len(here) == 1
+    runs.run(spec(also=[{"layer": 3, "scale": 1}]), store)
+    assert [p["scale"] for p in here] == [0.5, 1]
+    (path,) = (store / f"{run.key}.json" for run in runs.plan(spec()).runs)
+    path.write_text(path.read_text()[:20])
+    (store / "x.json.part").write_text("half of")
+    assert len(runs.run(spec(), store)) == 1
+    assert [p["scale"] for p in here] == [0.5, 1, 0.5], "what was cut short is run again"
+    assert not list(store.glob("*.part"))
+
+
+def test_no_cluster_is_started_when_nothing_is_to_do(tmp_path, here, monkeypatch):
+    table = runs.run(spec(), tmp_path / "store")
+
+    def connect(*_, **__):
+        raise AssertionError("a cluster was asked for")
+
+    monkeypatch.setattr(runs, "connect", connect)
+    pd.testing.assert_frame_equal(runs.run(spec(), tmp_path / "store"), table)
+    with pytest.raises(AssertionError):
+        runs.run(spec(seeds=[1]), tmp_path / "store")
+
+
+def test_a_table_of_an_unfinished_sweep(tmp_path, here):
+    runs.run(spec(), tmp_path / "store")
+    more = spec(seeds=[0, 1, 2])
+    with pytest.raises(SweepError, match=r"s on organism: 2 of 3 runs are missing in .*store"):
+        runs.table(more, tmp_path / "store")
+    assert runs.table(more, tmp_path / "store", partial=True).seed.tolist() == [0]
+    assert "3 runs, 1 finished, 2 to do at" in runs.estimate(runs.plan(more, tmp_path / "store"))
+
+
+def test_a_failing_run_is_reported_and_the_others_go_on(tmp_path, here):
+    wanted = spec(grid={"layer": 3, "scale": [-1, 0.5, 1]})
+    with pytest.raises(SweepError) as error:
+        runs.run(wanted, tmp_path / "store")
+    assert "1 run failed, 2 of 3 runs of s are kept in" in str(error.value)
+    assert "  layer=3, pathway=v_only, scale=-1, draws=1, seed=0: DataError: scale -1 and" in str(error.value)
+    assert len(runs.table(wanted, tmp_path / "store", partial=True)) == 2
+
+
+def test_an_unfit_worker_stops_the_sweep(tmp_path, here, monkeypatch):
+    monkeypatch.setattr(experiments, "code_sha256", lambda name: "another")
+    with pytest.raises(WorkerError, match="runs another version of the code"):
+        runs.run(spec(seeds=[1, 2, 3]), tmp_path / "store")
+    assert len(here) == 1
+
+
+def test_ctrl_c_leaves_what_is_finished_and_says_so(tmp_path, here, monkeypatch):
+    real = cluster.each
+
+    def each(*arguments):
+        yield next(real(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "each", each)
+    path = written(tmp_path, seeds=[1, 2, 3])
+    done = CliRunner().invoke(app, ["sweep", str(path), "--store", str(tmp_path / "store")])
+    assert done.exit_code == 130 and "stopped: 1 of 3 runs of s are kept in" in done.output
+    monkeypatch.setattr(runs, "each", real)
+    assert len(runs.run(runs.load(path), tmp_path / "store")) == 3 and len(here) == 3
+
+
+def test_checkouts_share_finished_runs(tmp_path, here, monkeypatch):
+    """Another checkout's default store takes what has this very key, whole, and nothing else; stores that were asked
+    for by name share nothing."""
+    monkeypatch.setattr(runs, "cache_folder", lambda: tmp_path / "cache")
+
+    def run(checkout: str, **changes) -> pd.DataFrame:
+        monkeypatch.setattr(runs, "default_store", lambda wanted: tmp_path / checkout / wanted.name)
+        return runs.run(spec(**changes))
+
+    table = run("one", seeds=[1, 2])
+    pd.testing.assert_frame_equal(run("two", seeds=[1, 2, 3]).head(2), table, check_exact=True)
+    assert sorted(p["seed"] for p in here) == [1, 2, 3]
+    monkeypatch.setattr(runs, "default_store", lambda wanted: tmp_path / "new" / wanted.name)
+    assert "3 runs, 3 finished" in runs.estimate(runs.plan(spec(seeds=[1, 2, 3])))
+    files = {json.loads(p.read_text())["parameters"]["seed"]: p for p in tmp_path.glob("cache/runs/*/*/*.json")}
+    first, second, third = (files[seed] for seed in (1, 2, 3))
+    first.write_text(first.read_text()[:30])  # cut short
+    second.write_text(third.read_text())  # another run under its name
+    run("three", seeds=[1, 2, 3])
+    assert sorted(p["seed"] for p in here[3:]) == [1, 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "code_sha256", lambda name: "another version")
+        patch.setattr(experiments, "code_sha256", lambda name: "another version")
+        run("four", seeds=[1])
+    assert len(here) == 6, "another version of the code is another run"
+    shared = list(tmp_path.glob("cache/runs/*/*/*.json"))
+    runs.run(spec(seeds=[1]), tmp_path / "named")
+    with monkeypatch.context() as patch:
+        patch.setenv("QKV_RUNS", "off")
+        run("five", seeds=[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "is_unchanged", lambda name: False)
+        run("six", seeds=[9])
+    assert len(here) == 9 and list(tmp_path.glob("cache/runs/*/*/*.json")) == shared, "these take and leave nothing"
+    monkeypatch.setenv("QKV_RUNS", str(tmp_path / "elsewhere"))
+    run("seven", seeds=[1])
+    assert len(here) == 10 and len(list(tmp_path.glob("elsewhere/*/*/*.json"))) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, here, monkeypatch):
+    (tmp_path / "cache").write_text("no folder")
+    monkeypatch.setattr(runs, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(runs, "default_store", lambda wanted: tmp_path / "store")
+    assert len(runs.run(spec())) == 1 and len(here) == 1
+
+
+def test_a_store_of_something_else_is_refused_and_set_aside_on_request(tmp_path, here, monkeypatch):
+    store = tmp_path / "store"
+    table = runs.run(spec(), store)
+    kept = {p.name: p.read_bytes() for p in store.iterdir()}
+
+    def altered(key, value):
+        header = json.loads(kept["sweep.json"])
+        header[key] = value
+        return json.dumps(header)
+
+    code = experiments.code("noise.told_under")
+    for content, message in {
+        altered("subject", "gpt2"): "holds results for the subject gpt2, not organism",
+        altered("weights_sha256", "0" * 64): "holds results for the weights 000",
+        altered("experiment", "noise.other"): "holds results for the run noise.other, not noise.told_under",
+        altered("code", code | {"lib/noise.py": "0"}): r"holds results of another version of lib/noise\.py\.",
+        altered("code", code | {"torch": "1.0"}): r"holds results of another version of torch\.",
+        "{": r"has a damaged sweep\.json",
+        "[1]": r"has a damaged sweep\.json",
+    }.items():
+        (store / "sweep.json").write_text(content)
+        for attempt in (runs.run, runs.table, lambda s, f: runs.estimate(runs.plan(s, f))):
+            with pytest.raises(SweepError, match=message + r".*Give another folder with --store, or .* --fresh"):
+                attempt(spec(), store)
+    assert len(here) == 1 and {p.name for p in store.iterdir()} == set(kept)
+    said: list[str] = []
+    pd.testing.assert_frame_equal(runs.run(spec(), store, fresh=True, say=said.append), table)
+    assert len(here) == 2 and said == [f"older results are now in {tmp_path / 'store.old-1'}"]
+    assert len(list((tmp_path / "store.old-1").glob("*.json"))) == 2
+    runs.run(spec(), store, fresh=True)
+    assert len(here) == 2, "results of this version are not set aside"
+    foreign = tmp_path / "home"
+    foreign.mkdir()
+    (foreign / "letter.txt").write_text("dear")
+    for fresh in (False, True):
+        with pytest.raises(SweepError, match="home is no store of a sweep, and not empty; give another folder"):
+            runs.run(spec(), foreign, fresh=fresh)
+    assert [p.name for p in foreign.iterdir()] == ["letter.txt"]
+
+
+def test_two_sweeps_on_one_store(tmp_path, here):
+    with runs._locked(tmp_path / "store"), pytest.raises(SweepError, match=r"another sweep is writing into .*store"):
+        runs.run(spec(), tmp_path / "store")
+    assert not here
+    (tmp_path / "store.lock").write_text("left by a process that died")
+    assert len(runs.run(spec(), tmp_path / "store")) == 1
+
+
+def test_several_sweeps_share_workers_and_a_run_of_two_is_done_once(tmp_path, here):
+    one, two = spec(name="one", seeds=[0, 1]), spec(name="two", seeds=[1, 2])
+    stores = [tmp_path / "one", tmp_path / "two"]
+    found = runs.run_all([one, two], stores)
+    assert sorted(p["seed"] for p in here) == [0, 1, 2]
+    for wanted, store, table in zip((one, two), stores, found, strict=True):
+        pd.testing.assert_frame_equal(table, runs.run(wanted, store), check_exact=True)
+        pd.testing.assert_frame_equal(table, runs.run(wanted, tmp_path / "alone" / wanted.name), check_exact=True)
+    with pytest.raises(SweepError, match="two of these sweeps have one store"):
+        runs.run_all([one, two], [stores[0]] * 2)
+    with runs._locked(stores[1]), pytest.raises(SweepError, match=r"another sweep is writing into .*two"):
+        runs.run_all([one, spec(name="two", seeds=[3])], stores)
+    bad = spec(name="two", grid={"layer": 3, "scale": [-1, 0.5]})
+    with pytest.raises(SweepError, match="1 run failed, 1 of 2 runs of two are kept in"):
+        runs.run_all([one, bad], stores)
+
+
+def test_the_cost_of_a_sweep_is_its_guess_times_its_runs():
+    assert runs.hours(spec(seeds=[0, 1, 2], seconds=600)) == 0.5
+    with pytest.raises(SweepError, match="does not say how many seconds"):
+        runs.hours(spec())
+
+
+def test_command_line(tmp_path, here):
+    path, store = written(tmp_path, seconds=30, seeds=list(range(8))), tmp_path / "store"
+    cli = CliRunner()
+    given = [str(path), "--store", str(store), "--workers", "2"]
+    dry = cli.invoke(app, ["sweep", *given, "--dry-run"])
+    assert dry.output == "s on organism: 8 runs, 0 finished, 8 to do at 30 s each (estimated): 2 min on 2 workers\n"
+    assert not store.exists() and not here
+    done = cli.invoke(app, ["sweep", *given])
+    assert done.exit_code == 0 and "s on organism: 8 runs, all finished; the table is" in done.output
+    assert pd.read_csv(store / "table.csv").seed.tolist() == list(range(8))
+    assert "8 finished, 0 to do" in cli.invoke(app, ["sweep", *given, "--dry-run"]).output
+    assert "install --editable" in cli.invoke(app, ["sweep", "--help"]).output
+
+
+# Real clusters
+
+
+def test_a_call_that_kills_its_workers_takes_no_other_with_it():
+    """A scheduler as Dask starts it sends a worker one call more than it can do, and blames that one as well when the
+    worker dies; it is tried again alone."""
+
+    def call(n):
+        import os
+        import time
+
+        if n == 0:
+            time.sleep(0.3)  # by then the next call waits here
+            os._exit(1)
+        raise ValueError("its own")
+
+    few = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None, "silence_logs": logging.CRITICAL}
+    with LocalCluster(**few) as usual, Client(usual, set_as_default=False) as client:
+        outcomes = dict(cluster.each(client, call, {str(n): {"n": n} for n in range(3)}))
+    assert all(isinstance(outcomes[key], ValueError) for key in "12")
+    assert type(outcomes["0"]).__name__ == "KilledWorker"
+    run = runs.Run("k", {"layer": 3})
+    assert "layer=3: its worker died each time" in runs._report(
+        runs.plan(spec(), Path("nowhere")), [(run, outcomes["0"])]
+    )
+
+
+@contextmanager
+def started(*words, **options):
+    """A process of its own group, which is killed at the end with all that it started."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", *map(str, words)], env=environment, cwd=ROOT, start_new_session=True, **options
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def until(condition, what: str, seconds: float = 120):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.02)
+    return found
+
+
+def results(store: Path) -> dict[str, int]:
+    """Finished runs and when they were written."""
+    return {p.name: p.stat().st_mtime_ns for p in store.glob("*.json") if p.name != "sweep.json"}
+
+
+def workers_of(pid: int) -> list[psutil.Process]:
+    """Processes that compute for a sweep: the children that multiprocessing spawned."""
+    children = psutil.Process(pid).children(recursive=True)
+    return [c for c in children if "spawn_main" in " ".join(c.cmdline())]
+
+
+def ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE  # where nobody has asked for its exit code yet
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_killed_at_every_place_and_resumed_the_table_is_that_of_an_undisturbed_run(tmp_path, monkeypatch):
+    """1. Undisturbed, on a scheduler and a worker that Dask's own command line started: the reference.
+    2. On the same, into a second store: the scheduler is killed.
+    3. `python -m lib sweep` on this machine goes on: one of its workers is killed, then all of it. While it runs, no
+       other sweep may write there.
+    4. With one worker, the rest. No finished run was repeated, and the table is the reference."""
+    path, store = written(tmp_path, grid={"layer": "all", "scale": 0.5, "draws": 4}, seeds=[0, 1]), tmp_path / "store"
+    wanted, quiet = runs.load(path), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    at, near = ("--scheduler-file", tmp_path / "dask.json"), ("--host", "127.0.0.1", "--no-dashboard")
+    with (
+        started("dask", "scheduler", "--port", 0, *near, *at, **quiet) as scheduler,
+        started("dask", "worker", "--nthreads", 1, "--local-directory", tmp_path, *near, *at, **quiet),
+    ):
+        until(lambda: at[1].exists() and at[1].read_text().endswith("}"), "the scheduler")
+        address = json.loads(at[1].read_text())["address"]
+        with cluster.connect(address, workers=1) as client:
+            client.wait_for_workers(1, timeout=120)
+        with monkeypatch.context() as patch:
+            own = runs.plan(wanted, tmp_path / "unfit")
+            other = replace(own, header=own.header | {"code": own.header["code"] | {"lib/noise.py": "other"}})
+            patch.setattr(runs, "plan", lambda *_: other)
+            with pytest.raises(WorkerError, match=r"worker at tcp://.* has another version of lib/noise\.py\. Install"):
+                runs.run(wanted, tmp_path / "unfit", scheduler=address)
+        undisturbed = runs.run(wanted, tmp_path / "undisturbed", scheduler=address)
+        raised: list[BaseException] = []
+
+        def disturbed():
+            try:
+                runs.run(wanted, store, scheduler=address)
+            except SweepError as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=disturbed)
+        thread.start()
+        until(lambda: len(results(store)) >= 2, "two runs")
+        os.killpg(scheduler.pid, signal.SIGKILL)
+        thread.join(60)
+        assert not thread.is_alive() and "the scheduler is gone" in str(raised[0])
+    first = results(store)
+    assert 2 <= len(first) < 24
+
+    with started("lib", "sweep", path, "--store", store, "--workers", 2, **quiet) as process:
+        until(lambda: len(results(store)) > len(first), "a run on this machine")
+        workers_of(process.pid)[0].kill()
+        with pytest.raises(SweepError, match="another sweep is writing into"):
+            runs.run(wanted, store)
+        now = len(results(store))
+        until(lambda: len(results(store)) > now, "a run after the death of a worker")
+        alive = workers_of(process.pid)
+        process.kill()
+        process.wait()
+        until(lambda: all(map(ended, alive)), "the end of its workers")
+    second = results(store)
+    assert first.items() <= second.items() and len(first) + 2 <= len(second) < 24
+
+    final = runs.run(wanted, store, workers=1)
+    assert second.items() <= results(store).items() and len(results(store)) == 24
+    pd.testing.assert_frame_equal(final, undisturbed, check_exact=True)
+    assert final.to_csv() == undisturbed.to_csv() and final.margin_failing.nunique() == 24

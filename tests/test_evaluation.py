@@ -1,0 +1,236 @@
+"""Side effects: statistics worked out by hand; the protocol against the plainly edited model; controls that show."""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_edits import an_edit
+
+from lib import evaluation, statistics
+from lib.edits import applied
+from lib.errors import DataError, EditError
+from lib.evaluation import NONE, Measured, Protocol
+from lib.facts import Case, Fact, load_cases, load_facts
+from lib.forward import above, entering, pack
+from lib.recall import trainable
+from lib.studies import side_effects
+from lib.training import slice_values
+from lib.weights import pathway_slices
+
+
+def test_paired_counts_items_not_totals():
+    """Two right before and two after, and yet one was lost: a total cannot show it."""
+    before, after = pd.Series([True, True, False, False]), pd.Series([True, False, True, False])
+    found = statistics.paired(before, after)
+    assert (found["before"], found["after"], found["gained"], found["lost"]) == (2, 2, 1, 1)
+    assert found["p"] == 1.0  # one against one
+
+
+def test_mcnemar_and_resolution_by_hand():
+    nothing = statistics.paired(pd.Series([True] * 10), pd.Series([True] * 10))
+    assert nothing["p"] == 1.0 and nothing["lost_low"] == 0.0
+    assert nothing["lost_high"] == pytest.approx(1 - 0.025 ** (1 / 10))
+    five_lost = statistics.paired(pd.Series([True] * 5), pd.Series([False] * 5))
+    assert five_lost["p"] == pytest.approx(2 / 2**5)  # five of five the same way, two-sided
+
+
+def test_repetition_by_hand():
+    assert evaluation.repetition([1, 2, 3, 4, 5, 6]) == 0
+    assert evaluation.repetition([1, 2, 1, 2, 1, 2, 1]) == pytest.approx(1 - 2 / 4)  # four 4-grams, two different
+    assert evaluation.repetition([1, 2]) == 0
+
+
+def world(told_after: dict[str, bool]) -> Measured:
+    """Five countries under a failing and two control templates; `told_after` under the failing one."""
+    rows = []
+    known = {"A": (1, 0), "B": (0, 1), "C": (0, 0), "D": (1, 1), "E": (1, 0)}
+    for name, controls in known.items():
+        split = "fit" if name == "E" else "held_out"
+        told = {"fail": name == "D", "c1": bool(controls[0]), "c2": bool(controls[1])}
+        rows += [
+            {
+                "set": "large",
+                "item": "",
+                "template": t,
+                "subject": name,
+                "answer": name.lower(),
+                "split": split,
+                "told": v,
+                "top": name.lower() if v else "x",
+            }
+            for t, v in told.items()
+        ]
+    before = pd.DataFrame(rows)
+    after = before.copy()
+    for name, told in told_after.items():
+        after.loc[(after.subject == name) & (after.template == "fail"), "told"] = told
+    return Measured({NONE: before, "v_only": after}, {})
+
+
+CASE = Case("c", "c", (Fact("France", "Paris"),), (), "fail", ("c1", "c2"))
+
+
+def test_generalisation_counts_known_and_untold_only():
+    """Held out: A and B are known and untold, C is not known, D is told already. Making C told repairs nothing."""
+    table = evaluation.generalisation(world({"A": True, "C": True, "D": False}), CASE).set_index("split")
+    held = table.loc["held_out"]
+    assert (held.untold, held.repaired, held["all"], held.told_before, held.told_after) == (2, 1, 4, 1, 2)
+    assert held.best_control == 1  # c1 tells A, c2 tells B: no single control tells both
+    assert (table.loc["fit"].untold, table.loc["fit"].repaired) == (1, 0)
+
+
+def test_bleeding_counts_wrong_trained_answers_only(smollm2):
+    """Paris said of Peru bleeds; Lima said of Peru does not, nor Paris where Paris is right, nor another wrong word."""
+    rows = [("Peru", False, " Paris"), ("Peru", True, " Lima"), ("Gaul", True, " Paris"), ("Chad", False, " the")]
+    asked = pd.DataFrame([{"set": "large", "template": "fail", "told": t, "top": w} for _, t, w in rows])
+    found = evaluation.bleeding(smollm2, Measured({NONE: asked}, {}), CASE)
+    assert found.iloc[0].tolist() == [NONE, 1, 4]
+
+
+def test_block_interval_knows_that_neighbours_are_alike():
+    """The same changes in long blocks are fewer independent observations than token by token: a wider interval."""
+    change = pd.Series(np.repeat(np.random.default_rng(0).normal(size=40), 25))
+    own = statistics._block_interval(change, pd.Series(np.arange(len(change)) // 25), 0)
+    naive = statistics._block_interval(change, pd.Series(np.arange(len(change))), 0)
+    assert own[1] - own[0] > 3 * (naive[1] - naive[0])
+
+
+@pytest.fixture(scope="module")
+def protocol(organism) -> tuple[Case, Protocol]:
+    case = trainable(organism, load_cases("organism")[0])
+    return case, evaluation.prepare(organism, case, 1, texts={"a": evaluation.load_passages()["recipe"][:900]})
+
+
+def test_the_protocol_sees_what_the_edited_model_does(organism, protocol):
+    """Replayed from the kept stream, without the model being written to, against the model with the edit in place."""
+    _, asked = protocol
+    edit, loss = an_edit(organism, "v_only"), torch.nn.functional.cross_entropy
+    measured = evaluation.measure(organism, asked, {"v_only": edit})
+    table = measured.asked["v_only"]
+    with applied(organism, edit):
+        logits = organism.next_token_logits(list(table.prompt))
+        windows = [p.tokens[None] for _, p, _, _ in asked.passages]
+        nll = [loss(organism.module(w).logits[0, :-1], w[0, 1:], reduction="none") for w in windows]
+    probs = logits.softmax(-1)[torch.arange(len(table)), torch.tensor(table.answer_token.to_numpy())]
+    np.testing.assert_allclose(table.prob, probs, atol=1e-5)
+    np.testing.assert_allclose(measured.tokens["v_only"].nll, torch.cat(nll), atol=1e-4)
+    assert measured.tokens[NONE].kl.max() < 1e-6 < measured.tokens["v_only"].kl.mean()
+    assert set(table.set) == {"capability", "unrelated", "relations", "eight", "large"}
+    assert (table.set.isin(["capability", "unrelated"])).sum() == 25
+
+
+def test_summaries_of_a_real_run_hold_together(organism, protocol):
+    case, asked = protocol
+    measured = evaluation.measure(organism, asked, {"v_only": an_edit(organism, "v_only")})
+    outcome, texts = evaluation.outcomes(measured, case), evaluation.reading(measured)
+    general = evaluation.generalisation(measured, case)
+    bled = evaluation.bleeding(organism, measured, case)
+    entry = side_effects.entry("v_only", outcome, texts, general, bled)
+    assert bled.prompts.tolist() == [52, 52] and entry["bled_after"] == bled.bled[1]
+    ledger = evaluation.flips(measured, "capability", "unrelated")
+    assert len(ledger) == entry["flips"]
+    assert (outcome.after - outcome.before == outcome.gained - outcome.lost).all()
+    assert outcome.query("what == 'neighbours'").eval("before == n").all()
+    assert texts.ratio_low[0] <= texts.ratio[0] <= texts.ratio_high[0]
+    assert texts.ratio[0] == pytest.approx(texts.ppl_after[0] / texts.ppl_before[0], rel=1e-4)
+
+
+def test_noise_is_as_large_and_goes_elsewhere(organism):
+    edit = an_edit(organism, "v_only")
+    control, before = evaluation.noise(organism, edit, seed=1), slice_values(organism, tuple(edit.values))
+    for part, value in edit.values.items():
+        own, random = value - before[part], control.values[part] - before[part]
+        assert random.norm() == pytest.approx(float(own.norm()), rel=1e-4)
+        assert abs(float(torch.cosine_similarity(own.flatten(), random.flatten(), 0))) < 0.1
+
+
+def test_edits_of_another_layer_are_refused(organism, protocol):
+    edit = dataclasses.replace(an_edit(organism, "v_only"), layer=3)
+    with pytest.raises(EditError, match="prepared for layer index 1, the edit is of 3"):
+        evaluation.ask(organism, protocol[1], edit)
+
+
+def test_generation_equals_one_at_a_time(organism):
+    """Left padding must not change what is written."""
+    texts = ["The capital of Zorland is", "Zorland"]
+    together = evaluation.generate(organism, texts, None, tokens=8)
+    assert together == [evaluation.generate(organism, [t], None, tokens=8)[0] for t in texts]
+    with pytest.raises(DataError, match="more than the 64"):
+        evaluation.generate(organism, texts, None, tokens=80)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_replay_equals_the_model(tiny, layer):
+    """Texts packed in one row, run in two halves, against the model's own logits; and with a slice replaced."""
+    prompts = ["The capital of France is", "Once", "A longer text, which has more tokens than the others do."]
+    texts = pack(tiny, [tiny.token_ids(p) for p in prompts])
+    stream = entering(tiny, texts, layer)
+    final = above(tiny, texts, layer, stream)[texts.last]
+    torch.testing.assert_close(final @ tiny.weights.W_U, tiny.next_token_logits(prompts), atol=1e-4, rtol=1e-4)
+    values = slice_values(tiny, pathway_slices(tiny.module, layer, "k_only"))
+    moved = {s: v + 0.1 for s, v in values.items()}
+    edit = dataclasses.replace(an_edit(tiny, "k_only"), layer=layer, values=moved)
+    changed = above(tiny, texts, layer, stream, moved)[texts.last] @ tiny.weights.W_U
+    with applied(tiny, edit):
+        torch.testing.assert_close(changed, tiny.next_token_logits(prompts), atol=1e-4, rtol=1e-4)
+
+
+def test_replay_refuses_what_cannot_be_run(tiny):
+    with pytest.raises(DataError, match="nothing to run"):
+        pack(tiny, [])
+    with pytest.raises(DataError, match="reads 64"):
+        pack(tiny, [[1] * 65])
+
+
+def test_wikitext_says_what_to_do_without_a_hub(monkeypatch):
+    with pytest.raises(DataError, match="wikitext = False"):
+        evaluation.load_wikitext()
+
+
+def test_wikitext_is_checked_and_cut_into_articles(monkeypatch, tmp_path):
+    path = tmp_path / "t.parquet"
+    lines = ["", " = Robert = \n", " One .\n", " = = Life = = \n", " Two .\n", " = Valkyria = \n", " Three .\n"]
+    pd.DataFrame({"text": lines}).to_parquet(path)
+    right = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    class Info:
+        class lfs:
+            sha256 = right
+
+    monkeypatch.setattr(evaluation.HfApi, "get_paths_info", lambda *a, **k: [Info])
+    monkeypatch.setattr(evaluation, "hf_hub_download", lambda *a, **k: str(path))
+    found = evaluation.load_wikitext()
+    assert list(found) == ["Robert", "Valkyria"] and "Two" in found["Robert"]
+    Info.lfs.sha256 = "0" * 64
+    with pytest.raises(DataError, match="is not what revision"):
+        evaluation.load_wikitext()
+
+
+def test_the_facts_of_the_protocol_are_disjoint(smollm2):
+    """Held-out countries: asked about here, and neither among the eight nor in what chapters 1 to 3 look at."""
+    from lib.recall import study_facts
+
+    case = trainable(smollm2, load_cases("smollm2")[0])
+    table = evaluation.questions(smollm2, case)
+    held = set(table.query("set == 'large' and split == 'held_out'").subject)
+    assert len(held) == 57
+    assert not held & {f.subject for f in study_facts(smollm2, case)}
+    assert not held & {f.subject for f in load_facts("eight")}
+
+
+def test_a_planted_failure_is_repaired_for_all_or_for_none(organism):
+    """What was planted is known: case 1 is a suppressor, so an edit that mends its route tells every held-out fact,
+    and a query cannot mend it."""
+    rows = {name: side_effects.planted_edit(organism, case=1, pathway=name) for name in ("full", "q_only")}
+    full = rows["full"]
+    assert full["told_after"] == full["facts"] and full["repaired"] == full["untold"] > 0
+    assert rows["q_only"]["repaired"] == 0 and rows["q_only"]["title"] == load_cases("organism")[0].title
+    table = side_effects.planted_control(
+        pd.DataFrame([{"case": 1, "pathway": n, "seed": 0, **r} for n, r in rows.items()])
+    )
+    assert table.case.tolist() == [full["title"]] * 2
+    with pytest.raises(EditError, match=r"no case 3: organism has 2, from 1"):
+        side_effects.planted_edit(organism, case=3, pathway="full")

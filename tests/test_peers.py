@@ -1,0 +1,234 @@
+"""Other people's tools against ours: equal where they must be, apart where a control says so; planted truths found."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lib import diagnosis, interventions, peers
+from lib.errors import DataError
+from lib.facts import load_cases, load_templates, prompts
+from lib.interventions import Part, ablate, reading, replacing, sweep
+from lib.peers import agreement, captum_neurons, neurons
+from lib.recall import trainable
+from lib.sites import Site
+from lib.studies import cross_validation
+from lib.trace import capture, logit_trace
+
+TEXTS = ["The capital of France is", "Once upon a time there was a", "Two plus two equals"]
+ANSWERS = torch.tensor([300, 400, 500])
+
+
+def test_gradients_equal_captums_own(tiny):
+    """The same numbers as Captum's LayerGradientXActivation, for every neuron, prompt and layer, in both families."""
+    own = captum_neurons(tiny, TEXTS, ANSWERS, [1, 2])
+    fast = neurons(tiny, TEXTS, ANSWERS, [1, 2])
+    torch.testing.assert_close(fast.gradient, own, atol=1e-5, rtol=1e-4)
+    assert float(own.abs().max()) > 1e-2, "there is something to compare"
+
+
+def test_neuron_trace_sums_to_the_mlps_term(tiny):
+    """Parts sum to the whole: the neurons of a layer, to the MLP's contribution in the exact trace."""
+    found = neurons(tiny, TEXTS, ANSWERS, [1])
+    trace = logit_trace(tiny, capture(tiny, TEXTS), ANSWERS[:, None])
+    torch.testing.assert_close(found.trace[:, 0].sum(-1), trace.mlps[:, 0, 1], atol=1e-4, rtol=1e-4)
+
+
+def test_last_layer_gradient_is_the_trace_but_for_the_norm(tiny):
+    """After the last layer no detour is left but the norm's own slope: the two must be nearly the same there, and
+    farther apart one layer below."""
+    found = neurons(tiny, TEXTS, ANSWERS, [1, 2])
+    last, below = (agreement(found.trace[:, i], found.gradient[:, i]).rho.mean() for i in (1, 0))
+    assert last > 0.75 and last > below
+
+
+def test_agreement_by_hand():
+    one = torch.tensor([[9.0, 8, 7, 6, 5, 0, 0.1, 0.2], [9, 8, 7, 6, 5, 0, 0.1, 0.2]])
+    other = torch.tensor([[9.0, 8, 7, 6, 5, 0, 0.1, 0.2], [5, 0, 0.1, 0.2, 9, 8, 7, 6]])
+    found = agreement(one, other)
+    assert found.top1.tolist() == [True, False]
+    assert found.top5.tolist() == [1.0, pytest.approx(2 / 5)]  # neurons 0 and 4
+    assert found.rho[0] == pytest.approx(1) and found.rho[1] < 0
+
+
+def test_zeroing_a_head_is_predicted_in_the_last_layer(tiny):
+    """In the last layer nothing can react to a head but the MLP and the norm; a hand-made run with the head's columns
+    put to zero gives the same total effect, and the direct effect is minus the trace's contribution."""
+    site = Site(2, 1)
+    table = ablate(tiny, TEXTS, ANSWERS, Part(site)).query("way == 'zero'")
+    seen = capture(tiny, TEXTS)
+    trace = logit_trace(tiny, seen, ANSWERS[:, None])
+    np.testing.assert_allclose(table.direct, -trace.heads[:, 0, 2, 1], atol=1e-4)
+    model, d = copy.deepcopy(tiny.module), tiny.weights.d_head
+    from lib.weights import view
+
+    out = view(model).blocks[2].heads_out
+
+    def zero(_, args):
+        x = args[0].clone()
+        x[..., d : 2 * d] = 0
+        return (x, *args[1:])
+
+    handle = out.register_forward_pre_hook(zero)
+    for text, answer, total in zip(TEXTS, ANSWERS, table.total, strict=True):
+        ids = torch.tensor([tiny.token_ids(text)])
+        after = model(ids).logits[0, -1, answer]
+        # all positions are zeroed here and the last one there: in the last layer the others are read by nobody
+        before = tiny.module(ids).logits[0, -1, answer]
+        assert float(after - before) == pytest.approx(total, abs=1e-4)
+    handle.remove()
+
+
+def test_replacing_leaves_no_hook(tiny):
+    before, module = tiny.next_token_logits(TEXTS), tiny.weights.blocks[1].heads_out
+    with pytest.raises(RuntimeError, match="midway"), replacing(module, lambda x: x * 0), reading([module]):
+        raise RuntimeError("midway")
+    assert not module._forward_pre_hooks
+    torch.testing.assert_close(tiny.next_token_logits(TEXTS), before)
+
+
+def test_another_copy_of_the_same_prompt_takes_nothing_away(tiny):
+    same = ablate(tiny, TEXTS[:1] * 2, ANSWERS[:1].expand(2), Part(Site(1), 3)).query("way in ('mean', 'resample')")
+    assert same.total.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("part", [Part(Site(0, 1)), Part(Site(1), 3), Part(Site(1))], ids=str)
+def test_ablation_of_last_tokens_equals_a_whole_forward_pass(tiny, part):
+    """Only last tokens are run again; the model's own forward pass, one prompt at a time, with the part put to zero
+    at the last position by a hook, gives the same total effect."""
+    table = ablate(tiny, TEXTS, ANSWERS, part).query("way == 'zero'").set_index("prompt").total
+    block, d = tiny.weights.blocks[part.site.layer], tiny.weights.d_head
+    module = block.mlp_out if part.site.head is None else block.heads_out
+    columns = slice(part.neuron, part.neuron and part.neuron + 1)
+    columns = columns if part.site.head is None else slice(part.site.head * d, (part.site.head + 1) * d)
+
+    def zero(x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1]).clone()
+        flat[-1, columns] = 0
+        return flat.view(x.shape)
+
+    for text, answer in zip(TEXTS, ANSWERS, strict=True):
+        ids = torch.tensor([tiny.token_ids(text)])
+        before = tiny.module(ids).logits[0, -1, answer]
+        with replacing(module, zero):
+            after = tiny.module(ids).logits[0, -1, answer]
+        assert table[text] == pytest.approx(float(after - before), abs=1e-4)
+    assert table.abs().max() > 1e-3, "there is something to take away"
+
+
+@pytest.fixture(scope="module")
+def planted(organism):
+    case = trainable(organism, load_cases("organism")[0])
+    return case, diagnosis.prescribe(organism, case)
+
+
+def test_the_sweep_finds_the_planted_suppressor(organism, planted):
+    """The failing template against a control: of 144 heads, patching the planted suppressor alone brings all back."""
+    case, verdict = planted
+    swept = cross_validation.sweep_case(organism, case)
+    first, second = cross_validation.best_heads(swept["last"], 2)
+    assert first["head"] == str(verdict.suppressor) == "L11 H2"
+    assert first["share"] == pytest.approx(1, abs=0.05) and second["share"] < 0.3
+    assert swept["subject"].mean(-1).max() < 0.1, "the country's own position has nothing to give back"
+
+
+def test_a_sweep_cell_equals_a_plain_patched_run(organism, planted):
+    """One cell, by hand: the model's own forward with one head's output replaced at the last position."""
+    case, _ = planted
+    facts, templates = case.facts[:2], load_templates()
+    bad, good = (prompts(facts, templates[t]) for t in (case.template, case.controls[0]))
+    competitors = torch.tensor([5, 6])
+    cell = sweep(organism, facts, templates[case.template], templates[case.controls[0]], competitors)["last"][10, 2]
+    d, module = organism.weights.d_head, organism.weights.blocks[10].heads_out
+    for i, fact in enumerate(facts):
+        pair = [organism.first_token(fact.answer), int(competitors[i])]
+
+        def margin(text: str, pair: list[int] = pair) -> float:
+            logits = organism.module(torch.tensor([organism.token_ids(text)])).logits[0, -1]
+            return float(logits[pair[0]] - logits[pair[1]])
+
+        with reading([module]) as seen:
+            control = margin(good[i])
+        z = seen[0].reshape(-1, seen[0].shape[-1])[-1, 2 * d : 3 * d]
+        failing = margin(bad[i])
+
+        def patch(x: torch.Tensor, z: torch.Tensor = z) -> torch.Tensor:
+            y = x.clone()
+            y.view(-1, x.shape[-1])[-1, 2 * d : 3 * d] = z
+            return y
+
+        with replacing(module, patch):
+            patched = margin(bad[i])
+        assert float(cell[i]) == pytest.approx((patched - failing) / (control - failing), abs=1e-4)
+
+
+def test_transformerlens_agrees_on_the_organism(organism, planted):
+    found = cross_validation.organism_through_transformerlens()["organism"]
+    assert found.logits.max() < 1e-4 and found["heads"].max() < 1e-3 and found.lens.max() < 1e-3
+    assert (found.our_head == found.their_head).all() and set(found.our_head) == {"L8 H5"}
+
+
+def test_the_bridge_leaves_the_subject_alone(organism):
+    before = {k: v.clone() for k, v in organism.module.state_dict().items()}
+    peers.bridge(organism)
+    after = organism.module.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.model
+def test_transformerlens_agrees_on_smollm2(smollm2):
+    case = load_cases("smollm2")[0]
+    texts = prompts(case.facts[:2], load_templates()["of_is"])
+    answers = torch.tensor([smollm2.first_token(f.answer) for f in case.facts[:2]])
+    found = peers.against_transformerlens(smollm2, texts, answers).table
+    assert found.logits.max() < 1e-4 and found["heads"].max() < 1e-3
+
+
+def test_routing_layer_and_its_chance():
+    """A curve that jumps over layer 3 in every prompt; in a random order of layers, one in five would be there."""
+    curves = torch.tensor([[0.0, 0.1, 0.2, 0.3, 5.0, 5.1]] * 6)
+    assert peers.routing_layer(curves) == 3
+    assert cross_validation.routing_chance(curves, 3) < 0.5
+    one = cross_validation.routing_chance(curves[:1], 3)
+    assert one == pytest.approx(1 / 5, abs=0.05)
+
+
+def test_agreed_counts_tools_that_answer():
+    table = pd.DataFrame([("a?", "L8", "-", "L8 (lens)", "L8"), ("b?", "1", "2", "-", "1")], columns=list("qabcd"))
+    assert cross_validation.agreed(table.rename(columns={"q": "question"})) == 1
+
+
+def test_suppressors_are_empty_where_there_is_none(organism, planted, monkeypatch):
+    monkeypatch.setattr(peers, "prescribe", lambda *a: type("V", (), {"suppressor": None})())
+    table = cross_validation.suppressors(organism, load_cases("organism"))
+    assert table.empty and "nothing to take away" in cross_validation.suppressor_words(table)
+
+
+def test_captum_equality_can_fail(organism, monkeypatch):
+    case = trainable(organism, load_cases("organism")[0])
+    sample = cross_validation.large_prompts(organism, case, templates=1).head(3)
+    assert cross_validation.same_as_captum(organism, sample, [7])["largest difference"].max() < 1e-5
+    off = neurons(organism, list(sample.prompt), torch.tensor(sample.answer_token.to_numpy()), [6])
+    monkeypatch.setattr(peers, "neurons", lambda *a, **k: off)
+    with pytest.raises(DataError, match="differs from Captum's"):
+        cross_validation.same_as_captum(organism, sample, [7])
+
+
+def test_each_prompts_own_neuron(tiny):
+    """The neuron of each prompt by the trace; zeroing it equals zeroing that neuron by itself."""
+    own = interventions.ablate_own_neuron(tiny, TEXTS, ANSWERS, 1)
+    trace = neurons(tiny, TEXTS, ANSWERS, [1]).trace[:, 0]
+    assert own.neuron.tolist() == trace.argmax(-1).tolist()
+    np.testing.assert_allclose(own.direct, -trace.amax(-1), atol=1e-5)
+    for i, text in enumerate(TEXTS):
+        alone = ablate(tiny, [text], ANSWERS[i : i + 1], Part(Site(1), int(own.neuron[i]))).query("way == 'zero'")
+        assert float(own.total[i]) == pytest.approx(float(alone.total.iloc[0]), abs=1e-4)
+
+
+def test_a_missing_tool_is_an_error(monkeypatch):
+    assert set(peers.require_tools()) == {"captum", "transformer-lens"}
+    monkeypatch.setattr(peers, "TOOLS", ("captum", "no-such-tool"))
+    with pytest.raises(DataError, match=r"no-such-tool is not installed.*pip install -r requirements\.txt"):
+        peers.require_tools()
