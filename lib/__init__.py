@@ -1,54 +1,29 @@
 """QKV decomposition of transformer language models: the library behind the book.
 
-The rooms, in the order data flows through them (imports point to earlier rooms only):
+The core, in the order data flows through it (imports point upward only; a test holds it to that):
 
-    site, errors   how a place in a model is named; errors that say what to do
-    weights        one view of Q, K, V, O, norms and MLP         -> Weights
-    subjects       load a model under study, with its view       -> Model
-    inputs         which files an output depends on, and their digests
-    experiments    functions that a sweep may run on any machine
-    replay         run a model from one layer up, many texts at once
-    vocabulary     cross-entropy and divergence over all tokens, the unembedding read once
-    facts          facts, templates, cases; told and known       -> FactSet, DataFrame
-    static         input-free diagnostics of every head
-    trace          the exact logit trace of one input            -> Capture, LogitTrace
-    diagnosis      static and dynamic evidence                   -> Diagnosis
-    closeup        what chapter 2 shows of diagnosed cases, and rival explanations
-    edits          save, load, apply and restore, verify         -> Edit
-    noise          what random changes of a slice do to what is told
-    export         an edit as a Hugging Face folder, and back
-    pathways       retrain one slice of one layer                -> Edit
-    compare        six pathways head to head, with controls      -> Edits
-    effects        side effects of edits, and what they leave out
-    patching       run prompts again from one layer up; give one component what it did elsewhere -> Run
-    blind          rules that name the component at fault, given only a subject, facts and templates -> Named
-    plants         break a subject at a known place and see whether the rules find it -> a row a plant
-    scores         what a table of such rows comes to              -> DataFrames
-    generalise     an edit that should carry over: self-distillation, chosen on selection countries
-    ceiling        how far an edit of one layer could get, and how far the chosen one gets
-    controls       edits at every layer, and at parts of equal size, named or random
-    rivals         other ways to make the same facts told, under one protocol
-    crosscheck     the same questions put to Captum, TransformerLens and interventions
-    results        report a number once: JSON and prose
-    cluster        many independent calls, on this machine or on any Dask cluster
-    sweep          hundreds of runs of an experiment, kept one by one    -> DataFrame
-    contest        what finished sweeps say of layers, parts and rivals
-    costs          what the work costs beside other tools, from a kept benchmark
-    claims         the source page's statements, and what a run makes of each
-    known_answers  does this GPT-2 say what others recorded of it?
-    figures        arrays -> matplotlib figures
-    tables         DataFrames as chapters show them
-    dashboard      every head on one page, before and after each edit -> HTML
-    colophon       what a page says of the run behind it
-    runner         execute chapters, build the book, check its numbers
-    release        repository and tag, and what must agree with them; badges and set-up cells
-    snapshot       one archive to deposit, and its check
-    publish        edits and dashboard as repositories of a model hub
-    colab          what a chapter installs first, in Colab alone
-    browser        a headless Chromium without network
-    pdf            the built pages as one PDF
-    mathml         Sphinx extension: formulas without network or script
-    theme          Sphinx extension: tables called tables, no live code
+    errors, sites            errors that say what to do; names of places in a model
+    files, statistics        where things are kept, what an output depends on; intervals and tests
+    weights, models          one view of Q, K, V, O, norms and MLP; load and check a model     -> Weights, Model
+    facts                    facts, templates, cases                                            -> Fact, Case
+    forward                  run a model, or only what changes of it; losses over the vocabulary
+    recall                   what is told and what is known                                     -> DataFrame
+    static                   input-free diagnostics of every head
+    trace                    the exact logit trace of one input                                 -> Capture, LogitTrace
+    diagnosis                static and dynamic evidence, and the rule                          -> Diagnosis
+    edits, training          an edit, checked and restored; how a pathway is trained            -> Edit
+    evaluation               side effects and generalisation of edits
+    interventions, peers     ablation and patching; Captum and TransformerLens
+    results                  report a number once: JSON and prose
+
+Beside it:
+
+    show/                    figures, tables, sentences: arrays and tables in, things to look at out
+    studies/                 what chapters 2 to 9 ask beyond one trace, one edit, one measurement
+    sweeps/                  a specification, its runs, and where they are kept; Dask
+    dashboard/               every head on one page
+    press/                   execute, build, check, claims, PDF, Colab, release, archive, hub
+    __main__                 the command line
 """
 
 __version__ = "0.1.0"

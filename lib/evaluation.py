@@ -396,7 +396,7 @@ def generate(model: Model, texts: Sequence[str], edit: Edit | None, *, tokens: i
     fill = tokenizer.eos_token_id or 0
     rows = torch.tensor([[fill] * (width - len(i)) + i for i in ids])
     mask = torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids])
-    module: Any = model.model
+    module: Any = model.module
     with nullcontext() if edit is None else applied(model, edit):
         out = module.generate(
             rows, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=fill

@@ -76,8 +76,8 @@ def imports(code: str) -> set[str]:
     module has no file and does no harm."""
     found = set()
     for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lib":
-            room = node.module.split(".")[1:]
+        if isinstance(node, ast.ImportFrom) and (path := (node.module or "").split("."))[0] == "lib":
+            room = path[1:]
             found |= {"/".join(room), *("/".join([*room, name.name]) for name in node.names)}
         elif isinstance(node, ast.Import):
             found |= {"/".join(name.name.split(".")[1:]) for name in node.names if name.name.startswith("lib.")}

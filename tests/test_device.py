@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import simulated
 import torch
 
 from lib import diagnosis, edits, evaluation, files, interventions, models, peers, sites, static, training
@@ -22,6 +21,7 @@ from lib.studies.distillation import learn_at
 from lib.sweeps import experiments
 from lib.trace import capture, logit_lens, logit_traces, subject_attention
 from lib.weights import view
+from tests import simulated
 
 LAYER = 7  # 0-based: where the organism's head is blind
 Numbers = list[torch.Tensor | np.ndarray | float]

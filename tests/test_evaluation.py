@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_edits import an_edit
 
 from lib import evaluation, statistics
 from lib.edits import applied
@@ -19,6 +18,7 @@ from lib.recall import trainable
 from lib.studies import side_effects
 from lib.training import slice_values
 from lib.weights import pathway_slices
+from tests.test_edits import an_edit
 
 
 def test_paired_counts_items_not_totals():

@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_gpt2, tiny_llama
 
 from lib import models
 from lib.errors import DataError, ModelError
 from lib.trace import capture, logit_trace
+from tests.conftest import tiny_gpt2, tiny_llama
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def test_file_has_provenance_and_values(report, tmp_path):
     assert path == tmp_path / "_build" / "results" / "tiny" / "09_example.json"
     content = json.loads(path.read_text())
     assert content["values"] == {"share": 0.25, "site": "L10 H8", "cases": {"a": 1.5, "b": [2, None]}}
-    wanted = {"subject", "weights_sha256", "lib", "commit", "packages", "seed", "threads", "start", "seconds"}
+    wanted = {"model", "weights_sha256", "lib", "commit", "packages", "seed", "threads", "start", "seconds"}
     assert wanted <= set(content["provenance"]) and content["provenance"]["seed"] == 3
 
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_gpt2, tiny_llama, wrap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import hypergeom
@@ -15,6 +14,7 @@ from lib.recall import scorable
 from lib.sites import Site
 from lib.static import RelationMap
 from lib.weights import view
+from tests.conftest import tiny_gpt2, tiny_llama, wrap
 
 
 def test_top_dimensions():

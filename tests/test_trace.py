@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_gpt2
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib import facts
@@ -12,6 +11,7 @@ from lib.errors import CompletenessError, DataError
 from lib.models import Model
 from lib.trace import CONVENTIONS, capture, last_patterns, logit_lens, logit_trace, subject_attention, subject_positions
 from lib.weights import view
+from tests.conftest import tiny_gpt2
 
 PROMPTS = ["The capital of France is", "Japan's capital city is", "One two three four five six seven"]
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import tiny_gpt2, tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lib.errors import ModelError
 from lib.weights import MLP, PATHWAYS, Norm, Slice, check_view, count_parameters, pathway_slices, view
+from tests.conftest import tiny_gpt2, tiny_llama
 
 DESIGN = {  # the design's table, section 5, exactly
     "gpt2": {"full": 7_087_872, "attention": 2_362_368, "ffn": 4_722_432, "v_only": 589_824},

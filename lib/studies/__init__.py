@@ -10,8 +10,11 @@ that people read. What it changes in the model it restores (`edits.applied`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
+
+import torch
 
 Experiment = TypeVar("Experiment", bound=Callable[..., dict[str, Any]])
 
@@ -19,3 +22,14 @@ Experiment = TypeVar("Experiment", bound=Callable[..., dict[str, Any]])
 def experiment(function: Experiment) -> Experiment:
     """Mark a function of a study as one that a sweep may name. It stays as it is."""
     return function
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch with one thread, as every run of a sweep has it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

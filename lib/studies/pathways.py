@@ -19,8 +19,7 @@ from lib.errors import EditError
 from lib.facts import load_cases
 from lib.models import Model
 from lib.recall import tell, trainable
-from lib.studies import experiment
-from lib.sweeps.experiments import one_thread
+from lib.studies import experiment, one_thread
 from lib.training import Comparison, Kept, Trained, chosen, false_facts, keep, outcome, summary, train
 from lib.weights import PATHWAYS, count_parameters, pathway_slices
 

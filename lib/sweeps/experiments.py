@@ -20,8 +20,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
@@ -35,6 +34,7 @@ from lib import files
 from lib.errors import BookError, ModelError, SweepError, WorkerError
 from lib.files import ROOT
 from lib.models import Model, load
+from lib.studies import one_thread
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "einops", "peft")  # numbers may depend on these
 _one_at_a_time = threading.Lock()  # a worker with several threads has one model, and an edit changes it in place
@@ -119,17 +119,6 @@ def perform(
             _loaded.clear()
             raise BookError(f"{name} left the model changed ({changed[0]}); it must restore what it changes.")
     return {"result": _plain(name, result, parameters), "seconds": round(seconds, 3)}
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch with one thread, as every run of a sweep has it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _model(name: str, weights: str) -> Model:

@@ -266,7 +266,7 @@ def test_packing_loses_nothing_and_shares_layers(board):
 @pytest.mark.parametrize(
     ("chapter", "key", "value", "message"),
     [
-        ("01_static_diagnostics", "provenance.subject", "gpt2", "was made by gpt2 .*, not by organism"),
+        ("01_static_diagnostics", "provenance.model", "gpt2", "was made by gpt2 .*, not by organism"),
         ("02_knowledge_path", "provenance.weights_sha256", "f" * 64, "was made by organism .ffff.*not by organism"),
         ("03_four_pathways", "provenance.lib", "0.0.1", r"was made by version 0\.0\.1 of lib, and this is"),
         ("05_cross_validation", "values.head_effect", None, "lacks head_effect"),
@@ -612,7 +612,7 @@ def test_no_text_is_ever_run(opened, board, tmp_path):
         sources=sources,
         words=(evil,) * len(board.words),
         types=tuple(t + evil for t in board.types),
-        provenance=board.provenance | {"subject": evil, "source": evil},
+        provenance=board.provenance | {"model": evil, "source": evil},
     )
     file = tmp_path / "evil.html"
     file.write_text(render.render(bad), encoding="utf-8")
@@ -687,7 +687,7 @@ def test_footer_says_whose_numbers_these_are(opened, board):
     text = opened().page.locator("footer").inner_text()
     own = board.provenance
     for part in (
-        own["subject"],
+        own["model"],
         own["weights_sha256"],
         own["lib"],
         own["commit"],

@@ -1,7 +1,8 @@
 """Negative controls: a page with everything wrong, and each wrong is found."""
 
 import pytest
-from checks import PHONE, look
+
+from tests.pages.checks import PHONE, look
 
 PAGE = """<!DOCTYPE html><html lang="en"><head><title>t</title>{head}</head><body><main>
 <h1>Title</h1>{body}</main></body></html>"""

@@ -1,7 +1,8 @@
 """Every page of the built book, from disk, with the network cut."""
 
 import pytest
-from checks import DESK, PHONE, look
+
+from tests.pages.checks import DESK, PHONE, look
 
 
 @pytest.mark.parametrize("scheme, width", [("light", DESK), ("dark", DESK), ("light", PHONE)])

@@ -4,11 +4,11 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from checks import PHONE
 from playwright.sync_api import expect
 from pypdf import PdfReader
 
 from lib.press import pdf
+from tests.pages.checks import PHONE
 
 FIGURES, TABLES = "book/02_knowledge_path.html", "book/05_cross_validation.html"
 

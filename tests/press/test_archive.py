@@ -19,8 +19,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_edits import an_edit
-from test_runner import notebook
 from typer.testing import CliRunner
 
 from lib import edits, files, results
@@ -29,12 +27,14 @@ from lib.errors import BookError, ChapterError, EditError, ReleaseError
 from lib.press import archive as deposit
 from lib.press import build, execute, release
 from lib.studies import pathways
+from tests.press.test_execute import notebook
+from tests.test_edits import an_edit
 
 DATE = datetime(2026, 11, 23, 7, 22, 46, tzinfo=UTC)
 MANIFEST = {
     "title": "t",
     "version": "1",
-    "subject": "s",
+    "model": "s",
     "commit": "c0ffee",
     "date": DATE.isoformat(),
     "changes": [],
@@ -213,7 +213,7 @@ import json, pathlib, sys
 p = pathlib.Path('../_build/results') / subject / (NAME + '.json')
 p.parent.mkdir(parents=True, exist_ok=True)
 print(p.resolve(), sys.prefix + '/lib')
-own = {'subject': subject, 'source': '', 'weights_sha256': '0' * 64, 'lib': '0', 'commit': 'c', 'python': '3',
+own = {'model': model_name, 'source': '', 'weights_sha256': '0' * 64, 'lib': '0', 'commit': 'c', 'python': '3',
        'packages': {}, 'seed': 0, 'threads': 1, 'start': '', 'seconds': 1}
 p.write_text(json.dumps({'provenance': own, 'values': {'seed': seed}}))
 """
@@ -362,7 +362,7 @@ def test_a_chapter_that_is_out_of_date(run, tmp_path):
 
 def test_results_of_another_subject(run, tmp_path):
     path = run / "_build" / "results" / "s" / "01_a.json"
-    path.write_text(path.read_text().replace('"subject": "s"', '"subject": "other"'))
+    path.write_text(path.read_text().replace('"model": "s"', '"model": "other"'))
     with pytest.raises(ChapterError, match=r"was made by other .*, not by s"):
         deposit.snapshot("s", tmp_path / "a.zip", say=lambda _: None)
 

@@ -5,7 +5,6 @@ from itertools import product
 
 import pytest
 import yaml
-from test_runner import SAVE, notebook, workshop  # noqa: F401
 from typer.testing import CliRunner
 
 from lib import files
@@ -15,6 +14,7 @@ from lib.files import DATA
 from lib.press import build, check, claims, execute
 from lib.results import results_path
 from lib.studies import scoring
+from tests.press.test_execute import SAVE, notebook, workshop  # noqa: F401
 
 CHAPTERS = ("01_a", "02_b")
 PLAIN = {

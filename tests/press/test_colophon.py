@@ -6,7 +6,7 @@ from lib.press import colophon
 
 PROVENANCE = {
     "chapter": "02_x",
-    "subject": "or`ganism",
+    "model": "or`ganism",
     "source": "[a](b) $x$",
     "licence": "MIT",
     "weights_sha256": "ab" * 32,

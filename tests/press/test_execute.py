@@ -46,7 +46,7 @@ SAVE = (
     "import json, pathlib\np = pathlib.Path('../_build/results') / subject / '01_a.json'\n"
     "p.parent.mkdir(parents=True, exist_ok=True)\n"
     "words = ('source', 'start', 'seconds', 'lib', 'commit', 'python', 'seed', 'threads')\n"
-    "own = dict.fromkeys(words, 'x') | {'subject': subject, 'weights_sha256': 'sum of ' + subject, 'packages': {}}\n"
+    "own = dict.fromkeys(words, 'x') | {'model': model_name, 'weights_sha256': 'sum of ' + subject, 'packages': {}}\n"
     "p.write_text(json.dumps({'provenance': own, 'values': {'seed': seed, 'x': {'y': 0.5}}}))"
 )
 
@@ -350,6 +350,6 @@ def test_results_of_another_subject_are_not_mixed_in(workshop):
     execute.run("s", ["01_a"])
     assert check.current_values("s") == {"01_a": {"seed": 0, "x": {"y": 0.5}}}
     path = results.results_path("s", "01_a")
-    path.write_text(path.read_text().replace('"subject": "s"', '"subject": "other"'))
+    path.write_text(path.read_text().replace('"model": "s"', '"model": "other"'))
     with pytest.raises(ChapterError, match=r"was made by other .*, not by s .*Run `python -m lib run 01_a"):
         check.current_values("s")

@@ -14,9 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import tiny_llama
 from safetensors.torch import load_file, save_file
-from test_edits import an_edit, same, small_disk, state
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -27,6 +25,8 @@ from lib.errors import EditError, ModelError
 from lib.facts import load_cases, load_templates, prompts
 from lib.models import Model
 from lib.press import export
+from tests.conftest import tiny_llama
+from tests.test_edits import an_edit, same, small_disk, state
 
 
 def recorded(model: Model, layer: int, pathway: str = "v_only") -> Edit:

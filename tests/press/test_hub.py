@@ -9,7 +9,6 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from test_edits import an_edit
 from typer.testing import CliRunner
 
 from lib import edits
@@ -17,6 +16,7 @@ from lib.__main__ import app
 from lib.errors import BookError, EditError, ReleaseError
 from lib.press import execute, export, hub, release
 from lib.studies.pathways import PAPER
+from tests.test_edits import an_edit
 
 PATHWAY = {
     "told_before": 0,

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_gpt2, wrap
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib.errors import BookError, DataError, ModelError
@@ -14,6 +13,7 @@ from lib.models import SPECS
 from lib.press import execute
 from lib.studies import known_answers
 from lib.studies.known_answers import Answer, check, load_answers, require
+from tests.conftest import tiny_gpt2, wrap
 
 BOS = 50256
 IDS = (464, 3139, 286, 4881, 318)  # The capital of France is

@@ -6,7 +6,6 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
-from test_edits import an_edit
 
 from lib import edits, training, weights
 from lib.errors import EditError
@@ -15,6 +14,7 @@ from lib.recall import trainable
 from lib.studies import pathways
 from lib.sweeps.experiments import one_thread
 from lib.training import Recipe, chosen, false_facts, keep, recommended
+from tests.test_edits import an_edit
 
 QUICK = Recipe(rates=(0.003, 0.03), max_steps=25, margin=0.5, kl_weight=1.0)
 

@@ -93,7 +93,7 @@ def test_the_judged_draws_are_not_the_designed_ones():
 
 
 def test_the_diagnosis_cannot_see_the_plant():
-    assert list(inspect.signature(localisation.blind).parameters) == ["subject", "facts", "failing", "controls"]
+    assert list(inspect.signature(localisation.blind).parameters) == ["model", "facts", "failing", "controls"]
     tree = ast.parse(Path(localisation.__file__).read_text(encoding="utf-8"))
     named = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert "lib.diagnosis" in named and not any("plants" in (m or "") for m in named)

@@ -28,7 +28,7 @@ from lib.errors import BookError, DataError, SweepError, WorkerError
 from lib.files import ROOT
 from lib.sweeps import cluster, experiments, runs
 
-BASE = {"name": "s", "subject": "organism", "run": "noise.told_under", "grid": {"layer": [3], "scale": [0.5]}}
+BASE = {"name": "s", "model": "organism", "run": "noise.told_under", "grid": {"layer": [3], "scale": [0.5]}}
 
 
 def spec(**changes) -> runs.Spec:
@@ -252,7 +252,7 @@ def test_noise(organism):
         ({"grid": {"layer": 1, "scale": "1e-3"}}, "scale is the text '1e-3'; YAML needs the point, as in 1.0e-3"),
         ({"grid": {"layer": 1, "scale": [1, 2, 1]}}, "a value of scale stands twice"),
         ({"grid": {"layer": 1, "scale": 1, "seed": 1}, "seeds": [1]}, "seed stands in a grid and in seeds"),
-        ({"subject": "nobody"}, "unknown subject 'nobody'"),
+        ({"model": "nobody"}, "unknown model 'nobody'"),
     ],
 )
 def test_bad_specifications(tmp_path, changes, message):
@@ -467,7 +467,7 @@ def test_a_store_of_something_else_is_refused_and_set_aside_on_request(tmp_path,
 
     code = experiments.code("noise.told_under")
     for content, message in {
-        altered("subject", "gpt2"): "holds results for the subject gpt2, not organism",
+        altered("model", "gpt2"): "holds results for the model gpt2, not organism",
         altered("weights_sha256", "0" * 64): "holds results for the weights 000",
         altered("experiment", "noise.other"): "holds results for the run noise.other, not noise.told_under",
         altered("code", code | {"lib/noise.py": "0"}): r"holds results of another version of lib/noise\.py\.",
