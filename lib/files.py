@@ -116,7 +116,7 @@ def data_files(root: Path) -> list[Path]:
         if p.is_file()
         and p.suffix != ".safetensors"
         and p.name not in apart
-        and not {"expected", "__pycache__"} & {*p.relative_to(folder).parts}
+        and not {"expected", "record", "__pycache__"} & {*p.relative_to(folder).parts}
     )
 
 
