@@ -57,10 +57,15 @@ class Results:
     def __call__(self, key: str, value: Any, form: str = "") -> None:
         """Keep the value as JSON and glue its text. form: a format specification such as ".2f" or ".1%"; a list is
         joined with commas. Raises KeyError for a key that is already reported."""
-        if key in self.values:
-            raise KeyError(f"{key!r} is reported twice in {self.chapter}; a number is reported once")
-        self.values[key] = _plain(value)
+        self.table(key, value)
         _glue(key, as_text(value, form))
+
+    def many(self, values: dict[str, Any]) -> None:
+        """Report several numbers at once. An entry is a value, or a value and its format: `(0.25, ".0%")`,
+        `((low, high), ".2f")`. A pair of numbers stays an interval. Raises what a single report does."""
+        for key, entry in values.items():
+            formatted = isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], str)
+            self(key, *(entry if formatted else (entry,)))
 
     def table(self, key: str, value: Any) -> None:
         """Keep a value that the prose does not quote (a dictionary of cases, a whole table)."""

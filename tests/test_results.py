@@ -32,9 +32,17 @@ def test_file_has_provenance_and_values(report, tmp_path):
 
 def test_a_number_is_reported_once(report):
     report("n", 8)
-    for again in (lambda: report("n", 9), lambda: report.table("n", {})):
+    for repeat in (lambda: report("n", 9), lambda: report.table("n", {}), lambda: report.many({"m": 1, "n": 9})):
         with pytest.raises(KeyError, match="reported twice in 09_example"):
-            again()
+            repeat()
+
+
+def test_many_numbers_at_once(report, monkeypatch):
+    texts = {}
+    monkeypatch.setattr(results, "_glue", texts.__setitem__)
+    report.many({"n": 8, "share": (0.25, ".0%"), "ends": (0.5, 1.5), "interval": ((-0.1, 0.2), "+.2f")})
+    assert report.values == {"n": 8, "share": 0.25, "ends": [0.5, 1.5], "interval": [-0.1, 0.2]}
+    assert texts == {"n": "8", "share": "25%", "ends": "0.5 to 1.5", "interval": "-0.10 to +0.20"}
 
 
 def test_texts():
@@ -51,6 +59,6 @@ def test_nothing_is_written_where_nothing_can_be(report, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "_build"]
 
 
-def test_subject_names_become_folders():
+def test_model_names_become_folders():
     assert files.slug("openai-community/gpt2") == "openai-community-gpt2"
     assert "/" not in files.slug("../../etc")
