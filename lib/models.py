@@ -19,10 +19,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -86,7 +87,8 @@ SPECS = {
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model under study, its tokenizer, its weight view, and where they came from."""
+    """A loaded model under study, its tokenizer, its weight view, and where they came from. memory: what studies keep
+    of it between their runs (`studies.once_a_model`)."""
 
     name: str
     source: str
@@ -96,6 +98,7 @@ class Model:
     module: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     weights: Weights
+    memory: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def token_ids(self, text: str) -> list[int]:
         """Token ids of a text, with nothing added."""

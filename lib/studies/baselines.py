@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -32,7 +32,7 @@ from lib.facts import load_templates
 from lib.models import Model
 from lib.recall import load_prefixes, study_facts, tell
 from lib.sites import Site
-from lib.studies import experiment
+from lib.studies import experiment, once_a_model
 from lib.studies.location import answers, prepared, protocols, setting
 from lib.studies.pathways import PAPER
 from lib.training import DEFAULT, Kept, chosen, losses, neutral_kl, optimise, summary, train
@@ -78,7 +78,7 @@ def rival(model: Model, *, name: str) -> dict[str, Any]:
     return out
 
 
-@lru_cache(maxsize=1)
+@once_a_model
 def _asked(model: Model) -> dict[int, Protocol]:
     """All questions but the rarer controls about other countries, and the passages, for each layer at which a rival may
     begin."""
@@ -95,7 +95,7 @@ def _asked_after(model: Model, prefix: str) -> Protocol:
     return prepare(model, setting(model).case, 0, texts={}, table=table)
 
 
-@lru_cache(maxsize=1)
+@once_a_model
 def _untouched(model: Model) -> pd.DataFrame:
     return read(model, _asked(model)[model.weights.n_layers], None, divergence=False)
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from itertools import accumulate
 from time import perf_counter
 from typing import Any
@@ -41,7 +40,7 @@ from lib.forward import above, entering, next_token_logits, pack, packs
 from lib.models import Model
 from lib.recall import known_and_told, scorable, tell, trainable
 from lib.statistics import gaussian
-from lib.studies import experiment
+from lib.studies import experiment, once_a_model
 from lib.training import neutral_windows, slice_values
 from lib.weights import Slice, pathway_slices
 
@@ -286,7 +285,7 @@ def _config(layer: int, pathway: str, rank: int, steps: int, truth: float) -> Co
     return Config(layer - 1, pathway, rank, 3e-3 if rank else 1e-3, steps, truth)
 
 
-@lru_cache(maxsize=1)
+@once_a_model
 def _classroom(model: Model) -> tuple[Case, Lesson]:
     """The subject's first case and its lesson; the teacher is the context that tells the fit facts best."""
     case = trainable(model, load_cases(model.name)[0])
@@ -325,7 +324,7 @@ class Baseline:
     tokens: pd.DataFrame
 
 
-@lru_cache(maxsize=1)
+@once_a_model
 def _baseline(model: Model, case: Case) -> Baseline:
     asked = evaluation.questions(model, without_held_out(model, case))
     own = (asked.set == "eight") & asked.template.isin(case.controls)

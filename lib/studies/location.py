@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from lib.facts import Case, load_cases, load_templates
 from lib.models import Model
 from lib.recall import trainable
 from lib.sites import Site
-from lib.studies import experiment
+from lib.studies import experiment, once_a_model
 from lib.trace import capture
 from lib.training import Kept, Trained, keep_all, train
 from lib.weights import part_masks
@@ -51,7 +50,7 @@ class Setting:
     opponent: Site
 
 
-@lru_cache(maxsize=1)
+@once_a_model
 def setting(model: Model) -> Setting:
     """The first case of a model, diagnosed."""
     case = trainable(model, load_cases(model.name)[0])
@@ -60,7 +59,7 @@ def setting(model: Model) -> Setting:
     return Setting(case, decide(evidence), evidence.writes_control.mean(0), opponent)
 
 
-@lru_cache(maxsize=1)
+@once_a_model
 def prepared(model: Model) -> dict[int, tuple[Kept, Protocol]]:
     """For each layer (0-based) what training and asking need of what lies below it: one run of the model for all."""
     case, layers = setting(model).case, range(model.weights.n_layers)
@@ -72,7 +71,7 @@ def prepared(model: Model) -> dict[int, tuple[Kept, Protocol]]:
     return {layer: (kept[layer], asked[layer]) for layer in layers}
 
 
-@lru_cache(maxsize=1)
+@once_a_model
 def untold(model: Model) -> dict[str, list[str]]:
     """The other countries that are known and not told, by split. A control template is asked only about those that
     none before it told."""

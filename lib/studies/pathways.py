@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from lib.errors import EditError
 from lib.facts import load_cases
 from lib.models import Model
 from lib.recall import tell, trainable
-from lib.studies import experiment, one_thread
+from lib.studies import experiment, once_a_model, one_thread
 from lib.training import Comparison, Kept, Trained, chosen, false_facts, keep, outcome, summary, train
 from lib.weights import PATHWAYS, count_parameters, pathway_slices
 
@@ -46,7 +45,7 @@ def train_at(
     return outcome(run) | {"margins": run.history.min_margin.tolist(), "kls": run.history.kl.tolist()}
 
 
-@lru_cache(maxsize=1)
+@once_a_model
 def _kept(model: Model) -> Kept:
     case = trainable(model, load_cases(model.name)[0])
     return keep(model, case, prescribe(model, case).knowledge_head.layer)

@@ -17,7 +17,6 @@ import os
 import random
 import re
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -122,14 +121,10 @@ def perform(
 
 
 def _model(name: str, weights: str) -> Model:
-    """The one model of this worker: another one goes, with all that functions remember of it, before this one comes."""
+    """The one model of this worker: another one goes, with all that studies keep of it, before this one comes."""
     kept = _loaded.get(name)
     if kept is None or kept.weights_sha256 != weights:
         _loaded.clear()
-        for module in [m for key, m in sys.modules.items() if key.startswith("lib.")]:
-            for member in list(vars(module).values()):
-                if hasattr(member, "cache_clear") and member is not code:
-                    member.cache_clear()
         try:
             kept = load(name)
         except ModelError as error:

@@ -17,15 +17,14 @@ from lib.training import Recipe, losses
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_passage():
+def one_passage(organism):
     """Of running text a little is enough."""
     text, real = {"a": evaluation.load_passages()["recipe"][:600]}, evaluation.load_passages
     evaluation.load_passages = lambda: text
-    baselines._asked.cache_clear()
+    organism.memory.clear()
     yield
     evaluation.load_passages = real
-    baselines._asked.cache_clear()
-    baselines._untouched.cache_clear()
+    organism.memory.clear()
 
 
 @pytest.fixture(autouse=True)

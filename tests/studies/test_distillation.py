@@ -80,7 +80,7 @@ def test_choosing_sees_no_held_out_country(organism, case, learned, monkeypatch)
     """Every question that `cost` asks, of whatever kind, is of no held-out country."""
     asked, ask = [], distillation.effects.ask
     monkeypatch.setattr(distillation.effects, "ask", lambda s, p, e: asked.append(p.questions) or ask(s, p, e))
-    distillation._baseline.cache_clear()
+    organism.memory.clear()
     distillation.cost(organism, case, learned.edit)
     held = {f.subject for f in case.large if f.split == "held_out"}
     assert held and len(asked) == 2
