@@ -16,9 +16,10 @@ everything else is arithmetic on what it saw. Direct logit attribution, as in El
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import pandas as pd
@@ -50,24 +51,58 @@ class Capture:
     everywhere: Float[Tensor, "b n_layers+1 t d_model"] | None
 
 
+Hook = Callable[[Tensor], Tensor | None]
+
+
+@contextmanager
+def hooked(
+    *, before: Mapping[nn.Module, Hook] | None = None, after: Mapping[nn.Module, Hook] | None = None
+) -> Iterator[None]:
+    """While the context lasts, a hook sees what enters a module (before) or leaves it (after). Where it returns a
+    tensor, the model goes on with that. All hooks are gone afterwards, also after an exception."""
+
+    def enters(hook: Hook, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        name = "hidden_states"  # what transformers calls the stream where it is passed by name
+        changed = hook(args[0] if args else kwargs[name])
+        if changed is None:
+            return None
+        return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {name: changed})
+
+    def leaves(hook: Hook, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
+        if not isinstance(output, tuple):
+            return hook(output)
+        changed = hook(output[0])
+        return None if changed is None else (changed, *output[1:])
+
+    with ExitStack() as handles:
+        for module, hook in (before or {}).items():
+            handles.enter_context(module.register_forward_pre_hook(partial(enters, hook), with_kwargs=True))
+        for module, hook in (after or {}).items():
+            handles.enter_context(module.register_forward_hook(partial(leaves, hook)))
+        yield
+
+
 @torch.no_grad()
 def capture(model: Model, prompts: Sequence[str], *, everywhere: bool = False) -> Capture:
     """One forward pass over a batch of prompts. Raises DataError for an empty or too long prompt."""
     tokens, last = model.encode(prompts)
-    rows, weights, seen = torch.arange(len(prompts)), model.weights, _Seen([], [], [], [])
+    rows, weights = torch.arange(len(prompts)), model.weights
+    streams: list[Tensor] = []  # (b, t, d_model) each, or (b, d_model) of the last positions alone
+    z: list[Tensor] = []
+    mlps: list[Tensor] = []
 
-    def keep(into: list[Tensor], x: Tensor) -> None:
-        into.append(x[rows, last])
-        if everywhere and into is seen.stream:
-            seen.everywhere.append(x)
+    def at_last(kept: list[Tensor]) -> Hook:
+        return lambda x: kept.append(x[rows, last])
 
-    with _hooks(model, seen, keep):
+    stream = streams.append if everywhere else at_last(streams)
+    modules = [*(b.module for b in weights.blocks), weights.norm_final_module]
+    before = dict.fromkeys(modules, stream) | {b.heads_out: at_last(z) for b in weights.blocks}
+    with hooked(before=before, after={b.mlp_out: at_last(mlps) for b in weights.blocks}):
         logits = model.module(tokens, use_cache=False).logits[rows, last]
-    z = rearrange(torch.stack(seen.z, 1), "b l (n h) -> b l n h", n=weights.n_heads)
-    whole = torch.stack(seen.everywhere, 1) if everywhere else None
-    return Capture(
-        tuple(prompts), tokens, last, torch.stack(seen.stream, 1), z, torch.stack(seen.mlps, 1), logits, whole
-    )
+    whole = torch.stack(streams, 1) if everywhere else None
+    stack = torch.stack(streams, 1) if whole is None else whole[rows, :, last]
+    heads = rearrange(torch.stack(z, 1), "b l (n h) -> b l n h", n=weights.n_heads)
+    return Capture(tuple(prompts), tokens, last, stack, heads, torch.stack(mlps, 1), logits, whole)
 
 
 @dataclass(frozen=True)
@@ -234,43 +269,6 @@ def _own_value(
         return einsum(seen.stream[:, -1], directions, "b d, b k d -> b k")
     own = seen.logits.gather(1, tokens)
     return own if convention == "scaled" else own - seen.logits.mean(1, keepdim=True)
-
-
-@dataclass(frozen=True)
-class _Seen:
-    stream: list[Tensor]
-    z: list[Tensor]
-    mlps: list[Tensor]
-    everywhere: list[Tensor]
-
-
-def _first(output: Tensor | tuple) -> Tensor:
-    """Modules of some versions of transformers return tuples, of others tensors."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def _hooks(model: Model, seen: _Seen, keep) -> Iterator[None]:
-    def before(into: list[Tensor]):
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            keep(into, _first(args) if args else kwargs["hidden_states"])
-
-        return hook
-
-    def after(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        keep(seen.mlps, _first(output))
-
-    weights, handles = model.weights, []
-    try:
-        for block in weights.blocks:
-            handles.append(block.module.register_forward_pre_hook(before(seen.stream), with_kwargs=True))
-            handles.append(block.heads_out.register_forward_pre_hook(before(seen.z), with_kwargs=True))
-            handles.append(block.mlp_out.register_forward_hook(after))
-        handles.append(weights.norm_final_module.register_forward_pre_hook(before(seen.stream), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 BATCH = 8

@@ -73,7 +73,7 @@ def test_missing_fact_file():
 def test_templates_have_exactly_one_hole(tmp_path, text, holes):
     path = tmp_path / "t.yaml"
     path.write_text(f"mine: {text!r}\n")
-    with pytest.raises(DataError, match=rf"template 'mine' .* has {holes} holes; write exactly one"):
+    with pytest.raises(DataError, match=rf"mine: .* has {holes} holes; write exactly one"):
         load_templates(path)
 
 
@@ -134,7 +134,7 @@ def test_tell_by_hand(tiny, monkeypatch):
         logits[0, tiny.first_token("Paris")], logits[0, 11] = 2.0, 3.0
         return logits
 
-    monkeypatch.setattr(facts, "next_token_logits", put)
+    monkeypatch.setattr(recall, "next_token_logits", put)
     row = tell(tiny, [Fact("France", "Paris")], {"t": "{} is"}).iloc[0]
     assert (row.told, row["rank"], row.margin, row.competitor_token) == (False, 2, -1.0, 11)
     assert row.prob == pytest.approx(1 / (1 + 2.718281828), rel=1e-5)
