@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from lib.errors import EditError
 from lib.facts import Fact
+from lib.files import write_atomically
 from lib.models import Model
 from lib.recall import tell
 from lib.sites import Site
@@ -65,19 +66,8 @@ def save(edit: Edit, path: Path) -> Path:
     header |= {"facts": [asdict(f) for f in edit.facts], "slices": [asdict(s) for s in edit.values]}
     tensors = {_key(i): v.contiguous() for i, v in enumerate(edit.values.values())}
     content = safetensors.torch.save(tensors, metadata={"format": FORMAT, "edit": json.dumps(header)})
-    partial = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        raise EditError(
-            f"cannot write {path}: {error.strerror}. It needs {len(content):,} bytes in a folder that you may write to."
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-    return path
+    advice = f"It needs {len(content):,} bytes in a folder that you may write to."
+    return write_atomically(path, content, error=EditError, advice=advice)
 
 
 def load(path: Path) -> Edit:

@@ -9,11 +9,12 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from lib.errors import ChapterError
+from lib.errors import BookError, ChapterError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,16 +45,23 @@ def make_folder(folder: Path) -> Path:
         ) from error
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Write under a temporary name, then rename. Raises ChapterError where nothing can be written."""
-    temporary = make_folder(path.parent) / f"{path.name}.{os.getpid()}.part"  # another process may write the same
+def write_atomically(
+    path: Path, content: str | bytes, *, error: type[BookError] = ChapterError, advice: str = ""
+) -> Path:
+    """Write under a temporary name, then rename. Raises the error, with its advice, where nothing can be written; then
+    nothing half-written is left."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may write the same
+    advice = advice or f"Make room, or make {path.parent} a folder that you may write to."
     try:
-        temporary.write_text(content, encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
-    except OSError as error:
-        raise ChapterError(f"cannot write {path}: {error.strerror}. Make room, or permit writing there.") from error
+    except OSError as fault:
+        raise error(f"cannot write {path}: {fault.strerror}. {advice}") from fault
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return path
 
 
 def commit() -> str:

@@ -19,7 +19,6 @@ import re
 import subprocess
 import zipfile
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -27,7 +26,7 @@ from typing import Any
 
 from lib import __version__, edits
 from lib.errors import ReleaseError
-from lib.files import BUILD, ROOT, slug
+from lib.files import BUILD, ROOT, slug, write_atomically
 from lib.models import canonical, weights_sha256
 from lib.press import build, check, execute, release
 from lib.results import chapter_folder, results_path
@@ -91,8 +90,8 @@ def snapshot(model_name: str, output: Path | None = None, *, say: Callable[[str]
     data = pack(complete(files, manifest), folder_name(model_name), datetime.fromisoformat(manifest["date"]))
     path = output or BUILD / f"{folder_name(model_name)}.zip"
     total = hashlib.sha256(data).hexdigest()
-    _write(path, data)
-    _write(sidecar(path), f"{total}  {path.name}\n".encode())
+    for file, content in {path: data, sidecar(path): f"{total}  {path.name}\n".encode()}.items():
+        write_atomically(file, content, error=ReleaseError, advice="Choose another place with --output.")
     say(f"{path}: {manifest['files']:,} files, {len(data) / 1e6:,.1f} MB, sha256 {total}")
     return path
 
@@ -299,17 +298,3 @@ def _git(*words: str) -> str:
         raise ReleaseError(
             f"{ROOT} is no git checkout with a commit ({error}), and a snapshot names its commit. Make it in a clone."
         ) from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Under a temporary name, then renamed."""
-    partial = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        raise ReleaseError(f"cannot write {path}: {error.strerror}. Choose another place with --output.") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)

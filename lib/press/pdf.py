@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from bs4 import BeautifulSoup, Tag
 
 from lib.errors import ChapterError
+from lib.files import write_atomically
 from lib.press.browser import built_pages, chromium
 
 DROPPED = ".headerlink, button, script[src], noscript, details.hide, a:has(> img[alt='Open in Colab'])"
@@ -45,14 +46,7 @@ def make(html: Path, path: Path, *, title: str, author: str, about: str, date: s
     document = assemble(html, title=title, author=author, about=about)
     printed = _print(document, html / "book")
     finished = tidy(printed, headings(document), title=title, author=author, date=date)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    try:
-        temporary.write_bytes(finished)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return write_atomically(path, finished)
 
 
 def reading_order(html: Path) -> list[Path]:
