@@ -105,21 +105,22 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What stays the same while a layer is trained: the streams that enter it, and what must come out."""
+class Task:
+    """What training a layer (0-based) takes, whichever of its pathways: the streams that enter it, which stay what they
+    are, and what must come out."""
 
     facts: tuple[Fact, ...]
     template: str  # its text
-    told: tuple[bool, ...]
+    told_before: tuple[bool, ...]
     recipe: Recipe
     layer: int
     texts: Pack  # the prompts, then as many windows as a step takes
-    stream: Float[Tensor, "t d_model"]  # of the prompts
+    prompt_stream: Float[Tensor, "t d_model"]  # of the prompts
     answers: Int[Tensor, " fact"]
     windows: list[list[int]]  # all neutral windows
-    training: int  # how many of them, the first, training draws from; the others are for choosing
-    neutral: Float[Tensor, "window t d_model"]  # the streams of these
-    said: Said  # by the untouched model, at the compared positions of the windows: (window, positions)
+    n_training: int  # how many of them, the first, training draws from; the others are for choosing
+    window_streams: Float[Tensor, "window t d_model"]  # the streams of these
+    untouched: Said  # by the untouched model, at the compared positions of the windows: (window, positions)
 
 
 def neutral_windows(model: Model, length: int) -> tuple[list[list[int]], int]:
@@ -136,13 +137,13 @@ def neutral_windows(model: Model, length: int) -> tuple[list[list[int]], int]:
     return training + choosing, len(training)
 
 
-def keep(model: Model, case: Case, layer: int, recipe: Recipe = DEFAULT) -> Kept:
-    """Run everything below the layer once. Raises as `keep_all`."""
-    return keep_all(model, case, [layer], recipe)[layer]
+def task_at(model: Model, case: Case, layer: int, recipe: Recipe = DEFAULT) -> Task:
+    """Run everything below the layer once. Raises as `tasks_at`."""
+    return tasks_at(model, case, [layer], recipe)[layer]
 
 
 @torch.no_grad()
-def keep_all(model: Model, case: Case, layers: Sequence[int], recipe: Recipe = DEFAULT) -> dict[int, Kept]:
+def tasks_at(model: Model, case: Case, layers: Sequence[int], recipe: Recipe = DEFAULT) -> dict[int, Task]:
     """What stays the same while each of some layers is trained, from one run of the model. Raises EditError for a layer
     that is not there, DataError for no facts, or for one whose answer its first token does not identify."""
     end = model.weights.n_layers
@@ -163,7 +164,7 @@ def keep_all(model: Model, case: Case, layers: Sequence[int], recipe: Recipe = D
     known = said(model.weights.norm_final_module(torch.cat(final)), model.weights.W_U)
     known = known[torch.arange(len(known.level)).view(-1, recipe.positions)]
     return {
-        layer: Kept(
+        layer: Task(
             case.facts,
             template,
             tuple(told.told.tolist()),
@@ -188,22 +189,22 @@ def slice_values(model: Model, slices: Sequence[Slice]) -> dict[Slice, Tensor]:
 
 
 def losses(
-    model: Model, kept: Kept, values: dict[Slice, Tensor], rows: Int[Tensor, " windows"]
+    model: Model, task: Task, values: dict[Slice, Tensor], rows: Int[Tensor, " windows"]
 ) -> tuple[Tensor, Tensor, Float[Tensor, " fact"]]:
     """Cross-entropy of the answers, KL(untouched || edited) on the neutral windows `rows`, and by how much each
     answer's logit exceeds every other token's. One pass over prompts and windows together."""
-    stream, n = torch.cat((kept.stream, kept.neutral[rows].flatten(0, 1))), len(kept.facts)
-    read = torch.cat((kept.texts.last[:n], len(kept.stream) + _compared(len(rows), kept.recipe)))
-    final, W_U = above(model, kept.texts, kept.layer, stream, values, read), model.weights.W_U
-    level, others = levels(final, W_U, kept.answers)
-    own = (final[:n] * W_U[:, kept.answers].T).sum(-1)
-    kl = kept.said[rows].divergence(*(x[n:].unflatten(0, (len(rows), -1)) for x in (final, level)))
+    stream, n = torch.cat((task.prompt_stream, task.window_streams[rows].flatten(0, 1))), len(task.facts)
+    read = torch.cat((task.texts.last[:n], len(task.prompt_stream) + _compared(len(rows), task.recipe)))
+    final, W_U = above(model, task.texts, task.layer, stream, values, read), model.weights.W_U
+    level, others = levels(final, W_U, task.answers)
+    own = (final[:n] * W_U[:, task.answers].T).sum(-1)
+    kl = task.untouched[rows].divergence(*(x[n:].unflatten(0, (len(rows), -1)) for x in (final, level)))
     return (level[:n] - own).mean(), kl.mean(), own.detach() - others
 
 
 def train(
     model: Model,
-    kept: Kept,
+    task: Task,
     pathway: str,
     *,
     rate: float,
@@ -214,27 +215,27 @@ def train(
     """Train one pathway at one rate (Adam, no weight decay). seed: of the order in which neutral windows come.
     bar: a progress bar to move on by one when done. masks: of a slice, the entries that may change; all, if not
     given."""
-    recipe, start = kept.recipe, perf_counter()
-    slices = pathway_slices(model.module, kept.layer, pathway)
+    recipe, start = task.recipe, perf_counter()
+    slices = pathway_slices(model.module, task.layer, pathway)
     leaves = {s: v.requires_grad_() for s, v in slice_values(model, slices).items()}
     for part, mask in (masks or {}).items():  # Adam without weight decay leaves what has never had a gradient alone
         leaves[part].register_hook(lambda gradient, mask=mask: gradient * mask)
     name = f"{pathway}, rate {rate:g}, seed {seed}"
-    history = optimise(model, kept, list(leaves.values()), leaves, rate=rate, seed=seed, name=name, bar=bar)
+    history = optimise(model, task, list(leaves.values()), leaves, rate=rate, seed=seed, name=name, bar=bar)
     seconds, last = perf_counter() - start, history.iloc[-1]
     reached = bool(np.isfinite(last.loss) and last.min_margin >= recipe.margin)
     if not reached and not (np.isfinite(last.loss) and last.cross_entropy <= history.cross_entropy[0]):
         return Trained(pathway, rate, seed, None, history, False, np.nan, seconds)
     values = {s: v.detach() for s, v in leaves.items()}
-    harm = neutral_kl(model, kept, values)
+    harm = neutral_kl(model, task, values)
     outcome = {"rate": rate, "steps": len(history) - 1, "reached": reached, "neutral_kl": harm}
-    edit = _edit(model, kept, pathway, values, seed, outcome)
+    edit = _edit(model, task, pathway, values, seed, outcome)
     return Trained(pathway, rate, seed, edit, history, reached, harm, seconds)
 
 
 def optimise(
     model: Model,
-    kept: Kept,
+    task: Task,
     leaves: Sequence[Tensor],
     values: dict[Slice, Tensor],
     *,
@@ -245,13 +246,13 @@ def optimise(
 ) -> pd.DataFrame:
     """Minimise the objective over the leaves, in place, until the recipe says stop; a row a step. values: what the
     leaves are put for in the layer; leaves that a hook puts somewhere else need none."""
-    recipe, rows = kept.recipe, []
+    recipe, rows = task.recipe, []
     optimiser, generator = torch.optim.Adam(leaves, lr=rate), torch.Generator().manual_seed(seed)
     for step in range(recipe.max_steps + 1):
         if bar is not None:
             bar.set_postfix_str(f"{name}, step {step}", refresh=step % 10 == 0)
-        windows = torch.randperm(kept.training, generator=generator, device="cpu")[: recipe.windows]
-        cross_entropy, kl, margins = losses(model, kept, values, windows)
+        windows = torch.randperm(task.n_training, generator=generator, device="cpu")[: recipe.windows]
+        cross_entropy, kl, margins = losses(model, task, values, windows)
         loss = cross_entropy + recipe.kl_weight * kl
         told, least = int((margins > 0).sum()), margins.min().item()
         rows.append((step, loss.item(), cross_entropy.item(), kl.item(), told, least))
@@ -266,14 +267,14 @@ def optimise(
 
 
 @torch.no_grad()
-def neutral_kl(model: Model, kept: Kept, values: dict[Slice, Tensor]) -> float:
+def neutral_kl(model: Model, task: Task, values: dict[Slice, Tensor]) -> float:
     """KL(untouched || edited) over the neutral windows that training does not see, in nats a token."""
-    final, done = [], kept.training
-    for some in packs(model, kept.windows[done:]):
-        stream = kept.neutral[done : (done := done + len(some.last))].flatten(0, 1)
-        final.append(above(model, some, kept.layer, stream, values, _compared(len(some.last), kept.recipe)))
+    final, done = [], task.n_training
+    for some in packs(model, task.windows[done:]):
+        stream = task.window_streams[done : (done := done + len(some.last))].flatten(0, 1)
+        final.append(above(model, some, task.layer, stream, values, _compared(len(some.last), task.recipe)))
     level, _ = levels(whole := torch.cat(final), model.weights.W_U)
-    known = kept.said[kept.training :]
+    known = task.untouched[task.n_training :]
     return max(0.0, float(known.divergence(whole.view_as(known.final), level.view_as(known.level)).mean()))
 
 
@@ -290,14 +291,14 @@ def _identifiable(model: Model, facts: Sequence[Fact]) -> None:
 
 
 def _edit(
-    model: Model, kept: Kept, pathway: str, values: dict[Slice, Tensor], seed: int, outcome: dict[str, Any]
+    model: Model, task: Task, pathway: str, values: dict[Slice, Tensor], seed: int, outcome: dict[str, Any]
 ) -> Edit:
     """The trained values as an edit, with what the whole model tells afterwards, measured on the model itself."""
-    recipe = {**asdict(kept.recipe), **outcome}
-    common = (model.name, model.weights_sha256, pathway, kept.layer, kept.facts, kept.template, kept.told)
-    draft = Edit(*common, kept.told, seed, recipe, values)
+    recipe = {**asdict(task.recipe), **outcome}
+    common = (model.name, model.weights_sha256, pathway, task.layer, task.facts, task.template, task.told_before)
+    draft = Edit(*common, task.told_before, seed, recipe, values)
     with applied(model, draft):
-        after = tell(model, kept.facts, {"failing": kept.template})
+        after = tell(model, task.facts, {"failing": task.template})
     return Edit(*common, tuple(after.told.tolist()), seed, recipe, values)
 
 
@@ -325,13 +326,13 @@ class Comparison:
 
 
 def compare(
-    model: Model, kept: Kept, *, seed: int = 0, pathways: Sequence[str] = PATHWAYS, progress: bool = True
+    model: Model, task: Task, *, seed: int = 0, pathways: Sequence[str] = PATHWAYS, progress: bool = True
 ) -> Comparison:
     """The grid for each pathway, with one seed."""
-    rates, grids, runs = kept.recipe.rates, [], {}
+    rates, grids, runs = task.recipe.rates, [], {}
     with tqdm(total=len(pathways) * len(rates), desc="training", disable=not progress) as bar:
         for pathway in pathways:
-            tried = [train(model, kept, pathway, rate=rate, seed=seed, bar=bar) for rate in rates]
+            tried = [train(model, task, pathway, rate=rate, seed=seed, bar=bar) for rate in rates]
             table = summary(tried)
             best = chosen(table)
             runs[pathway] = tried[best]
@@ -386,8 +387,8 @@ def made(
     found = load_all(folder)
     if list(found) == list(PATHWAYS) and all(_fits(e, model, case, seed, recipe) for e in found.values()):
         return found
-    kept = keep(model, case, prescribe(model, case).knowledge_head.layer, recipe)
-    return compare(model, kept, seed=seed, progress=progress).edits
+    task = task_at(model, case, prescribe(model, case).knowledge_head.layer, recipe)
+    return compare(model, task, seed=seed, progress=progress).edits
 
 
 def _fits(edit: Edit, model: Model, case: Case, seed: int, recipe: Recipe) -> bool:
@@ -402,8 +403,8 @@ def _fits(edit: Edit, model: Model, case: Case, seed: int, recipe: Recipe) -> bo
     )
 
 
-def false_facts(kept: Kept) -> Kept:
+def false_facts(task: Task) -> Task:
     """The control: each subject gets the next one's answer, so that there is nothing for the model to know."""
-    answers = kept.facts[1:] + kept.facts[:1]
-    facts = tuple(replace(f, answer=a.answer) for f, a in zip(kept.facts, answers, strict=True))
-    return replace(kept, facts=facts, answers=kept.answers.roll(-1), told=(False,) * len(facts))
+    answers = task.facts[1:] + task.facts[:1]
+    facts = tuple(replace(f, answer=a.answer) for f, a in zip(task.facts, answers, strict=True))
+    return replace(task, facts=facts, answers=task.answers.roll(-1), told_before=(False,) * len(facts))

@@ -12,7 +12,7 @@ from lib import edits, training
 from lib.edits import applied, outside_sha256
 from lib.errors import DataError, EditError
 from lib.facts import Case, Fact, load_cases, load_facts, load_templates, prompts
-from lib.training import Recipe, keep, losses, neutral_kl, slice_values, train
+from lib.training import Recipe, losses, neutral_kl, slice_values, task_at, train
 from lib.weights import PATHWAYS, pathway_slices
 
 CASE = Case("c", "c", load_facts("eight"), (), "subject_first", ("of_is",))
@@ -21,51 +21,51 @@ LAYER = 1
 
 
 @pytest.fixture(scope="module")
-def kept(tiny):
-    return keep(tiny, CASE, LAYER, QUICK)
+def task(tiny):
+    return task_at(tiny, CASE, LAYER, QUICK)
 
 
-def plain_base(model, kept):
+def plain_base(model, task):
     """The untouched model's log-probabilities at the compared positions of all windows."""
-    return (kept.said.final @ model.weights.W_U).log_softmax(-1)
+    return (task.untouched.final @ model.weights.W_U).log_softmax(-1)
 
 
-def plain_losses(model, kept, rows, base):
+def plain_losses(model, task, rows, base):
     """The same two losses, by a full forward pass of the model as it stands."""
-    windows = torch.tensor(kept.windows)[rows]
-    texts = prompts(kept.facts, kept.template)
+    windows = torch.tensor(task.windows)[rows]
+    texts = prompts(task.facts, task.template)
     tokens, last = model.encode(texts)
     logits = model.module(tokens).logits[torch.arange(len(last)), last]
-    now = model.module(windows).logits[:, kept.recipe.read].log_softmax(-1)
+    now = model.module(windows).logits[:, task.recipe.read].log_softmax(-1)
     kl = F.kl_div(now, base[rows], log_target=True, reduction="none").sum(-1).mean()
-    return F.cross_entropy(logits, kept.answers), kl
+    return F.cross_entropy(logits, task.answers), kl
 
 
-def test_losses_equal_the_plain_full_forward(tiny, kept):
+def test_losses_equal_the_plain_full_forward(tiny, task):
     """The kept stream against the whole model with the edit in place: same losses to 1e-5, for every pathway."""
     rows, generator = torch.tensor([0, 3]), torch.Generator().manual_seed(0)
-    base = tiny.module(torch.tensor(kept.windows)[rows]).logits[:, QUICK.read].log_softmax(-1)
-    known = plain_base(tiny, kept)
+    base = tiny.module(torch.tensor(task.windows)[rows]).logits[:, QUICK.read].log_softmax(-1)
+    known = plain_base(tiny, task)
     torch.testing.assert_close(known[rows], base, atol=1e-4, rtol=1e-4)
     for pathway in PATHWAYS:
         values = slice_values(tiny, pathway_slices(tiny.module, LAYER, pathway))
         values = {s: v + 0.02 * torch.randn(v.shape, generator=generator) for s, v in values.items()}
-        cross_entropy, kl, _ = losses(tiny, kept, values, rows)
-        with applied(tiny, training._edit(tiny, kept, pathway, values, 0, {})):
-            plain, plain_kl = plain_losses(tiny, kept, rows, known)
+        cross_entropy, kl, _ = losses(tiny, task, values, rows)
+        with applied(tiny, training._edit(tiny, task, pathway, values, 0, {})):
+            plain, plain_kl = plain_losses(tiny, task, rows, known)
         assert float(cross_entropy) == pytest.approx(float(plain), abs=1e-5)
         assert float(kl) == pytest.approx(float(plain_kl), abs=1e-5)
 
 
 @pytest.mark.parametrize("pathway", ["v_only", "full"])
-def test_gradients_equal_the_plain_full_forward(tiny, kept, pathway):
+def test_gradients_equal_the_plain_full_forward(tiny, task, pathway):
     """The same for the gradients: through functional_call, and through the model's own parameters."""
     rows, slices = torch.tensor([0, 1]), pathway_slices(tiny.module, LAYER, pathway)
     leaves = {s: v.requires_grad_() for s, v in slice_values(tiny, slices).items()}
-    sum(losses(tiny, kept, leaves, rows)[:2]).backward()
+    sum(losses(tiny, task, leaves, rows)[:2]).backward()
     parameters = dict(tiny.module.named_parameters())
     tiny.module.requires_grad_(True)
-    sum(plain_losses(tiny, kept, rows, plain_base(tiny, kept))).backward()
+    sum(plain_losses(tiny, task, rows, plain_base(tiny, task))).backward()
     for part, leaf in leaves.items():
         torch.testing.assert_close(leaf.grad, part.of(parameters[part.name].grad), atol=1e-5, rtol=1e-3)
     tiny.module.zero_grad()
@@ -73,16 +73,16 @@ def test_gradients_equal_the_plain_full_forward(tiny, kept, pathway):
 
 
 @pytest.mark.parametrize("pathway", ["v_only", "full"])
-def test_training_tells_the_facts_and_leaves_the_model_alone(tiny, kept, pathway):
+def test_training_tells_the_facts_and_leaves_the_model_alone(tiny, task, pathway):
     before = outside_sha256(tiny.module, ())
-    run = train(tiny, kept, pathway, rate=0.03)
+    run = train(tiny, task, pathway, rate=0.03)
     assert outside_sha256(tiny.module, ()) == before, "the model itself is never written to"
     first, last = run.history.iloc[0], run.history.iloc[-1]
     assert last.cross_entropy < first.cross_entropy
     assert run.reached == (last.min_margin >= QUICK.margin)
     # what the training loop saw is what the edited model says
     assert sum(run.edit.told_after) == last.told
-    assert run.kl == pytest.approx(neutral_kl(tiny, kept, run.edit.values)) == run.edit.recipe["neutral_kl"]
+    assert run.kl == pytest.approx(neutral_kl(tiny, task, run.edit.values)) == run.edit.recipe["neutral_kl"]
 
 
 def test_gpt2_v_slice_is_the_last_third_and_nothing_else(tiny_gpt2_subject):
@@ -90,7 +90,7 @@ def test_gpt2_v_slice_is_the_last_third_and_nothing_else(tiny_gpt2_subject):
     A masked gradient under an optimiser with momentum or weight decay would move them."""
     model = tiny_gpt2_subject
     d = model.weights.d_model
-    run = train(model, keep(model, CASE, LAYER, QUICK), "v_only", rate=0.03)
+    run = train(model, task_at(model, CASE, LAYER, QUICK), "v_only", rate=0.03)
     (part,) = run.edit.values
     assert (part.name, part.start, part.stop) == (f"transformer.h.{LAYER}.attn.c_attn.weight", 2 * d, 3 * d)
     before = {k: v.clone() for k, v in model.module.state_dict().items()}
@@ -103,24 +103,24 @@ def test_gpt2_v_slice_is_the_last_third_and_nothing_else(tiny_gpt2_subject):
                 assert torch.equal(now, before[name]), name
 
 
-def test_same_seed_same_edit(tiny, kept):
-    one, two, other = (train(tiny, kept, "v_only", rate=0.03, seed=s).edit.values for s in (4, 4, 5))
+def test_same_seed_same_edit(tiny, task):
+    one, two, other = (train(tiny, task, "v_only", rate=0.03, seed=s).edit.values for s in (4, 4, 5))
     assert all(torch.equal(one[s], two[s]) for s in one)
     assert not all(torch.equal(one[s], other[s]) for s in one)
 
 
-def test_windows_that_choose_are_not_trained_on(tiny, kept):
+def test_windows_that_choose_are_not_trained_on(tiny, task):
     """The KL that chooses is read on windows which the training draws from cannot contain."""
-    assert 0 < kept.training < len(kept.windows)
-    training, others = kept.neutral.split((kept.training, len(kept.windows) - kept.training))
-    poisoned = replace(kept, neutral=torch.cat((training, torch.full_like(others, 9))))
-    one, two = train(tiny, kept, "v_only", rate=0.03), train(tiny, poisoned, "v_only", rate=0.03)
+    assert 0 < task.n_training < len(task.windows)
+    training, others = task.window_streams.split((task.n_training, len(task.windows) - task.n_training))
+    poisoned = replace(task, window_streams=torch.cat((training, torch.full_like(others, 9))))
+    one, two = train(tiny, task, "v_only", rate=0.03), train(tiny, poisoned, "v_only", rate=0.03)
     assert all(torch.equal(one.edit.values[s], two.edit.values[s]) for s in one.edit.values)
     assert one.kl != two.kl
 
 
 @pytest.mark.parametrize("factor, steps", [(float("nan"), 3), (5.0, QUICK.max_steps)])
-def test_a_diverging_run_is_a_failure_and_no_edit(tiny, kept, monkeypatch, factor, steps):
+def test_a_diverging_run_is_a_failure_and_no_edit(tiny, task, monkeypatch, factor, steps):
     """A loss that stops being a number ends the run at once; one that only grows ends it at the limit. Neither is an
     edit, and neither is saved."""
     calls = []
@@ -131,12 +131,12 @@ def test_a_diverging_run_is_a_failure_and_no_edit(tiny, kept, monkeypatch, facto
         return cross_entropy * (factor if len(calls) > steps else 1), kl, margins * 0
 
     monkeypatch.setattr(training, "losses", worse)
-    run = train(tiny, kept, "v_only", rate=0.03)
+    run = train(tiny, task, "v_only", rate=0.03)
     assert run.diverged and run.edit is None and not run.reached and run.kl != run.kl
     assert run.steps == steps
 
 
-def test_an_interrupted_training_leaves_nothing(tiny, kept, monkeypatch, tmp_path):
+def test_an_interrupted_training_leaves_nothing(tiny, task, monkeypatch, tmp_path):
     """Ctrl-C midway: the model is untouched, no file is written, and the next run gives the usual edit."""
     before, calls = outside_sha256(tiny.module, ()), []
 
@@ -148,9 +148,9 @@ def test_an_interrupted_training_leaves_nothing(tiny, kept, monkeypatch, tmp_pat
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "losses", interrupted)
-        edits.save(train(tiny, kept, "v_only", rate=0.03).edit, tmp_path / "v.safetensors")
+        edits.save(train(tiny, task, "v_only", rate=0.03).edit, tmp_path / "v.safetensors")
     assert outside_sha256(tiny.module, ()) == before and not list(tmp_path.iterdir())
-    assert train(tiny, kept, "v_only", rate=0.03).edit is not None
+    assert train(tiny, task, "v_only", rate=0.03).edit is not None
 
 
 def test_bad_recipes_layers_and_facts(tiny):
@@ -161,12 +161,12 @@ def test_bad_recipes_layers_and_facts(tiny):
     with pytest.raises(EditError, match="32 tokens cannot be read at 7 even positions"):
         Recipe(positions=7)
     with pytest.raises(EditError, match="no layer index 3: tiny has 3, from 0"):
-        keep(tiny, CASE, 3, QUICK)
+        task_at(tiny, CASE, 3, QUICK)
     with pytest.raises(DataError, match="no fact to train on"):
-        keep(tiny, replace(CASE, facts=()), LAYER, QUICK)
+        task_at(tiny, replace(CASE, facts=()), LAYER, QUICK)
     echo = (Fact("France", "Paris"), Fact("Mexico", "Mexico City"))
     with pytest.raises(DataError, match=r"Mexico -> Mexico City cannot be trained .* ' Mexico' \(echo\); leave it out"):
-        keep(tiny, replace(CASE, facts=echo), LAYER, QUICK)
+        task_at(tiny, replace(CASE, facts=echo), LAYER, QUICK)
 
 
 @pytest.mark.model
@@ -174,16 +174,16 @@ def test_a_step_costs_a_fraction_of_the_plain_one(smollm2):
     """One V-only step at the diagnosed layer against the same step with a full forward and backward, interleaved in
     one run. The plain step is about ten times as long; half of that is asserted."""
     case = load_cases("smollm2")[0]
-    kept, rows = keep(smollm2, case, 23), torch.arange(1)
+    task, rows = task_at(smollm2, case, 23), torch.arange(1)
     values = slice_values(smollm2, pathway_slices(smollm2.module, 23, "v_only"))
     leaves = {s: v.requires_grad_() for s, v in values.items()}
-    ours, plain, base = [], [], plain_base(smollm2, kept)
+    ours, plain, base = [], [], plain_base(smollm2, task)
     try:
         for _ in range(4):
             smollm2.module.requires_grad_(False)
-            ours.append(_seconds(lambda: losses(smollm2, kept, leaves, rows)))
+            ours.append(_seconds(lambda: losses(smollm2, task, leaves, rows)))
             smollm2.module.requires_grad_(True)
-            plain.append(_seconds(lambda: plain_losses(smollm2, kept, rows, base)))
+            plain.append(_seconds(lambda: plain_losses(smollm2, task, rows, base)))
     finally:
         smollm2.module.zero_grad()
         smollm2.module.requires_grad_(False)
@@ -204,7 +204,7 @@ def test_v_only_tells_all_eight_on_smollm2(smollm2):
     assert load_templates()["subject_first"] == "{}'s capital city is"
     slices = pathway_slices(smollm2.module, 23, "v_only")
     before = outside_sha256(smollm2.module, slices)
-    run = train(smollm2, keep(smollm2, load_cases("smollm2")[0], 23), "v_only", rate=3e-3)
+    run = train(smollm2, task_at(smollm2, load_cases("smollm2")[0], 23), "v_only", rate=3e-3)
     assert sum(run.edit.told_before) == 2 and sum(run.edit.told_after) == 8 and run.reached
     assert run.edit.parameters == 110_592
     with applied(smollm2, run.edit):

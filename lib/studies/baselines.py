@@ -35,7 +35,7 @@ from lib.sites import Site
 from lib.studies import experiment, once_a_model
 from lib.studies.location import answers, prepared, protocols, setting
 from lib.studies.pathways import PAPER
-from lib.training import DEFAULT, Kept, chosen, losses, neutral_kl, optimise, summary, train
+from lib.training import DEFAULT, Task, chosen, losses, neutral_kl, optimise, summary, train
 from lib.weights import Slice, pathway_slices
 
 Change = Callable[[], AbstractContextManager[Any]]
@@ -132,7 +132,7 @@ def _scaled(what: str, model: Model) -> Rival:
         )
         for factor in SCALES[what]
     ]
-    return _chosen(model, _kept(model, site.layer), made)
+    return _chosen(model, _task(model, site.layer), made)
 
 
 def _competitors(model: Model) -> Rival:
@@ -184,10 +184,10 @@ def _vector(model: Model) -> Rival:
     def trained(rate: float) -> Rival:
         vector = torch.zeros(model.weights.d_model, requires_grad=True)
         with added(vector):
-            optimise(model, _kept(model), [vector], {}, rate=rate)
+            optimise(model, _task(model), [vector], {}, rate=rate)
         return Rival("bias vector", vector.numel(), layer, f"rate {rate:g}", partial(added, vector.detach()))
 
-    return _chosen(model, _kept(model), [trained(rate) for rate in RATES["few"]])
+    return _chosen(model, _task(model), [trained(rate) for rate in RATES["few"]])
 
 
 def _gains(model: Model) -> Rival:
@@ -197,12 +197,12 @@ def _gains(model: Model) -> Rival:
 
     def trained(rate: float) -> Rival:
         leaves = {s: parameters[s.name].detach().clone().requires_grad_() for s in slices}
-        optimise(model, _kept(model), list(leaves.values()), leaves, rate=rate)
+        optimise(model, _task(model), list(leaves.values()), leaves, rate=rate)
         values = {s: v.detach() for s, v in leaves.items()}
         size = sum(v.numel() for v in values.values())
         return Rival("norm gains", size, layer, f"rate {rate:g}", partial(written, model.module, values))
 
-    return _chosen(model, _kept(model), [trained(rate) for rate in RATES["few"]])
+    return _chosen(model, _task(model), [trained(rate) for rate in RATES["few"]])
 
 
 def _gain(part: Slice) -> bool:
@@ -235,13 +235,13 @@ def _lora(model: Model) -> Rival:
             vars(parent).pop("peft_config", None)
         leaves = [p for n, p in adapted.named_parameters() if "lora_" in n]
         with swapped(adapted):
-            optimise(model, _kept(model), leaves, {}, rate=rate)
+            optimise(model, _task(model), leaves, {}, rate=rate)
         size = sum(p.numel() for p in leaves)
         return Rival(
             "LoRA, rank 1, on W_V", size, layer, f"rate {rate:g}", partial(swapped, adapted.requires_grad_(False))
         )
 
-    return _chosen(model, _kept(model), [trained(rate) for rate in RATES["few"]])
+    return _chosen(model, _task(model), [trained(rate) for rate in RATES["few"]])
 
 
 # Closed form, and everything
@@ -251,8 +251,8 @@ def _closed_form(model: Model) -> Rival:
     """ROME and MEMIT's two steps at the diagnosed layer: for each fact the vector that, added after the MLP at the last
     position, makes it told; then the least-squares change of W_out that gives these for the facts' neurons and as
     little as may be for those of neutral text: dW = (ridge C + K'K)^-1 K' V."""
-    kept, layer = _kept(model), setting(model).verdict.knowledge_head.layer
-    mlp_out, last = model.weights.blocks[layer].mlp_out, kept.texts.last[: len(kept.facts)]
+    task, layer = _task(model), setting(model).verdict.knowledge_head.layer
+    mlp_out, last = model.weights.blocks[layer].mlp_out, task.texts.last[: len(task.facts)]
     wanted = torch.zeros(len(last), model.weights.d_model, requires_grad=True)
     seen: list[Tensor] = []
 
@@ -261,8 +261,8 @@ def _closed_form(model: Model) -> Rival:
         return out.index_add(-2, last, wanted[None] if out.ndim == 3 else wanted)
 
     with _hook(mlp_out.register_forward_hook(add)):
-        optimise(model, kept, [wanted], {}, rate=0.3)
-        neutral = _neutral_neurons(model, kept, seen)
+        optimise(model, task, [wanted], {}, rate=0.3)
+        neutral = _neutral_neurons(model, task, seen)
     keys, values = neutral[0], wanted.detach()
     moment = neutral[1].T @ neutral[1] / len(neutral[1])
     (part,) = [
@@ -277,23 +277,23 @@ def _closed_form(model: Model) -> Rival:
         new = weight + (change if model.weights.family == "gpt2" else change.T)
         put = partial(written, model.module, {part: new})
         made.append(Rival("closed form on W_out", new.numel(), layer, f"ridge {ridge:g}", put))
-    return _chosen(model, kept, made)
+    return _chosen(model, task, made)
 
 
-def _neutral_neurons(model: Model, kept: Kept, seen: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _neutral_neurons(model: Model, task: Task, seen: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The facts' neurons at their last position, and those of the windows that training draws from."""
     windows = []
-    for start in range(0, kept.training, kept.recipe.windows):
+    for start in range(0, task.n_training, task.recipe.windows):
         seen.clear()
         with torch.no_grad():
-            losses(model, kept, {}, torch.arange(start, min(start + kept.recipe.windows, kept.training)))
-        windows.append(seen[0][len(kept.stream) :])
-    return seen[0][kept.texts.last[: len(kept.facts)]], torch.cat(windows)
+            losses(model, task, {}, torch.arange(start, min(start + task.recipe.windows, task.n_training)))
+        windows.append(seen[0][len(task.prompt_stream) :])
+    return seen[0][task.texts.last[: len(task.facts)]], torch.cat(windows)
 
 
 def _everything(model: Model) -> Rival:
     """All blocks of the model, at small rates; the embedding, which is the unembedding too, stays."""
-    kept = _kept(model, 0)
+    task = _task(model, 0)
     names = [n for n, _ in model.module.named_parameters() if n.startswith(model.weights.prefix + ".")]
     parameters = dict(model.module.named_parameters())
     before = {n: parameters[n].detach().clone() for n in names}
@@ -301,7 +301,7 @@ def _everything(model: Model) -> Rival:
     def trained(rate: float) -> Rival:
         leaves = [parameters[n].requires_grad_() for n in names]
         try:
-            optimise(model, kept, leaves, {}, rate=rate)
+            optimise(model, task, leaves, {}, rate=rate)
             values = {Slice(n): parameters[n].detach().clone() for n in names}
         finally:
             with torch.no_grad():
@@ -311,20 +311,20 @@ def _everything(model: Model) -> Rival:
         size = sum(v.numel() for v in values.values())
         return Rival("all blocks", size, 0, f"rate {rate:g}", partial(written, model.module, values))
 
-    return _chosen(model, kept, [trained(rate) for rate in RATES["all"]])
+    return _chosen(model, task, [trained(rate) for rate in RATES["all"]])
 
 
 def _pathway(name: str, model: Model) -> Rival:
     """A pathway of the diagnosed layer, its rate chosen from the recipe's as in chapter 3."""
-    kept = _kept(model)
-    runs = [train(model, kept, name, rate=rate) for rate in kept.recipe.rates]
+    task = _task(model)
+    runs = [train(model, task, name, rate=rate) for rate in task.recipe.rates]
     run = runs[chosen(summary(runs))]
     if run.edit is None:
         raise EditError(f"every training of {name} diverged on {model.name}; there is nothing to compare.")
     return Rival(
-        f"{name.replace('_', '-')}, L{kept.layer + 1}",
+        f"{name.replace('_', '-')}, L{task.layer + 1}",
         run.edit.parameters,
-        kept.layer,
+        task.layer,
         f"rate {run.rate:g}",
         partial(applied, model, run.edit),
     )
@@ -333,20 +333,20 @@ def _pathway(name: str, model: Model) -> Rival:
 # Shared
 
 
-def _kept(model: Model, layer: int | None = None) -> Kept:
+def _task(model: Model, layer: int | None = None) -> Task:
     """What training at a layer needs; at the diagnosed one, if none is given."""
     layer = setting(model).verdict.knowledge_head.layer if layer is None else layer
     return replace(prepared(model)[layer][0], recipe=DEFAULT)
 
 
 @torch.no_grad()
-def _chosen(model: Model, kept: Kept, made: Sequence[Rival]) -> Rival:
+def _chosen(model: Model, task: Task, made: Sequence[Rival]) -> Rival:
     """The rule: most facts told; of these, the least KL on the neutral windows that training does not see."""
 
     def score(one: Rival) -> tuple[int, float]:
         with one.change():
-            margins = losses(model, kept, {}, torch.arange(kept.recipe.windows))[2]
-            harm = neutral_kl(model, kept, {})
+            margins = losses(model, task, {}, torch.arange(task.recipe.windows))[2]
+            harm = neutral_kl(model, task, {})
         return int((margins > 0).sum()), -harm
 
     return max(made, key=score)

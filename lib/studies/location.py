@@ -31,7 +31,7 @@ from lib.recall import trainable
 from lib.sites import Site
 from lib.studies import experiment, once_a_model
 from lib.trace import capture
-from lib.training import Kept, Trained, keep_all, train
+from lib.training import Task, Trained, tasks_at, train
 from lib.weights import part_masks
 
 RATE = 1e-3  # the middle of the recipe's grid, for every run here: an equal budget, and no choice to make a layer shine
@@ -60,15 +60,15 @@ def setting(model: Model) -> Setting:
 
 
 @once_a_model
-def prepared(model: Model) -> dict[int, tuple[Kept, Protocol]]:
+def prepared(model: Model) -> dict[int, tuple[Task, Protocol]]:
     """For each layer (0-based) what training and asking need of what lies below it: one run of the model for all."""
     case, layers = setting(model).case, range(model.weights.n_layers)
     table = questions(model, case)
     failing = table.set.isin(["eight", "large"]) & (table.template == case.template)
     table = table[table.set.isin(["capability", "unrelated"]) | failing]
-    kept = keep_all(model, case, layers)
+    tasks = tasks_at(model, case, layers)
     asked = protocols(model, case, layers, texts={}, table=table)
-    return {layer: (kept[layer], asked[layer]) for layer in layers}
+    return {layer: (tasks[layer], asked[layer]) for layer in layers}
 
 
 @once_a_model
@@ -103,8 +103,8 @@ def protocols(
 def edit_at(model: Model, *, layer: int, pathway: str, seed: int = 0) -> dict[str, Any]:
     """Train one pathway at a layer (counted from 1) and ask what it did. Raises EditError for a layer that is not
     there."""
-    kept, protocol = prepared(model)[_index(model, layer)]
-    run = train(model, kept, pathway, rate=RATE, seed=seed)
+    task, protocol = prepared(model)[_index(model, layer)]
+    run = train(model, task, pathway, rate=RATE, seed=seed)
     return outcome(model, protocol, run) | {"parameters": run.edit.parameters if run.edit else 0}
 
 
@@ -125,9 +125,9 @@ def part_at(model: Model, *, part: str, pick: str, seed: int = 0, layer: int | N
     rows; the neurons that write most of the answers) or `random`, drawn with the seed. Raises EditError for other
     words."""
     index = _index(model, layer or setting(model).verdict.knowledge_head.layer + 1)
-    kept, protocol = prepared(model)[index]
+    task, protocol = prepared(model)[index]
     pathway, masks = part_masks(model.module, index, part, _picked(model, index, part, pick, seed))
-    run = train(model, kept, pathway, rate=RATE, seed=seed, masks=masks)
+    run = train(model, task, pathway, rate=RATE, seed=seed, masks=masks)
     return outcome(model, protocol, run) | {"parameters": int(sum(m.sum() for m in masks.values()))}
 
 

@@ -19,7 +19,7 @@ from lib.facts import load_cases
 from lib.models import Model
 from lib.recall import tell, trainable
 from lib.studies import experiment, once_a_model, one_thread
-from lib.training import Comparison, Kept, Trained, chosen, false_facts, keep, outcome, summary, train
+from lib.training import Comparison, Task, Trained, chosen, false_facts, outcome, summary, task_at, train
 from lib.weights import PATHWAYS, count_parameters, pathway_slices
 
 CURVES = ["margins", "kls"]  # of a run, by step: smallest margin, and KL on the step's neutral window
@@ -39,16 +39,16 @@ def train_at(
     recipe's limit of steps. The outcome, and two curves by step. Raises EditError for other words."""
     if facts not in ("true", "false"):
         raise EditError(f"facts {facts!r}: choose true or false.")
-    kept = _kept(model)
-    kept = replace(kept, recipe=replace(kept.recipe, max_steps=longer * kept.recipe.max_steps))
-    run = train(model, kept if facts == "true" else false_facts(kept), pathway, rate=rate, seed=seed)
+    task = _task(model)
+    task = replace(task, recipe=replace(task.recipe, max_steps=longer * task.recipe.max_steps))
+    run = train(model, task if facts == "true" else false_facts(task), pathway, rate=rate, seed=seed)
     return outcome(run) | {"margins": run.history.min_margin.tolist(), "kls": run.history.kl.tolist()}
 
 
 @once_a_model
-def _kept(model: Model) -> Kept:
+def _task(model: Model) -> Task:
     case = trainable(model, load_cases(model.name)[0])
-    return keep(model, case, prescribe(model, case).knowledge_head.layer)
+    return task_at(model, case, prescribe(model, case).knowledge_head.layer)
 
 
 def further(grid: pd.DataFrame, *, seed: int = 0, seeds: int = 10) -> list[dict[str, list[Any]]]:
@@ -70,19 +70,19 @@ def chosen_rows(grid: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([parts[name].loc[chosen(parts[name])] for name in PATHWAYS if name in parts])
 
 
-def gather(model: Model, kept: Kept, grid: pd.DataFrame, runs: pd.DataFrame) -> Comparison:
+def gather(model: Model, task: Task, grid: pd.DataFrame, runs: pd.DataFrame) -> Comparison:
     """The comparison that two finished sweeps make (`pathways`, and what is `further`), with the first seed's runs once
     more, for their edits. Raises EditError where one of these does not reach what its row does."""
     best = chosen_rows(grid)
     with one_thread():  # as a sweep runs it: sums are added in the same order
-        first = {row.pathway: _again(model, kept, row) for row in tqdm(list(best.itertuples()), desc="the edits")}
+        first = {row.pathway: _again(model, task, row) for row in tqdm(list(best.itertuples()), desc="the edits")}
     is_best = grid.merge(best[["pathway", "rate"]], how="left", indicator=True)["_merge"] == "both"
     tried = in_order(grid.drop(columns=[*CURVES, *WAYS]).assign(chosen=is_best.to_numpy()), "rate")
     return Comparison(tried, in_order(runs[(runs.facts == "true") & (runs.longer == 1)], "seed"), first)
 
 
-def _again(model: Model, kept: Kept, row: Any) -> Trained:
-    run = train(model, kept, row.pathway, rate=row.rate, seed=row.seed)
+def _again(model: Model, task: Task, row: Any) -> Trained:
+    run = train(model, task, row.pathway, rate=row.rate, seed=row.seed)
     if run.reached != row.reached or run.diverged != row.diverged:
         raise EditError(
             f"{row.pathway} at rate {row.rate:g} came out otherwise than in the sweep ({run.steps} steps, not "
@@ -111,19 +111,19 @@ def controls(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat((lies, again), ignore_index=True).drop(columns=[*CURVES, *WAYS])
 
 
-def repeat(model: Model, kept: Kept, comparison: Comparison) -> pd.DataFrame:
+def repeat(model: Model, task: Task, comparison: Comparison) -> pd.DataFrame:
     """A comparison's runs once more, on something else: the same rates, other facts."""
     with tqdm(total=len(comparison.runs), desc="controls") as bar:
         runs = comparison.runs.items()
-        return summary([train(model, kept, name, rate=r.rate, seed=r.seed, bar=bar) for name, r in runs])
+        return summary([train(model, task, name, rate=r.rate, seed=r.seed, bar=bar) for name, r in runs])
 
 
-def before_after(model: Model, kept: Kept, edits: dict[str, Edit]) -> pd.DataFrame:
+def before_after(model: Model, task: Task, edits: dict[str, Edit]) -> pd.DataFrame:
     """The `tell` table of the facts under the failing template, untouched (pathway `none`) and with each edit."""
-    rows = [tell(model, kept.facts, {"failing": kept.template}).assign(pathway="none")]
+    rows = [tell(model, task.facts, {"failing": task.template}).assign(pathway="none")]
     for name, edit in edits.items():
         with applied(model, edit):
-            rows.append(tell(model, kept.facts, {"failing": kept.template}).assign(pathway=name))
+            rows.append(tell(model, task.facts, {"failing": task.template}).assign(pathway=name))
     return pd.concat(rows, ignore_index=True)
 
 

@@ -16,7 +16,7 @@ from lib.models import Model
 from lib.recall import trainable
 from lib.statistics import exact_interval
 from lib.studies import experiment, pathways
-from lib.training import keep
+from lib.training import task_at
 
 BLED = (
     "The trained answers bleed into the neighbourhood: beside each fact, the edit has learned that this wording is to "
@@ -127,15 +127,15 @@ def planted_edit(model: Model, *, case: int, pathway: str, seed: int = 0) -> dic
     if not 1 <= case <= len(listed):
         raise EditError(f"there is no case {case}: {model.name} has {len(listed)}, from 1.")
     own = trainable(model, listed[case - 1])
-    kept = keep(model, own, prescribe(model, own).knowledge_head.layer)
-    found = training.compare(model, kept, seed=seed, pathways=[pathway], progress=False)
-    (lie,) = pathways.repeat(model, training.false_facts(kept), found).itertuples()
-    asked = measure(model, prepare(model, own, kept.layer, texts={}), found.edits, passages=False)
+    task = task_at(model, own, prescribe(model, own).knowledge_head.layer)
+    found = training.compare(model, task, seed=seed, pathways=[pathway], progress=False)
+    (lie,) = pathways.repeat(model, training.false_facts(task), found).itertuples()
+    asked = measure(model, prepare(model, own, task.layer, texts={}), found.edits, passages=False)
     held = generalisation(asked, own).query("split == 'held_out'").iloc[0] if found.edits else None
     return {
         "title": own.title,
-        "facts": len(kept.facts),
-        "told_before": sum(kept.told),
+        "facts": len(task.facts),
+        "told_before": sum(task.told_before),
         "told_after": sum(found.edits[pathway].told_after) if found.edits else 0,  # a diverged training leaves none
         "untold": 0 if held is None else int(held.untold),
         "repaired": 0 if held is None else int(held.repaired),

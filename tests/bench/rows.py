@@ -189,24 +189,24 @@ def step_rows(model: Model) -> list[Row]:
     """One step of V-only training at the diagnosed layer: ours, plain PyTorch (as a model is loaded, and with all else
     frozen) and peft. All take the same prompts and window, and the untouched model's log-probabilities from a store."""
     case = trainable(model, load_cases(model.name)[0])
-    kept = training.keep(model, case, LAYER)
+    task = training.task_at(model, case, LAYER)
     (part,) = pathway_slices(model.module, LAYER, "v_only")
-    rows, start = torch.arange(kept.recipe.windows), training.slice_values(model, (part,))[part]
+    rows, start = torch.arange(task.recipe.windows), training.slice_values(model, (part,))[part]
     leaf = start.clone().requires_grad_()
     optimiser = torch.optim.Adam([leaf], lr=1e-3)
 
     def ours() -> tuple[Tensor, Tensor]:
         leaf.data.copy_(start)
-        cross_entropy, kl, _ = training.losses(model, kept, {part: leaf}, rows)
-        return _step(cross_entropy + kept.recipe.kl_weight * kl, optimiser, leaf)
+        cross_entropy, kl, _ = training.losses(model, task, {part: leaf}, rows)
+        return _step(cross_entropy + task.recipe.kl_weight * kl, optimiser, leaf)
 
     whole = copy.deepcopy(model.module)
     peers = {
-        "plain PyTorch, every parameter's gradient": plain_step(model, kept, whole.requires_grad_(), part.name),
-        "plain PyTorch, all else frozen": plain_step(model, kept, copy.deepcopy(model.module), part.name),
-        "peft: LoRA of full rank on the same matrix": peft_step(model, kept),
+        "plain PyTorch, every parameter's gradient": plain_step(model, task, whole.requires_grad_(), part.name),
+        "plain PyTorch, all else frozen": plain_step(model, task, copy.deepcopy(model.module), part.name),
+        "peft: LoRA of full rank on the same matrix": peft_step(model, task),
     }
-    what = f"L{LAYER + 1}, {len(case.facts)} prompts and {kept.recipe.windows} window of {kept.recipe.window} tokens"
+    what = f"L{LAYER + 1}, {len(case.facts)} prompts and {task.recipe.windows} window of {task.recipe.window} tokens"
     return [
         Row("V-only step", what, name, ours, peer, _same_loss if "peft" in name else _same_step, 2e-3, 5, rounds=9)
         for name, peer in peers.items()
@@ -231,60 +231,60 @@ def _same_loss(mine: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> fl
 
 
 def plain_loss(
-    module: nn.Module, model: Model, kept: training.Kept, base: Tensor, rows: Tensor
+    module: nn.Module, model: Model, task: training.Task, base: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The objective by two whole forward passes, and the logits after the prompts. base: `plain_base`."""
-    tokens, last = model.encode(prompts(kept.facts, kept.template))
+    tokens, last = model.encode(prompts(task.facts, task.template))
     logits = module(input_ids=tokens, use_cache=False).logits[torch.arange(len(last)), last]
-    kl = plain_kl(module, kept, base, rows)
-    return F.cross_entropy(logits, kept.answers) + kept.recipe.kl_weight * kl, logits
+    kl = plain_kl(module, task, base, rows)
+    return F.cross_entropy(logits, task.answers) + task.recipe.kl_weight * kl, logits
 
 
-def plain_log_probabilities(model: nn.Module, kept: training.Kept, rows: Tensor) -> Tensor:
+def plain_log_probabilities(model: nn.Module, task: training.Task, rows: Tensor) -> Tensor:
     """At the compared positions of windows."""
-    windows = torch.tensor(kept.windows)[rows]
-    return model(input_ids=windows, use_cache=False).logits[:, kept.recipe.read].log_softmax(-1)
+    windows = torch.tensor(task.windows)[rows]
+    return model(input_ids=windows, use_cache=False).logits[:, task.recipe.read].log_softmax(-1)
 
 
 @torch.no_grad()
-def plain_base(model: Model, kept: training.Kept) -> Tensor:
+def plain_base(model: Model, task: training.Task) -> Tensor:
     """The untouched model's, on all windows."""
-    return plain_log_probabilities(model.module, kept, torch.arange(len(kept.windows)))
+    return plain_log_probabilities(model.module, task, torch.arange(len(task.windows)))
 
 
-def plain_kl(model: nn.Module, kept: training.Kept, base: Tensor, rows: Tensor) -> Tensor:
-    now = plain_log_probabilities(model, kept, rows)
+def plain_kl(model: nn.Module, task: training.Task, base: Tensor, rows: Tensor) -> Tensor:
+    now = plain_log_probabilities(model, task, rows)
     return F.kl_div(now, base[rows], log_target=True, reduction="none").sum(-1).mean()
 
 
-def plain_step(model: Model, kept: training.Kept, module: nn.Module, name: str) -> Callable[[], tuple]:
+def plain_step(model: Model, task: training.Task, module: nn.Module, name: str) -> Callable[[], tuple]:
     leaf = dict(module.named_parameters())[name].requires_grad_()
-    start, rows, base = leaf.detach().clone(), torch.arange(kept.recipe.windows), plain_base(model, kept)
+    start, rows, base = leaf.detach().clone(), torch.arange(task.recipe.windows), plain_base(model, task)
     optimiser = torch.optim.Adam([leaf], lr=1e-3)
 
     def step() -> tuple[Tensor, Tensor]:
         leaf.data.copy_(start)
         module.zero_grad()
-        return _step(plain_loss(module, model, kept, base, rows)[0], optimiser, leaf)
+        return _step(plain_loss(module, model, task, base, rows)[0], optimiser, leaf)
 
     return step
 
 
-def peft_step(model: Model, kept: training.Kept) -> Callable[[], tuple]:
+def peft_step(model: Model, task: training.Task) -> Callable[[], tuple]:
     from peft import LoraConfig, get_peft_model
 
     rank = model.weights.n_kv_heads * model.weights.d_head
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["v_proj"], layers_to_transform=[LAYER])
     module = get_peft_model(copy.deepcopy(model.module), config)
     leaves = [p for p in module.parameters() if p.requires_grad]
-    start, rows = [p.detach().clone() for p in leaves], torch.arange(kept.recipe.windows)
-    base = plain_base(model, kept)
+    start, rows = [p.detach().clone() for p in leaves], torch.arange(task.recipe.windows)
+    base = plain_base(model, task)
     optimiser = torch.optim.Adam(leaves, lr=1e-3)
 
     def step() -> tuple[Tensor, Tensor]:
         for leaf, value in zip(leaves, start, strict=True):
             leaf.data.copy_(value)
-        return _step(plain_loss(module, model, kept, base, rows)[0], optimiser, leaves[0])
+        return _step(plain_loss(module, model, task, base, rows)[0], optimiser, leaves[0])
 
     return step
 
@@ -296,16 +296,16 @@ def four_rows(model: Model) -> list[Row]:
     """The four pathways, trained to the goal at one rate, set-up included; the plain way trains the same slices of a
     whole model."""
     case = trainable(model, load_cases(model.name)[0])
-    kept = training.keep(model, case, LAYER)  # for the plain way: facts and windows
+    task = training.task_at(model, case, LAYER)  # for the plain way: facts and windows
 
     def ours() -> list[tuple[int, float]]:
-        kept = training.keep(model, case, LAYER)
-        runs = [training.train(model, kept, name, rate=1e-3) for name in FOUR]
+        task = training.task_at(model, case, LAYER)
+        runs = [training.train(model, task, name, rate=1e-3) for name in FOUR]
         return [(run.steps, run.kl) for run in runs]
 
     def plain(frozen: bool) -> list[tuple[int, float]]:
-        base = plain_base(model, kept)
-        return [plain_train(model, kept, base, name, frozen) for name in FOUR]
+        base = plain_base(model, task)
+        return [plain_train(model, task, base, name, frozen) for name in FOUR]
 
     what = f"L{LAYER + 1}, to a margin of {training.DEFAULT.margin:g} or {training.DEFAULT.max_steps} steps"
     peers = {"plain PyTorch, every parameter's gradient": False, "plain PyTorch, all else frozen": True}
@@ -332,26 +332,26 @@ def _same_runs(mine: list[tuple[int, float]], theirs: list[tuple[int, float]]) -
     return max(abs(a - b) / b for (_, a), (_, b) in zip(mine, theirs, strict=True))
 
 
-def plain_train(model: Model, kept: training.Kept, base: Tensor, pathway: str, frozen: bool) -> tuple[int, float]:
+def plain_train(model: Model, task: training.Task, base: Tensor, pathway: str, frozen: bool) -> tuple[int, float]:
     """Steps to the goal and KL on unseen windows; as `pathways.train`, on a whole model. frozen: no gradient is asked
     of what stays."""
-    module, recipe = copy.deepcopy(model.module).requires_grad_(not frozen), kept.recipe
+    module, recipe = copy.deepcopy(model.module).requires_grad_(not frozen), task.recipe
     parameters = dict(module.named_parameters())
-    leaves = [parameters[s.name].requires_grad_() for s in pathway_slices(module, kept.layer, pathway)]
+    leaves = [parameters[s.name].requires_grad_() for s in pathway_slices(module, task.layer, pathway)]
     optimiser, generator = torch.optim.Adam(leaves, lr=1e-3), torch.Generator().manual_seed(0)
     for step in range(recipe.max_steps + 1):
-        rows = torch.randperm(kept.training, generator=generator)[: recipe.windows]
-        loss, logits = plain_loss(module, model, kept, base, rows)
-        own = logits.gather(1, kept.answers[:, None])[:, 0]
-        others = logits.scatter(1, kept.answers[:, None], float("-inf")).amax(1)
+        rows = torch.randperm(task.n_training, generator=generator)[: recipe.windows]
+        loss, logits = plain_loss(module, model, task, base, rows)
+        own = logits.gather(1, task.answers[:, None])[:, 0]
+        others = logits.scatter(1, task.answers[:, None], float("-inf")).amax(1)
         if float((own - others).detach().min()) >= recipe.margin or step == recipe.max_steps:
             break
         module.zero_grad()
         loss.backward()
         optimiser.step()
     with torch.no_grad():
-        unseen = torch.arange(kept.training, len(kept.windows))
-        return step, float(plain_kl(module, kept, base, unseen))
+        unseen = torch.arange(task.n_training, len(task.windows))
+        return step, float(plain_kl(module, task, base, unseen))
 
 
 def static_rows(model: Model) -> list[Row]:

@@ -51,11 +51,11 @@ def test_nothing_stays_behind_and_what_it_says_it_does(organism, name):
     with pytest.raises(RuntimeError, match="on purpose"), made.change():
         raise RuntimeError("on purpose")
     assert state(organism) == before
-    kept = baselines._kept(organism)
+    task = baselines._task(organism)
     with torch.no_grad():
-        plain = losses(organism, kept, {}, torch.arange(1))[2]
+        plain = losses(organism, task, {}, torch.arange(1))[2]
         with made.change():
-            changed = losses(organism, kept, {}, torch.arange(1))[2]
+            changed = losses(organism, task, {}, torch.arange(1))[2]
     assert made.prefix or made.bias is not None or not torch.equal(plain, changed)
     if not made.prefix:  # below the layer that it names, it changes nothing: asked from there or from the start alike
         case = setting(organism).case
@@ -82,19 +82,19 @@ def test_the_planted_suppressor_scaled_down_repairs_what_no_training_saw(organis
 
 
 def test_scaling_by_one_changes_nothing_and_by_zero_takes_the_head_away(organism):
-    kept, site = baselines._kept(organism), Site(10, 2)
+    task, site = baselines._task(organism), Site(10, 2)
     rows = torch.arange(1)
     with torch.no_grad():
-        plain = losses(organism, kept, {}, rows)[2]
+        plain = losses(organism, task, {}, rows)[2]
         with baselines._times(organism, site, 1.0):
-            assert torch.equal(losses(organism, kept, {}, rows)[2], plain)
+            assert torch.equal(losses(organism, task, {}, rows)[2], plain)
         W_O = organism.weights.blocks[10].attn.W_O
         with baselines._times(organism, site, 0.0):
-            scaled = losses(organism, kept, {}, rows)[2]
+            scaled = losses(organism, task, {}, rows)[2]
         old = W_O[2].clone()
         try:
             W_O[2] = 0
-            torch.testing.assert_close(losses(organism, kept, {}, rows)[2], scaled)
+            torch.testing.assert_close(losses(organism, task, {}, rows)[2], scaled)
         finally:
             W_O[2] = old
 
@@ -102,21 +102,21 @@ def test_scaling_by_one_changes_nothing_and_by_zero_takes_the_head_away(organism
 def test_the_rule_takes_the_most_told_then_the_least_harm(organism, monkeypatch):
     told, harm = {"a": 3, "b": 8, "c": 8}, {"a": 0.0, "b": 0.2, "c": 0.1}
     now = []
-    kept = baselines._kept(organism)
+    task = baselines._task(organism)
 
     def change(name):
         now[:] = [name]
         return nullcontext()
 
     def some_told(*_):
-        margins = torch.ones(len(kept.facts))
+        margins = torch.ones(len(task.facts))
         margins[told[now[0]] :] *= -1
         return None, None, margins
 
     monkeypatch.setattr(baselines, "losses", some_told)
     monkeypatch.setattr(baselines, "neutral_kl", lambda *_: harm[now[0]])
     made = [Rival(n, 0, 0, change=lambda n=n: change(n)) for n in told]
-    assert baselines._chosen(organism, kept, made).name == "c"
+    assert baselines._chosen(organism, task, made).name == "c"
 
 
 def test_a_prefix_stands_before_every_question(organism):

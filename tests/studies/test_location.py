@@ -12,7 +12,7 @@ from lib.facts import load_templates
 from lib.recall import known_and_told, scorable, tell
 from lib.sites import Site
 from lib.studies import location
-from lib.training import Recipe, keep, train
+from lib.training import Recipe, task_at, train
 from lib.weights import part_masks, pathway_slices, view
 
 
@@ -45,7 +45,7 @@ def test_a_part_is_what_the_view_says(tiny, part, picked):
 def test_training_under_a_mask_moves_nothing_else(organism):
     case = location.setting(organism).case
     pathway, masks = part_masks(organism.module, 10, "head", [2])
-    run = train(organism, keep(organism, case, 10, Recipe(max_steps=3)), pathway, rate=1e-3, masks=masks)
+    run = train(organism, task_at(organism, case, 10, Recipe(max_steps=3)), pathway, rate=1e-3, masks=masks)
     parameters = dict(organism.module.named_parameters())
     moved = {s: run.edit.values[s] != s.of(parameters[s.name]) for s in masks}
     assert all((moved[s] & ~masks[s]).sum() == 0 for s in masks)
@@ -105,10 +105,10 @@ def test_countries_known_and_not_told_are_those_of_the_definition(organism):
 
 def test_what_lies_below_every_layer_comes_from_one_run_of_the_model(organism):
     case = location.setting(organism).case
-    kept, protocol = location.prepared(organism)[9]
-    alone = keep(organism, case, 9)
-    for name in ("stream", "neutral", "said.final", "said.level", "said.mean"):
-        one, other = (attrgetter(name)(x) for x in (kept, alone))
+    task, protocol = location.prepared(organism)[9]
+    alone = task_at(organism, case, 9)
+    for name in ("prompt_stream", "window_streams", "untouched.final", "untouched.level", "untouched.mean"):
+        one, other = (attrgetter(name)(x) for x in (task, alone))
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     untouched = ask(organism, protocol, None)
     assert (

@@ -13,7 +13,7 @@ from lib.facts import load_cases
 from lib.recall import trainable
 from lib.studies import pathways
 from lib.sweeps.experiments import one_thread
-from lib.training import Recipe, chosen, false_facts, keep, recommended
+from lib.training import Recipe, chosen, false_facts, recommended, task_at
 from tests.test_edits import an_edit
 
 QUICK = Recipe(rates=(0.003, 0.03), max_steps=25, margin=0.5, kl_weight=1.0)
@@ -77,8 +77,8 @@ def test_gpt2_counts_are_the_papers():
 @pytest.fixture(scope="module")
 def ran(organism):
     case = trainable(organism, load_cases("organism")[0])
-    kept = keep(organism, case, 7, QUICK)
-    return kept, training.compare(organism, kept, pathways=("ffn", "v_only"), progress=False)
+    task = task_at(organism, case, 7, QUICK)
+    return task, training.compare(organism, task, pathways=("ffn", "v_only"), progress=False)
 
 
 def test_compare_takes_the_rules_choice(ran):
@@ -106,8 +106,8 @@ def table(model, grids: list[dict]) -> pd.DataFrame:
 
 def test_the_sweeps_make_the_comparison(swept, organism):
     grid, runs = swept
-    kept = pathways._kept(organism)
-    found, checks = pathways.gather(organism, kept, grid, runs), pathways.controls(runs)
+    task = pathways._task(organism)
+    found, checks = pathways.gather(organism, task, grid, runs), pathways.controls(runs)
     assert found.grid.pathway.tolist() == ["ffn", "ffn", "v_only", "v_only"], "in the order of PATHWAYS"
     assert found.grid.groupby("pathway").chosen.sum().tolist() == [1, 1]
     assert found.seeds.groupby("pathway").seed.agg(list).tolist() == [[0, 1], [0, 1]]
@@ -123,7 +123,7 @@ def test_a_run_that_comes_out_otherwise_is_an_error(swept, organism):
     grid, runs = swept
     remedy = r"came out otherwise than in the sweep .* delete _build/sweeps/organism .* QKV_RUNS=off"
     with pytest.raises(EditError, match=remedy):
-        pathways.gather(organism, pathways._kept(organism), grid.assign(reached=~grid.reached), runs)
+        pathways.gather(organism, pathways._task(organism), grid.assign(reached=~grid.reached), runs)
 
 
 def test_lessons_that_there_are(organism):
@@ -132,11 +132,11 @@ def test_lessons_that_there_are(organism):
 
 
 def test_false_facts_are_false_and_share_everything_else(ran, organism):
-    kept, _ = ran
-    lies = false_facts(kept)
-    assert not any(a.answer == b.answer for a, b in zip(kept.facts, lies.facts, strict=True))
+    task, _ = ran
+    lies = false_facts(task)
+    assert not any(a.answer == b.answer for a, b in zip(task.facts, lies.facts, strict=True))
     assert [organism.first_token(f.answer) for f in lies.facts] == lies.answers.tolist()
-    assert lies.stream is kept.stream
+    assert lies.prompt_stream is task.prompt_stream
 
 
 def test_head_to_head_and_spread(ran, swept, organism):
@@ -144,7 +144,7 @@ def test_head_to_head_and_spread(ran, swept, organism):
     head = pathways.head_to_head(organism, found)
     assert head.outside_unchanged.all()
     assert head.parameters.tolist() == [e.parameters for e in found.edits.values()]
-    spread = pathways.spread(pathways.gather(organism, pathways._kept(organism), *swept).seeds)
+    spread = pathways.spread(pathways.gather(organism, pathways._task(organism), *swept).seeds)
     assert (spread.kl_min <= spread.kl_mean).all() and (spread.kl_mean <= spread.kl_max).all()
     assert (spread.seeds == 2).all()
 
