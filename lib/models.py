@@ -27,11 +27,10 @@ from typing import Any
 
 import psutil
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -100,6 +99,11 @@ class Model:
     weights: Weights
     memory: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.weights.W_E.device
+
     def token_ids(self, text: str) -> list[int]:
         """Token ids of a text, with nothing added."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -123,35 +127,16 @@ class Model:
                     f"the prompt {prompt[:60]!r}{'...' if len(prompt) > 60 else ''} has {len(row)} tokens; "
                     f"{self.name} reads 1 to {self.weights.context}. Shorten the model or the template."
                 )
-        last = torch.tensor([len(row) - 1 for row in ids])
-        tokens = torch.zeros(len(ids), int(last.max()) + 1, dtype=torch.long)
-        for i, row in enumerate(ids):
-            tokens[i, : len(row)] = torch.tensor(row)
-        return tokens, last
-
-    @torch.no_grad()
-    def next_token_logits(
-        self, prompts: Sequence[str], *, batch_size: int | None = None, progress: str | None = None
-    ) -> Float[Tensor, "b vocab"]:
-        """Logits of the token after each prompt. progress: a label for a bar. Prompts of like length share a batch.
-        batch_size: as memory allows, if not given."""
-        batch_size = batch_size or batch_that_fits(self.weights, max(map(len, prompts), default=1))
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        out = torch.empty(len(prompts), self.weights.W_U.shape[1])
-        steps = range(0, len(order), batch_size)
-        for start in tqdm(steps, desc=progress, disable=progress is None or len(steps) < 2, leave=False):
-            rows = order[start : start + batch_size]
-            tokens, last = self.encode([prompts[i] for i in rows])
-            hidden = self.module.base_model(tokens, use_cache=False).last_hidden_state
-            out[rows] = self.module.lm_head(hidden[torch.arange(len(rows)), last]).float()
-        return out
+        last = torch.tensor([len(row) - 1 for row in ids], device=self.device)
+        padded = [row + [0] * (max(map(len, ids)) - len(row)) for row in ids]
+        return torch.tensor(padded, device=self.device), last
 
 
 def load(name: str = "smollm2", *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Model:
     """Load a model by name, folder, .gguf file or hub id, and check it: parameter count and checksum where they
     are known, and the weight view against the model's own hidden states. dtype: fp32 if that leaves half of the memory
-    at hand, otherwise bf16. device: a GPU if there is one, otherwise the CPU; tensors made from now on are made there
-    too, so that no other code need know. Raises ModelError with what to do."""
+    at hand, otherwise bf16. device: a GPU if there is one, otherwise the CPU. Nothing of the process is changed: where
+    new tensors are made, whoever owns the process says (`use_device_of`). Raises ModelError with what to do."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     spec = SPECS.get(name)
     sha256 = weights_sha256(name)
@@ -161,8 +146,6 @@ def load(name: str = "smollm2", *, dtype: torch.dtype | None = None, device: tor
     parameters = sum(p.numel() for p in module.parameters())
     if spec and parameters != spec.parameters:
         raise ModelError(f"{name} has {parameters:,} parameters, expected {spec.parameters:,}. {_remedy(name, folder)}")
-    if device != torch.get_default_device():
-        torch.set_default_device(device)
     module.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides its signature
     weights = view(module)
     model = Model(
@@ -182,6 +165,15 @@ def load(name: str = "smollm2", *, dtype: torch.dtype | None = None, device: tor
     return model
 
 
+def use_device_of(model: Model) -> Model:
+    """Make this process's new tensors where the model is, from now on; on a CPU that is so already. To be called after
+    `load` by whoever owns the process (a chapter, a sweep's worker, a command), so that no code in between need name a
+    device. Gives the model back."""
+    if model.device != torch.get_default_device():
+        torch.set_default_device(model.device)
+    return model
+
+
 def memory_at_hand(device: torch.device | None = None) -> int:
     """Bytes that a GPU, or this machine without swapping, can give. device: the default one, if not given."""
     device = device or torch.get_default_device()
@@ -193,14 +185,6 @@ def memory_at_hand(device: torch.device | None = None) -> int:
 def precision_that_fits(fp32_bytes: int, at_hand: int | None = None) -> torch.dtype:
     """fp32 if the weights leave half of the memory for work, otherwise bf16, which halves them."""
     return torch.float32 if 2 * fp32_bytes <= (at_hand or memory_at_hand()) else torch.bfloat16
-
-
-def batch_that_fits(weights: Weights, tokens: int, at_hand: int | None = None) -> int:
-    """How many prompts of so many tokens to run together: a quarter of the memory at hand, 64 at most. A prompt needs
-    its widest activations (the MLP's, three of them, and the stream's) once, and one row of logits in fp32."""
-    width = 3 * weights.blocks[0].mlp.W_out.shape[0] + 4 * weights.d_model
-    prompt = tokens * width * weights.W_E.element_size() + 4 * weights.W_U.shape[1]
-    return int(max(1, min(64, (at_hand or memory_at_hand()) // 4 // prompt)))
 
 
 def _bytes(folder: Path, gguf: str | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the model hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as `make test`: with more, rounding may cost a training a step
@@ -20,6 +21,12 @@ def wrap(model: PreTrainedModel, tokenizer) -> Model:
     model = model.eval().requires_grad_(False)
     parameters = sum(p.numel() for p in model.parameters())
     return Model("tiny", "random", "none", "0" * 64, parameters, model, tokenizer, view(model))
+
+
+def plain_logits(model: Model, prompts: Sequence[str]) -> torch.Tensor:
+    """Hugging Face's own logits of the token after each prompt, one prompt at a time."""
+    with torch.no_grad():
+        return torch.cat([model.module(torch.tensor([model.token_ids(p)])).logits[:, -1] for p in prompts])
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,7 @@ class AsDefault(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (Tensor.__getitem__, Tensor.__setitem__):  # torch would make an index that holds nothing of a list
             args = (args[0], _indices(args[1]), *args[2:])
-        if func not in _MAKE or kwargs.get("device") is not None:
+        if func not in _MAKE or kwargs.get("device") not in (None, DEVICE):
             return func(*args, **kwargs)
         if kwargs.get("generator") is not None:
             raise RuntimeError(f"{func.__name__}: a generator of the cpu cannot draw on {DEVICE}")

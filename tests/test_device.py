@@ -30,8 +30,8 @@ Numbers = list[torch.Tensor | np.ndarray | float]
 @pytest.fixture(scope="module")
 def elsewhere(organism: Model) -> Model:
     with simulated.Simulated():
-        model = copy.deepcopy(organism.module).to(simulated.DEVICE)
-    return replace(organism, model=model, weights=view(model))
+        module = copy.deepcopy(organism.module).to(simulated.DEVICE)
+    return replace(organism, module=module, weights=view(module))
 
 
 def asked(model: Model):
@@ -87,9 +87,9 @@ def trainings(model: Model) -> Numbers:
 
 
 def sweeps(model: Model) -> Numbers:
-    rows = [experiments.find("controls.part_at")(model, part="neurons", pick="diagnosed", seed=0)]
+    rows = [experiments.find("location.part_at")(model, part="neurons", pick="diagnosed", seed=0)]
     rows += [learn_at(model, layer=LAYER + 1, steps=3, seed=0)]
-    rows += [experiments.find("plants.plant_run")(model, seed=s, repair=s == 0) for s in (0, 1)]
+    rows += [experiments.find("planted.plant_run")(model, seed=s, repair=s == 0) for s in (0, 1)]
     return [float(v) for row in rows for v in row.values() if isinstance(v, int | float)]
 
 
@@ -122,12 +122,14 @@ def test_the_simulation_refuses_what_a_gpu_refuses():
             torch.randperm(3, generator=torch.Generator().manual_seed(0))
 
 
-def test_a_gpu_is_taken_where_there_is_one(monkeypatch):
-    """The choice itself: `load` asks torch, moves the model there and makes it the default."""
-    moved = []
+def test_a_gpu_is_taken_where_there_is_one_and_nothing_else_is_changed(organism, elsewhere, monkeypatch):
+    """`load` asks torch and moves the model there; where new tensors are made, the owner of the process says."""
+    moved, default = [], []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "set_default_device", moved.append)
+    monkeypatch.setattr(torch, "set_default_device", default.append)
     monkeypatch.setattr(models, "memory_at_hand", lambda device=None: 10**12)
     monkeypatch.setattr(torch.nn.Module, "to", lambda model, device: moved.append(device) or model)
     models.load("organism")
-    assert moved == [torch.device("cuda"), torch.device("cuda")]
+    assert moved == [torch.device("cuda")] and not default
+    assert models.use_device_of(elsewhere) is elsewhere and default == [elsewhere.device] == [simulated.DEVICE]
+    assert models.use_device_of(organism) is organism and len(default) == 1, "on the CPU nothing need be said"

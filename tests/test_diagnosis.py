@@ -11,6 +11,7 @@ from lib.recall import scorable, study_facts, tell
 from lib.sites import Site
 from lib.statistics import rank_correlation
 from lib.studies import knowledge_path
+from tests.conftest import plain_logits
 
 SITES = (Site(0, 0), Site(0, 1), Site(1, 0), Site(1, 1), Site(0, mlp=True), Site(1, mlp=True))
 
@@ -158,7 +159,7 @@ def test_every_term_of_the_example_is_kept_under_its_site(organism):
     assert set(kept) == {"raw", "scaled", "centred"}
     assert len(kept["raw"]["answer"]) == 12 * 12 + 12 + 1, "heads, MLPs and the sum of all"
     scaled = kept["scaled"]
-    logits = organism.next_token_logits([row.prompt])[0]
+    logits = plain_logits(organism, [row.prompt])[0]
     assert scaled["answer"]["all terms"] == pytest.approx(float(logits[row.answer_token]), abs=1e-3)
     assert scaled["competitor"]["all terms"] == pytest.approx(float(logits[row.competitor_token]), abs=1e-3)
     shift = {site: scaled["answer"][site] - kept["centred"]["answer"][site] for site in scaled["answer"]}

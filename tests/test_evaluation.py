@@ -18,6 +18,7 @@ from lib.recall import trainable
 from lib.studies import side_effects
 from lib.training import slice_values
 from lib.weights import pathway_slices
+from tests.conftest import plain_logits
 from tests.test_edits import an_edit
 
 
@@ -111,7 +112,7 @@ def test_the_protocol_sees_what_the_edited_model_does(organism, protocol):
     measured = evaluation.measure(organism, asked, {"v_only": edit})
     table = measured.asked["v_only"]
     with applied(organism, edit):
-        logits = organism.next_token_logits(list(table.prompt))
+        logits = plain_logits(organism, list(table.prompt))
         windows = [p.tokens[None] for _, p, _, _ in asked.passages]
         nll = [loss(organism.module(w).logits[0, :-1], w[0, 1:], reduction="none") for w in windows]
     probs = logits.softmax(-1)[torch.arange(len(table)), torch.tensor(table.answer_token.to_numpy())]
@@ -169,13 +170,13 @@ def test_replay_equals_the_model(tiny, layer):
     texts = pack(tiny, [tiny.token_ids(p) for p in prompts])
     stream = entering(tiny, texts, layer)
     final = above(tiny, texts, layer, stream)[texts.last]
-    torch.testing.assert_close(final @ tiny.weights.W_U, tiny.next_token_logits(prompts), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(final @ tiny.weights.W_U, plain_logits(tiny, prompts), atol=1e-4, rtol=1e-4)
     values = slice_values(tiny, pathway_slices(tiny.module, layer, "k_only"))
     moved = {s: v + 0.1 for s, v in values.items()}
     edit = dataclasses.replace(an_edit(tiny, "k_only"), layer=layer, values=moved)
     changed = above(tiny, texts, layer, stream, moved)[texts.last] @ tiny.weights.W_U
     with applied(tiny, edit):
-        torch.testing.assert_close(changed, tiny.next_token_logits(prompts), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(changed, plain_logits(tiny, prompts), atol=1e-4, rtol=1e-4)
 
 
 def test_replay_refuses_what_cannot_be_run(tiny):

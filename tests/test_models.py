@@ -10,6 +10,7 @@ import torch
 
 from lib import models
 from lib.errors import DataError, ModelError
+from lib.forward import next_token_logits
 from lib.trace import capture, logit_trace
 from tests.conftest import tiny_gpt2, tiny_llama
 
@@ -38,7 +39,7 @@ def test_logits_are_hugging_faces_own(smollm2):
     ids = torch.tensor([smollm2.token_ids("The capital of France is")])
     with torch.no_grad():
         expected = theirs(ids).logits[0, -1]
-    torch.testing.assert_close(smollm2.next_token_logits(["The capital of France is"])[0], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(next_token_logits(smollm2, ["The capital of France is"])[0], expected, atol=1e-4, rtol=0)
     assert smollm2.token_text(int(expected.argmax())) == " Paris"
 
 
@@ -65,8 +66,8 @@ def test_no_special_token_is_added(smollm2):
     assert smollm2.tokenizer.bos_token_id not in smollm2.token_ids("France")
 
 
-def test_unknown_subject():
-    with pytest.raises(ModelError, match=r"unknown subject 'smollm3'.*Choose smollm2, gpt2, organism, a folder"):
+def test_unknown_model():
+    with pytest.raises(ModelError, match=r"unknown model 'smollm3'.*Choose smollm2, gpt2, organism, a folder"):
         models.load("smollm3")
 
 
@@ -218,26 +219,6 @@ def test_precision_is_chosen_from_the_memory_at_hand():
     small = 4 * 1_711_000_000  # a 1.7B model in fp32
     assert models.precision_that_fits(small, at_hand=24 * 10**9) == torch.float32
     assert models.precision_that_fits(small, at_hand=12 * 10**9) == torch.bfloat16
-
-
-def test_a_batch_is_chosen_from_the_memory_at_hand(organism):
-    weights = organism.weights
-    d_mlp, vocab = weights.blocks[0].mlp.W_out.shape[0], weights.W_U.shape[1]
-    prompt = 10 * (3 * d_mlp + 4 * weights.d_model) * 4 + 4 * vocab
-    assert [models.batch_that_fits(weights, 10, at_hand=4 * prompt * n + 3) for n in (0, 1, 7, 64, 1000)] == [
-        1,
-        1,
-        7,
-        64,
-        64,
-    ]
-
-
-def test_a_small_batch_says_the_same(organism, monkeypatch):
-    prompts = ["The capital of X is", "X", "A longer prompt than the others are"]
-    whole = organism.next_token_logits(prompts)
-    monkeypatch.setattr(models, "memory_at_hand", lambda: 1)
-    assert torch.allclose(organism.next_token_logits(prompts), whole, atol=1e-5)
 
 
 def test_in_bf16_the_trace_is_complete_to_its_own_rounding(organism):

@@ -16,6 +16,7 @@ from lib.recall import trainable
 from lib.sites import Site
 from lib.studies import cross_validation
 from lib.trace import capture, logit_trace
+from tests.conftest import plain_logits
 
 TEXTS = ["The capital of France is", "Once upon a time there was a", "Two plus two equals"]
 ANSWERS = torch.tensor([300, 400, 500])
@@ -82,11 +83,11 @@ def test_zeroing_a_head_is_predicted_in_the_last_layer(tiny):
 
 
 def test_replacing_leaves_no_hook(tiny):
-    before, module = tiny.next_token_logits(TEXTS), tiny.weights.blocks[1].heads_out
+    before, module = plain_logits(tiny, TEXTS), tiny.weights.blocks[1].heads_out
     with pytest.raises(RuntimeError, match="midway"), replacing(module, lambda x: x * 0), reading([module]):
         raise RuntimeError("midway")
     assert not module._forward_pre_hooks
-    torch.testing.assert_close(tiny.next_token_logits(TEXTS), before)
+    torch.testing.assert_close(plain_logits(tiny, TEXTS), before)
 
 
 def test_another_copy_of_the_same_prompt_takes_nothing_away(tiny):

@@ -22,6 +22,7 @@ from lib import __version__, edits, models
 from lib.edits import Edit, applied
 from lib.errors import EditError
 from lib.facts import prompts
+from lib.forward import next_token_logits
 from lib.models import Model
 from lib.sites import Site
 
@@ -241,8 +242,8 @@ def _compare_logits(folder: Path, exported: Model, base: Model, edit: Edit, tole
     beside them differs. Tolerance: the same weights in the same code differ by rounding at most, near 1e-5."""
     texts = prompts(edit.facts, edit.template)
     with applied(base, edit):
-        ours = base.next_token_logits(texts)
-    theirs = exported.next_token_logits(texts)
+        ours = next_token_logits(base, texts)
+    theirs = next_token_logits(exported, texts)
     if ours.shape != theirs.shape or not float((ours - theirs).abs().max()) <= tolerance:
         raise EditError(
             f"the weights in {folder} are sound, and yet the model answers otherwise than {base.name} with the edit: "

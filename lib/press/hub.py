@@ -111,7 +111,7 @@ def prepare(model_name: str, folder: Path, *, whole: bool = False) -> Path:
     dashboard = BUILD / "dashboard" / f"{slug(model_name)}.html"
     if not dashboard.is_file():
         raise ReleaseError(f"there is no dashboard {dashboard}. Run `python -m lib dashboard --model {model_name}`.")
-    loaded, values = models.load(model_name), check.current_values(model_name)
+    loaded, values = models.use_device_of(models.load(model_name)), check.current_values(model_name)
     if lacking := [c for c in (MAKER, EFFECTS) if c not in values]:
         raise ReleaseError(
             f"there are no present results of {', '.join(lacking)}; run `python -m lib run --model {model_name}`."

@@ -611,7 +611,7 @@ def _pairs(one: pd.Series, between: str, other: pd.Series, digits: int) -> list[
 
 def sizes(table: pd.DataFrame) -> pd.DataFrame:
     """Shapes of models: what they need, and what was run."""
-    some = table.reindex(columns=[*table, *({"precision", "batch", "seconds", "error", "peak_gb"} - set(table))])
+    some = table.reindex(columns=[*table, *({"precision", "seconds", "error", "peak_gb"} - set(table))])
     return pd.DataFrame(
         {
             "shape": some["shape"],
@@ -619,7 +619,6 @@ def sizes(table: pd.DataFrame) -> pd.DataFrame:
             "fp32, GB": some.fp32_gb.map("{:.1f}".format),
             "bf16, GB": some.bf16_gb.map("{:.1f}".format),
             "run in": some.precision.fillna("not run"),
-            "prompts a batch": some.batch.map("{:.0f}".format).replace("nan", "–"),
             "trace, seconds": some.seconds.map("{:.2f}".format).replace("nan", "–"),
             "error, logits": some.error.map("{:.0e}".format).replace("nan", "–"),
             "peak, GB": some.peak_gb.map("{:.1f}".format).replace("nan", "–"),

@@ -29,6 +29,7 @@ from lib.edits import applied, written
 from lib.errors import EditError
 from lib.evaluation import NONE, Measured, Protocol, ask, prepare, questions, read, reading
 from lib.facts import load_templates
+from lib.forward import next_token_logits
 from lib.models import Model
 from lib.recall import load_prefixes, study_facts, tell
 from lib.sites import Site
@@ -140,7 +141,7 @@ def _competitors(model: Model) -> Rival:
     own, text = setting(model), load_templates()
     table = tell(model, own.case.facts, {"failing": text[own.case.template]})
     rivals = sorted(set(table.competitor_token[~table.told]))
-    logits = model.next_token_logits(list(table.prompt))
+    logits = next_token_logits(model, list(table.prompt))
     found = []
     for lower in LOWER:
         bias = torch.zeros(logits.shape[1]).index_fill(0, torch.tensor(rivals), -lower)

@@ -32,7 +32,7 @@ import torch
 from lib import files
 from lib.errors import BookError, ModelError, SweepError, WorkerError
 from lib.files import ROOT
-from lib.models import Model, load
+from lib.models import Model, load, use_device_of
 from lib.studies import one_thread
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "einops", "peft")  # numbers may depend on these
@@ -126,7 +126,7 @@ def _model(name: str, weights: str) -> Model:
     if kept is None or kept.weights_sha256 != weights:
         _loaded.clear()
         try:
-            kept = load(name)
+            kept = use_device_of(load(name))
         except ModelError as error:
             raise WorkerError(f"{_here()} cannot load the model: {error}") from error
         if kept.weights_sha256 != weights:

@@ -38,7 +38,7 @@ def bench(
         if word not in makers:
             raise typer.BadParameter(f"there is no row {word!r}; choose from {', '.join(makers)}.")
     torch.set_num_threads(2)
-    model, found = models.load("smollm2"), list[dict]()
+    model, found = models.use_device_of(models.load("smollm2")), list[dict]()
     stamp = {"commit": commit(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
     for name in (bar := tqdm(list(only or makers), desc="bench")):
         for row in makers[name](model):

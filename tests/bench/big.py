@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, LlamaForCausalLM
 
 from lib import models
-from lib.models import Model, batch_that_fits, memory_at_hand, precision_that_fits
+from lib.models import Model, memory_at_hand, precision_that_fits
 from lib.trace import capture, logit_trace
 from lib.weights import check_view, view
 from tests.bench.measure import give_back, timed
@@ -27,7 +27,7 @@ PROMPTS = 8
 
 def measure_all(like: Model) -> list[dict[str, Any]]:
     """A row a shape: parameters, gigabytes in both precisions; and if bf16 leaves a third of the memory at hand free,
-    what it was loaded in, the batch chosen, and seconds and completeness error of a trace of 8 prompts."""
+    what it was loaded in, and seconds and completeness error of a trace of 8 prompts."""
     return [_one(name, shape, like) for name, shape in tqdm(SHAPES.items(), desc="sizes")]
 
 
@@ -61,7 +61,7 @@ def _one(name: str, shape: tuple[int, ...], like: Model) -> dict[str, Any]:
 
 
 def _traced(name: str, config: Any, dtype: torch.dtype, like: Model) -> dict[str, Any]:
-    """A model of a shape with random weights: the batch that fits beside it; seconds and error of a trace."""
+    """A model of a shape with random weights: seconds and error of a trace."""
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -77,4 +77,4 @@ def _traced(name: str, config: Any, dtype: torch.dtype, like: Model) -> dict[str
         error.append(logit_trace(one, capture(one, texts), torch.zeros(PROMPTS, 1, dtype=torch.long)).error)
 
     seconds, _ = timed(trace)
-    return {"batch": batch_that_fits(one.weights, 8), "seconds": seconds, "error": error[0]}
+    return {"seconds": seconds, "error": error[0]}

@@ -410,7 +410,7 @@ def load_rows(model: Model) -> list[Row]:
             "loading",
             f"{model.name}, from the cache, checked",
             "from_pretrained, unchecked",
-            lambda: models.load(model.name).model.module.norm.weight.detach(),
+            lambda: models.load(model.name).module.model.norm.weight.detach(),
             plain,
             largest,
             0.0,
