@@ -94,8 +94,8 @@ def imports(code: str) -> set[str]:
 
 def modules(names: Iterable[str], root: Path) -> list[Path]:
     """The files of lib/ with these names (as `imports` gives them), those that they import, and so on, imports inside
-    functions included. What imports `sweeps` also depends on the studies that the specifications in data/sweeps name;
-    what imports `studies/costs`, on its record."""
+    functions included, and the data beside them (words of sentences, columns of tables). What imports `sweeps` also
+    depends on the studies that the specifications in data/sweeps name; what imports `studies/costs`, on its record."""
     todo, found = set(names), {root / "lib" / "__init__.py"}
     while todo:
         name = todo.pop()
@@ -105,7 +105,7 @@ def modules(names: Iterable[str], root: Path) -> list[Path]:
             root / "lib" / name.split("/")[0] / "__init__.py",
         ):
             if path.is_file() and path not in found:
-                found.add(path)
+                found |= {path, *path.parent.glob("*.yaml"), *path.parent.glob("words/*.yaml")}
                 todo |= imports(path.read_text(encoding="utf-8"))
         if name.startswith("sweeps"):
             todo |= _studies(root) - {p.relative_to(root / "lib").with_suffix("").as_posix() for p in found}

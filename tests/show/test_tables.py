@@ -48,3 +48,30 @@ def test_the_same_table_gives_the_same_bytes_and_can_be_scrolled_by_keyboard():
     table = pd.DataFrame({"a": [1.0]})
     assert tables.plain(table).data == tables.plain(table.copy()).data != tables.plain(table + 1).data
     assert 'tabindex="0" role="region" aria-label="table"' in tables.plain(table).data
+
+
+def test_cells_are_made_from_templates():
+    """By hand: formats, alternatives where a value is missing, pairs, and the number of a row."""
+    nan = float("nan")
+    costs = {"row": ["trace", "edit"], "peer": "Captum", "ratio": 2.0, "least": 1.0, "most": 3.126, "goal": [nan, 2.5]}
+    table = pd.DataFrame(costs | {"limit_s": [60.0, nan], "met": [None, True], "bound": [nan, 4.0]})
+    made = tables.arranged("costs", table)
+    assert made.index.tolist() == ["trace beside Captum", "edit beside Captum"]
+    assert made.to_dict("list") == {
+        "times faster": ["2.00", "2.00"],
+        "spread": ["1.00\u00a0to\u00a03.13"] * 2,
+        "goal": ["60 s", "2.5x"],
+        "met": ["", "yes"],
+        "fewer operations": ["–", "4.0x"],
+    }
+    row = {"#": 7, "name": "v_only", "p": 0.0004, "ratio": 0.9876, "ends": (1.0, 1.0), "rank": 0, "gap": None}
+    text = tables._text("{#} {name:words} {p:p3} {ratio:change} {ends:.0f} {rank:rank}", row)
+    assert text == "7 v only < 0.001 -1.24% 1 any"
+    assert tables._text("{gap:.2f} of {#}|{gap}|none of {#}", row) == "none of 7" and tables._text("{gap}", row) == "–"
+
+
+def test_a_table_or_a_column_that_is_not_there_is_an_error():
+    with pytest.raises(KeyError, match="no_such"):
+        tables.show("no_such", pd.DataFrame())
+    with pytest.raises(KeyError, match="kind"):
+        tables.show("contexts", pd.DataFrame({"told": [1]}))

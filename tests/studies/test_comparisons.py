@@ -115,7 +115,7 @@ def test_the_ladder_worked_out():
     said = {}
     comparisons.report_rivals(lambda key, value, form="": said.update({key: value}), rows)
     assert said["rivals_told"] == 3 and said["rivals_untrained"] == "N; H" and said["most_general"] == "F"
-    shown = tables.rivals(rows)
+    shown = tables.arranged("rivals", rows)
     assert shown["held-out told"].iloc[3] == "2 of 4 (7% to 93%)" and shown.locality.iloc[1] == "5 lost"
 
 
