@@ -1,15 +1,16 @@
-"""From evidence to a diagnosis by one explicit rule (design, section 4).
+"""From evidence to a diagnosis by one explicit rule.
 
     1. For every fact that is known and not told, trace the failing prompt, and the control prompts that tell it, all
-       with the same pair of tokens: the answer, and the failing prompt's competitor.
-    2. What a component *writes* is its contribution to the answer minus the mean contribution to the other facts'
-       answers: it must say *this* capital, not capitals in general. What it *pushes* is its contribution to answer
-       minus competitor.
-    3. Knowledge head: the head that writes most under the controls, on average over facts.
-    4. Failure kind: compare what is no longer written (the positive writing of all components, control minus failing)
-       with the margin lost. At least half of it: `not retrieved`. Less: written, and `overridden`. (The ratio may
-       exceed 1: writing is measured against other answers, the margin against the competitor.)
-    5. Suppressor, of an overridden failure: the component whose push fell most, beyond what it no longer writes.
+       with the same pair of tokens: the answer, and the failing prompt's competitor. The traces are direct logit
+       attribution (Elhage et al. 2021).
+    2. A component's *attribution* is its contribution to the answer minus the mean contribution to the other facts'
+       answers: what it writes of *this* capital, not of capitals in general. Its *difference* is its contribution to
+       the logit difference, answer minus competitor; of all components together, the *margin*.
+    3. Knowledge head: the head with the largest attribution under the controls, on average over facts.
+    4. Failure kind: compare what is no longer written (the positive attribution of all components, control minus
+       failing) with the margin lost. At least half of it: `not retrieved`. Less: written, and `overridden`. (The ratio
+       may exceed 1: attribution is measured against other answers, the margin against the competitor.)
+    5. Suppressor, of an overridden failure: the component whose difference fell most, beyond what it no longer writes.
     6. Prescription: the knowledge head's layer, as the source page prescribes L10 although L12 reverses it.
     7. Confidence: how often resampled facts give the same head, kind and suppressor; and whether that head is among
        those that the relation maps, which saw no input, find (p corrected for heads and maps). Both: high. One:
@@ -21,12 +22,12 @@ The rule has one constant, the half of step 4, and step 7's two thresholds. Plan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -37,34 +38,63 @@ from lib.models import Model
 from lib.recall import known_and_told, scorable, study_facts, tell
 from lib.sites import Site
 from lib.static import JointMap
-from lib.trace import BATCH, capture, components, logit_trace
+from lib.trace import BATCH, Capture, capture, components, logit_trace
+
+NOT_RETRIEVED, OVERRIDDEN = "not retrieved", "overridden"
+HALF = 0.5  # of the margin lost: step 4's boundary between the two failure kinds
+STABLE = 0.95  # share of resampled facts that must agree with all of them
+STATIC_P = 0.05
+RESAMPLES = 1000
 
 
 class NoFailure(DataError):
     """A case has no fact that is known and not told."""
 
 
-HALF = 0.5
-STABLE = 0.95
-STATIC_P = 0.05
+@dataclass(frozen=True)
+class Contributions:
+    """Direct logit attribution of every component (all heads layer by layer, then all MLPs) at the last position, for
+    n prompts, or for n facts as the mean of their prompts; in logits, `scaled`.
+
+    attribution: to the answer, minus the mean contribution to the other answers of the set.
+    difference: to the logit difference, answer minus competitor; margin: that difference as a whole.
+    """
+
+    attribution: Float[Tensor, "n component"]
+    difference: Float[Tensor, "n component"]
+    margin: Float[Tensor, " n"]
+
+
+@dataclass(frozen=True)
+class Traced(Contributions):
+    """curve: the logit difference summed up to each layer; error: the largest by which a trace misses its logit."""
+
+    curve: Float[Tensor, "n n_layers+1"]
+    error: float
+
+
+TENSORS = ("attribution", "difference", "margin", "curve")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the facts of one case show, by component (all heads layer by layer, then all MLPs). Logits, `scaled`."""
+    """What the facts of one case show, by component: under the control templates that tell each, and under the failing
+    one."""
 
     facts: tuple[Fact, ...]
     competitors: tuple[str, ...]
     sites: tuple[Site, ...]
-    writes_control: Float[Tensor, "fact component"]
-    writes_failing: Float[Tensor, "fact component"]
-    pushes_control: Float[Tensor, "fact component"]
-    pushes_failing: Float[Tensor, "fact component"]
-    margin_control: Float[Tensor, " fact"]
-    margin_failing: Float[Tensor, " fact"]
-    curve_control: Float[Tensor, "fact n_layers+1"]  # cumulative answer minus competitor, by layer
-    curve_failing: Float[Tensor, "fact n_layers+1"]
-    completeness: float
+    control: Traced
+    failing: Traced
+
+    @property
+    def completeness(self) -> float:
+        """The largest error of a trace, in logits."""
+        return max(self.failing.error, self.control.error)
+
+    def verdict(self, rows: NDArray | None = None) -> Verdict:
+        """What `decide` reads off these facts, or off a resample of them."""
+        return decide(self.sites, self.control, self.failing, rows)
 
     def grid(self, values: Float[Tensor, " component"]) -> Float[Tensor, "n_layers n_heads"]:
         """The heads' part of a component vector as layer x head."""
@@ -85,11 +115,7 @@ class Verdict:
 
     def same_finding(self, other: Verdict) -> bool:
         """Head, suppressor and kind agree; the shares may differ."""
-        return (self.knowledge_head, self.suppressor, self.failure_kind) == (
-            other.knowledge_head,
-            other.suppressor,
-            other.failure_kind,
-        )
+        return replace(self, retention=other.retention, unwritten=other.unwritten) == other
 
 
 @dataclass(frozen=True)
@@ -122,21 +148,9 @@ class Diagnosis:
 
     def summary(self) -> dict[str, object]:
         """The finding as plain values, for results."""
-        v = self.verdict
-        return {
-            "n": len(self.evidence.facts),
-            "knowledge_head": v.knowledge_head,
-            "suppressor": v.suppressor,
-            "failure_kind": v.failure_kind,
-            "diagnosed_layer": self.layer + 1,
-            "retention": v.retention,
-            "unwritten": v.unwritten,
-            "stability": self.stability,
-            "static_score": self.static_score,
-            "static_p": self.static_p,
-            "static_rank": self.static_rank,
-            "confidence": self.confidence,
-        }
+        rated = ("stability", "static_score", "static_p", "static_rank", "confidence")
+        where = {"n": len(self.evidence.facts), "diagnosed_layer": self.layer + 1}
+        return where | vars(self.verdict) | {name: getattr(self, name) for name in rated}
 
 
 def case_table(model: Model, case: Case, *, large: bool = False, progress: str | None = None) -> pd.DataFrame:
@@ -165,101 +179,89 @@ def gather(model: Model, case: Case, table: pd.DataFrame, *, progress: str | Non
         raise DataError(
             f"case {case.name!r} has one distinct answer; what is written of it needs others to compare with."
         )
-    failed = _trace(model, prompts(facts, load_templates()[case.template]), pairs, bank, progress)
-    control = _control_mean(model, case, facts, chosen.told_by.tolist(), pairs, bank, progress)
-    return Evidence(
-        facts=facts,
-        competitors=tuple(failing.competitor),
-        sites=components(model),
-        writes_control=control.writes,
-        writes_failing=failed.writes,
-        pushes_control=control.pushes,
-        pushes_failing=failed.pushes,
-        margin_control=control.curve[:, -1],
-        margin_failing=failed.curve[:, -1],
-        curve_control=control.curve,
-        curve_failing=failed.curve,
-        completeness=max(failed.error, control.error),
-    )
+    told = torch.tensor([[control in names for names in chosen.told_by] for control in case.controls])
+    lines = {t: prompts(facts, load_templates()[t]) for t in (case.template, *case.controls)}
+    telling = [lines[case.controls[c]][i] for c, i in told.nonzero().tolist()]
+    failed = _trace(model, lines[case.template], pairs, bank, progress)
+    controls = _trace(model, telling, pairs[told.nonzero()[:, 1]], bank, progress)
+    return Evidence(facts, tuple(failing.competitor), components(model), _mean(controls, told), failed)
 
 
-@dataclass(frozen=True)
-class _Traced:
-    """writes and pushes (fact, component), the cumulative curve (fact, layer), and the completeness error."""
+@torch.no_grad()
+def contributions(model: Model, seen: Capture, pairs: Int[Tensor, "n 2"], bank: Int[Tensor, " answer"]) -> Traced:
+    """What every component contributes to each prompt of a capture. pairs: first tokens of its answer and of its
+    competitor; bank: those of all answers of the set, each once. Raises CompletenessError."""
+    answers = logit_trace(model, seen, bank[None].expand(len(pairs), -1))
+    by_answer = torch.cat((answers.heads.flatten(2), answers.mlps), -1)  # (n, answer, component)
+    right = by_answer[(bank[None] == pairs[:, :1]).nonzero(as_tuple=True)]
+    attribution = right - (by_answer.sum(1) - right) / max(1, len(bank) - 1)
+    trace = logit_trace(model, seen, pairs).difference()
+    difference, curve = torch.cat((trace.heads.flatten(2), trace.mlps), -1)[:, 0], trace.cumulative[:, 0]
+    return Traced(attribution, difference, curve[:, -1], curve, max(answers.error, trace.error))
 
-    writes: Tensor
-    pushes: Tensor
-    curve: Tensor
-    error: float
 
-
-def _trace(model: Model, texts: Sequence[str], pairs: Tensor, bank: Tensor, progress: str | None) -> _Traced:
-    """Trace prompts in batches. pairs: answer and competitor of each; bank: the first tokens of all answers."""
-    writes, pushes, curves, error = [], [], [], 0.0
+def _trace(model: Model, texts: Sequence[str], pairs: Tensor, bank: Tensor, progress: str | None) -> Traced:
+    """`contributions` to any number of prompts, in batches."""
     starts = range(0, len(texts), BATCH)
-    for i in tqdm(starts, desc=progress, disable=progress is None or len(starts) < 2, leave=False):
-        seen, pair = capture(model, texts[i : i + BATCH]), pairs[i : i + BATCH]
-        answers = logit_trace(model, seen, bank[None].expand(len(pair), -1))
-        flat = torch.cat((answers.heads.flatten(2), answers.mlps), -1)  # (b, bank, component)
-        own = flat[(bank[None] == pair[:, :1]).nonzero(as_tuple=True)]
-        writes.append(own - (flat.sum(1) - own) / (len(bank) - 1))
-        margin = logit_trace(model, seen, pair).difference()
-        pushes.append(torch.cat((margin.heads.flatten(2), margin.mlps), -1)[:, 0])
-        curves.append(margin.cumulative[:, 0])
-        error = max(error, answers.error, margin.error)
-    return _Traced(torch.cat(writes), torch.cat(pushes), torch.cat(curves), error)
+    parts = [
+        contributions(model, capture(model, texts[i : i + BATCH]), pairs[i : i + BATCH], bank)
+        for i in tqdm(starts, desc=progress, disable=progress is None or len(starts) < 2, leave=False)
+    ]
+    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in TENSORS}
+    return Traced(**tensors, error=max(part.error for part in parts))
 
 
-def _control_mean(
-    model: Model,
-    case: Case,
-    facts: Sequence[Fact],
-    told_by: Sequence[tuple[str, ...]],
-    pairs: Tensor,
-    bank: Tensor,
-    progress: str | None,
-) -> _Traced:
-    """Each fact's traces averaged over the control templates that tell it."""
-    text = load_templates()
-    rows = [(i, control) for control in case.controls for i, told in enumerate(told_by) if control in told]
-    at = torch.tensor([i for i, _ in rows])
-    lines = [prompts([facts[i]], text[control])[0] for i, control in rows]
-    traced = _trace(model, lines, pairs[at], bank, progress)
-    counts = torch.bincount(at, minlength=len(facts))[:, None]
-
-    def mean(x: Tensor) -> Tensor:
-        return torch.zeros(len(facts), x.shape[1]).index_add(0, at, x) / counts
-
-    return _Traced(mean(traced.writes), mean(traced.pushes), mean(traced.curve), traced.error)
+def control_mean(
+    values: Float[Tensor, "control fact ..."], told: Bool[Tensor, "control fact"]
+) -> Float[Tensor, "fact ..."]:
+    """Each fact's mean over the controls that tell it, summed control by control."""
+    weight = told.float().view(*told.shape, *[1] * (values.dim() - 2))
+    return sum((values * weight).unbind(), start=torch.zeros(())) / weight.sum(0)
 
 
-def decide(evidence: Evidence, rows: NDArray | None = None) -> Verdict:
-    """Steps 3 to 5 of the rule, on all facts or on a resample of them."""
+def _mean(traced: Traced, told: Bool[Tensor, "control fact"]) -> Traced:
+    """The `control_mean` of traces of the prompts that tell, control by control."""
+    means = {}
+    for name in TENSORS:
+        values = getattr(traced, name)
+        by_control = values.new_zeros(*told.shape, *values.shape[1:])
+        by_control[told] = values
+        means[name] = control_mean(by_control, told)
+    return Traced(**means, error=traced.error)
+
+
+def decide(
+    sites: Sequence[Site], control: Contributions, failing: Contributions, rows: NDArray | None = None
+) -> Verdict:
+    """Steps 3 to 5 of the rule, on all facts or on a resample of them. sites: the components."""
     pick = slice(None) if rows is None else torch.as_tensor(rows)
-    control, failing = evidence.writes_control[pick].mean(0), evidence.writes_failing[pick].mean(0)
-    heads = sum(not s.mlp for s in evidence.sites)
-    best = int(control[:heads].argmax())
-    unwritten = control.relu() - failing.relu()
-    lost = float((evidence.margin_control - evidence.margin_failing)[pick].mean())
-    share = float(unwritten.sum()) / lost
-    kind = "not retrieved" if share >= HALF else "overridden"
-    fallen = (evidence.pushes_failing - evidence.pushes_control)[pick].mean(0) + unwritten
-    suppressor = evidence.sites[int(fallen.argmin())] if kind == "overridden" else None
-    return Verdict(evidence.sites[best], suppressor, kind, float(failing[best] / control[best]), share)
+    written, still_written = control.attribution[pick].mean(0), failing.attribution[pick].mean(0)
+    best = int(written[: sum(not s.mlp for s in sites)].argmax())
+    unwritten = written.relu() - still_written.relu()
+    share = float(unwritten.sum()) / float((control.margin - failing.margin)[pick].mean())
+    kind = NOT_RETRIEVED if share >= HALF else OVERRIDDEN
+    fallen = (failing.difference - control.difference)[pick].mean(0) + unwritten
+    suppressor = sites[int(fallen.argmin())] if kind == OVERRIDDEN else None
+    return Verdict(sites[best], suppressor, kind, float(still_written[best] / written[best]), share)
 
 
-def diagnose(evidence: Evidence, case: Case, static: JointMap, *, resamples: int = 1000, seed: int = 0) -> Diagnosis:
+def diagnose(evidence: Evidence, case: Case, static: JointMap, *, seed: int = 0) -> Diagnosis:
     """The whole rule. static: the relation maps, raw and enriched, read as one."""
-    verdict, rng, n = decide(evidence), np.random.default_rng(seed), len(evidence.facts)
-    again = [decide(evidence, rng.integers(n, size=n)) for _ in range(resamples)]
+    rng, n = np.random.default_rng(seed), len(evidence.facts)
+    verdict = evidence.verdict()
+    resampled = [evidence.verdict(rng.integers(n, size=n)) for _ in range(RESAMPLES)]
+
+    def agreement(part: str) -> float:
+        return float(np.mean([getattr(v, part) == getattr(verdict, part) for v in resampled]))
+
     at = (verdict.knowledge_head.layer, verdict.knowledge_head.head)
     return Diagnosis(
         case,
         evidence,
         verdict,
-        same_head=float(np.mean([v.knowledge_head == verdict.knowledge_head for v in again])),
-        same_kind=float(np.mean([v.failure_kind == verdict.failure_kind for v in again])),
-        same_suppressor=float(np.mean([v.suppressor == verdict.suppressor for v in again])),
+        same_head=agreement("knowledge_head"),
+        same_kind=agreement("failure_kind"),
+        same_suppressor=agreement("suppressor"),
         static_score=float(static.score[at]),
         static_p=float(static.p[at]),
         static_rank=static.rank(verdict.knowledge_head),
@@ -268,7 +270,7 @@ def diagnose(evidence: Evidence, case: Case, static: JointMap, *, resamples: int
 
 def prescribe(model: Model, case: Case) -> Verdict:
     """The rule's finding for a case, without the static map and the resampling that only rate its confidence."""
-    return decide(gather(model, case, case_table(model, case)))
+    return gather(model, case, case_table(model, case)).verdict()
 
 
 def diagnose_cases(
@@ -281,13 +283,13 @@ def diagnose_cases(
     progress: str | None = None,
 ) -> list[Diagnosis]:
     """Diagnose each case that has a fact known and not told. Raises DataError, with each case's reason, if none has."""
-    found, reasons = [], []
+    diagnoses, reasons = [], []
     for case in cases:
         table = case_table(model, case, large=large, progress=progress)
         try:
-            found.append(diagnose(gather(model, case, table, progress=progress), case, static, seed=seed))
+            diagnoses.append(diagnose(gather(model, case, table, progress=progress), case, static, seed=seed))
         except NoFailure as reason:
             reasons.append(str(reason))
-    if not found:
+    if not diagnoses:
         raise DataError(f"nothing to diagnose on {model.name}. " + " ".join(reasons))
-    return found
+    return diagnoses

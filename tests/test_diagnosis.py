@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lib import diagnosis, recall, static, statistics, trace
-from lib.diagnosis import Evidence, NoFailure, decide
+from lib.diagnosis import Contributions, NoFailure, Verdict, decide
 from lib.errors import DataError
 from lib.facts import load_cases, load_templates
 from lib.recall import scorable, study_facts, tell
@@ -16,31 +16,20 @@ from tests.conftest import plain_logits
 SITES = (Site(0, 0), Site(0, 1), Site(1, 0), Site(1, 1), Site(0, mlp=True), Site(1, mlp=True))
 
 
-def evidence(writes_control, writes_failing, pushes_control, pushes_failing, margins, n: int = 4) -> Evidence:
-    def rows(values):
-        return torch.tensor(values, dtype=torch.float)[None].expand(n, -1)
+def verdict_on(written, still_written, pushed, still_pushed, margins, n: int = 4) -> Verdict:
+    """The rule on n facts alike: attribution, then difference, under the controls and under the failing template."""
 
-    control, failing = (torch.full((n,), float(m)) for m in margins)
-    flat = torch.zeros(n, 3)
-    return Evidence(
-        (),
-        (),
-        SITES,
-        rows(writes_control),
-        rows(writes_failing),
-        rows(pushes_control),
-        rows(pushes_failing),
-        control,
-        failing,
-        flat,
-        flat,
-        0.0,
-    )
+    def contributions(attribution, difference, margin) -> Contributions:
+        rows = (torch.tensor(x, dtype=torch.float)[None].expand(n, -1) for x in (attribution, difference))
+        return Contributions(*rows, torch.full((n,), float(margin)))
+
+    control, failing = zip((written, still_written), (pushed, still_pushed), margins, strict=True)
+    return decide(SITES, contributions(*control), contributions(*failing))
 
 
 def test_not_retrieved_by_hand():
     """Head L1 H1 writes 5 and then 1; the margin falls by 4, all of it knowledge not written."""
-    verdict = decide(evidence([0, 5, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0], [0, 5, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0], (3, -1)))
+    verdict = verdict_on([0, 5, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0], [0, 5, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0], (3, -1))
     assert verdict.knowledge_head == Site(0, 1) and verdict.failure_kind == "not retrieved"
     assert verdict.suppressor is None
     assert verdict.retention == pytest.approx(0.2) and verdict.unwritten == pytest.approx(1.0)
@@ -48,20 +37,18 @@ def test_not_retrieved_by_hand():
 
 def test_overridden_by_hand():
     """The same head writes 5 both times; L2 H0 pushes 6 against it only when it fails."""
-    verdict = decide(evidence([0, 5, 1, 0, 0, 0], [0, 5, 1, 0, 0, 0], [0, 5, 1, 0, 0, 0], [0, 5, -5, 0, 0, 0], (3, -3)))
+    verdict = verdict_on([0, 5, 1, 0, 0, 0], [0, 5, 1, 0, 0, 0], [0, 5, 1, 0, 0, 0], [0, 5, -5, 0, 0, 0], (3, -3))
     assert verdict.failure_kind == "overridden" and verdict.suppressor == Site(1, 0)
     assert verdict.unwritten == pytest.approx(0.0)
 
 
 def test_an_mlp_may_be_the_suppressor():
-    verdict = decide(evidence([0, 5, 1, 0, 0, 0], [0, 4, 1, 0, 0, 0], [0, 5, 1, 0, 0, 0], [0, 4, 1, 0, 0, -7], (3, -5)))
+    verdict = verdict_on([0, 5, 1, 0, 0, 0], [0, 4, 1, 0, 0, 0], [0, 5, 1, 0, 0, 0], [0, 4, 1, 0, 0, -7], (3, -5))
     assert verdict.suppressor == Site(1, mlp=True) and verdict.failure_kind == "overridden"
 
 
 def test_what_a_knowledge_head_no_longer_writes_does_not_make_it_a_suppressor():
-    verdict = decide(
-        evidence([0, 5, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0], [0, 5, 0, 0, 0, 0], [0, 1, 0, -3, 0, -4], (3, -8))
-    )
+    verdict = verdict_on([0, 5, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0], [0, 5, 0, 0, 0, 0], [0, 1, 0, -3, 0, -4], (3, -8))
     assert verdict.failure_kind == "overridden"  # 4 of 11 lost
     assert verdict.suppressor == Site(1, mlp=True)
 
@@ -147,7 +134,7 @@ def test_a_case_without_a_failure_says_so(organism):
 
 def test_the_judge_can_disagree(organism, monkeypatch):
     wrong = [{**case, "knowledge_head": "L1 H1"} for case in PLANTED]
-    monkeypatch.setattr(diagnosis, "planted", lambda: wrong)
+    monkeypatch.setattr(knowledge_path, "planted", lambda: wrong)
     assert not knowledge_path.judge(organism).agrees.any()
 
 

@@ -149,8 +149,8 @@ def cumulative_curves(diagnoses: Sequence[Diagnosis]) -> Figure:
     fig, axes = _panels(1, len(diagnoses), (4.9 * len(diagnoses), 4))
     for ax, d in zip(axes.flat, diagnoses, strict=True):
         for curves, colour, name in (
-            (d.evidence.curve_control, BLUE, "told under control templates"),
-            (d.evidence.curve_failing, RED, "failing template"),
+            (d.evidence.control.curve, BLUE, "told under control templates"),
+            (d.evidence.failing.curve, RED, "failing template"),
         ):
             layers = np.arange(curves.shape[1])
             ax.plot(layers, curves.T.cpu().numpy(), color=colour, lw=0.6, alpha=0.45)
@@ -170,8 +170,8 @@ def writing_heatmaps(diagnosis: Diagnosis) -> Figure:
     """What each head writes of the answer, controls above (or left) and failing template below (or right)."""
     e = diagnosis.evidence
     grids = {
-        "control templates: the answer, more than other answers": e.grid(e.writes_control.mean(0)),
-        f"failing template ({diagnosis.case.title})": e.grid(e.writes_failing.mean(0)),
+        "control templates: the answer, more than other answers": e.grid(e.control.attribution.mean(0)),
+        f"failing template ({diagnosis.case.title})": e.grid(e.failing.attribution.mean(0)),
     }
     return head_heatmap(grids, label="logits written", signed=True, mark=[diagnosis.verdict.knowledge_head])
 

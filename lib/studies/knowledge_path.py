@@ -121,7 +121,7 @@ def lens_flip(ranks: Float[Tensor, "fact n_layers+1"]) -> int | None:
 
 def knowledge_heads(diagnosis: Diagnosis, k: int = 4) -> list[Site]:
     """The k heads that write most under the controls, strongest first."""
-    written = diagnosis.evidence.writes_control.mean(0)
+    written = diagnosis.evidence.control.attribution.mean(0)
     order = [diagnosis.evidence.sites[i] for i in written.argsort(descending=True).tolist()]
     return [s for s in order if not s.mlp][:k]
 

@@ -36,16 +36,15 @@ from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lib.diagnosis import Evidence, decide
+from lib.diagnosis import NOT_RETRIEVED, OVERRIDDEN, Contributions, contributions, control_mean, decide
 from lib.errors import DataError
 from lib.facts import Fact, prompts
 from lib.interventions import Run, margins, patched, run
 from lib.models import Model
 from lib.sites import Site
 from lib.static import enrich
-from lib.trace import Capture, components, logit_trace, subject_positions
+from lib.trace import components, subject_positions
 
-NOT_RETRIEVED, OVERRIDDEN = "not retrieved", "overridden"
 PATCHED = 5  # facts that are patched, in the upper two thirds of the layers: the costly part
 READS = 0.25  # attention to the subject of a head that looks at it
 WRITES = 0.25  # of the strongest head's writing: a head that writes
@@ -72,8 +71,8 @@ class Look:
     sites: tuple[Site, ...]
     all_told: Bool[Tensor, "template asked"]
     told: Bool[Tensor, "template fact"]
-    push: Float[Tensor, "template fact component"]
-    writes: Float[Tensor, "template fact component"]
+    difference: Float[Tensor, "template fact component"]
+    attribution: Float[Tensor, "template fact component"]
     margin: Float[Tensor, "template fact"]
     attention: Float[Tensor, "template fact n_layers n_heads"]
     effect: Float[Tensor, "component patched"]
@@ -82,12 +81,7 @@ class Look:
 
     def control(self, values: Float[Tensor, "template fact ..."]) -> Float[Tensor, "fact ..."]:
         """Mean over the control templates that tell a fact."""
-        return _control_mean(values[1:], self.told[1:])
-
-
-def _control_mean(values: Float[Tensor, "control fact ..."], told: Bool[Tensor, "control fact"]) -> Tensor:
-    weight = told.float().view(*told.shape, *[1] * (values.dim() - 2))
-    return (values * weight).sum(0) / weight.sum(0)
+        return control_mean(values[1:], self.told[1:])
 
 
 def see(model: Model, facts: Sequence[Fact], templates: Sequence[str]) -> list[Run]:
@@ -114,12 +108,12 @@ def look_at(model: Model, facts: Sequence[Fact], seen: Sequence[Run]) -> Look | 
         return None
     chosen, own, some = [s.take(rows) for s in seen], answers[rows], tuple(facts[i] for i in rows)
     pairs = torch.stack((own, strongest_wrong(chosen[0].logits, own)), 1)
-    traced = [_trace(model, s.capture(), pairs, answers.unique()) for s in chosen]
-    push, writes = (torch.stack(x) for x in zip(*traced, strict=True))
+    traced = [contributions(model, s.capture(), pairs, answers.unique()) for s in chosen]
+    difference, attribution = (torch.stack([getattr(t, x) for t in traced]) for x in ("difference", "attribution"))
     margin = torch.stack([margins(s, pairs) for s in chosen])
     attention = torch.stack([subject_attention(model, s, some) for s in chosen])
     first, lowest = range(min(PATCHED, len(rows))), weights.n_layers // 3
-    z, mlps = (_control_mean(torch.stack([getattr(s, x) for s in chosen[1:]]), told[1:, rows]) for x in ("z", "mlps"))
+    z, mlps = (control_mean(torch.stack([getattr(s, x) for s in chosen[1:]]), told[1:, rows]) for x in ("z", "mlps"))
     back = patched(model, chosen[0].take(first), z[first], mlps[first], pairs[first], lowest=lowest)
     return Look(
         tuple(facts),
@@ -127,8 +121,8 @@ def look_at(model: Model, facts: Sequence[Fact], seen: Sequence[Run]) -> Look | 
         components(model),
         told,
         told[:, rows],
-        push,
-        writes,
+        difference,
+        attribution,
         margin,
         attention,
         back - margin[0, first],
@@ -149,16 +143,6 @@ def first_tokens(model: Model, facts: Sequence[Fact]) -> Int[Tensor, " fact"]:
 
 def strongest_wrong(logits: Float[Tensor, "n vocab"], answers: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     return logits.scatter(1, answers[:, None], float("-inf")).argmax(1)
-
-
-def _trace(model: Model, seen: Capture, pairs: Int[Tensor, "n 2"], bank: Int[Tensor, " b"]) -> tuple[Tensor, Tensor]:
-    """push and writes (fact, component) of one template."""
-    answers = logit_trace(model, seen, bank[None].expand(len(pairs), -1))
-    flat = torch.cat((answers.heads.flatten(2), answers.mlps), -1)
-    own = flat[(bank[None] == pairs[:, :1]).nonzero(as_tuple=True)]
-    margin = logit_trace(model, seen, pairs).difference()
-    push = torch.cat((margin.heads.flatten(2), margin.mlps), -1)[:, 0]
-    return push, own - (flat.sum(1) - own) / max(1, len(bank) - 1)
 
 
 # From the weights alone
@@ -207,13 +191,13 @@ def _robust(norms: Float[Tensor, "component word"]) -> Float[Tensor, " component
 
 def fall(look: Look) -> Float[Tensor, " component"]:
     """How much less each component pushes in the failing prompt than under the controls, on average."""
-    return (look.control(look.push) - look.push[0]).mean(0)
+    return (look.control(look.difference) - look.difference[0]).mean(0)
 
 
 def excess(look: Look) -> Float[Tensor, " component"]:
     """How far each component's push falls below its lowest under any control that tells the fact, on average."""
     untold = ~look.told[1:, :, None]
-    return (look.push[1:].masked_fill(untold, float("inf")).amin(0) - look.push[0]).mean(0)
+    return (look.difference[1:].masked_fill(untold, float("inf")).amin(0) - look.difference[0]).mean(0)
 
 
 def faults(look: Look) -> Float[Tensor, " component"]:
@@ -227,9 +211,9 @@ def kind_at(look: Look, component: int) -> str:
     """Step 3."""
     if look.sites[component].mlp:
         return OVERRIDDEN
-    control, heads = look.control(look.writes).mean(0), look.maps.numel()
+    control, heads = look.control(look.attribution).mean(0), look.maps.numel()
     fell = float(fall(look)[component])
-    lost = float(control[component] - look.writes[0].mean(0)[component])
+    lost = float(control[component] - look.attribution[0].mean(0)[component])
     reads = float(look.control(look.attention).mean(0).flatten()[component]) >= READS
     wrote = float(control[component]) >= WRITES * float(control[:heads].max()) and lost >= LOST * fell
     through_others = fell < float(look.effect[component].mean()) / 2
@@ -265,29 +249,15 @@ def joined(look: Look) -> Named:
 
 def book(look: Look) -> Named:
     """The rule of chapter 2 (`diagnosis.decide`): the suppressor, or the knowledge head where there is none."""
-    flat, c = torch.zeros(len(look.facts), 1), look.control
-    verdict = decide(
-        Evidence(
-            look.facts,
-            (),
-            look.sites,
-            c(look.writes),
-            look.writes[0],
-            c(look.push),
-            look.push[0],
-            c(look.margin),
-            look.margin[0],
-            flat,
-            flat,
-            0.0,
-        )
-    )
+    values = (look.attribution, look.difference, look.margin)
+    control, failing = Contributions(*map(look.control, values)), Contributions(*(x[0] for x in values))
+    verdict = decide(look.sites, control, failing)
     return Named(verdict.suppressor or verdict.knowledge_head, verdict.failure_kind)
 
 
 def knowledge_head(look: Look) -> Site:
     """The head that writes most under the controls."""
-    return look.sites[int(look.control(look.writes).mean(0)[: look.maps.numel()].argmax())]
+    return look.sites[int(look.control(look.attribution).mean(0)[: look.maps.numel()].argmax())]
 
 
 def _named(look: Look, component: int) -> Named:
@@ -300,7 +270,7 @@ RULES: dict[str, Callable[[Look], Named]] = {
     "dynamic alone": dynamic,
     "static alone": static,
     "chapter 2": book,
-    "most negative attribution": lambda look: _named(look, int(look.push[0].mean(0).argmin())),
+    "most negative attribution": lambda look: _named(look, int(look.difference[0].mean(0).argmin())),
     "largest fall": lambda look: _named(look, int(fall(look).argmax())),
     "largest patching effect": lambda look: _named(look, int(look.effect.mean(1).argmax())),
 }

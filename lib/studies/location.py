@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lib.diagnosis import Verdict, case_table, decide, gather
+from lib.diagnosis import Verdict, case_table, gather
 from lib.errors import EditError
 from lib.evaluation import Protocol, ask, prepare, prepare_all, questions
 from lib.facts import Case, load_cases, load_templates
@@ -55,8 +55,8 @@ def setting(model: Model) -> Setting:
     """The first case of a model, diagnosed."""
     case = trainable(model, load_cases(model.name)[0])
     evidence = gather(model, case, case_table(model, case))
-    opponent = evidence.sites[int(evidence.pushes_failing.mean(0).argmin())]
-    return Setting(case, decide(evidence), evidence.writes_control.mean(0), opponent)
+    opponent = evidence.sites[int(evidence.failing.difference.mean(0).argmin())]
+    return Setting(case, evidence.verdict(), evidence.control.attribution.mean(0), opponent)
 
 
 @once_a_model

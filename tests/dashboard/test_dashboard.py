@@ -131,8 +131,8 @@ def test_contributions_are_those_of_the_diagnosis(board, organism):
         assert [case.facts[i] for i in shown.failing] == list(evidence.facts)
         means = {name: np.array(weights) for name, weights in shown.means().items()}
         for key, control, failing in (
-            ("writes", evidence.writes_control, evidence.writes_failing),
-            ("pushes", evidence.pushes_control, evidence.pushes_failing),
+            ("writes", evidence.control.attribution, evidence.failing.attribution),
+            ("pushes", evidence.control.difference, evidence.failing.difference),
         ):
             own = arrays[f"{key}/{case.name}"][0]
             np.testing.assert_allclose(own @ means["control"], evidence.grid(control.mean(0)), atol=1e-4)
