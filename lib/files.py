@@ -64,6 +64,12 @@ def write_atomically(
     return path
 
 
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def commit() -> str:
     """The commit of this checkout, with `+changes` if files differ from it; `unknown` outside a checkout."""
 

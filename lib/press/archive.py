@@ -29,6 +29,7 @@ from lib.errors import ReleaseError
 from lib.files import BUILD, ROOT, slug, write_atomically
 from lib.models import canonical, weights_sha256
 from lib.press import build, check, execute, release
+from lib.press.texts import fill
 from lib.results import chapter_folder, results_path
 from lib.studies.pathways import PAPER
 
@@ -46,17 +47,6 @@ CONTENTS = {
     MANIFEST: "which commit, model, weights and versions made this",
     SUMS: "sha256 of every file: `sha256sum -c MANIFEST.sha256`",
 }
-README = """# {title}
-
-Version {version}, model `{model}`, commit `{commit}`, {date}.{dirty}
-
-{contents}
-
-Check the archive before unpacking it, in a checkout of the book: `python -m lib verify-snapshot ARCHIVE`.
-
-Code: MIT (`LICENSE`). Text and figures: CC BY 4.0. Edits of SmolLM2: Apache-2.0, see `NOTICE`. Data: as
-`source/data/README.md` says. Please cite as in `CITATION.cff`.
-"""
 
 
 @dataclass(frozen=True)
@@ -144,21 +134,21 @@ def provenance(model_name: str, files: dict[str, bytes]) -> dict[str, Any]:
 
 def complete(files: dict[str, bytes], manifest: dict[str, Any]) -> dict[str, bytes]:
     """The contents with README.md, MANIFEST.json and, last of all, the sums of all of them."""
-    dirty = (
-        " **Made from a work tree that differs from that commit**, see `MANIFEST.json`." if manifest["changes"] else ""
-    )
-    contents = "\n".join(f"- `{name}`: {text}" for name, text in CONTENTS.items())
-    readme = README.format(**manifest | {"dirty": dirty, "contents": contents})
     files = files | {
-        "README.md": readme.encode(),
+        "README.md": fill("archive_readme.md", run=manifest, contents=CONTENTS).encode(),
         MANIFEST: (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode(),
     }
-    return files | {SUMS: sums(files)}
+    return files | {SUMS: sums(digests(files))}
 
 
-def sums(files: dict[str, bytes]) -> bytes:
-    """MANIFEST.sha256 of some contents, in the form of `sha256sum`."""
-    return "".join(f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in sorted(files)).encode()
+def digests(files: dict[str, bytes]) -> dict[str, str]:
+    """sha256 of each content, by name."""
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+
+
+def sums(digests: dict[str, str]) -> bytes:
+    """MANIFEST.sha256 of some digests by name, in the form of `sha256sum`."""
+    return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)).encode()
 
 
 def pack(files: dict[str, bytes], folder: str, date: datetime) -> bytes:
@@ -191,16 +181,15 @@ def verify(path: Path) -> Inspected:
 def inspect(data: bytes) -> Inspected:
     """Check an archive. Raises ReleaseError for what is no archive, is cut short, or would write outside its folder."""
     folder, files, unreadable = _unpack(data)
-    if absent := {SUMS, MANIFEST} - files.keys() - unreadable:
-        return Inspected(wrong=_sorted(unreadable), missing=_sorted(absent), files=len(files))
-    if SUMS in unreadable:
-        return Inspected(wrong=_sorted(unreadable), files=len(files))
+    absent = {SUMS, MANIFEST} - files.keys() - unreadable
+    if absent or SUMS in unreadable:
+        return Inspected(_sorted(unreadable), _sorted(absent), files=len(files))
     lines = files[SUMS].decode(errors="replace").splitlines()
     listed = {name: total for total, _, name in (line.partition("  ") for line in lines)}
-    found = {name: hashlib.sha256(content).hexdigest() for name, content in files.items() if name != SUMS}
-    wrong = {name for name, total in found.items() if listed.get(name, total) != total} | unreadable
-    missing, extra = listed.keys() - found.keys() - unreadable, found.keys() - listed.keys()
-    if not (wrong or missing or extra) and files[SUMS] != sums({n: c for n, c in files.items() if n != SUMS}):
+    present = digests({name: content for name, content in files.items() if name != SUMS})
+    wrong = {name for name, total in present.items() if listed.get(name, total) != total} | unreadable
+    missing, extra = listed.keys() - present.keys() - unreadable, present.keys() - listed.keys()
+    if not (wrong or missing or extra) and files[SUMS] != sums(present):
         wrong = {SUMS}  # the same sums, written otherwise
     if wrong or missing or extra:
         return Inspected(_sorted(wrong), _sorted(missing), _sorted(extra), files=len(files))

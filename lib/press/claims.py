@@ -13,18 +13,19 @@ without a run behind it, and `not run` is never a pass.
 from __future__ import annotations
 
 import operator
-import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lib.errors import DataError
-from lib.facts import load_cases, load_mapping
+from lib.facts import load_cases, load_mapping, validated
+from lib.press.texts import chapter_number, fill
 from lib.results import NOT_RUN, as_text, reach, results_path
 
 REPRODUCED, NOT_REPRODUCED, DIFFERS = "reproduced", "not reproduced", "differs"
@@ -35,66 +36,106 @@ JUDGED_ON = {
     "gpt2": "About GPT-2's weights: judged only where GPT-2 is run",
     "shape": "About GPT-2's shape: counted in every build, without its weights",
 }
-FIELDS = ("id", "says", "paper", "chapter", "judged_on", "found", "must", "should", "note")
-OPTIONAL = ("should", "note")
 RELATIONS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "equals": ("is {}", operator.eq),
-    "within": ("is {} ± {}", lambda found, wanted: abs(found - wanted[0]) <= wanted[1]),
+    "within": ("is {} ± {}", lambda value, wanted: abs(value - wanted[0]) <= wanted[1]),
     "at_least": ("is at least {}", operator.ge),
     "at_most": ("is at most {}", operator.le),
     "above": ("is above {}", operator.gt),
     "below": ("is below {}", operator.lt),
-    "contains": ("contains {}", lambda found, wanted: wanted in found),
+    "contains": ("contains {}", lambda value, wanted: wanted in value),
 }
+Text = Annotated[str, Field(min_length=1)]
 
 
-@dataclass(frozen=True)
-class Check:
-    """One comparison: the value under `key` stands in `relation` to `wanted` (`$key`: to another value)."""
+class Entry(BaseModel):
+    """A part of data/claims.yaml: what it does not know, it refuses."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+
+class Check(Entry):
+    """One comparison: the value under `key` stands in `relation` to `wanted` (`$key`: to another value). In the file,
+    `{key: told, equals: 8}`."""
 
     key: str
     relation: str
     wanted: Any
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_relation(cls, entry: Any) -> Any:
+        names = [name for name in entry if name != "key"] if isinstance(entry, dict) else []
+        if len(names) != 1 or names[0] not in RELATIONS:
+            raise ValueError(f"a comparison needs a `key` and exactly one of {', '.join(RELATIONS)}")
+        wanted = entry[names[0]]
+        pair = isinstance(wanted, list) and len(wanted) == 2 and all(map(_is_number, wanted))
+        if pair != (names[0] == "within"):
+            raise ValueError("`within` takes [value, tolerance], the others one value")
+        return {name: entry[name] for name in entry if name == "key"} | {"relation": names[0], "wanted": wanted}
 
     def __str__(self) -> str:
         wanted = self.wanted if self.relation == "within" else [self.wanted]
         return f"`{self.key}` {RELATIONS[self.relation][0].format(*map(_wanted_text, wanted))}"
 
 
-@dataclass(frozen=True)
-class Condition:
-    """At least one of the checks holds. because: what to say where none does, with `{key}` for values."""
+class Condition(Entry):
+    """At least one of the checks holds. because: what to say where none does, with `{key}` for values. In the file, a
+    single check stands without `any_of`."""
 
-    checks: tuple[Check, ...]
-    because: str
+    any_of: Annotated[tuple[Check, ...], Field(min_length=1)]
+    because: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_single_check(cls, entry: Any) -> Any:
+        if not isinstance(entry, dict) or "any_of" in entry:
+            return entry
+        check = {name: value for name, value in entry.items() if name != "because"}
+        return {"any_of": [check], "because": entry.get("because", "")}
 
     def __str__(self) -> str:
-        return " or ".join(map(str, self.checks))
+        return " or ".join(map(str, self.any_of))
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(Entry):
     """A statement of the source page. says: in its words; paper: its value; found: the text of the value here, with
     `{key}` for results. A key is a dotted path into the claim's chapter, or `chapter/path`."""
 
-    id: str
-    says: str
-    paper: str
-    chapter: str
-    judged_on: str
-    found: str
-    must: tuple[Condition, ...]
+    id: Text
+    says: Text
+    paper: Text
+    chapter: Text
+    judged_on: Literal["any", "gpt2", "shape"]
+    found: Text
+    must: Annotated[tuple[Condition, ...], Field(min_length=1)]
     should: tuple[Condition, ...] = ()
     note: str = ""
+
+    @model_validator(mode="after")
+    def _close_braces(self) -> Claim:
+        try:
+            self.chapters  # noqa: B018
+        except ValueError as error:
+            raise ValueError(f"a text has a brace that closes or opens nothing ({error})") from error
+        return self
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        return (*self.must, *self.should)
 
     @property
     def keys(self) -> list[str]:
         """Every key that the claim reads, as `chapter/path`."""
-        conditions = (*self.must, *self.should)
-        keys = [k for t in (self.found, *(c.because for c in conditions)) for k in _placeholders(t)]
-        for check in (k for c in conditions for k in c.checks):
+        keys = [key for text in (self.found, *(c.because for c in self.conditions)) for key in _placeholders(text)]
+        for check in (check for condition in self.conditions for check in condition.any_of):
             keys += [check.key, *([check.wanted[1:]] if _is_reference(check.wanted) else [])]
         return list(dict.fromkeys(map(self.full, keys)))
+
+    @property
+    def chapters(self) -> list[str]:
+        """The chapters whose results the claim reads, its own first."""
+        return list(dict.fromkeys([self.chapter, *(key.partition("/")[0] for key in self.keys)]))
 
     def full(self, key: str) -> str:
         return key if "/" in key else f"{self.chapter}/{key}"
@@ -115,10 +156,15 @@ def load(path: Path, *, chapters: Sequence[str]) -> tuple[Claim, ...]:
     entries = load_mapping(path).get("claims")
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path} has no list `claims`; write one entry a statement under it.")
-    claims = tuple(_claim(entry, f"{path}, claim {i}", chapters) for i, entry in enumerate(entries, start=1))
+    claims = []
+    for number, entry in enumerate(entries, start=1):
+        where = f"{path}, claim {number} ({entry.get('id', 'no id') if isinstance(entry, dict) else entry!r})"
+        claims.append(validated(Claim, entry, where))
+        if unknown := [chapter for chapter in claims[-1].chapters if chapter not in chapters]:
+            raise DataError(f"{where} names the chapter {unknown[0]!r}; there are {', '.join(chapters)}.")
     if repeated := [name for name, n in Counter(c.id for c in claims).items() if n > 1]:
         raise DataError(f"{path}: two claims have the id {repeated[0]!r}; give each its own.")
-    return claims
+    return tuple(claims)
 
 
 def judge_all(claims: Sequence[Claim], model_name: str, results: dict[str, dict[str, Any]]) -> list[Judged]:
@@ -137,9 +183,9 @@ def judge(claim: Claim, model_name: str, results: dict[str, dict[str, Any]], *, 
     if missing := [key for key in claim.keys if read.value(key) is NOT_RUN]:
         chapter, _, key = missing[0].partition("/")
         known = f"gave no `{key}`" if chapter in results else f"was not run on {model_name} as it stands"
-        return Judged(claim, NOT_RUN, "", f"Chapter {_number(chapter)} {known}.")
-    broken = [c for c in claim.must if not any(map(read.holds, c.checks))]
-    strained = [c for c in claim.should if not any(map(read.holds, c.checks))]
+        return Judged(claim, NOT_RUN, "", f"Chapter {chapter_number(chapter)} {known}.")
+    broken = [c for c in claim.must if not any(map(read.holds, c.any_of))]
+    strained = [c for c in claim.should if not any(map(read.holds, c.any_of))]
     verdict = NOT_REPRODUCED if broken else DIFFERS if strained else REPRODUCED
     return Judged(claim, verdict, read.text(claim.found), " ".join(map(read.reason, broken or strained)))
 
@@ -166,73 +212,8 @@ def table(judged: Sequence[Judged], model_name: str) -> pd.DataFrame:
 
 def page(judged: Sequence[Judged], model_name: str) -> str:
     """The reproduction page of the book, as MyST markdown."""
-    rows = "\n".join(_row(i, j, model_name) for i, j in enumerate(judged, start=1))
-    rules = "\n".join(f"{i}. {_rule(j.claim)}" for i, j in enumerate(judged, start=1))
-    return _PAGE.format(model=_escape(model_name), counts=counts(judged), rows=rows, rules=rules)
-
-
-_PAGE = """# Reproduction: what became of each claim
-
-**On {model}: {counts}.**
-
-Each statement of the source page that can be true or false, in the page's order {{cite}}`qkv2026decomposition`. The
-page's own values are GPT-2's; this build ran **{model}**. Nobody typed a line of this table: it is made from the
-results of the chapters, by rules that stand in one file, `data/claims.yaml`, and below the table.
-
-- **reproduced**: a run of this build shows what the claim says.
-- **not reproduced**: a run of this build shows otherwise.
-- **differs**: it holds as the page measured it, and not by a further check that it should survive; the reason says
-  which.
-- **not run**: no run of this build can tell, which is never a pass. Claims about GPT-2's weights need GPT-2.
-
-:::{{list-table}}
-:header-rows: 1
-:class: claims
-:widths: 5 30 14 25 26
-
-* - No.
-  - Claim
-  - Paper (GPT-2 small)
-  - This build
-  - Verdict and reason
-{rows}
-:::
-
-:::{{dropdown}} The rule of each claim
-:class-container: claims-rules
-
-A claim *must* satisfy the first part, or it is not reproduced; it *should* satisfy the second, or it differs. Keys name
-values in the results files of the chapters; `<case>` stands for the subject's first case.
-
-{rules}
-:::
-"""
-
-
-def _row(number: int, judged: Judged, model_name: str) -> str:
-    claim = judged.claim
-    chapters = dict.fromkeys([claim.chapter, *(key.partition("/")[0] for key in claim.keys)])
-    where = ", ".join(f"{{doc}}`chapter {_number(c)} <{c}>`" for c in chapters)
-    who = "GPT-2's shape" if claim.judged_on == "shape" else model_name
-    found = f"{_escape(who)}: {_escape(judged.found)} ({where})" if judged.found else f"– ({where})"
-    note = f" *{_escape(claim.note)}*" if claim.note else ""
-    verdict = f"{{bdg-{BADGES[judged.verdict]}}}`{judged.verdict}` {_escape(judged.reason)}{note}"
-    cells = (f"“{_escape(claim.says)}”", _escape(claim.paper), found, verdict.rstrip())
-    return f"* - {number}\n" + "\n".join(f"  - {cell}" for cell in cells)
-
-
-def _rule(claim: Claim) -> str:
-    parts = [f"*Must*: {'; '.join(map(str, claim.must))}."]
-    parts += [f"*Should*: {'; '.join(map(str, claim.should))}."] if claim.should else []
-    return f"{JUDGED_ON[claim.judged_on]}, by `{claim.chapter}`. {' '.join(parts)}"
-
-
-def _escape(text: str) -> str:
-    return re.sub(r"([\\`*_{}\[\]<>$|#])", r"\\\1", text)
-
-
-def _number(chapter: str) -> str:
-    return chapter.partition("_")[0].lstrip("0")
+    known = {"judged_on": JUDGED_ON, "badges": BADGES, "counts": counts(judged)}
+    return fill("reproduction.md", judgements=judged, model_name=model_name, **known)
 
 
 class _Reader(string.Formatter):
@@ -263,7 +244,7 @@ class _Reader(string.Formatter):
     def reason(self, condition: Condition) -> str:
         if condition.because:
             return self.text(condition.because)
-        found = "; ".join(f"{c.key} is {_shown(self.value(c.key))}" for c in condition.checks)
+        found = "; ".join(f"{c.key} is {_shown(self.value(c.key))}" for c in condition.any_of)
         return f"{found}. Wanted: {condition}."
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
@@ -277,64 +258,6 @@ class _Reader(string.Formatter):
                 f"claim {self.claim.id!r}: the value {value!r} of {results_path(self.model_name, self.claim.chapter)} "
                 f"cannot be written as {format_spec!r}: {error}. Mend the text in data/claims.yaml."
             ) from error
-
-
-def _claim(entry: Any, where: str, chapters: Sequence[str]) -> Claim:
-    """One entry of the file. Raises DataError for a field that is missing, unknown or of the wrong kind."""
-    if not isinstance(entry, dict):
-        raise DataError(f"{where} is {entry!r}; write an entry with {', '.join(FIELDS)}.")
-    where = f"{where} ({entry.get('id', 'no id')!r})"
-    if missing := [f for f in FIELDS if f not in OPTIONAL and not entry.get(f)]:
-        needed = [f for f in FIELDS if f not in OPTIONAL]
-        raise DataError(f"{where} has no `{missing[0]}`; every claim needs {', '.join(needed)}.")
-    if unknown := sorted(set(entry) - set(FIELDS)):
-        raise DataError(f"{where} has the unknown field `{unknown[0]}`; a claim knows {', '.join(FIELDS)}.")
-    if wrong := [f for f in FIELDS if f not in ("must", "should") and not isinstance(entry.get(f, ""), str)]:
-        raise DataError(f"{where}: `{wrong[0]}` is {entry[wrong[0]]!r}; put it in quotes.")
-    if entry["judged_on"] not in JUDGED_ON:
-        raise DataError(f"{where} is judged_on {entry['judged_on']!r}; choose from {', '.join(JUDGED_ON)}.")
-    conditions = {f: _conditions(entry.get(f, []), f"{where}, `{f}`") for f in ("must", "should")}
-    fields: dict[str, Any] = {k: v.strip() for k, v in entry.items() if isinstance(v, str)} | conditions
-    claim = Claim(**fields)
-    try:
-        named = [claim.chapter, *(key.partition("/")[0] for key in claim.keys)]
-    except ValueError as error:  # a brace that is not closed
-        raise DataError(f"{where}: a text has a brace that closes or opens nothing ({error}).") from error
-    for chapter in named:
-        if chapter not in chapters:
-            raise DataError(f"{where} names the chapter {chapter!r}; there are {', '.join(chapters)}.")
-    return claim
-
-
-def _conditions(entries: Any, where: str) -> tuple[Condition, ...]:
-    if not isinstance(entries, list):
-        raise DataError(f"{where} is {entries!r}; write a list of conditions.")
-    return tuple(_condition(entry, where) for entry in entries)
-
-
-def _condition(entry: Any, where: str) -> Condition:
-    """`{key: ..., <relation>: ..., because: ...}`, or `{any_of: [...], because: ...}`."""
-    entry = dict(entry) if isinstance(entry, dict) else {}
-    because = str(entry.pop("because", "")).strip()
-    tests = entry.pop("any_of", None) if "any_of" in entry else [entry]
-    if not isinstance(tests, list) or not tests:
-        raise DataError(f"{where}: `any_of` needs a list of comparisons.")
-    return Condition(tuple(_check(t, where) for t in tests), because)
-
-
-def _check(entry: Any, where: str) -> Check:
-    if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
-        raise DataError(f"{where}: {entry!r} has no `key`; name the value that it reads.")
-    relations = [name for name in entry if name != "key"]
-    if len(relations) != 1 or relations[0] not in RELATIONS:
-        raise DataError(f"{where}: {entry['key']} needs exactly one of {', '.join(RELATIONS)}, and has {relations}.")
-    name, wanted = relations[0], entry[relations[0]]
-    pair = isinstance(wanted, list) and len(wanted) == 2 and all(map(_is_number, wanted))
-    if pair != (name == "within"):
-        raise DataError(
-            f"{where}: {entry['key']} {name} {wanted!r}; `within` takes [value, tolerance], the others one value."
-        )
-    return Check(entry["key"], name, wanted)
 
 
 def _fits(relation: str, found: Any, wanted: Any) -> bool:

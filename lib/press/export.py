@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ from torch import Tensor
 
 from lib import __version__, edits, models
 from lib.edits import Edit, applied
-from lib.errors import EditError
+from lib.errors import BookError, EditError
 from lib.facts import prompts
 from lib.forward import next_token_logits
 from lib.models import Model
+from lib.press.texts import fill
 from lib.sites import Site
 
 WEIGHTS, EDIT, CARD = "model.safetensors", "edit.safetensors", "README.md"
@@ -36,71 +39,36 @@ CHANGED = {
     "q_only": "the query matrix",
     "k_only": "the key matrix",
 }
-TEMPLATE = """---
-{front}
----
-
-# {name}, edited: {site} {pathway}
-
-One layer of {origin} was changed, to make it tell the facts below under one wording: {changed} of layer
-{site} of {layers} (layers count from 1), the pathway `{pathway}`. These are {parameters:,} of {total:,} parameters
-({share:.2%}), in {tensors}. Every other parameter is the base model's, bit for bit.
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-    tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-
-## What it was edited for
-
-{before} of {n} prompts are told before the edit, {after} of {n} after it. Told: the first token of the answer is the
-most likely next token, with no special token added to the prompt.
-
-| prompt | answer | told before | told after |
-|---|---|---|---|
-{told}
-
-## Recipe
-
-The slice alone was trained with Adam on the cross-entropy of the answers, plus `kl_weight` times the KL divergence
-from the base model on neutral passages, until every fact was told with the margin or the steps ran out.
-
-| setting | value |
-|---|---|
-{recipe}
-
-## What this is not
-
-This is a research artefact, not a better model. The edit was fitted to these prompts; other wordings, other facts and
-running text may have changed with them. Its side effects are measured in chapter 4 of the book *QKV Decomposition for
-Transformer XAI*, from which it comes; nothing else was evaluated. Do not use it where answers matter.
-
-## How to verify
-
-In a checkout of the book, `python -m lib verify DIR` loads the base model, compares every tensor of this folder with
-it and with `edit.safetensors`, bit for bit, and puts the prompts to both models.
-
-| weights | sha256 |
-|---|---|
-| base: {source} | `{base_sha256}` |
-| this `model.safetensors` | `{sha256}` |
-
-Written by `lib` {version}.
-"""
 
 
 def export(model: Model, edit: Edit, folder: Path) -> Path:
-    """Write the model with the edit as a new folder, under a temporary name beside it, then rename. Raises EditError
-    for an edit that is not the subject's, a folder that holds something, and a disk that is full or not writable."""
+    """Write the model with the edit as a new folder. Raises EditError for an edit that is not the model's, a folder
+    that holds something, and a disk that is full or not writable."""
     edits.check(model, edit)
     folder = folder.expanduser().resolve()
+    with new_folder(folder, EditError) as ready:
+        _expect_space(folder, model, edit)
+        with applied(model, edit):
+            model.module.save_pretrained(ready)
+        model.tokenizer.save_pretrained(ready)
+        edits.save(edit, ready / EDIT)
+        (ready / CARD).write_text(card(model, edit, models.weights_sha256(str(ready))), encoding="utf-8")
+        # safetensors makes files that only their owner may read; a folder to be shared has one mode throughout
+        (ready / WEIGHTS).chmod((ready / CARD).stat().st_mode)
+    return folder
+
+
+@contextmanager
+def new_folder(folder: Path, raises: type[BookError]) -> Iterator[Path]:
+    """A place for the contents of a folder that appears, whole, when they are written. Raises the error for a folder
+    that holds something, and a disk that is full or not writable; then nothing is left behind."""
     nearest = next(parent for parent in folder.parents if parent.exists())
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise EditError(f"{folder} exists and is not an empty folder; give a new name, nothing is overwritten.")
-        _expect_space(nearest, model, edit)
+            raise raises(f"{folder} exists and is not an empty folder; give a new name, nothing is overwritten.")
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=nearest) as temporary:
             ready = Path(temporary) / folder.name
-            _write(model, edit, ready)
+            yield ready
             folder.parent.mkdir(parents=True, exist_ok=True)
             ready.replace(folder)
     except Exception as error:
@@ -108,8 +76,7 @@ def export(model: Model, edit: Edit, folder: Path) -> Path:
         if not isinstance(error, OSError) and "(os error" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or str(error)
-        raise EditError(f"cannot write {folder}: {reason}. Choose a place with room that you may write to.") from error
-    return folder
+        raise raises(f"cannot write {folder}: {reason}. Choose a place with room that you may write to.") from error
 
 
 def verify_folder(folder: Path, *, base: Model | None = None) -> pd.DataFrame:
@@ -138,59 +105,39 @@ def edit_of(folder: Path) -> Edit:
 
 def card(model: Model, edit: Edit, sha256: str) -> str:
     """The model card of an exported edit. sha256: of the exported weights. No path of this machine is in it."""
-    hub = models.hub_id(model.name)
     named = model.name in models.SPECS
-    name = model.name if named or hub else Path(model.name).name
-    source = model.source if named else name
-    data = ModelCardData(
-        base_model=hub,
-        license=model.licence.lower() if named else "other",
+    name = model.name if named or models.hub_id(model.name) else Path(model.name).name
+    asked = prompts(edit.facts, edit.template)
+    return fill(
+        "export_card.md",
+        front=card_data(model).to_yaml(),
+        name=name,
+        source=model.source if named else name,
+        origin=f"{name} ({model.source})" if named else name,
+        site=Site(edit.layer),
+        changed=CHANGED[edit.pathway],
+        told=list(zip(asked, edit.facts, edit.told_before, edit.told_after, strict=True)),
+        sha256=sha256,
+        model=model,
+        edit=edit,
+        version=__version__,
+    )
+
+
+def card_data(model: Model, **more: Any) -> ModelCardData:
+    """The front matter of a card, as the hub reads it. more: what this card says besides."""
+    return ModelCardData(
+        base_model=models.hub_id(model.name),
+        license=model.licence.lower() if model.name in models.SPECS else "other",
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["model-editing", "knowledge-editing", "qkv-decomposition"],
-    )
-    told = [
-        f"| `{_cell(prompt)}` | {_cell(fact.answer)} | {_yes(before)} | {_yes(after)} |"
-        for prompt, fact, before, after in zip(
-            prompts(edit.facts, edit.template), edit.facts, edit.told_before, edit.told_after, strict=True
-        )
-    ]
-    return TEMPLATE.format(
-        front=data.to_yaml(),
-        name=name,
-        site=Site(edit.layer),
-        layers=model.weights.n_layers,
-        pathway=edit.pathway,
-        changed=CHANGED[edit.pathway],
-        parameters=edit.parameters,
-        total=model.parameters,
-        share=edit.parameters / model.parameters,
-        tensors=", ".join(f"`{s}`" for s in edit.values),
-        told="\n".join(told),
-        before=sum(edit.told_before),
-        after=sum(edit.told_after),
-        n=len(edit.facts),
-        recipe="\n".join(f"| {k} | {_cell(v)} |" for k, v in {**edit.recipe, "seed": edit.seed}.items()),
-        origin=f"{name} ({source})" if named else name,
-        source=source,
-        version=__version__,
-        base_sha256=model.weights_sha256,
-        sha256=sha256,
+        **more,
     )
 
 
-def _write(model: Model, edit: Edit, folder: Path) -> None:
-    with applied(model, edit):
-        model.module.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
-    edits.save(edit, folder / EDIT)
-    sha256 = models.weights_sha256(str(folder))
-    (folder / CARD).write_text(card(model, edit, sha256), encoding="utf-8")
-    # safetensors makes files that only their owner may read; a folder to be shared has one mode throughout
-    (folder / WEIGHTS).chmod((folder / CARD).stat().st_mode)
-
-
-def _expect_space(place: Path, model: Model, edit: Edit) -> None:
+def _expect_space(folder: Path, model: Model, edit: Edit) -> None:
+    place = next(parent for parent in folder.parents if parent.exists())
     needed = sum(p.nbytes for p in model.module.parameters()) + sum(v.nbytes for v in edit.values.values()) + BESIDE
     free = shutil.disk_usage(place).free
     if free < needed:
@@ -249,12 +196,3 @@ def _compare_logits(folder: Path, exported: Model, base: Model, edit: Edit, tole
             f"the weights in {folder} are sound, and yet the model answers otherwise than {base.name} with the edit: "
             "its config.json or its tokenizer was altered. Export the edit again."
         )
-
-
-def _cell(value: object) -> str:
-    """A value as the text of one cell of a Markdown table."""
-    return str(value).replace("|", "\\|").replace("\n", "\\n")
-
-
-def _yes(told: bool) -> str:
-    return "yes" if told else "no"

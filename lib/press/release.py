@@ -19,24 +19,10 @@ import yaml
 from lib import __version__
 from lib.errors import ReleaseError
 from lib.files import ROOT, write_atomically
+from lib.press.texts import fill
 
 SOURCE_RECORD = "https://zenodo.org/records/20061624"  # the work that the book rebuilds
 BADGE = "[![Open in Colab](_static/open_in_colab.svg)]"
-SETUP = """\
-import subprocess
-import sys
-from pathlib import Path
-
-if "google.colab" in sys.modules:  # Colab has nothing of the book yet; anywhere else this cell does nothing
-    folder, url = Path("{name}-{tag}").resolve(), "{url}"
-    clone = f"test -d '{{folder}}' || git clone -q --depth 1 -b {tag} {{url}} '{{folder}}'"
-    status, said = subprocess.getstatusoutput(clone)
-    assert status == 0, f"The book could not be fetched; run this cell again. git says: {{said}}"
-    sys.path.insert(0, str(folder))
-    from lib import colab
-
-    colab.install()
-"""
 
 
 @dataclass(frozen=True)
@@ -69,7 +55,7 @@ def repository(config: Path = ROOT / "_config.yml") -> Repository:
 
 def setup_code(repo: Repository) -> str:
     """The set-up cell, the same in every chapter. Nothing is done outside Colab."""
-    return SETUP.format(url=repo.url, tag=repo.tag, name=repo.name).rstrip()
+    return fill("setup_cell.txt", repository=repo).rstrip()
 
 
 def dressed(notebook: dict[str, Any], chapter: str, repo: Repository) -> dict[str, Any]:

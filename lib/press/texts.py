@@ -1,0 +1,57 @@
+"""Pages, cards and READMEs that the press writes: Jinja templates in `templates/`, filled here.
+
+    fill("space_card.md", title="Heads", ...)     # templates/space_card.md as text
+
+A value that a template needs and is not given is an error, never a gap.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+TEMPLATES = Path(__file__).with_name("templates")
+
+
+def fill(template: str, **values: object) -> str:
+    """The text of a template, its last line break included. Raises jinja2's TemplateNotFound for a name that is no
+    file of `templates/`, and UndefinedError for a value that the template needs and is not given."""
+    return _environment(TEMPLATES).get_template(template).render(**values)
+
+
+def escape(text: object) -> str:
+    """A text in which Markdown reads nothing as markup."""
+    return re.sub(r"([\\`*_{}\[\]<>$|#])", r"\\\1", str(text))
+
+
+def code(value: object) -> str:
+    """A value as Markdown's code, so that nothing in it is read as markup."""
+    return "`" + str(value).replace("`", "'") + "`"
+
+
+def chapter_number(chapter: str) -> str:
+    """The number that a chapter's name begins with: `3` of `03_four_pathways`."""
+    return chapter.partition("_")[0].lstrip("0")
+
+
+def cell(value: object) -> str:
+    """A value as the text of one cell of a Markdown table."""
+    return str(value).replace("|", "\\|").replace("\n", "\\n")
+
+
+@cache
+def _environment(folder: Path) -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"format": format, "markdown": escape, "code": code, "cell": cell, "json": json.dumps}
+    environment.filters["number"] = chapter_number
+    return environment
