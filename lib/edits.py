@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from lib.errors import EditError
 from lib.facts import Fact
-from lib.files import write_atomically
+from lib.files import file_sha256, write_atomically
 from lib.models import Model
 from lib.recall import tell
 from lib.sites import Site
@@ -112,7 +112,7 @@ def listing(folder: Path) -> pd.DataFrame:
         {
             "file": [p.name for p in paths],
             "bytes": [f"{p.stat().st_size:,}" for p in paths],
-            "sha256": [hashlib.sha256(p.read_bytes()).hexdigest() for p in paths],
+            "sha256": [file_sha256(p) for p in paths],
         }
     )
 

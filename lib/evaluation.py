@@ -15,7 +15,6 @@ relations of the same subject is reported by Liu et al. (2024) and Cohen et al. 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -36,7 +35,7 @@ from tqdm.auto import tqdm
 from lib.edits import Edit, applied
 from lib.errors import DataError, EditError
 from lib.facts import Case, Fact, load_templates, prompts
-from lib.files import DATA
+from lib.files import DATA, file_sha256
 from lib.forward import Pack, above, pack, packs, streams
 from lib.models import Model
 from lib.recall import scorable
@@ -173,7 +172,7 @@ def load_wikitext(articles: int = 10) -> dict[str, str]:
             f"WikiText-2 cannot be had ({type(error).__name__}): the model hub is out of reach. Run the chapter with "
             "wikitext = False, on the book's own passages."
         ) from error
-    if hashlib.sha256(path.read_bytes()).hexdigest() != info.lfs.sha256:
+    if file_sha256(path) != info.lfs.sha256:
         raise DataError(f"{path} is not what revision {revision[:12]} records; delete it and run again.")
     text = "".join(pd.read_parquet(path).text)
     found = re.split(r"(?m)^ (?== [^=]+ =\s*$)", text)[1 : articles + 1]

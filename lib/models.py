@@ -35,7 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from lib.errors import DataError, ModelError
-from lib.files import ROOT, cache_folder
+from lib.files import ROOT, cache_folder, file_sha256
 from lib.weights import Weights, check_family, check_view, view
 
 log = logging.getLogger(__name__)
@@ -385,7 +385,7 @@ def _known_sha256(path: Path) -> str:
             return str(known[seen[0]]["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         known = {}
-    found = _sha256(path)
+    found = file_sha256(path)
     with suppress(OSError), tempfile.TemporaryDirectory(dir=memory.parent) as work:  # without a cache: summed each time
         new = Path(work) / memory.name
         new.write_text(json.dumps({**known, seen[0]: {"file": seen, "sha256": found}}), encoding="utf-8")
@@ -393,12 +393,7 @@ def _known_sha256(path: Path) -> str:
     return found
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _expect(path: Path, sha256: str, remedy: str) -> None:
-    found = _sha256(path)
+    found = file_sha256(path)
     if found != sha256:
         raise ModelError(f"{path.name} has sha256 {found}, expected {sha256}. {remedy}")

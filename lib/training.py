@@ -39,7 +39,7 @@ from lib.edits import Edit, applied, load_all
 from lib.errors import DataError, EditError
 from lib.facts import Case, Fact, load_templates
 from lib.files import DATA
-from lib.forward import Pack, Said, above, levels, pack, packs, said, streams
+from lib.forward import Pack, Reference, above, log_normalisers, pack, packs, reference, streams
 from lib.models import Model
 from lib.recall import screen, tell
 from lib.weights import PATHWAYS, Slice, pathway_slices
@@ -120,7 +120,7 @@ class Task:
     windows: list[list[int]]  # all neutral windows
     n_training: int  # how many of them, the first, training draws from; the others are for choosing
     window_streams: Float[Tensor, "window t d_model"]  # the streams of these
-    untouched: Said  # by the untouched model, at the compared positions of the windows: (window, positions)
+    untouched: Reference  # what it says, at the compared positions of the windows: (window, positions)
 
 
 def neutral_windows(model: Model, length: int) -> tuple[list[list[int]], int]:
@@ -161,8 +161,8 @@ def tasks_at(model: Model, case: Case, layers: Sequence[int], recipe: Recipe = D
         neutral.append({layer: found[layer].view(-1, recipe.window, model.weights.d_model) for layer in layers})
         final.append(found[end][_compared(len(some.last), recipe)])
     prompts = streams(model, pack(model, texts), layers)
-    known = said(model.weights.norm_final_module(torch.cat(final)), model.weights.W_U)
-    known = known[torch.arange(len(known.level)).view(-1, recipe.positions)]
+    known = reference(model.weights.norm_final_module(torch.cat(final)), model.weights.W_U)
+    known = known[torch.arange(len(known.log_z)).view(-1, recipe.positions)]
     return {
         layer: Task(
             case.facts,
@@ -196,10 +196,10 @@ def losses(
     stream, n = torch.cat((task.prompt_stream, task.window_streams[rows].flatten(0, 1))), len(task.facts)
     read = torch.cat((task.texts.last[:n], len(task.prompt_stream) + _compared(len(rows), task.recipe)))
     final, W_U = above(model, task.texts, task.layer, stream, values, read), model.weights.W_U
-    level, others = levels(final, W_U, task.answers)
+    log_z, others = log_normalisers(final, W_U, task.answers)
     own = (final[:n] * W_U[:, task.answers].T).sum(-1)
-    kl = task.untouched[rows].divergence(*(x[n:].unflatten(0, (len(rows), -1)) for x in (final, level)))
-    return (level[:n] - own).mean(), kl.mean(), own.detach() - others
+    kl = task.untouched[rows].divergence(*(x[n:].unflatten(0, (len(rows), -1)) for x in (final, log_z)))
+    return (log_z[:n] - own).mean(), kl.mean(), own.detach() - others
 
 
 def train(
@@ -273,9 +273,9 @@ def neutral_kl(model: Model, task: Task, values: dict[Slice, Tensor]) -> float:
     for some in packs(model, task.windows[done:]):
         stream = task.window_streams[done : (done := done + len(some.last))].flatten(0, 1)
         final.append(above(model, some, task.layer, stream, values, _compared(len(some.last), task.recipe)))
-    level, _ = levels(whole := torch.cat(final), model.weights.W_U)
+    log_z, _ = log_normalisers(whole := torch.cat(final), model.weights.W_U)
     known = task.untouched[task.n_training :]
-    return max(0.0, float(known.divergence(whole.view_as(known.final), level.view_as(known.level)).mean()))
+    return max(0.0, float(known.divergence(whole.view_as(known.final), log_z.view_as(known.log_z)).mean()))
 
 
 def _identifiable(model: Model, facts: Sequence[Fact]) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lib import forward
-from lib.forward import levels, said
+from lib.forward import log_normalisers, reference
 
 N, D, VOCAB = 5, 7, 101  # a vocabulary that no chunk divides
 
@@ -24,16 +24,16 @@ def draw(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_by_hand():
-    """Two tokens with logits 0 and log 3: level log 4, said with shares 1/4 and 3/4."""
+    """Two tokens with logits 0 and log 3: log_z log 4, said with shares 1/4 and 3/4."""
     W_U = torch.tensor([[0.0, math.log(3)]])
-    found = said(torch.ones(1, 1), W_U)
-    assert float(found.level) == pytest.approx(math.log(4))
-    assert float(found.mean) == pytest.approx(0.75 * math.log(3))
-    level, other = levels(torch.ones(1, 1), W_U, torch.tensor([1]))
-    assert float(level) == pytest.approx(math.log(4)) and float(other) == 0
+    found = reference(torch.ones(1, 1), W_U)
+    assert float(found.log_z) == pytest.approx(math.log(4))
+    assert float(found.mean_unembedding) == pytest.approx(0.75 * math.log(3))
+    log_z, other = log_normalisers(torch.ones(1, 1), W_U, torch.tensor([1]))
+    assert float(log_z) == pytest.approx(math.log(4)) and float(other) == 0
     # from shares 1/4, 3/4 to halves: KL = 1/4 log 1/2 + 3/4 log 3/2
     halves = torch.zeros(1, 1)
-    kl = float(found.divergence(halves, levels(halves, W_U)[0]))
+    kl = float(found.divergence(halves, log_normalisers(halves, W_U)[0]))
     assert kl == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5), abs=1e-6)
 
 
@@ -43,9 +43,9 @@ def test_cross_entropy_margin_and_divergence_are_the_plain_ones(scale):
     x, W_U = draw()
     y, tokens = draw(1)[0] * scale, torch.tensor([0, 15, 16, 100, 50])
     ours, plain = (x * scale).requires_grad_(), (x * scale).requires_grad_()
-    level, other = levels(ours, W_U, tokens)
-    cross_entropy = level - (ours * W_U[:, tokens].T).sum(-1)
-    kl = said(y, W_U).divergence(ours, level)
+    log_z, other = log_normalisers(ours, W_U, tokens)
+    cross_entropy = log_z - (ours * W_U[:, tokens].T).sum(-1)
+    kl = reference(y, W_U).divergence(ours, log_z)
     logits = plain @ W_U
     expected = F.cross_entropy(logits, tokens, reduction="none")
     expected_kl = F.kl_div(logits.log_softmax(-1), (y @ W_U).log_softmax(-1), log_target=True, reduction="none").sum(-1)
@@ -65,7 +65,7 @@ def test_a_small_divergence_is_right_to_what_is_promised(scale):
     x, y = x * scale, x * scale + 1e-3 * draw(1)[0]
     exact, now = ((z.double() @ W_U.double()).log_softmax(-1) for z in (y, x))
     kl = (exact.exp() * (exact - now)).sum(-1)
-    found = said(y, W_U).divergence(x, levels(x, W_U)[0])
+    found = reference(y, W_U).divergence(x, log_normalisers(x, W_U)[0])
     assert float(kl.max()) > 1e-7 and float((found - kl).abs().max()) < 3e-5
 
 
@@ -73,20 +73,20 @@ def test_a_model_in_bf16_is_summed_in_fp32():
     """Its gradient comes back in its own precision."""
     x, W_U = (t.bfloat16() for t in draw())
     x.requires_grad_()
-    level, other = levels(x, W_U, torch.arange(N))
-    assert level.dtype == other.dtype == torch.float32
-    torch.testing.assert_close(level, (x.float() @ W_U.float()).logsumexp(-1), atol=1e-5, rtol=1e-5)
-    level.sum().backward()
+    log_z, other = log_normalisers(x, W_U, torch.arange(N))
+    assert log_z.dtype == other.dtype == torch.float32
+    torch.testing.assert_close(log_z, (x.float() @ W_U.float()).logsumexp(-1), atol=1e-5, rtol=1e-5)
+    log_z.sum().backward()
     assert x.grad.dtype == torch.bfloat16
 
 
 def test_only_the_first_rows_have_a_token_apart():
     x, W_U = draw()
     best = (x @ W_U).argmax(1)
-    level, other = levels(x, W_U, best[:2])
-    assert level.shape == (N,) and other.shape == (2,)
+    log_z, other = log_normalisers(x, W_U, best[:2])
+    assert log_z.shape == (N,) and other.shape == (2,)
     assert (other < (x @ W_U).amax(1)[:2]).all(), "the best token is set apart, so another one is the largest"
-    assert levels(x, W_U)[1].shape == (0,)
+    assert log_normalisers(x, W_U)[1].shape == (0,)
 
 
 def test_no_gradient_is_made_where_none_is_asked(monkeypatch):
@@ -94,8 +94,8 @@ def test_no_gradient_is_made_where_none_is_asked(monkeypatch):
     asked, own = [], forward._swept
     monkeypatch.setattr(forward, "_swept", lambda *a, mean: asked.append(mean) or own(*a, mean=mean))
     x, W_U = draw()
-    levels(x, W_U)
-    levels(x.requires_grad_(), W_U)
+    log_normalisers(x, W_U)
+    log_normalisers(x.requires_grad_(), W_U)
     assert asked == [False, True]
 
 
@@ -107,8 +107,8 @@ def test_on_the_real_unembedding(smollm2):
     some = pack(smollm2, [smollm2.token_ids("The capital of France is"), smollm2.token_ids("Two and two make")])
     final, W_U = above(smollm2, some, 0, entering(smollm2, some, 0)), smollm2.weights.W_U
     logits, tokens = final @ W_U, torch.arange(len(final))
-    level, other = levels(final, W_U, tokens)
-    torch.testing.assert_close(level, logits.logsumexp(-1), atol=1e-5, rtol=1e-6)
+    log_z, other = log_normalisers(final, W_U, tokens)
+    torch.testing.assert_close(log_z, logits.logsumexp(-1), atol=1e-5, rtol=1e-6)
     torch.testing.assert_close(other, logits.scatter(1, tokens[:, None], float("-inf")).amax(1), atol=1e-5, rtol=1e-5)
     shares = logits.softmax(-1)
-    torch.testing.assert_close(said(final, W_U).mean, shares @ W_U.T, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(reference(final, W_U).mean_unembedding, shares @ W_U.T, atol=1e-5, rtol=1e-4)

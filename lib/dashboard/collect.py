@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from lib import __version__, interventions
 from lib.edits import Edit, applied, check, load_all
 from lib.errors import ChapterError, EditError
 from lib.facts import Case, Fact, load_cases, load_templates, prompts
+from lib.files import file_sha256
 from lib.models import Model
 from lib.recall import study_facts, tell, trainable
 from lib.results import Results, chapter_folder, reach, results_path
@@ -287,7 +287,7 @@ def made_edits(model: Model, cases: Sequence[Case], listed: Sequence[dict[str, A
     edits = load_all(folder)
     for name, edit in edits.items():
         path = folder / f"{name}.safetensors"
-        if hashlib.sha256(path.read_bytes()).hexdigest() != sums.get(path.name):
+        if file_sha256(path) != sums.get(path.name):
             raise EditError(f"{path} is not the file that chapter 3 reports. Run `python -m lib run {EDITS} --force`.")
         check(model, edit)
         if edit.template not in [texts[c.template] for c in cases]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from typing import Any
 import yaml
 
 from lib.errors import ChapterError
-from lib.files import BUILD, ROOT, digest, make_folder, modules, slug, write_atomically
+from lib.files import BUILD, ROOT, digest, file_sha256, make_folder, modules, slug, write_atomically
 from lib.models import canonical, load, use_device_of, weights_sha256
 from lib.press import claims, colophon
 from lib.press.check import judged
@@ -118,7 +117,7 @@ def build(model_name: str, *, force: bool = False, say: Callable[[str], None] = 
             text = text.replace(colophon.TIMES, colophon.times(provenances(model_name)))
             path.write_text(text, encoding="utf-8")
         ways = "".join(Path(__file__).with_name(f"{name}.py").read_text("utf-8") for name in ("mathml", "theme"))
-        shown = hashlib.sha256(page.read_bytes()).hexdigest() if page else ""
+        shown = file_sha256(page) if page else ""
         files = sorted(p for p in stage.rglob("*") if p.is_file())
         key = digest(files, model_name + version("jupyter-book") + ways + shown, stage)
         if not force and html.is_dir() and stamp.exists() and stamp.read_text() == key:

@@ -31,7 +31,7 @@ import torch
 
 from lib import files
 from lib.errors import BookError, ModelError, SweepError, WorkerError
-from lib.files import ROOT
+from lib.files import ROOT, file_sha256
 from lib.models import Model, load, use_device_of
 from lib.studies import one_thread
 
@@ -170,7 +170,7 @@ def _here() -> str:
 
 
 def _sha256s(files: list[Path]) -> dict[str, str]:
-    return {p.relative_to(ROOT).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    return {p.relative_to(ROOT).as_posix(): file_sha256(p) for p in files}
 
 
 _AT_START = _sha256s(sorted((ROOT / "lib").rglob("*.py")))

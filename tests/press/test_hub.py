@@ -106,7 +106,7 @@ def test_what_is_prepared(prepared, organism):
         path = prepared / "model" / name / "edit.safetensors"
         edit = edits.load(path)
         edits.check(organism, edit)
-        assert f"[`{name}`]({name})" in text and f"`{hub._sha256(path)}`" in text and f"{edit.parameters:,}" in text
+        assert f"[`{name}`]({name})" in text and f"`{hub.file_sha256(path)}`" in text and f"{edit.parameters:,}" in text
     assert "| 0, 1 | 7, 9 | 27.25, 27.50 |" in text and "the same of 57 countries" in text
     assert organism.weights_sha256 in text and release.SOURCE_RECORD in text
     assert [p.name for p in prepared.parent.iterdir() if p.name.startswith(".out")] == [], "no temporary folder is left"

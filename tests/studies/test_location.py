@@ -107,7 +107,7 @@ def test_what_lies_below_every_layer_comes_from_one_run_of_the_model(organism):
     case = location.setting(organism).case
     task, protocol = location.prepared(organism)[9]
     alone = task_at(organism, case, 9)
-    for name in ("prompt_stream", "window_streams", "untouched.final", "untouched.level", "untouched.mean"):
+    for name in ("prompt_stream", "window_streams", "untouched.final", "untouched.log_z", "untouched.mean_unembedding"):
         one, other = (attrgetter(name)(x) for x in (task, alone))
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     untouched = ask(organism, protocol, None)
