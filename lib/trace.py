@@ -227,14 +227,13 @@ def subject_positions(model: Model, prompt: str, name: str) -> list[int]:
     return [i for i, (a, b) in enumerate(offsets) if a < start + len(name) and b > start]
 
 
-def subject_attention(model: Model, seen: Capture, names: Sequence[str]) -> Float[Tensor, "b n_layers n_heads"]:
-    """Attention from the last token to the tokens of each prompt's subject, summed over them (0 to 1)."""
-    patterns = last_patterns(model, seen)
-    sums = [
-        pattern[..., subject_positions(model, prompt, name)].sum(-1)
-        for pattern, prompt, name in zip(patterns, seen.prompts, names, strict=True)
-    ]
-    return torch.stack(sums)
+def subject_attention(
+    model: Model, patterns: Float[Tensor, "b n_layers n_heads t"], prompts: Sequence[str], names: Sequence[str]
+) -> Float[Tensor, "b n_layers n_heads"]:
+    """Attention from the last token to the tokens of each prompt's subject, summed over them (0 to 1). patterns: from
+    each prompt's last token to every position (`last_patterns`, or a run's)."""
+    places = [subject_positions(model, prompt, name) for prompt, name in zip(prompts, names, strict=True)]
+    return torch.stack([pattern[..., place].sum(-1) for pattern, place in zip(patterns, places, strict=True)])
 
 
 def subject_stream_norm(model: Model, seen: Capture, names: Sequence[str]) -> Float[Tensor, "b n_layers+1"]:

@@ -19,7 +19,7 @@ from lib.recall import study_facts, trainable
 from lib.studies import planted
 from lib.studies.distillation import learn_at
 from lib.sweeps import experiments
-from lib.trace import capture, logit_lens, logit_traces, subject_attention
+from lib.trace import capture, last_patterns, logit_lens, logit_traces, subject_attention
 from lib.weights import view
 from tests import simulated
 
@@ -47,7 +47,7 @@ def traces(model: Model) -> Numbers:
     found = logit_traces(model, seen, answers[:, None])
     return [t.heads for t in found.values()] + [
         *logit_lens(model, seen, answers[:, None]),
-        subject_attention(model, seen, [f.subject for f in case.facts]),
+        subject_attention(model, last_patterns(model, seen), seen.prompts, [f.subject for f in case.facts]),
     ]
 
 

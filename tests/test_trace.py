@@ -177,7 +177,7 @@ def test_subject_positions_find_every_token_of_the_subject(smollm2):
     with pytest.raises(DataError, match="does not stand in the prompt"):
         subject_positions(smollm2, prompt, "Ghana")
     seen = capture(smollm2, [prompt], everywhere=True)
-    assert 0 <= subject_attention(smollm2, seen, ["Burkina Faso"]).min() <= 1
+    assert 0 <= subject_attention(smollm2, last_patterns(smollm2, seen), [prompt], ["Burkina Faso"]).min() <= 1
 
 
 @pytest.mark.model

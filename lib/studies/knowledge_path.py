@@ -134,7 +134,7 @@ def attention_table(model: Model, diagnoses: Sequence[Diagnosis], k: int = 4) ->
         facts = d.evidence.facts
         for kind, template in (("control", d.case.controls[0]), ("failing", d.case.template)):
             seen = capture(model, prompts(facts, text[template]), everywhere=True)
-            attention = subject_attention(model, seen, [f.subject for f in facts])
+            attention = subject_attention(model, last_patterns(model, seen), seen.prompts, [f.subject for f in facts])
             rows += [
                 (d.case.title, kind, fact.subject, str(site), float(attention[i, site.layer, site.head]))
                 for site in heads

@@ -43,7 +43,7 @@ from lib.interventions import Run, margins, patched, run
 from lib.models import Model
 from lib.sites import Site
 from lib.static import enrich
-from lib.trace import components, subject_positions
+from lib.trace import components, subject_attention
 
 PATCHED = 5  # facts that are patched, in the upper two thirds of the layers: the costly part
 READS = 0.25  # attention to the subject of a head that looks at it
@@ -111,7 +111,9 @@ def look_at(model: Model, facts: Sequence[Fact], seen: Sequence[Run]) -> Look | 
     traced = [contributions(model, s.capture(), pairs, answers.unique()) for s in chosen]
     difference, attribution = (torch.stack([getattr(t, x) for t in traced]) for x in ("difference", "attribution"))
     margin = torch.stack([margins(s, pairs) for s in chosen])
-    attention = torch.stack([subject_attention(model, s, some) for s in chosen])
+    attention = torch.stack(
+        [subject_attention(model, s.patterns, s.prompts, [f.subject for f in some]) for s in chosen]
+    )
     first, lowest = range(min(PATCHED, len(rows))), weights.n_layers // 3
     z, mlps = (control_mean(torch.stack([getattr(s, x) for s in chosen[1:]]), told[1:, rows]) for x in ("z", "mlps"))
     back = patched(model, chosen[0].take(first), z[first], mlps[first], pairs[first], lowest=lowest)
@@ -129,12 +131,6 @@ def look_at(model: Model, facts: Sequence[Fact], seen: Sequence[Run]) -> Look | 
         maps(model, facts),
         loudness(model, answers),
     )
-
-
-def subject_attention(model: Model, seen: Run, facts: Sequence[Fact]) -> Float[Tensor, "fact n_layers n_heads"]:
-    """Attention from the last position to the tokens of the subject, summed over them."""
-    at = [subject_positions(model, p, f.subject) for p, f in zip(seen.prompts, facts, strict=True)]
-    return torch.stack([pattern[..., a].sum(-1) for pattern, a in zip(seen.patterns, at, strict=True)])
 
 
 def first_tokens(model: Model, facts: Sequence[Fact]) -> Int[Tensor, " fact"]:
