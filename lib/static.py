@@ -1,4 +1,4 @@
-"""Input-free diagnostics of every attention head (design, section 4; the source page, "Static diagnostics").
+"""Input-free diagnostics of every attention head (the source page, "Static diagnostics").
 
 Nothing here runs the model on a text. Token embeddings go through weights, one head at a time:
 
@@ -15,9 +15,11 @@ smallest step towards it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,11 +39,15 @@ from lib.sites import Site
 from lib.weights import Weights
 
 PART = 4096  # tokens of the vocabulary that most answers are judged by; exact all the same (`_in_top_of`)
+SLACK = 0.01  # by how much of the part's threshold an answer may fall short of it and still be judged by the whole
+TINY = 1e-30  # a variance that no living head has: a dead one's logits are 0, not 0 / 0
+LEAST_WORDS = 5  # of a token type: a mean of fewer says nothing
+TOP = 10  # of the tokens that a head promotes: the relation map asks whether the answer is one of them
 
 
 def top_dimensions(d_model: int) -> int:
-    """How many residual dimensions QK overlap takes: the paper's 100 of GPT-2's 768, and never more than a sixth,
-    so that small models are not compared on most of their dimensions."""
+    """How many residual dimensions QK overlap takes: the paper's 100 of GPT-2's 768, and never more than a sixth, so
+    that small models are not compared on most of their dimensions."""
     return min(100, d_model // 6)
 
 
@@ -54,8 +60,7 @@ def qk_overlap(weights: Weights, *, folded: bool = True) -> Float[Tensor, "n_lay
     for block in weights.blocks:
         gain = block.norm_attn.gain[:, None] if folded else 1.0
         attn, k = block.attn, top_dimensions(weights.d_model)
-        q, key = (gain * W for W in (attn.W_Q, attn.per_head(attn.W_K)))
-        q_top, k_top = (_top_mask(W.norm(dim=-1), k) for W in (q, key))
+        q_top, k_top = (_top_mask((gain * W).norm(dim=-1), k) for W in (attn.W_Q, attn.per_head(attn.W_K)))
         rows.append((q_top & k_top).sum(-1) / k)
     return torch.stack(rows)
 
@@ -74,14 +79,12 @@ def load_token_types(model: Model, path: Path | None = None) -> dict[str, list[i
     if path is None:
         path = DATA / ("organism/token_types.yaml" if model.name == "organism" else "token_types.yaml")
     types = {}
-    for name, words in load_mapping(path).items():
+    for name, words in load_mapping(path, list).items():
         space = "" if name in ("punctuation", "word_piece") else " "
         ids = [model.token_ids(space + str(word)) for word in words]
         types[name] = sorted({row[0] for row in ids if len(row) == 1})
-        if len(types[name]) < 5:
-            raise DataError(
-                f"{path}: only {len(types[name])} words of {name!r} are one token for {model.name}; add more."
-            )
+        if (n := len(types[name])) < LEAST_WORDS:
+            raise DataError(f"{path}: only {n} words of {name!r} are one token for {model.name}; add more.")
     return types
 
 
@@ -103,29 +106,20 @@ def k_norm_table(
     """One row a layer and type: mean K-norm, its bootstrap 95 % interval over words, n, and top_share: how often the
     type is the loudest of its layer when all types' words are resampled."""
     rng = np.random.default_rng(seed)
-    names = list(types)
-    boot = []
-    means = {}
-    for name in names:
-        norms = k_norms(weights, types[name]).cpu().numpy()
-        draws = rng.integers(norms.shape[1], size=(resamples, norms.shape[1]))
-        boot.append(norms[:, draws].mean(-1))  # (layer, resample)
-        means[name] = norms.mean(-1)
-    stacked = np.stack(boot)  # (type, layer, resample)
-    top = stacked.argmax(0)
-    rows = [
-        (
-            layer,
-            name,
-            means[name][layer],
-            *np.quantile(stacked[i, layer], (0.025, 0.975)),
-            len(types[name]),
-            (top[layer] == i).mean(),
-        )
-        for layer in range(weights.n_layers)
-        for i, name in enumerate(names)
-    ]
-    return pd.DataFrame(rows, columns=["layer", "type", "mean", "low", "high", "n", "top_share"])
+    means, resampled = [], []
+    for ids in types.values():
+        norms = k_norms(weights, ids).cpu().numpy()  # (layer, word)
+        draws = rng.integers(len(ids), size=(resamples, len(ids)))
+        means.append(norms.mean(-1))
+        resampled.append(norms[:, draws].mean(-1))
+    boot = np.stack(resampled, 1)  # (layer, type, resample)
+    low, high = np.quantile(boot, (0.025, 0.975), axis=-1)
+    is_loudest = boot.argmax(1)[:, None] == np.arange(len(types))[:, None]  # (layer, type, resample)
+    table = pd.DataFrame(product(range(weights.n_layers), types), columns=["layer", "type"])
+    table["mean"], table["low"], table["high"] = np.stack(means, 1).ravel(), low.ravel(), high.ravel()
+    table["n"] = [len(ids) for ids in types.values()] * weights.n_layers
+    table["top_share"] = is_loudest.mean(-1).ravel()
+    return table
 
 
 def loudness_spread(table: pd.DataFrame) -> float:
@@ -148,11 +142,10 @@ def enrich(weights: Weights, e: Float[Tensor, "b d_model"]) -> Float[Tensor, "b 
 
 @dataclass(frozen=True)
 class RelationMap:
-    """hits[layer, head, subject, answer]: the answer's first token is among the head's top k for that subject.
+    """hits[layer, head, subject, answer]: the answer's first token is among the head's TOP for that subject.
     The diagonal is the relation; off it lies the null. Scores are shares of subjects, 0 to 1."""
 
     hits: Bool[Tensor, "n_layers n_heads subject answer"]
-    k: int
 
     @property
     def score(self) -> Float[Tensor, "n_layers n_heads"]:
@@ -160,33 +153,25 @@ class RelationMap:
 
     def null(self, *, permutations: int = 1000, seed: int = 0) -> Float[Tensor, "permutation n_layers n_heads"]:
         """Scores with the answers permuted among the subjects."""
-        generator = torch.Generator().manual_seed(seed)
-        n = self.hits.shape[-1]
-        hits = self.hits.float()
-        index = torch.arange(n)
-        return torch.stack(
-            [
-                hits[..., index, torch.randperm(n, generator=generator, device="cpu")].mean(-1)
-                for _ in range(permutations)
-            ]
-        )
+        generator, n = torch.Generator().manual_seed(seed), self.hits.shape[-1]
+        hits, subjects = self.hits.float(), torch.arange(n)
+        orders = [torch.randperm(n, generator=generator, device="cpu") for _ in range(permutations)]
+        return torch.stack([hits[..., subjects, order].mean(-1) for order in orders])
+
+    def largest(self, **options: int) -> Float[Tensor, " permutation"]:
+        """The best head's score in each permutation of `null`."""
+        return self.null(**options).flatten(1).amax(-1)
 
     def p_values(self, **options: int) -> Float[Tensor, "n_layers n_heads"]:
         """One-sided, corrected for the number of heads by the permutation distribution of the largest score."""
-        largest = self.null(**options).flatten(1).max(-1).values
-        return (1 + (largest[:, None, None] >= self.score).sum(0)) / (1 + len(largest))
+        return _family_p(self.score, self.largest(**options))
 
     def table(self, **options: int) -> pd.DataFrame:
         """All heads, best first: site, score, p (family-wise)."""
-        p = self.p_values(**options)
-        rows = [
-            (str(Site(layer, head)), layer, head, float(self.score[layer, head]), float(p[layer, head]))
-            for layer in range(self.score.shape[0])
-            for head in range(self.score.shape[1])
-        ]
-        return pd.DataFrame(rows, columns=["site", "layer", "head", "score", "p"]).sort_values(
-            "score", ascending=False, kind="stable"
-        )
+        layer, head = np.indices(self.score.shape).reshape(2, -1)
+        score, p = (values.flatten().tolist() for values in (self.score, self.p_values(**options)))
+        columns = {"site": _sites(layer, head), "layer": layer, "head": head, "score": score, "p": p}
+        return pd.DataFrame(columns).sort_values("score", ascending=False, kind="stable")
 
 
 @dataclass(frozen=True)
@@ -202,52 +187,59 @@ class JointMap:
 
 
 def join(maps: Iterable[RelationMap], *, permutations: int = 1000, seed: int = 0) -> JointMap:
+    """The maps as one: each head's best score of them, against the best of all heads in all maps, permuted alike."""
     maps = list(maps)
     score = torch.stack([m.score for m in maps]).amax(0)
-    nulls = [m.null(permutations=permutations, seed=seed).flatten(1).amax(-1) for m in maps]
-    largest = torch.stack(nulls).amax(0)
-    return JointMap(score, (1 + (largest[:, None, None] >= score).sum(0)) / (1 + len(largest)))
+    largest = torch.stack([m.largest(permutations=permutations, seed=seed) for m in maps]).amax(0)
+    return JointMap(score, _family_p(score, largest))
 
 
-@torch.no_grad()
-def unembedding_hits(model: Model, facts: Sequence[Fact], *, k: int = 10) -> int:
-    """How many answers the unembedding alone puts among the top k of a subject's raw or enriched embedding, with no
-    head in between: what the relation map would find if embeddings already held the relation."""
+def _family_p(
+    score: Float[Tensor, "n_layers n_heads"], largest: Float[Tensor, " permutation"]
+) -> Float[Tensor, "n_layers n_heads"]:
+    return (1 + (largest[:, None, None] >= score).sum(0)) / (1 + len(largest))
+
+
+def relation_numbers(name: str, relation: RelationMap, *, seed: int = 0) -> dict[str, Any]:
+    """What chapter 1 quotes of one map: its best head, how many heads beat the null, and the null."""
+    table = relation.table(seed=seed)
+    return {
+        f"relation_best_{name}": table.site.iloc[0],
+        f"relation_best_{name}_score": (table.score.iloc[0], ".0%"),
+        f"relation_significant_{name}": int((table.p <= 0.05).sum()),
+        f"relation_null_{name}": (relation.largest(seed=seed).quantile(0.95), ".1%"),
+    }
+
+
+def _relation(model: Model, facts: Sequence[Fact]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a relation map starts from: each subject's embedding (of its last token), raw and enriched, both [subject,
+    d_model]; the answers' first tokens [subject]; and the unembedding, final gain folded in [d_model, vocab]."""
     weights = model.weights
     raw = weights.W_E[[model.token_ids(f" {f.subject}")[-1] for f in facts]]
     answers = torch.tensor([model.first_token(f.answer) for f in facts])
-    W_U = weights.norm_final.fold(weights.W_U)
-    hits = [_in_top(e @ W_U, answers, k).diagonal() for e in (raw, enrich(weights, raw))]
-    return int((hits[0] | hits[1]).sum())
+    return raw, enrich(weights, raw), answers, weights.norm_final.fold(weights.W_U)
 
 
-def report_relation(report: Callable[..., None], name: str, relation: RelationMap, *, seed: int = 0) -> None:
-    """The numbers of one map that chapter 1 quotes: its best head, how many heads beat the null, and the null."""
-    table = relation.table(seed=seed)
-    report(f"relation_best_{name}", table.site.iloc[0])
-    report(f"relation_best_{name}_score", table.score.iloc[0], ".0%")
-    report(f"relation_significant_{name}", int((table.p <= 0.05).sum()))
-    report(f"relation_null_{name}", relation.null(seed=seed).flatten(1).max(-1).values.quantile(0.95), ".1%")
+@torch.no_grad()
+def unembedding_hits(model: Model, facts: Sequence[Fact]) -> int:
+    """How many answers the unembedding alone puts among the TOP of a subject's raw or enriched embedding, with no head
+    in between: what the relation map would find if embeddings already held the relation."""
+    raw, enriched, answers, W_U = _relation(model, facts)
+    by_raw, by_enriched = (_in_top(e @ W_U, answers).diagonal() for e in (raw, enriched))
+    return int((by_raw | by_enriched).sum())
 
 
 @torch.no_grad()
 def relation_maps(
-    model: Model,
-    facts: Sequence[Fact],
-    *,
-    k: int = 10,
-    layers: Sequence[int] | None = None,
-    progress: str | None = None,
+    model: Model, facts: Sequence[Fact], *, layers: Sequence[int] | None = None, progress: str | None = None
 ) -> dict[str, RelationMap]:
     """Push each subject's embedding, `raw` and `enriched` by the first MLP, through a head's norm, W_V, W_O and the
-    unembedding (final gain folded in), and ask whether the answer is among the k most promoted tokens of the whole
-    vocabulary. A subject of several tokens is read at its last one. Source: design, section 4; compare MAPS
-    (Elhelo and Geva). layers: only these (0-based), all if not given."""
-    weights, n = model.weights, len(facts)
-    raw = weights.W_E[[model.token_ids(f" {f.subject}")[-1] for f in facts]]
-    e = torch.cat((raw, enrich(weights, raw)))
-    answers = torch.tensor([model.first_token(f.answer) for f in facts])
-    W_U = weights.norm_final.fold(weights.W_U)
+    unembedding (final gain folded in), and ask whether the answer is among the TOP promoted tokens of the whole
+    vocabulary. A subject of several tokens is read at its last one. Compare MAPS (Elhelo and Geva 2025). layers: only
+    these (0-based), all if not given."""
+    weights = model.weights
+    raw, enriched, answers, W_U = _relation(model, facts)
+    e = torch.cat((raw, enriched))
     part = W_U[:, :: max(1, W_U.shape[1] // PART)].contiguous()
     hits = []
     chosen = range(weights.n_layers) if layers is None else layers
@@ -255,22 +247,19 @@ def relation_maps(
         v = einsum(block.norm_attn(e), block.attn.per_head(block.attn.W_V), "s d, n d h -> n s h")
         if len(e) <= weights.d_head:  # few subjects: few of them reach an answer, and only they are unembedded
             out = v @ block.attn.W_O
-            hits.append(_in_top_of(out.flatten(0, 1), W_U, part, answers, k).unflatten(0, out.shape[:2]))
+            hits.append(_in_top_of(out.flatten(0, 1), W_U, part, answers).unflatten(0, out.shape[:2]))
         else:  # many: W_O W_U first, which they share, and which has only d_head rows
             heads = zip(v, block.attn.W_O, strict=True)
-            hits.append(torch.stack([_in_top(x @ (W_O @ W_U), answers, k) for x, W_O in heads]))
-    both = torch.stack(hits)
-    return {"raw": RelationMap(both[:, :, :n], k), "enriched": RelationMap(both[:, :, n:], k)}
+            hits.append(torch.stack([_in_top(x @ (W_O @ W_U), answers) for x, W_O in heads]))
+    by_raw, by_enriched = torch.stack(hits).split(len(facts), dim=2)  # (layer, head, subject, answer)
+    return {"raw": RelationMap(by_raw), "enriched": RelationMap(by_enriched)}
 
 
-@dataclass(frozen=True)
-class RoleRules:
-    """Thresholds of the roles, stated once. effect: in standard deviations over words; p: permutation, per head."""
-
-    effect: float = 0.5
-    p: float = 0.01
-    copy: float = 1.0
-    relation: float = 0.1
+# Thresholds of the roles, fixed before any table was made; chapter 1 says them in words
+EFFECT = 0.5  # standard deviations over words by which a type stands above the mean word
+ROLE_P = 0.01  # of the permutation tests, for each head
+COPY = 1.0  # standard deviations of the vocabulary's logits by which a word's own logit lies above or below them
+RELATION = 0.1  # share of subjects whose answer a head promotes
 
 
 @torch.no_grad()
@@ -279,7 +268,6 @@ def head_roles(
     types: dict[str, list[int]],
     maps: Sequence[RelationMap],
     *,
-    rules: RoleRules = RoleRules(),
     permutations: int = 1000,
     seed: int = 0,
     layers: Sequence[int] | None = None,
@@ -287,68 +275,56 @@ def head_roles(
     """One row a head of the layers (0-based, all if not given), with the numbers behind three labels.
 
     seeks       the type whose keys get the highest mean attention score from the average query, `none` unless its
-                mean lies `effect` standard deviations above the mean word and permuted type labels do that with p
+                mean lies EFFECT standard deviations above the mean word and permuted type labels do that with ROLE_P
     advertises  the same for the norm of the head's key
     value       copies / suppresses: a word's own logit through the OV circuit, in standard deviations of all the
-                vocabulary's logits, is at least +copy / at most -copy on average, and with p lies on the same side of
-                other words' logits; maps relation: the score of a relation map (raw or enriched, whichever is higher)
-                is at least `relation` and beats its null; neither otherwise. A head that maps a relation is called
-                so even if it also copies.
+                vocabulary's logits, is at least +COPY / at most -COPY on average, and with ROLE_P lies on the same
+                side of other words' logits; maps relation: the score of a relation map (raw or enriched, whichever is
+                higher) is at least RELATION and beats its null; neither otherwise. A head that maps a relation is
+                called so even if it also copies.
     """
-    weights = model.weights
-    ids = [i for group in types.values() for i in group]
-    labels = np.repeat(np.arange(len(types)), [len(group) for group in types.values()])
-    e = weights.W_E[ids]
-    names = list(types)
-    relation = torch.stack([m.score for m in maps])
-    relation_p = torch.stack([m.p_values(permutations=permutations, seed=seed) for m in maps])
-    moments = _unembedding_moments(weights)
-    shuffles = _shuffled(labels, permutations, seed)
-    rows = []
+    weights, names = model.weights, list(types)
+    words = [token for ids in types.values() for token in ids]
+    labels = np.repeat(np.arange(len(types)), [len(ids) for ids in types.values()])
+    shuffles, moments, tables = _shuffled(labels, permutations, seed), _unembedding_moments(weights), []
     for layer in range(weights.n_layers) if layers is None else layers:
         block = weights.blocks[layer]
-        x, attn = block.norm_attn(e), block.attn
-        q, k, v = (
-            einsum(x, W, "t d, n d h -> n t h") for W in (attn.W_Q, attn.per_head(attn.W_K), attn.per_head(attn.W_V))
-        )
-        scores = einsum(q.mean(1), k, "n h, n t h -> n t") / weights.d_head**0.5
-        own, other = _copy_scores(v, attn.W_O, ids, moments)
-        sought = _best_types(scores.cpu().numpy(), labels, shuffles)
-        called = _best_types(k.norm(dim=-1).cpu().numpy(), labels, shuffles)
-        gap = own - other
-        copy_p = _copy_p(gap, permutations, seed)
-        for head, ((seek, seek_d, seek_p), (call, call_d, call_p)) in enumerate(zip(sought, called, strict=True)):
-            which = int(relation[:, layer, head].argmax())
-            share = float(relation[which, layer, head])
-            share_p = float(relation_p[which, layer, head])
-            copy = float(own[head].mean())
-            rows.append(
-                {
-                    "site": str(Site(layer, head)),
-                    "layer": layer,
-                    "head": head,
-                    "seeks": names[seek] if seek_d >= rules.effect and seek_p <= rules.p else "none",
-                    "seeks_effect": seek_d,
-                    "seeks_p": seek_p,
-                    "advertises": names[call] if call_d >= rules.effect and call_p <= rules.p else "none",
-                    "advertises_effect": call_d,
-                    "advertises_p": call_p,
-                    "value": _value_role(copy, float(gap[head].mean()), copy_p[head], share, share_p, rules),
-                    "copy_score": copy,
-                    "copy_p": copy_p[head],
-                    "relation_score": share,
-                    "relation_p": share_p,
-                }
-            )
-    return pd.DataFrame(rows)
+        x, attn = block.norm_attn(weights.W_E[words]), block.attn
+        per_head = (attn.W_Q, attn.per_head(attn.W_K), attn.per_head(attn.W_V))
+        q, k, v = (einsum(x, W, "t d, n d h -> n t h") for W in per_head)
+        sought = einsum(q.mean(1), k, "n h, n t h -> n t") / weights.d_head**0.5
+        columns: dict[str, Any] = {"layer": layer, "head": np.arange(weights.n_heads)}
+        columns |= _type_columns("seeks", sought, names, labels, shuffles)
+        columns |= _type_columns("advertises", k.norm(dim=-1), names, labels, shuffles)
+        columns |= _copy_columns(v, attn.W_O, words, moments, permutations, seed)
+        tables.append(pd.DataFrame(columns))
+    return _with_value_roles(pd.concat(tables, ignore_index=True), maps, permutations=permutations, seed=seed)
 
 
-def _value_role(copy: float, gap: float, copy_p: float, share: float, share_p: float, rules: RoleRules) -> str:
-    if share >= rules.relation and share_p <= rules.p:
-        return "maps relation"
-    if copy_p <= rules.p and abs(copy) >= rules.copy and copy * gap > 0:
-        return "copies" if copy > 0 else "suppresses"
-    return "neither"
+def _type_columns(
+    label: str, values: Float[Tensor, "head word"], names: list[str], labels: NDArray, shuffles: NDArray
+) -> dict[str, Any]:
+    """The type that each head's values prefer, `none` where it does not stand out, with its effect and p."""
+    best, effect, p = _best_types(values.cpu().numpy(), labels, shuffles)
+    stands_out = (effect >= EFFECT) & (p <= ROLE_P)
+    named = [names[i] if sure else "none" for i, sure in zip(best, stands_out, strict=True)]
+    return {label: named, f"{label}_effect": effect, f"{label}_p": p}
+
+
+def _with_value_roles(table: pd.DataFrame, maps: Sequence[RelationMap], **options: int) -> pd.DataFrame:
+    """The table with each head's name, its score and p in the relation map where it scores higher, and the label of
+    its value channel, before the numbers behind it."""
+    heads = table.layer.tolist(), table["head"].tolist()
+    score, p = (torch.stack(x) for x in ([m.score for m in maps], [m.p_values(**options) for m in maps]))
+    best = score.argmax(0, keepdim=True)
+    table["relation_score"], table["relation_p"] = (x.gather(0, best)[0][heads].tolist() for x in (score, p))
+    relates = (table.relation_score >= RELATION) & (table.relation_p <= ROLE_P)
+    copies = (table.copy_p <= ROLE_P) & (table.copy_score.abs() >= COPY) & (table.copy_score * table.gap > 0)
+    named = np.where(table.copy_score > 0, "copies", "suppresses")
+    role = np.select([relates, copies], ["maps relation", named], "neither")
+    table.insert(0, "site", _sites(*heads))
+    table.insert(table.columns.get_loc("copy_score"), "value", role.tolist())
+    return table.drop(columns="gap")
 
 
 def _shuffled(labels: NDArray, permutations: int, seed: int) -> NDArray:
@@ -359,14 +335,14 @@ def _shuffled(labels: NDArray, permutations: int, seed: int) -> NDArray:
     return np.stack([indicator[:, rng.permutation(len(labels))] for _ in range(permutations)])
 
 
-def _best_types(values: NDArray, labels: NDArray, shuffles: NDArray) -> list[tuple[int, float, float]]:
+def _best_types(values: NDArray, labels: NDArray, shuffles: NDArray) -> tuple[NDArray, NDArray, NDArray]:
     """Of each head (a row of values, one a word): the type with the highest mean, its height above the mean word in
     standard deviations, and the share of permutations whose best type is as high."""
     z = (values - values.mean(1, keepdims=True)) / values.std(1, keepdims=True)
     means = np.stack([np.bincount(labels, row) for row in z]) / np.bincount(labels)
     null = _product(shuffles, z.astype(np.float32).T).max(1)  # (permutation, head)
     p = (1 + (null >= means.max(1)).sum(0)) / (1 + len(null))
-    return list(zip(means.argmax(1).tolist(), means.max(1).tolist(), p.tolist(), strict=True))
+    return means.argmax(1), means.max(1), p
 
 
 def _unembedding_moments(weights: Weights) -> tuple[Float[Tensor, "d_model vocab"], Tensor, Tensor]:
@@ -387,24 +363,32 @@ def _copy_scores(
     """Standardised logit of each word's own token, and the mean of the other words' tokens, through an OV circuit, all
     of it in the d_head dimensions of the value channel."""
     W_U, mean, covariance = moments
-    variance = einsum(v @ (W_O @ covariance @ W_O.mT), v, "n t h, n t h -> n t")
-    z = (v @ (W_O @ W_U[:, ids]) - v @ (W_O @ mean)[..., None]) / variance.clamp_min(1e-30).sqrt()[..., None]
-    own = z.diagonal(dim1=-2, dim2=-1)
-    return own, ((z.sum(-1) - own) / (len(ids) - 1))
+    variance = einsum(v @ (W_O @ covariance @ W_O.mT), v, "n t h, n t h -> n t").clamp_min(TINY)
+    z = (v @ (W_O @ W_U[:, ids]) - v @ (W_O @ mean)[..., None]) / variance.sqrt()[..., None]
+    same = z.diagonal(dim1=-2, dim2=-1)
+    return same, (z.sum(-1) - same) / (len(ids) - 1)
 
 
-def _copy_p(difference: Float[Tensor, "head token"], permutations: int, seed: int) -> list[float]:
-    """Of each head: two-sided sign-flip test that own and other logits differ on average."""
-    rng = np.random.default_rng(seed)
-    d = difference.cpu().numpy()
-    signs = rng.choice([-1.0, 1.0], size=(permutations, d.shape[1]))
-    extreme = np.abs(_product(signs, d.T.astype(float))) >= np.abs(d.sum(1))  # (permutation, head)
-    return ((1 + extreme.sum(0)) / (1 + permutations)).tolist()
+def _copy_columns(
+    v: Tensor, W_O: Tensor, ids: list[int], moments: tuple[Tensor, Tensor, Tensor], permutations: int, seed: int
+) -> dict[str, Any]:
+    """Of each head, on average over words: the standardised logit of the word's own token; how far it lies above those
+    of the other words; and the p of that, a two-sided sign-flip test."""
+    same, others = _copy_scores(v, W_O, ids, moments)
+    gap = (same - others).cpu().numpy()  # (head, word)
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(permutations, len(ids)))
+    extreme = np.abs(_product(signs, gap.T.astype(float))) >= np.abs(gap.sum(1))  # (permutation, head)
+    p = (1 + extreme.sum(0)) / (1 + permutations)
+    return {"copy_score": [float(row.mean()) for row in same], "copy_p": p, "gap": gap.sum(1)}
 
 
 def _product(a: NDArray, b: NDArray) -> NDArray:
     """a @ b by PyTorch: NumPy's threads would go on waiting for work where PyTorch's have some."""
     return (torch.from_numpy(a) @ torch.from_numpy(np.ascontiguousarray(b))).numpy()
+
+
+def _sites(layers: Iterable[int], heads: Iterable[int]) -> list[str]:
+    return [str(Site(layer, head)) for layer, head in zip(layers, heads, strict=True)]
 
 
 def _top_mask(norms: Float[Tensor, "n d_model"], k: int) -> Bool[Tensor, "n d_model"]:
@@ -417,20 +401,19 @@ def _in_top_of(
     W_U: Float[Tensor, "d_model vocab"],
     part: Float[Tensor, "d_model some"],
     answers: Int[Tensor, " answer"],
-    k: int,
 ) -> Bool[Tensor, "row answer"]:
     """`_in_top` of x @ W_U. The k-th best of a part of the vocabulary is never above the k-th best of all of it, so an
     answer that falls short of it there is out, and a row without any other needs no more; the slack is for rounding."""
-    reach = (x @ part).topk(k, dim=-1).values[:, -1:]
-    left = (x @ W_U[:, answers] >= reach - 0.01 * reach.abs()).any(-1)
+    reach = (x @ part).topk(TOP, dim=-1).values[:, -1:]
+    left = (x @ W_U[:, answers] >= reach - SLACK * reach.abs()).any(-1)
     hits = torch.zeros(len(x), len(answers), dtype=torch.bool)
-    hits[left] = _in_top(x[left] @ W_U, answers, k)
+    hits[left] = _in_top(x[left] @ W_U, answers)
     return hits
 
 
 def _in_top(
-    logits: Float[Tensor, "*head subject vocab"], answers: Int[Tensor, " answer"], k: int
+    logits: Float[Tensor, "*head subject vocab"], answers: Int[Tensor, " answer"]
 ) -> Bool[Tensor, "*head subject answer"]:
-    threshold = logits.topk(k, dim=-1).values[..., -1:]
+    threshold = logits.topk(TOP, dim=-1).values[..., -1:]
     says_something = logits.amax(-1, keepdim=True) > logits.amin(-1, keepdim=True)  # a dead head ties everywhere
     return (logits[..., answers] >= threshold) & says_something

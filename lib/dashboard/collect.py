@@ -529,7 +529,7 @@ class _Weighing:
 def _splice_map(old: RelationMap, new: RelationMap, layers: list[int]) -> RelationMap:
     hits = old.hits.clone()
     hits[layers] = new.hits
-    return RelationMap(hits, old.k)
+    return RelationMap(hits)
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ def agreement(
     that should fail, the joint map of permuted answers and QK overlap."""
     n = next(iter(maps.values())).hits.shape[-1]
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu")
-    wrong = join([RelationMap(m.hits[..., order], m.k) for m in maps.values()], seed=seed)
+    wrong = join([RelationMap(m.hits[..., order]) for m in maps.values()], seed=seed)
     scores = {
         "relation maps, joint": joint.score,
         "relation map, enriched": maps["enriched"].score,
