@@ -113,15 +113,15 @@ def questions(model: Model, case: Case) -> pd.DataFrame:
     return table.assign(answer_token=[model.first_token(a) for a in table.answer])
 
 
-def prepare(
+def build_protocol(
     model: Model, case: Case, layer: int, *, texts: dict[str, str] | None = None, table: pd.DataFrame | None = None
 ) -> Protocol:
-    """Run everything below the layer once. texts, table: as in `prepare_all`."""
-    return prepare_all(model, case, [layer], texts=texts, table=table)[layer]
+    """Run everything below the layer once. texts, table: as in `build_protocols`."""
+    return build_protocols(model, case, [layer], texts=texts, table=table)[layer]
 
 
 @torch.no_grad()
-def prepare_all(
+def build_protocols(
     model: Model,
     case: Case,
     layers: Sequence[int],
@@ -180,7 +180,7 @@ def load_wikitext(articles: int = 10) -> dict[str, str]:
 
 
 @torch.no_grad()
-def ask(
+def score_questions(
     model: Model, protocol: Protocol, edit: Edit | None, *, bias: Float[Tensor, " vocab"] | None = None
 ) -> pd.DataFrame:
     """The questions, each with told, prob (of the answer), top (the token said) and margin (in logits). bias: added to
@@ -198,20 +198,8 @@ def ask(
     return protocol.questions.assign(told=margin > 0, prob=prob, margin=margin, top=said)
 
 
-def read(
-    model: Model,
-    protocol: Protocol,
-    edit: Edit | None,
-    *,
-    bias: Float[Tensor, " vocab"] | None = None,
-    divergence: bool = True,
-) -> pd.DataFrame:
-    """`read_all` of one edit, or of the model as it is."""
-    return read_all(model, protocol, {"": edit}, bias=bias, divergence=divergence)[""]
-
-
 @torch.no_grad()
-def read_all(
+def score_passages(
     model: Model,
     protocol: Protocol,
     edits: Mapping[str, Edit | None],
@@ -257,8 +245,8 @@ def _divergence(
 def measure(model: Model, protocol: Protocol, edits: dict[str, Edit], *, passages: bool = True) -> Measured:
     """The untouched model and every edit through the whole protocol."""
     everyone = {NONE: None, **edits}
-    asked = {name: ask(model, protocol, edit) for name, edit in tqdm(everyone.items(), desc="side effects")}
-    return Measured(asked, read_all(model, protocol, everyone) if passages else {})
+    asked = {name: score_questions(model, protocol, edit) for name, edit in tqdm(everyone.items(), desc="side effects")}
+    return Measured(asked, score_passages(model, protocol, everyone) if passages else {})
 
 
 def noise(model: Model, edit: Edit, *, seed: int = 0) -> Edit:
@@ -348,7 +336,7 @@ def bleeding(model: Model, measured: Measured, case: Case) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["pathway", "bled", "prompts"])
 
 
-def reading(measured: Measured, *, seed: int = 0) -> pd.DataFrame:
+def perplexity(measured: Measured, *, seed: int = 0) -> pd.DataFrame:
     """One row a pathway: perplexity before and after, their ratio with a 95 % bootstrap interval over blocks of
     tokens, mean KL a token, and the share of tokens whose loss changed by more than a tenth of a nat."""
     before = measured.tokens[NONE]
@@ -373,7 +361,7 @@ def reading(measured: Measured, *, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def by_genre(measured: Measured) -> pd.DataFrame:
+def perplexity_by_genre(measured: Measured) -> pd.DataFrame:
     """Ratio of perplexities, after over before: passages down, pathways across."""
     before = measured.tokens[NONE]
     return pd.DataFrame(
@@ -409,7 +397,7 @@ def repetition(tokens: Sequence[int], n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def writing(model: Model, case: Case, edits: dict[str, Edit], *, opening: int = 24) -> pd.DataFrame:
+def free_generation(model: Model, case: Case, edits: dict[str, Edit], *, opening: int = 24) -> pd.DataFrame:
     """A row a pathway and text: the failing prompts and the openings of the passages, continued greedily. said: the
     answer stands in the continuation (failing prompts). leaks: a trained answer does (openings)."""
     prompted = prompts(case.facts, load_templates()[case.template])

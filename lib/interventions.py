@@ -57,10 +57,10 @@ def replacing(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator
         handle.remove()
 
 
-Ground = list[tuple[Pack, dict[int, Float[Tensor, "t d_model"]]]]  # packs, and the streams that enter their layers
+Prefilled = list[tuple[Pack, dict[int, Float[Tensor, "t d_model"]]]]  # packs, and the streams that enter their layers
 
 
-def ground(model: Model, texts: Sequence[str], lowest: int) -> Ground:
+def prefill(model: Model, texts: Sequence[str], lowest: int) -> Prefilled:
     """Prompts run once, with what later questions about their last tokens look back on, from a layer up."""
     rows = packs(model, [model.token_ids(t) for t in texts], share=True)
     return [(some, streams(model, some, range(lowest, model.weights.n_layers))) for some in rows]
@@ -98,14 +98,14 @@ def ablate(
     part: Part,
     *,
     against: Int[Tensor, " prompt"] | None = None,
-    kept: Ground | None = None,
+    kept: Prefilled | None = None,
 ) -> pd.DataFrame:
     """Take a part away at the last position, in three ways: `zero`; `mean` over the prompts; `resample`, what it did in
     the next prompt. A row a prompt and way: the change of the answer's logit (minus the logit of `against`, if given),
-    direct (all later layers and the norm held as they were) and total (really run). kept: the prompts' `ground` from
+    direct (all later layers and the norm held as they were) and total (really run). kept: the prompts' `prefill` from
     the part's layer or below, where several parts are taken from the same prompts."""
     columns = model.weights.W_U[:, answers] - (0 if against is None else model.weights.W_U[:, against])
-    layer, kept = part.site.layer, ground(model, texts, part.site.layer) if kept is None else kept
+    layer, kept = part.site.layer, prefill(model, texts, part.site.layer) if kept is None else kept
     found = [next(ends(model, some, before, before[layer][some.last], layer)) for some, before in kept]
     own, out = torch.cat([part.held(end) for end in found]), part.out(model.weights.blocks[layer])
     ways = {"none": own, "zero": torch.zeros_like(own), "mean": own.mean(0).expand_as(own), "resample": own.roll(-1, 0)}
@@ -143,13 +143,13 @@ def _changed(
 
 
 @torch.no_grad()
-def ablate_own_neuron(
+def ablate_top_neurons(
     model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], layer: int, *, rank: int = 0
 ) -> pd.DataFrame:
     """Zero, in each prompt, the neuron of the layer that the trace ranks `rank`-th for that very prompt (0: the top
     one): its number, and the change of the answer's logit, direct and total."""
     block, done, tables = model.weights.blocks[layer], 0, []
-    for some, before in ground(model, texts, layer):
+    for some, before in prefill(model, texts, layer):
         mine = slice(done, done := done + len(some.last))
         *_, last = found = list(ends(model, some, before, before[layer][some.last], layer))
         trace = found[0].neurons * (direction(model, last.stream, answers[mine]) @ block.mlp.W_out.T)
@@ -171,7 +171,7 @@ def ablate_own_neuron(
     return pd.concat(tables, ignore_index=True).assign(way="zero")
 
 
-def ablations(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
+def summarise_ablations(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     """A row a part and way of an `ablate` table: direct and total effect, means with bootstrap 95 % intervals."""
     rows = []
     for (part, way), group in table.groupby(["part", "way"], sort=False):
@@ -182,7 +182,7 @@ def ablations(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def sweep(
+def patch_heads(
     model: Model, facts: Sequence[Fact], failing: str, control: str, competitors: Int[Tensor, " fact"]
 ) -> dict[str, Float[Tensor, "n_layers n_heads fact"]]:
     """Every head of the failing prompt, one at a time, made to do what it does under the control template: at the last
@@ -266,7 +266,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Run:
+class CachedRun:
     """A forward pass over n prompts."""
 
     prompts: tuple[str, ...]
@@ -294,23 +294,23 @@ class Run:
         stream = torch.stack([*(layer.stream[rows, self.last] for layer in self.layers), self.final], 1)
         return Capture(self.prompts, self.tokens, self.last, stream, self.z, self.mlps, self.logits, None)
 
-    def take(self, rows: Sequence[int]) -> Run:
+    def take(self, rows: Sequence[int]) -> CachedRun:
         """Some of the prompts."""
         at = torch.tensor(list(rows), dtype=torch.long)
         layers = tuple(Layer(*(x[at] for x in vars(layer).values())) for layer in self.layers)
         prompts = tuple(self.prompts[i] for i in rows)
-        return Run(prompts, self.tokens[at], self.last[at], layers, self.final[at], self.logits[at])
+        return CachedRun(prompts, self.tokens[at], self.last[at], layers, self.final[at], self.logits[at])
 
 
 @torch.no_grad()
-def run(model: Model, prompts: Sequence[str]) -> Run:
+def run_with_cache(model: Model, prompts: Sequence[str]) -> CachedRun:
     """All layers, by the weight view. Raises DataError for an empty or too long prompt."""
     tokens, last = model.encode(prompts)
     return _upwards(model, tuple(prompts), tokens, last, (), model.weights.embed(tokens))
 
 
 @torch.no_grad()
-def rerun(model: Model, before: Run, layer: int) -> Run:
+def rerun_from(model: Model, before: CachedRun, layer: int) -> CachedRun:
     """The run again from a layer up (0-based), after a change of weights there or above."""
     below = before.layers[:layer]
     return _upwards(model, before.prompts, before.tokens, before.last, below, before.layers[layer].stream)
@@ -318,13 +318,13 @@ def rerun(model: Model, before: Run, layer: int) -> Run:
 
 def _upwards(
     model: Model, prompts: tuple[str, ...], tokens: Tensor, last: Tensor, below: tuple[Layer, ...], stream: Tensor
-) -> Run:
+) -> CachedRun:
     layers, rows, weights = list(below), torch.arange(len(last)), model.weights
     for block in weights.blocks[len(below) :]:
         done, stream = _layer(block, stream, last)
         layers.append(done)
     final = stream[rows, last]
-    return Run(prompts, tokens, last, tuple(layers), final, weights.norm_final(final) @ weights.W_U)
+    return CachedRun(prompts, tokens, last, tuple(layers), final, weights.norm_final(final) @ weights.W_U)
 
 
 def _layer(block: Block, stream: Float[Tensor, "n t d_model"], last: Int[Tensor, " n"]) -> tuple[Layer, Tensor]:
@@ -350,15 +350,15 @@ def _layer(block: Block, stream: Float[Tensor, "n t d_model"], last: Int[Tensor,
     return kept, middle + mlp
 
 
-def margins(run: Run, pairs: Int[Tensor, "n 2"]) -> Float[Tensor, " n"]:
+def logit_differences(run: CachedRun, pairs: Int[Tensor, "n 2"]) -> Float[Tensor, " n"]:
     """First token's logit minus the second's."""
     return -run.logits.gather(1, pairs).diff()[:, 0]
 
 
 @torch.no_grad()
-def patched(
+def patch_components(
     model: Model,
-    run: Run,
+    run: CachedRun,
     z: Float[Tensor, "n n_layers n_heads d_head"],
     mlps: Float[Tensor, "n n_layers d_model"],
     pairs: Int[Tensor, "n 2"],
@@ -368,16 +368,16 @@ def patched(
     """Margin of each prompt with one component at a time made to put out what z or mlps say: all heads layer by layer,
     then all MLPs, as `diagnosis.components` orders them. Below the layer `lowest` nothing is patched."""
     weights, n = model.weights, len(run.prompts)
-    rows = deque(climb(model, run, z, mlps, start=lowest), maxlen=1)[0]  # what leaves the last layer
-    own = margins(run, pairs).expand(lowest, weights.n_heads + 1, n)
-    found = torch.cat((own, read(model, rows, pairs).view(-1, weights.n_heads + 1, n)))
+    rows = deque(patched_streams(model, run, z, mlps, start=lowest), maxlen=1)[0]  # what leaves the last layer
+    own = logit_differences(run, pairs).expand(lowest, weights.n_heads + 1, n)
+    found = torch.cat((own, patched_logit_differences(model, rows, pairs).view(-1, weights.n_heads + 1, n)))
     return torch.cat((found[:, :-1].flatten(0, 1), found[:, -1]))
 
 
 @torch.no_grad()
-def climb(
+def patched_streams(
     model: Model,
-    run: Run,
+    run: CachedRun,
     z: Float[Tensor, "n n_layers n_heads d_head"],
     mlps: Float[Tensor, "n n_layers d_model"] | None = None,
     *,
@@ -401,7 +401,9 @@ def climb(
         yield rows
 
 
-def read(model: Model, rows: Float[Tensor, "m d_model"], pairs: Int[Tensor, "n 2"]) -> Float[Tensor, "copy n"]:
+def patched_logit_differences(
+    model: Model, rows: Float[Tensor, "m d_model"], pairs: Int[Tensor, "n 2"]
+) -> Float[Tensor, "copy n"]:
     """Margins of patched rows that left the last layer."""
     weights = model.weights
     directions = (weights.W_U[:, pairs[:, 0]] - weights.W_U[:, pairs[:, 1]]).T

@@ -54,7 +54,7 @@ def require_tools() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Neurons:
+class NeuronAttributions:
     """For each prompt and each of a few layers: the trace's contribution of every neuron to the target's logit, and
     gradient x activation of the same neurons, at the last position."""
 
@@ -63,16 +63,16 @@ class Neurons:
     gradient: Float[Tensor, "prompt layer d_mlp"]
 
 
-def neurons(
+def attribute_neurons(
     model: Model,
     texts: Sequence[str],
     targets: Int[Tensor, " prompt"],
     layers: Sequence[int],
     *,
     progress: str | None = None,
-) -> Neurons:
+) -> NeuronAttributions:
     """Both attributions from one pass. The gradient is taken through last tokens alone, because what a last token's
-    neurons write only last tokens read: Captum's own numbers, at a fraction of its cost (`captum_neurons`)."""
+    neurons write only last tokens read: Captum's own numbers, at a fraction of its cost (`captum_attributions`)."""
     low, weights, traces, gradients, done = min(layers), model.weights, [], [], 0
     rows = list(packs(model, [model.token_ids(t) for t in texts], share=True))
     for some in tqdm(rows, desc=progress, disable=progress is None):
@@ -85,10 +85,10 @@ def neurons(
         active, read = torch.stack(seen, 1).detach(), direction(model, found[-1].stream.detach(), own)
         gradients.append(active * slopes)
         traces.append(active * torch.stack([read @ weights.blocks[i].mlp.W_out.T for i in layers], 1))
-    return Neurons(tuple(layers), torch.cat(traces), torch.cat(gradients))
+    return NeuronAttributions(tuple(layers), torch.cat(traces), torch.cat(gradients))
 
 
-def captum_neurons(
+def captum_attributions(
     model: Model,
     texts: Sequence[str],
     targets: Int[Tensor, " prompt"],
@@ -129,7 +129,7 @@ def agreement(one: Float[Tensor, "prompt d_mlp"], other: Float[Tensor, "prompt d
 
 def top_neuron(model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], layer: int) -> int:
     """The neuron of a layer that writes most of the answers on average."""
-    return int(neurons(model, texts, answers, [layer]).trace[:, 0].mean(0).argmax())
+    return int(attribute_neurons(model, texts, answers, [layer]).trace[:, 0].mean(0).argmax())
 
 
 # TransformerLens: the same model through another library

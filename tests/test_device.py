@@ -64,14 +64,14 @@ def statics(model: Model) -> Numbers:
 
 def patches(model: Model) -> Numbers:
     _, failing, control, answers = asked(model)
-    bad, good = interventions.run(model, failing), interventions.run(model, control)
-    return [interventions.patched(model, bad, good.z, good.mlps, torch.stack((answers, answers.roll(1)), 1))]
+    bad, good = interventions.run_with_cache(model, failing), interventions.run_with_cache(model, control)
+    return [interventions.patch_components(model, bad, good.z, good.mlps, torch.stack((answers, answers.roll(1)), 1))]
 
 
 def ablations(model: Model) -> Numbers:
     _, _, control, answers = asked(model)
-    found = peers.neurons(model, control, answers, [LAYER, LAYER + 1])
-    head, own = sites.Site(LAYER, 4), interventions.ablate_own_neuron(model, control, answers, LAYER)
+    found = peers.attribute_neurons(model, control, answers, [LAYER, LAYER + 1])
+    head, own = sites.Site(LAYER, 4), interventions.ablate_top_neurons(model, control, answers, LAYER)
     return [found.trace, found.gradient, interventions.ablate(model, control, answers, Part(head)).total, own.total]
 
 
@@ -80,8 +80,11 @@ def trainings(model: Model) -> Numbers:
     run = training.train(model, training.keep(model, case, LAYER), "v_only", rate=3e-3)
     edits.save_all({"v_only": run.edit}, folder := Path(files.cache_folder() / "device"))
     some = {"texts": {"": evaluation.load_passages()["letter"][:800]}, "table": evaluation.questions(model, case)[::7]}
-    kept, protocol = edits.load_all(folder)["v_only"], evaluation.prepare(model, case, LAYER, **some)
-    said, read = evaluation.ask(model, protocol, kept), evaluation.read(model, protocol, evaluation.noise(model, kept))
+    kept, protocol = edits.load_all(folder)["v_only"], evaluation.build_protocol(model, case, LAYER, **some)
+    said, read = (
+        evaluation.score_questions(model, protocol, kept),
+        evaluation.score_passages(model, protocol, {"": evaluation.noise(model, kept)})[""],
+    )
     verified = edits.verify(model, kept)["as recorded"].all()
     return [run.history.loss, said.margin, read.kl, float(verified)]
 

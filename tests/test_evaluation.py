@@ -102,7 +102,7 @@ def test_block_interval_knows_that_neighbours_are_alike():
 @pytest.fixture(scope="module")
 def protocol(organism) -> tuple[Case, Protocol]:
     case = trainable(organism, load_cases("organism")[0])
-    return case, evaluation.prepare(organism, case, 1, texts={"a": evaluation.load_passages()["recipe"][:900]})
+    return case, evaluation.build_protocol(organism, case, 1, texts={"a": evaluation.load_passages()["recipe"][:900]})
 
 
 def test_the_protocol_sees_what_the_edited_model_does(organism, protocol):
@@ -126,7 +126,7 @@ def test_the_protocol_sees_what_the_edited_model_does(organism, protocol):
 def test_summaries_of_a_real_run_hold_together(organism, protocol):
     case, asked = protocol
     measured = evaluation.measure(organism, asked, {"v_only": an_edit(organism, "v_only")})
-    outcome, texts = evaluation.outcomes(measured, case), evaluation.reading(measured)
+    outcome, texts = evaluation.outcomes(measured, case), evaluation.perplexity(measured)
     general = evaluation.generalisation(measured, case)
     bled = evaluation.bleeding(organism, measured, case)
     entry = side_effects.entry("v_only", outcome, texts, general, bled)
@@ -151,7 +151,7 @@ def test_noise_is_as_large_and_goes_elsewhere(organism):
 def test_edits_of_another_layer_are_refused(organism, protocol):
     edit = dataclasses.replace(an_edit(organism, "v_only"), layer=3)
     with pytest.raises(EditError, match="prepared for layer index 1, the edit is of 3"):
-        evaluation.ask(organism, protocol[1], edit)
+        evaluation.score_questions(organism, protocol[1], edit)
 
 
 def test_generation_equals_one_at_a_time(organism):

@@ -10,8 +10,8 @@ import torch
 from lib import diagnosis, interventions, peers
 from lib.errors import DataError
 from lib.facts import load_cases, load_templates, prompts
-from lib.interventions import Part, ablate, reading, replacing, sweep
-from lib.peers import agreement, captum_neurons, neurons
+from lib.interventions import Part, ablate, patch_heads, reading, replacing
+from lib.peers import agreement, attribute_neurons, captum_attributions
 from lib.recall import trainable
 from lib.sites import Site
 from lib.studies import cross_validation
@@ -24,15 +24,15 @@ ANSWERS = torch.tensor([300, 400, 500])
 
 def test_gradients_equal_captums_own(tiny):
     """The same numbers as Captum's LayerGradientXActivation, for every neuron, prompt and layer, in both families."""
-    own = captum_neurons(tiny, TEXTS, ANSWERS, [1, 2])
-    fast = neurons(tiny, TEXTS, ANSWERS, [1, 2])
+    own = captum_attributions(tiny, TEXTS, ANSWERS, [1, 2])
+    fast = attribute_neurons(tiny, TEXTS, ANSWERS, [1, 2])
     torch.testing.assert_close(fast.gradient, own, atol=1e-5, rtol=1e-4)
     assert float(own.abs().max()) > 1e-2, "there is something to compare"
 
 
 def test_neuron_trace_sums_to_the_mlps_term(tiny):
     """Parts sum to the whole: the neurons of a layer, to the MLP's contribution in the exact trace."""
-    found = neurons(tiny, TEXTS, ANSWERS, [1])
+    found = attribute_neurons(tiny, TEXTS, ANSWERS, [1])
     trace = logit_trace(tiny, capture(tiny, TEXTS), ANSWERS[:, None])
     torch.testing.assert_close(found.trace[:, 0].sum(-1), trace.mlps[:, 0, 1], atol=1e-4, rtol=1e-4)
 
@@ -40,7 +40,7 @@ def test_neuron_trace_sums_to_the_mlps_term(tiny):
 def test_last_layer_gradient_is_the_trace_but_for_the_norm(tiny):
     """After the last layer no detour is left but the norm's own slope: the two must be nearly the same there, and
     farther apart one layer below."""
-    found = neurons(tiny, TEXTS, ANSWERS, [1, 2])
+    found = attribute_neurons(tiny, TEXTS, ANSWERS, [1, 2])
     last, below = (agreement(found.trace[:, i], found.gradient[:, i]).rho.mean() for i in (1, 0))
     assert last > 0.75 and last > below
 
@@ -128,7 +128,7 @@ def planted(organism):
 def test_the_sweep_finds_the_planted_suppressor(organism, planted):
     """The failing template against a control: of 144 heads, patching the planted suppressor alone brings all back."""
     case, verdict = planted
-    swept = cross_validation.sweep_case(organism, case)
+    swept = cross_validation.patch_case_heads(organism, case)
     first, second = cross_validation.best_heads(swept["last"], 2)
     assert first["head"] == str(verdict.suppressor) == "L11 H2"
     assert first["share"] == pytest.approx(1, abs=0.05) and second["share"] < 0.3
@@ -141,7 +141,9 @@ def test_a_sweep_cell_equals_a_plain_patched_run(organism, planted):
     facts, templates = case.facts[:2], load_templates()
     bad, good = (prompts(facts, templates[t]) for t in (case.template, case.controls[0]))
     competitors = torch.tensor([5, 6])
-    cell = sweep(organism, facts, templates[case.template], templates[case.controls[0]], competitors)["last"][10, 2]
+    cell = patch_heads(organism, facts, templates[case.template], templates[case.controls[0]], competitors)["last"][
+        10, 2
+    ]
     d, module = organism.weights.d_head, organism.weights.blocks[10].heads_out
     for i, fact in enumerate(facts):
         pair = [organism.first_token(fact.answer), int(competitors[i])]
@@ -211,7 +213,7 @@ def test_captum_equality_can_fail(organism, monkeypatch):
     case = trainable(organism, load_cases("organism")[0])
     sample = cross_validation.large_prompts(organism, case, templates=1).head(3)
     assert cross_validation.same_as_captum(organism, sample, [7])["largest difference"].max() < 1e-5
-    off = neurons(organism, list(sample.prompt), torch.tensor(sample.answer_token.to_numpy()), [6])
+    off = attribute_neurons(organism, list(sample.prompt), torch.tensor(sample.answer_token.to_numpy()), [6])
     monkeypatch.setattr(peers, "neurons", lambda *a, **k: off)
     with pytest.raises(DataError, match="differs from Captum's"):
         cross_validation.same_as_captum(organism, sample, [7])
@@ -219,8 +221,8 @@ def test_captum_equality_can_fail(organism, monkeypatch):
 
 def test_each_prompts_own_neuron(tiny):
     """The neuron of each prompt by the trace; zeroing it equals zeroing that neuron by itself."""
-    own = interventions.ablate_own_neuron(tiny, TEXTS, ANSWERS, 1)
-    trace = neurons(tiny, TEXTS, ANSWERS, [1]).trace[:, 0]
+    own = interventions.ablate_top_neurons(tiny, TEXTS, ANSWERS, 1)
+    trace = attribute_neurons(tiny, TEXTS, ANSWERS, [1]).trace[:, 0]
     assert own.neuron.tolist() == trace.argmax(-1).tolist()
     np.testing.assert_allclose(own.direct, -trace.amax(-1), atol=1e-5)
     for i, text in enumerate(TEXTS):

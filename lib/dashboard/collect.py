@@ -412,14 +412,14 @@ class _Run:
     margin: list[float]
     climbed: list[Tensor]
     lost: Tensor | None
-    run: interventions.Run | None
+    run: interventions.CachedRun | None
 
 
 @torch.no_grad()
 def _observe(model: Model, test: _Asked, *, before: _Run | None = None, layer: int = 0) -> _Run:
     """before: the untouched model's run, for a subject that is edited in a layer (0-based)."""
     kept = before.run if before else None
-    run = interventions.rerun(model, kept, layer) if kept else interventions.run(model, test.texts)
+    run = interventions.rerun_from(model, kept, layer) if kept else interventions.run_with_cache(model, test.texts)
     pairs, bank = test.pairs.repeat(len(test.templates), 1), test.pairs[:, 0].unique()
     seen = run.capture()
     answers = logit_trace(model, seen, bank.expand(len(pairs), -1)).heads  # (prompt, bank, layer, head)
@@ -437,7 +437,7 @@ def _observe(model: Model, test: _Asked, *, before: _Run | None = None, layer: i
         _bytes(model, run),
         told=(answer > wrong.amax(-1)).tolist(),
         top=[visible(model.token_text(int(t))) for t in run.logits.argmax(-1)],
-        margin=interventions.margins(run, pairs).tolist(),
+        margin=interventions.logit_differences(run, pairs).tolist(),
         climbed=[] if kept else climbed,
         lost=lost,
         run=None if kept else run,
@@ -445,18 +445,18 @@ def _observe(model: Model, test: _Asked, *, before: _Run | None = None, layer: i
 
 
 def _patch(
-    model: Model, test: _Asked, run: interventions.Run, before: _Run | None, layer: int
+    model: Model, test: _Asked, run: interventions.CachedRun, before: _Run | None, layer: int
 ) -> tuple[NDArray, list[Tensor], Tensor]:
     """Share of the margin lost by the untouched model that each head brings back (layer, head, fact), as
     `crosscheck.sweep_case` has it; the patched rows; and the margin lost."""
     weights, pairs = model.weights, test.pairs[list(test.untold)]
     bad, good = (run.take(test.at(name)) for name in (test.case.template, test.case.controls[0]))
-    base = interventions.margins(bad, pairs)
-    lost = interventions.margins(good, pairs) - base if before is None or before.lost is None else before.lost
+    base = interventions.logit_differences(bad, pairs)
+    lost = interventions.logit_differences(good, pairs) - base if before is None or before.lost is None else before.lost
     below = before.climbed[layer - 1] if before and layer else None
-    climbed = list(interventions.climb(model, bad, good.z, start=layer, below=below))
+    climbed = list(interventions.patched_streams(model, bad, good.z, start=layer, below=below))
     shares = np.full((weights.n_layers, weights.n_heads, len(test.pairs)), np.nan, np.float32)
-    margin = interventions.read(model, climbed[-1], pairs)
+    margin = interventions.patched_logit_differences(model, climbed[-1], pairs)
     shares[..., list(test.untold)] = ((margin - base) / lost).view(*shares.shape[:2], -1).cpu().numpy()
     return shares, climbed, lost
 
@@ -578,7 +578,7 @@ def _shown(
 
 
 @torch.no_grad()
-def _bytes(model: Model, run: interventions.Run) -> dict[str, NDArray]:
+def _bytes(model: Model, run: interventions.CachedRun) -> dict[str, NDArray]:
     """Attention of every head on every prompt, by prompt: the lower triangle row by row, (layer, head, byte)."""
     blocks = zip(model.weights.blocks, run.layers, strict=True)
     whole = torch.stack([block.attn.pattern(block.norm_attn(layer.stream)) for block, layer in blocks], 1)

@@ -27,7 +27,16 @@ from torch import Tensor, nn
 
 from lib.edits import applied, written
 from lib.errors import EditError
-from lib.evaluation import NONE, Measured, Protocol, ask, prepare, questions, read, reading
+from lib.evaluation import (
+    NONE,
+    Measured,
+    Protocol,
+    build_protocol,
+    perplexity,
+    questions,
+    score_passages,
+    score_questions,
+)
 from lib.facts import load_templates
 from lib.forward import next_token_logits
 from lib.models import Model
@@ -70,11 +79,15 @@ def rival(model: Model, *, name: str) -> dict[str, Any]:
     made = RIVALS[name](model)
     protocol = _asked_after(model, made.prefix) if made.prefix else _asked(model)[made.layer]
     with made.change():
-        asked = ask(model, protocol, None, bias=made.bias)
-        read_now = None if made.prefix else read(model, protocol, None, bias=made.bias, divergence=False)
+        asked = score_questions(model, protocol, None, bias=made.bias)
+        read_now = (
+            None
+            if made.prefix
+            else score_passages(model, protocol, {NONE: None}, bias=made.bias, divergence=False)[NONE]
+        )
     out = {"rival": made.name, "parameters": made.parameters, "strength": made.strength} | answers(model, asked)
     if read_now is not None:
-        ppl = reading(Measured({NONE: asked, name: asked}, {NONE: _untouched(model), name: read_now})).iloc[0]
+        ppl = perplexity(Measured({NONE: asked, name: asked}, {NONE: _untouched(model), name: read_now})).iloc[0]
         out |= {k: float(ppl[k]) for k in ("ratio", "ratio_low", "ratio_high")}
     return out
 
@@ -93,12 +106,12 @@ def _asked_after(model: Model, prefix: str) -> Protocol:
     """The same questions, each with a prefix before its prompt."""
     table = _asked(model)[0].questions
     table = table.assign(prompt=[prefix + p for p in table.prompt])
-    return prepare(model, setting(model).case, 0, texts={}, table=table)
+    return build_protocol(model, setting(model).case, 0, texts={}, table=table)
 
 
 @once_a_model
 def _untouched(model: Model) -> pd.DataFrame:
-    return read(model, _asked(model)[model.weights.n_layers], None, divergence=False)
+    return score_passages(model, _asked(model)[model.weights.n_layers], {NONE: None}, divergence=False)[NONE]
 
 
 # Without training

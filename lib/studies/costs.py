@@ -19,7 +19,7 @@ from lib.files import BENCH, DATA
 RECORD = DATA / BENCH
 
 
-def read(path: Path = RECORD) -> dict[str, Any]:
+def load_record(path: Path = RECORD) -> dict[str, Any]:
     """The record. Raises DataError where there is none, or another thing."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -31,7 +31,7 @@ def read(path: Path = RECORD) -> dict[str, Any]:
     raise DataError(f"{path} is no record of a benchmark ({reason}); make one with `python -m tests.bench --record`.")
 
 
-def renewed(record: dict[str, Any], found: list[dict[str, Any]]) -> dict[str, Any]:
+def with_rows_replaced(record: dict[str, Any], found: list[dict[str, Any]]) -> dict[str, Any]:
     """The record with rows measured again in place of those of the same work and peer. Raises DataError for a row that
     it does not have."""
     new = {(row["row"], row["peer"]): row for row in found}
@@ -56,7 +56,9 @@ def sizes(record: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(record["sizes"])
 
 
-def report(report: Callable[..., None], record: dict[str, Any], table: pd.DataFrame, points: pd.DataFrame) -> None:
+def report_costs(
+    report: Callable[..., None], record: dict[str, Any], table: pd.DataFrame, points: pd.DataFrame
+) -> None:
     """What the chapter's prose says of the record."""
     machine, judged = record["machine"], table[table.met.notna()]
     report("machine", f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads")

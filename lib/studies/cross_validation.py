@@ -13,14 +13,22 @@ from torch import Tensor
 from lib.diagnosis import Verdict, prescribe
 from lib.errors import DataError
 from lib.facts import Case, load_cases, load_templates, prompts
-from lib.interventions import Part, ablate, ablations, ground, sweep
+from lib.interventions import Part, ablate, patch_heads, prefill, summarise_ablations
 from lib.models import Model, load
-from lib.peers import Lenses, Neurons, against_transformerlens, agreement, captum_neurons, neurons, routing_layer
+from lib.peers import (
+    Lenses,
+    NeuronAttributions,
+    against_transformerlens,
+    agreement,
+    attribute_neurons,
+    captum_attributions,
+    routing_layer,
+)
 from lib.recall import tell, trainable
 from lib.sites import Site
 
 
-def agreement_by_layer(found: Neurons, *, seed: int = 0) -> pd.DataFrame:
+def agreement_by_layer(found: NeuronAttributions, *, seed: int = 0) -> pd.DataFrame:
     """A row a layer, with two controls: the gradient of another prompt, drawn at random, and that of the next layer."""
     order = torch.randperm(len(found.trace), generator=torch.Generator().manual_seed(seed), device="cpu")
     rows = []
@@ -33,7 +41,9 @@ def agreement_by_layer(found: Neurons, *, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def agreement_by_template(found: Neurons, layer: int, names: Sequence[str], *, seed: int = 0) -> pd.DataFrame:
+def agreement_by_template(
+    found: NeuronAttributions, layer: int, names: Sequence[str], *, seed: int = 0
+) -> pd.DataFrame:
     """The same at one layer (0-based), a row a template (names: of each prompt), beside the other-prompt control drawn
     from the same template."""
     i, generator, rows = found.layers.index(layer), torch.Generator().manual_seed(seed), []
@@ -80,7 +90,7 @@ def ablate_all(
 ) -> pd.DataFrame:
     """An `ablate` table of all parts, `part` being the kind: several random parts are averaged prompt by prompt."""
     tables, lowest = [], min(part.site.layer for some in parts.values() for part in some)
-    kept = ground(model, texts, lowest)
+    kept = prefill(model, texts, lowest)
     for kind, some in parts.items():
         rows = pd.concat([ablate(model, texts, answers, part, kept=kept) for part in some])
         means = rows.groupby(["way", "prompt"], sort=False)[["direct", "total"]].mean().reset_index()
@@ -104,7 +114,7 @@ def strongest_head(model: Model, texts: Sequence[str], answers: Int[Tensor, " pr
 def _costliest(
     model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], candidates: Sequence[Part], way: str
 ) -> Part:
-    kept = ground(model, texts, min(part.site.layer for part in candidates))
+    kept = prefill(model, texts, min(part.site.layer for part in candidates))
     found = [ablate(model, texts, answers, part, kept=kept) for part in candidates]
     return candidates[int(np.argmin([table[table.way == way].total.mean() for table in found]))]
 
@@ -121,7 +131,7 @@ def three_tools(
 ) -> pd.DataFrame:
     """One row a question, one column a tool, on the same prompts; `-` where a tool does not answer it."""
     layer, n = verdict.knowledge_head.layer, model.weights.n_layers
-    found = neurons(model, texts, answers, [layer])
+    found = attribute_neurons(model, texts, answers, [layer])
     ours, theirs = (x[:, 0].mean(0) for x in (found.trace, found.gradient))
     top = [Part(Site(layer), int(i)) for i in ours.topk(10).indices]
     neuron = strongest_neuron(model, texts, answers, top)
@@ -167,7 +177,10 @@ def same_as_captum(model: Model, sample: pd.DataFrame, layers: Sequence[int]) ->
     """The fast path against Captum's own on the same prompts: a row a layer. Raises DataError where they differ by
     more than a thousandth of the largest attribution: rounding in another order stays far below."""
     texts, targets = list(sample.prompt), torch.tensor(sample.answer_token.to_numpy())
-    fast, own = neurons(model, texts, targets, layers).gradient, captum_neurons(model, texts, targets, layers)
+    fast, own = (
+        attribute_neurons(model, texts, targets, layers).gradient,
+        captum_attributions(model, texts, targets, layers),
+    )
     rows = []
     for i, layer in enumerate(layers):
         difference, largest = float((fast[:, i] - own[:, i]).abs().max()), float(own[:, i].abs().max())
@@ -215,7 +228,7 @@ def report_ablations(report: Callable[..., None], table: pd.DataFrame) -> None:
 
 def suppressors(model: Model, cases: Sequence[Case], *, seed: int = 0) -> pd.DataFrame:
     """Each suppressor that the rule names, taken away from its failing prompts: the change of answer minus competitor;
-    beside the same kind of part one layer below. An `ablations` table, empty where no case has a suppressor."""
+    beside the same kind of part one layer below. Summarised ablations, empty where no case has a suppressor."""
     parts: list[pd.DataFrame] = []
     for case in (trainable(model, c) for c in cases):
         site = prescribe(model, case).suppressor
@@ -225,7 +238,7 @@ def suppressors(model: Model, cases: Sequence[Case], *, seed: int = 0) -> pd.Dat
         answers, against = (torch.tensor(failing[c].tolist()) for c in ("answer_token", "competitor_token"))
         for name, where in (("suppressor", site), ("control", Site(site.layer - 1, site.head, site.mlp))):
             table = ablate(model, list(failing.prompt), answers, Part(where), against=against)
-            parts.append(ablations(table.assign(part=f"{case.title}: {name} {where}"), seed=seed))
+            parts.append(summarise_ablations(table.assign(part=f"{case.title}: {name} {where}"), seed=seed))
     columns = ["part", "way", "n", "direct", "total", "low", "high"]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
@@ -243,14 +256,14 @@ def suppressor_words(table: pd.DataFrame) -> str:
     return "Without it (zero), the margin changes by: " + "; ".join(words) + "."
 
 
-def sweep_case(model: Model, case: Case) -> dict[str, Float[Tensor, "n_layers n_heads fact"]]:
-    """`sweep` over the case's untold facts, from its first control template."""
+def patch_case_heads(model: Model, case: Case) -> dict[str, Float[Tensor, "n_layers n_heads fact"]]:
+    """`patch_heads` over the case's untold facts, from its first control template."""
     templates = load_templates()
     table = tell(model, case.facts, {case.template: templates[case.template]})
     pick = ~table.told.to_numpy()
     facts = [f for f, untold in zip(case.facts, pick, strict=True) if untold]
     competitors = torch.tensor(table.competitor_token.to_numpy()[pick])
-    return sweep(model, facts, templates[case.template], templates[case.controls[0]], competitors)
+    return patch_heads(model, facts, templates[case.template], templates[case.controls[0]], competitors)
 
 
 def best_heads(grid: Float[Tensor, "n_layers n_heads fact"], k: int = 5) -> list[dict[str, object]]:

@@ -297,10 +297,13 @@ def cost(model: Model, case: Case, edit: Edit) -> dict[str, Any]:
     """What the rule reads of an edit: known and untold selection countries, how many are told after, the mean
     log-probability of their answers; perplexity's ratio on the neutral passages that choose; items lost."""
     base = _baseline(model, case)
-    protocol = evaluation.prepare(model, case, edit.layer, texts=choosing_texts(model), table=base.table)
-    after, tokens = evaluation.ask(model, protocol, edit), evaluation.read(model, protocol, edit)
+    protocol = evaluation.build_protocol(model, case, edit.layer, texts=choosing_texts(model), table=base.table)
+    after, tokens = (
+        evaluation.score_questions(model, protocol, edit),
+        evaluation.score_passages(model, protocol, {"edit": edit})["edit"],
+    )
     pick, lost = base.untold.to_numpy(), base.told & ~after.told.to_numpy()
-    ratio = evaluation.reading(Measured({NONE: after, "edit": after}, {NONE: base.tokens, "edit": tokens})).ratio[0]
+    ratio = evaluation.perplexity(Measured({NONE: after, "edit": after}, {NONE: base.tokens, "edit": tokens})).ratio[0]
     return {
         "untold": int(pick.sum()),
         "repaired": int(after.told[pick].sum()),
@@ -329,13 +332,13 @@ def _baseline(model: Model, case: Case) -> Baseline:
     asked = evaluation.questions(model, without_held_out(model, case))
     own = (asked.set == "eight") & asked.template.isin(case.controls)
     asked = asked[own | asked.set.isin(["capability", "large"])].reset_index(drop=True)
-    protocol = evaluation.prepare(model, case, 0, texts=choosing_texts(model), table=asked)
-    said = evaluation.ask(model, protocol, None)
+    protocol = evaluation.build_protocol(model, case, 0, texts=choosing_texts(model), table=asked)
+    said = evaluation.score_questions(model, protocol, None)
     states = known_and_told(said[said.set == "large"], case)
     kept = (said.set != "large") | (said.template == case.template)
     table, told = asked[kept].reset_index(drop=True), said.told[kept].to_numpy()
     untold = (table.set == "large") & table.subject.isin(states[states.routing_failure].subject)
-    return Baseline(table, told, untold, evaluation.read(model, protocol, None))
+    return Baseline(table, told, untold, evaluation.score_passages(model, protocol, {NONE: None})[NONE])
 
 
 def choosing_texts(model: Model) -> dict[str, str]:

@@ -39,7 +39,7 @@ from torch import Tensor
 from lib.diagnosis import NOT_RETRIEVED, OVERRIDDEN, Contributions, contributions, control_mean, decide
 from lib.errors import DataError
 from lib.facts import Fact, prompts
-from lib.interventions import Run, margins, patched, run
+from lib.interventions import CachedRun, logit_differences, patch_components, run_with_cache
 from lib.models import Model
 from lib.sites import Site
 from lib.static import enrich
@@ -84,12 +84,12 @@ class Look:
         return control_mean(values[1:], self.told[1:])
 
 
-def see(model: Model, facts: Sequence[Fact], templates: Sequence[str]) -> list[Run]:
+def see(model: Model, facts: Sequence[Fact], templates: Sequence[str]) -> list[CachedRun]:
     """A run over all facts for each template."""
-    return [run(model, prompts(facts, t)) for t in templates]
+    return [run_with_cache(model, prompts(facts, t)) for t in templates]
 
 
-def told_by(seen: Sequence[Run], answers: Int[Tensor, " fact"]) -> Bool[Tensor, "template fact"]:
+def told_by(seen: Sequence[CachedRun], answers: Int[Tensor, " fact"]) -> Bool[Tensor, "template fact"]:
     return torch.stack([s.logits.argmax(-1) == answers for s in seen])
 
 
@@ -99,7 +99,7 @@ def look(model: Model, facts: Sequence[Fact], failing: str, controls: Sequence[s
 
 
 @torch.no_grad()
-def look_at(model: Model, facts: Sequence[Fact], seen: Sequence[Run]) -> Look | None:
+def look_at(model: Model, facts: Sequence[Fact], seen: Sequence[CachedRun]) -> Look | None:
     """The same from the subject's own runs (`see`), where they are at hand."""
     answers, weights = first_tokens(model, facts), model.weights
     told = told_by(seen, answers)
@@ -110,13 +110,13 @@ def look_at(model: Model, facts: Sequence[Fact], seen: Sequence[Run]) -> Look | 
     pairs = torch.stack((own, strongest_wrong(chosen[0].logits, own)), 1)
     traced = [contributions(model, s.capture(), pairs, answers.unique()) for s in chosen]
     difference, attribution = (torch.stack([getattr(t, x) for t in traced]) for x in ("difference", "attribution"))
-    margin = torch.stack([margins(s, pairs) for s in chosen])
+    margin = torch.stack([logit_differences(s, pairs) for s in chosen])
     attention = torch.stack(
         [subject_attention(model, s.patterns, s.prompts, [f.subject for f in some]) for s in chosen]
     )
     first, lowest = range(min(PATCHED, len(rows))), weights.n_layers // 3
     z, mlps = (control_mean(torch.stack([getattr(s, x) for s in chosen[1:]]), told[1:, rows]) for x in ("z", "mlps"))
-    back = patched(model, chosen[0].take(first), z[first], mlps[first], pairs[first], lowest=lowest)
+    back = patch_components(model, chosen[0].take(first), z[first], mlps[first], pairs[first], lowest=lowest)
     return Look(
         tuple(facts),
         some,

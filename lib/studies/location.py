@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lib.diagnosis import Verdict, case_table, gather
 from lib.errors import EditError
-from lib.evaluation import Protocol, ask, prepare, prepare_all, questions
+from lib.evaluation import Protocol, build_protocol, build_protocols, questions, score_questions
 from lib.facts import Case, load_cases, load_templates
 from lib.models import Model
 from lib.recall import trainable
@@ -82,7 +82,7 @@ def untold(model: Model) -> dict[str, list[str]]:
         rest = table.subject.isin([name for name in failed if name not in known])
         part = table[(table.set == "large") & (table.template == control) & rest]
         if len(part):
-            told = ask(model, prepare(model, case, 0, texts={}, table=part), None)
+            told = score_questions(model, build_protocol(model, case, 0, texts={}, table=part), None)
             known |= set(told.subject[told.told])
     split = asked[asked.set == "large"].set_index("subject").split
     return {s: [name for name in failed if name in known and split[name] == s] for s in SPLITS}
@@ -91,10 +91,10 @@ def untold(model: Model) -> dict[str, list[str]]:
 def protocols(
     model: Model, case: Case, layers: Sequence[int], *, texts: dict[str, str] | None, table: pd.DataFrame
 ) -> dict[int, Protocol]:
-    """As `prepare_all`, with what the untouched model tells among the questions (told_before)."""
+    """As `build_protocols`, with what the untouched model tells among the questions (told_before)."""
     end = model.weights.n_layers
-    found = prepare_all(model, case, [*layers, end], texts=texts, table=table)
-    before = ask(model, found[end], None)
+    found = build_protocols(model, case, [*layers, end], texts=texts, table=table)
+    before = score_questions(model, found[end], None)
     table = found[end].questions.assign(told_before=before.told)
     return {layer: replace(one, questions=table) for layer, one in found.items()}
 
@@ -143,12 +143,12 @@ def outcome(model: Model, protocol: Protocol, run: Trained) -> dict[str, Any]:
     }
     if run.edit is None:
         return own
-    return own | answers(model, ask(model, protocol, run.edit))
+    return own | answers(model, score_questions(model, protocol, run.edit))
 
 
 def answers(model: Model, asked: pd.DataFrame) -> dict[str, Any]:
-    """What an `ask` table over the setting's questions, or some of them, comes to. Of the kinds of questions that are
-    in it: how many there are (n), told now, and lost since."""
+    """What a `score_questions` table over the setting's questions, or some of them, comes to. Of the kinds of questions
+    that are in it: how many there are (n), told now, and lost since."""
     own = setting(model)
     failing, control = asked.template == own.case.template, asked.template.isin(own.case.controls)
     eight, large = asked.set == "eight", asked.set == "large"

@@ -26,7 +26,7 @@ from lib.errors import DataError
 from lib.evaluation import load_relations
 from lib.facts import Fact, load_cases, load_templates, prompts
 from lib.forward import above, entering, pack
-from lib.interventions import Run, margins, patched, rerun
+from lib.interventions import CachedRun, logit_differences, patch_components, rerun_from
 from lib.models import Model
 from lib.recall import study_facts, tell
 from lib.sites import Site
@@ -192,9 +192,9 @@ def _ranked(model: Model, facts: Sequence[Fact], template: str) -> tuple[Reader,
         for layer, (block, done) in enumerate(zip(weights.blocks, seen.layers, strict=True)):
             values = block.attn.per_head(done.values[i])[:, at]
             read[i, layer] = torch.einsum("np,nph->nh", done.pattern[i][:, at], values)
-    after = patched(model, seen, seen.z - 3 * read, seen.mlps, pairs, lowest=weights.n_layers // 3)
+    after = patch_components(model, seen, seen.z - 3 * read, seen.mlps, pairs, lowest=weights.n_layers // 3)
     after = after[: weights.n_layers * weights.n_heads]
-    fall, lost = (margins(seen, pairs) - after).mean(1), (after < 0).float().mean(1)
+    fall, lost = (logit_differences(seen, pairs) - after).mean(1), (after < 0).float().mean(1)
     order = fall.argsort(descending=True)[:CANDIDATES].tolist()
     return tuple(Reader(Site(*divmod(i, weights.n_heads)), float(fall[i]), float(lost[i])) for i in order)
 
@@ -247,7 +247,7 @@ def smallest(
 class Inputs:
     """Captures of the unplanted subject on a plant's prompts, the failing template's first."""
 
-    seen: list[Run]
+    seen: list[CachedRun]
     answers: Int[Tensor, " fact"]
     at: list[list[list[int]]]  # by template and fact, the positions of the subject
 
@@ -350,14 +350,16 @@ def _write(model: Model, inputs: Inputs, damage: Damage) -> list[tuple[Tensor, T
     return [(block.attn.W_V[head], signal), (W_O, torch.outer(quiet, wanted.mean(0)) / size)]
 
 
-def _attended(model: Model, seen: Run, layer: int, head: int) -> Float[Tensor, "n d_model"]:
+def _attended(model: Model, seen: CachedRun, layer: int, head: int) -> Float[Tensor, "n d_model"]:
     """What a head's W_V reads in effect: the normalised streams, weighted by its attention from the last position."""
     block = model.weights.blocks[layer]
     done = seen.layers[layer]
     return torch.einsum("bt,btd->bd", done.pattern[:, head], block.norm_attn(done.stream))
 
 
-def _against(model: Model, seen: Run, answers: Int[Tensor, " fact"], damage: Damage) -> Float[Tensor, "fact d_model"]:
+def _against(
+    model: Model, seen: CachedRun, answers: Int[Tensor, " fact"], damage: Damage
+) -> Float[Tensor, "fact d_model"]:
     """What must be added to the stream at the last position so that the answer loses `strength` x the mean margin
     against the competitor, directly: minus each answer's direction, minus their mean, or plus the competitor's."""
     weights = model.weights
@@ -404,7 +406,7 @@ def plant_run(model: Model, *, seed: int, repair: bool = False) -> dict[str, Any
         plant = draw(model, seed, attempt)
         inputs = inputs or gather(model, plant)
         with planted(model, plant, inputs):
-            seen = [rerun(model, before, lowest(plant)) for before in inputs.seen]
+            seen = [rerun_from(model, before, lowest(plant)) for before in inputs.seen]
             after = localisation.told_by(seen, inputs.answers)
             broken, kept, good = accepted(localisation.told_by(inputs.seen, inputs.answers), after)
             found = localisation.look_at(model, plant.facts, seen) if good else None

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lib.interventions import Run, rerun
+from lib.interventions import CachedRun, rerun_from
 from lib.models import Model
 from lib.sites import Site
 from lib.statistics import exact_interval, paired
@@ -173,7 +173,7 @@ def close_up(model: Model, row: Mapping[str, Any]) -> pd.DataFrame:
     plant = from_row(model, row)
     inputs = gather(model, plant)
     with planted(model, plant, inputs):  # a trace reads the weights: it is taken while they are in place
-        after = [rerun(model, seen, lowest(plant)) for seen in inputs.seen]
+        after = [rerun_from(model, seen, lowest(plant)) for seen in inputs.seen]
         pairs = torch.stack((inputs.answers, strongest_wrong(after[0].logits, inputs.answers)), 1)
         failing, *controls = (_curve(model, seen, pairs) for seen in after)
     fails = after[0].logits.argmax(-1) != inputs.answers
@@ -202,7 +202,7 @@ def close_up(model: Model, row: Mapping[str, Any]) -> pd.DataFrame:
     )
 
 
-def _curve(model: Model, seen: Run, pairs: Tensor) -> Float[Tensor, "fact n_layers+1"]:
+def _curve(model: Model, seen: CachedRun, pairs: Tensor) -> Float[Tensor, "fact n_layers+1"]:
     return logit_trace(model, seen.capture(), pairs).difference().cumulative[:, 0]
 
 

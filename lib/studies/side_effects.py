@@ -10,7 +10,7 @@ import pandas as pd
 from lib import training
 from lib.diagnosis import prescribe
 from lib.errors import EditError
-from lib.evaluation import BAND, ELSEWHERE, NONE, generalisation, measure, prepare
+from lib.evaluation import BAND, ELSEWHERE, NONE, build_protocol, generalisation, measure
 from lib.facts import load_cases
 from lib.models import Model
 from lib.recall import trainable
@@ -130,7 +130,7 @@ def planted_edit(model: Model, *, case: int, pathway: str, seed: int = 0) -> dic
     task = task_at(model, own, prescribe(model, own).knowledge_head.layer)
     found = training.compare(model, task, seed=seed, pathways=[pathway], progress=False)
     (lie,) = pathways.repeat(model, training.false_facts(task), found).itertuples()
-    asked = measure(model, prepare(model, own, task.layer, texts={}), found.edits, passages=False)
+    asked = measure(model, build_protocol(model, own, task.layer, texts={}), found.edits, passages=False)
     held = generalisation(asked, own).query("split == 'held_out'").iloc[0] if found.edits else None
     return {
         "title": own.title,

@@ -109,7 +109,7 @@ def where_it_can_be_done(*, layers: Sequence[int] = (4, 8), seed: int = 0) -> di
     runs = runs.assign(pathway="full", rank=0, steps=20, seed=seed)
     run, case = again(model, runs.loc[choose(runs)]), trainable(model, load_cases(model.name)[0])
     measured = evaluation.measure(
-        model, evaluation.prepare(model, case, run.edit.layer, texts={}), {"edit": run.edit}, passages=False
+        model, evaluation.build_protocol(model, case, run.edit.layer, texts={}), {"edit": run.edit}, passages=False
     )
     row = evaluation.generalisation(measured, case).query("split == 'held_out'").iloc[0]
     return {"layer": run.edit.layer + 1, "untold": int(row.untold), "repaired": int(row.repaired)}

@@ -45,7 +45,7 @@ def bench(
             bar.set_postfix_str(f"{row.name} / {row.peer_name}")
             found.append(measure.run(row, measure.matmul_rate()) | stamp)
     if only and record:
-        content = costs.renewed(costs.read(), found)
+        content = costs.with_rows_replaced(costs.load_record(), found)
     else:
         content = {
             "machine": measure.machine(),

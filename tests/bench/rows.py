@@ -95,13 +95,13 @@ def neuron_rows(model: Model) -> list[Row]:
     what = f"L{LAYER + 1}, {len(texts):,} prompts, by trace and by gradient"
 
     def ours() -> Tensor:
-        return peers.neurons(model, texts, targets, [LAYER]).gradient[some, 0]
+        return peers.attribute_neurons(model, texts, targets, [LAYER]).gradient[some, 0]
 
     def together() -> Tensor:
-        return peers.captum_neurons(model, sample, targets[some], layers, progress=None)[:, AROUND]
+        return peers.captum_attributions(model, sample, targets[some], layers, progress=None)[:, AROUND]
 
     def one_by_one() -> Tensor:
-        found = [peers.captum_neurons(model, sample, targets[some], [i], progress=None) for i in layers]
+        found = [peers.captum_attributions(model, sample, targets[some], [i], progress=None) for i in layers]
         return found[AROUND][:, 0]
 
     peers = {"a call a layer": one_by_one, "one call for all": together}
@@ -135,8 +135,8 @@ def patching_rows(model: Model) -> list[Row]:
     )
 
     def ours() -> Tensor:
-        bad, good = interventions.run(model, texts), interventions.run(model, others)
-        found = interventions.patched(model, bad, good.z, good.mlps, pairs)[: model.weights.n_layers * heads]
+        bad, good = interventions.run_with_cache(model, texts), interventions.run_with_cache(model, others)
+        found = interventions.patch_components(model, bad, good.z, good.mlps, pairs)[: model.weights.n_layers * heads]
         return found.view(-1, heads, len(texts))[list(LAYERS_OF_PEER)].flatten(0, 1)
 
     @torch.no_grad()

@@ -142,7 +142,7 @@ def test_contributions_are_those_of_the_diagnosis(board, organism):
 
 def test_patching_is_chapter_5s_sweep(board, organism):
     case = board.cases[0].case
-    swept = cross_validation.sweep_case(organism, case)["last"].mean(-1)
+    swept = cross_validation.patch_case_heads(organism, case)["last"].mean(-1)
     own = board.arrays[f"patching/{case.name}"]
     np.testing.assert_allclose(np.nanmean(own[0], -1), swept, atol=1e-3)
     untold = [i for i, p in enumerate(board.cases[0].prompts[: len(case.facts)]) if not p.told[0]]
@@ -166,7 +166,7 @@ def test_patching_of_an_edit_is_a_share_of_the_same_margin(board, organism):
     before = lost()
     with applied(organism, edit):
         after = lost()
-        swept = interventions.sweep(
+        swept = interventions.patch_heads(
             organism, [case.facts[fact]], templates[case.template], templates[case.controls[0]], pair[:, 1]
         )["last"]
     own = board.arrays[f"patching/{case.name}"][state, ..., fact]

@@ -8,7 +8,7 @@ import torch
 
 from lib import evaluation
 from lib.errors import EditError
-from lib.evaluation import ask, prepare_all, questions
+from lib.evaluation import build_protocols, questions, score_questions
 from lib.sites import Site
 from lib.studies import baselines
 from lib.studies.baselines import RIVALS, Rival
@@ -59,9 +59,13 @@ def test_nothing_stays_behind_and_what_it_says_it_does(organism, name):
     assert made.prefix or made.bias is not None or not torch.equal(plain, changed)
     if not made.prefix:  # below the layer that it names, it changes nothing: asked from there or from the start alike
         case = setting(organism).case
-        asked_from = prepare_all(organism, case, [0, made.layer], texts={}, table=questions(organism, case).iloc[::40])
+        asked_from = build_protocols(
+            organism, case, [0, made.layer], texts={}, table=questions(organism, case).iloc[::40]
+        )
         with made.change():
-            asked = [ask(organism, asked_from[layer], None, bias=made.bias).margin for layer in (0, made.layer)]
+            asked = [
+                score_questions(organism, asked_from[layer], None, bias=made.bias).margin for layer in (0, made.layer)
+            ]
         torch.testing.assert_close(*(torch.tensor(a.to_numpy()) for a in asked), atol=1e-3, rtol=1e-4)
     assert made.parameters == {
         "newline": 0,

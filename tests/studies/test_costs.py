@@ -65,10 +65,10 @@ def test_operations_and_memory_are_those_of_the_work():
 def test_what_is_no_record(tmp_path, text):
     path = tmp_path / "bench.json"
     with pytest.raises(DataError, match=r"no record of a benchmark.*tests.bench --record"):
-        costs.read(path)
+        costs.load_record(path)
     path.write_text(text)
     with pytest.raises(DataError, match=r"no record of a benchmark.*tests.bench --record"):
-        costs.read(path)
+        costs.load_record(path)
 
 
 def test_a_record_is_told_as_it_is(tmp_path):
@@ -86,8 +86,8 @@ def test_a_record_is_told_as_it_is(tmp_path):
     }
     path, said = tmp_path / "bench.json", {}
     path.write_text(json.dumps(record))
-    record = costs.read(path)
-    costs.report(lambda k, v, form="": said.update({k: v}), record, costs.rows(record), costs.growth(record))
+    record = costs.load_record(path)
+    costs.report_costs(lambda k, v, form="": said.update({k: v}), record, costs.rows(record), costs.growth(record))
     assert (said["goals"], said["met"]) == (2, 1)
     assert said["missed"].startswith("other beside a slow way: ") and "wanted 90 times" in said["missed"]
     assert (said["largest"], said["largest_precision"]) == ("b", "bfloat16")
@@ -96,12 +96,12 @@ def test_a_record_is_told_as_it_is(tmp_path):
 
 def test_rows_measured_again_take_the_place_of_their_own():
     record = {"started": "then", "rows": [{"row": n, "peer": "p", "ratio": 1} for n in ("a", "b")]}
-    again = costs.renewed(record, [{"row": "b", "peer": "p", "ratio": 2, "started": "now"}])
+    again = costs.with_rows_replaced(record, [{"row": "b", "peer": "p", "ratio": 2, "started": "now"}])
     assert [(r["row"], r["ratio"]) for r in again["rows"]] == [("a", 1), ("b", 2)]
     assert costs._again(record) == "All rows are of that run."
     assert costs._again(again) == "Measured again later, with newer code: b now (UTC)."
     with pytest.raises(DataError, match="the record has no row b / other"):
-        costs.renewed(record, [{"row": "b", "peer": "other"}])
+        costs.with_rows_replaced(record, [{"row": "b", "peer": "other"}])
 
 
 def test_a_row_that_is_not_there_is_refused_before_anything_is_measured():

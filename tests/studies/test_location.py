@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib.errors import EditError
-from lib.evaluation import ask
+from lib.evaluation import score_questions
 from lib.facts import load_templates
 from lib.recall import known_and_told, scorable, tell
 from lib.sites import Site
@@ -110,7 +110,7 @@ def test_what_lies_below_every_layer_comes_from_one_run_of_the_model(organism):
     for name in ("prompt_stream", "window_streams", "untouched.final", "untouched.log_z", "untouched.mean_unembedding"):
         one, other = (attrgetter(name)(x) for x in (task, alone))
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-    untouched = ask(organism, protocol, None)
+    untouched = score_questions(organism, protocol, None)
     assert (
         (untouched.told == protocol.questions.told_before).all() and untouched.told.any() and not untouched.told.all()
     )
