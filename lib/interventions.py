@@ -29,7 +29,7 @@ from lib.forward import End, Pack, Past, above, ends, entering, gathered, pack, 
 from lib.models import Model
 from lib.sites import Site
 from lib.statistics import mean_interval
-from lib.trace import Capture, _fold, direction, subject_positions
+from lib.trace import Capture, before_norm, logit_direction, subject_positions
 from lib.weights import Block
 
 # Interventions: what happens when it is taken away
@@ -115,7 +115,7 @@ def ablate(
         change, read = changes[:, mine], columns[:, mine].T
         final = _changed(model, some, before, layer, end, change @ out, heads=part.site.head is not None)
         logits = (model.weights.norm_final(final) * read).sum(-1)
-        direct = (change * (_fold(model, final[0], read) @ out.T)).sum(-1)
+        direct = (change * (before_norm(model, final[0], read) @ out.T)).sum(-1)
         totals = logits - logits[0]
         for way, d, t in list(zip(ways, direct.tolist(), totals.tolist(), strict=True))[1:]:
             rows.append(pd.DataFrame({"part": str(part), "way": way, "prompt": texts[mine], "direct": d, "total": t}))
@@ -152,7 +152,7 @@ def ablate_top_neurons(
     for some, before in prefill(model, texts, layer):
         mine = slice(done, done := done + len(some.last))
         *_, last = found = list(ends(model, some, before, before[layer][some.last], layer))
-        trace = found[0].neurons * (direction(model, last.stream, answers[mine]) @ block.mlp.W_out.T)
+        trace = found[0].neurons * (logit_direction(model, last.stream, answers[mine]) @ block.mlp.W_out.T)
         chosen = trace.argsort(-1, descending=True)[:, rank]
         write = found[0].neurons.gather(1, chosen[:, None]) * block.mlp.W_out[chosen]
         final = _changed(model, some, before, layer, found[0], -write[None], heads=False)

@@ -28,7 +28,7 @@ from lib.errors import DataError
 from lib.forward import ends, packs, streams
 from lib.models import Model
 from lib.sites import Site
-from lib.trace import capture, direction, logit_trace
+from lib.trace import capture, logit_direction, logit_trace
 
 TOOLS = ("captum", "transformer-lens")
 BATCH = 8
@@ -82,7 +82,7 @@ def attribute_neurons(
         seen = [found[i - low].neurons for i in layers]
         logits = (weights.norm_final(found[-1].stream) * weights.W_U[:, own].T).sum(-1)
         slopes = torch.stack(torch.autograd.grad(logits.sum(), seen), 1)
-        active, read = torch.stack(seen, 1).detach(), direction(model, found[-1].stream.detach(), own)
+        active, read = torch.stack(seen, 1).detach(), logit_direction(model, found[-1].stream.detach(), own)
         gradients.append(active * slopes)
         traces.append(active * torch.stack([read @ weights.blocks[i].mlp.W_out.T for i in layers], 1))
     return NeuronAttributions(tuple(layers), torch.cat(traces), torch.cat(gradients))
@@ -171,7 +171,7 @@ def against_transformerlens(model: Model, texts: Sequence[str], answers: Int[Ten
         W_O = torch.stack([b.attn.W_O.view(weights.n_heads, -1, weights.d_model) for b in lens.blocks])
         written = torch.einsum("lnh,lnhd->lnd", z.reshape(W_O.shape[:3]), W_O)
         last = cache[f"blocks.{layers[-1]}.hook_resid_post"][0, -1]
-        heads = written @ direction(model, last[None], answers[i : i + 1])[0]
+        heads = written @ logit_direction(model, last[None], answers[i : i + 1])[0]
         stream = torch.stack([*(cache[f"blocks.{j}.hook_resid_pre"][0, -1] for j in layers), last])
         read = lens.unembed(lens.ln_final(stream[None]))[0][:, answers]
         curves.append([x[:, i] - (x.sum(1) - x[:, i]) / max(1, len(answers) - 1) for x in (own, read)])

@@ -1,4 +1,4 @@
-"""The exact logit trace of one input (design, section 4; the source page, "Knowledge path").
+"""The exact logit trace of one input (the source page, "Knowledge path").
 
 At the last position, before the final norm, the residual stream is a sum:
 
@@ -10,15 +10,15 @@ so a token's logit is a sum too, once the final norm's scale is frozen at the va
     scaled   exact: the terms sum to the model's own logit
     centred  exact, minus the mean over the vocabulary: what a term does for this token rather than for all
 
-`capture` runs the model's own forward pass once, with hooks that are gone afterwards, also after an exception;
-everything else is arithmetic on what it saw. Direct logit attribution, as in Elhage et al. (2021).
+`capture` runs the model's own forward pass once; everything else is arithmetic on what it saw: direct logit
+attribution, as in Elhage et al. (2021). `hooked` is how this and every other room looks into a forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -34,6 +34,9 @@ from lib.sites import Site
 
 Convention = Literal["raw", "scaled", "centred"]
 CONVENTIONS: tuple[Convention, ...] = ("raw", "scaled", "centred")
+TOLERANCE = 1e-3  # logits: fp32 rounding over a few hundred terms of size 10 stays below it, a term left out does not
+ROUNDINGS = 8  # of the largest partial sum, allowed to a precision below fp32
+BATCH = 8  # prompts traced at a time
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,12 @@ class Capture:
     mlps: Float[Tensor, "b n_layers d_model"]  # with the output bias
     logits: Float[Tensor, "b vocab"]
     everywhere: Float[Tensor, "b n_layers+1 t d_model"] | None
+
+    def streams(self) -> Float[Tensor, "b n_layers+1 t d_model"]:
+        """The stream of all positions. Raises DataError where it was not asked for."""
+        if self.everywhere is None:
+            raise DataError("attention and the subject's stream need `capture(..., everywhere=True)`.")
+        return self.everywhere
 
 
 Hook = Callable[[Tensor], Tensor | None]
@@ -132,42 +141,35 @@ class LogitTrace:
 
     def difference(self) -> LogitTrace:
         """The first token's contributions minus the second's, kept as a trace of one token (answer - competitor)."""
-        parts = (self.embed, self.heads, self.mlps, self.biases, self.constant, self.model)
-        embed, heads, mlps, biases, constant, model = (p[:, :1] - p[:, 1:2] for p in parts)
-        return LogitTrace(self.convention, self.tokens[:, :1], embed, heads, mlps, biases, constant, model)
+        parts = ("embed", "heads", "mlps", "biases", "constant", "model")
+        terms = {name: getattr(self, name) for name in parts}
+        differences = {name: values[:, :1] - values[:, 1:2] for name, values in terms.items()}
+        return replace(self, tokens=self.tokens[:, :1], **differences)
 
 
 @torch.no_grad()
 def logit_trace(
-    model: Model, seen: Capture, tokens: Int[Tensor, "b n"], convention: Convention = "scaled", tolerance: float = 1e-3
+    model: Model, seen: Capture, tokens: Int[Tensor, "b n"], convention: Convention = "scaled"
 ) -> LogitTrace:
     """Every term's contribution to the logits of the given tokens (one row a prompt). Raises CompletenessError if
-    the terms miss the model's own logit by more than the tolerance: fp32 rounding over a few hundred terms of size
-    10 stays below 1e-3, a term left out does not. (raw: relative to the largest term, which no norm tames. A precision
-    below fp32 is allowed eight of its own roundings of the largest partial sum.)"""
-    return logit_traces(model, seen, tokens, (convention,), tolerance)[convention]
+    the terms miss the model's own logit by more than TOLERANCE (`raw`: times the largest term, which no norm tames)
+    and by more than ROUNDINGS of the precision."""
+    return logit_traces(model, seen, tokens, (convention,))[convention]
 
 
 @torch.no_grad()
 def logit_traces(
-    model: Model,
-    seen: Capture,
-    tokens: Int[Tensor, "b n"],
-    conventions: Sequence[Convention] = CONVENTIONS,
-    tolerance: float = 1e-3,
+    model: Model, seen: Capture, tokens: Int[Tensor, "b n"], conventions: Sequence[Convention] = CONVENTIONS
 ) -> dict[Convention, LogitTrace]:
     """`logit_trace` in several conventions, which differ only in the direction that every term is read along: what a
     head writes into the stream is computed once."""
-    blocks = model.weights.blocks
-    written = torch.stack(  # (b, l, n, d)
-        [einsum(z, block.attn.W_O, "b n h, n h d -> b n d") for z, block in zip(seen.z.unbind(1), blocks, strict=True)],
-        1,
-    )
+    blocks, traces = model.weights.blocks, {}
+    layers = zip(seen.z.unbind(1), blocks, strict=True)
+    written = torch.stack([einsum(z, b.attn.W_O, "b n h, n h d -> b n d") for z, b in layers], 1)  # (b, layer, head, d)
     bias = torch.stack([b.bias() for b in blocks])
     mlp_bias = torch.stack([torch.zeros_like(b.bias()) if b.mlp.b_out is None else b.mlp.b_out for b in blocks])
-    traces = {}
     for convention in conventions:
-        directions, constant = _directions(model, seen, tokens, convention)
+        directions, constant, total = _readout(model, seen, tokens, convention)
         traces[convention] = trace = LogitTrace(
             convention=convention,
             tokens=tokens,
@@ -176,17 +178,54 @@ def logit_traces(
             mlps=einsum(seen.mlps - mlp_bias, directions, "b l d, b k d -> b k l"),
             biases=einsum(bias, directions, "l d, b k d -> b k l"),
             constant=constant,
-            model=_own_value(seen, tokens, directions, convention),
+            model=total,
         )
-        allowed = tolerance * (max(1.0, float(trace.mlps.abs().max())) if convention == "raw" else 1.0)
-        allowed = max(allowed, 8 * torch.finfo(written.dtype).eps * float(trace.cumulative.abs().max()))
+        largest = float(trace.mlps.abs().max()) if convention == "raw" else 1.0
+        rounding = ROUNDINGS * torch.finfo(written.dtype).eps * float(trace.cumulative.abs().max())
+        allowed = max(TOLERANCE * max(1.0, largest), rounding)
         if not trace.error <= allowed:
             raise CompletenessError(
                 f"the {convention} trace of {seen.prompts[0]!r} and {len(seen.prompts) - 1} more misses the model's "
-                f"own logits by {trace.error:.2g} (allowed {allowed:.2g}); load the subject in fp32, and check "
+                f"own logits by {trace.error:.2g} (allowed {allowed:.2g}); load the model in fp32, and check "
                 "lib/weights.py."
             )
     return traces
+
+
+def _readout(
+    model: Model, seen: Capture, tokens: Int[Tensor, "b n"], convention: Convention
+) -> tuple[Float[Tensor, "b n d_model"], Float[Tensor, "b n"], Float[Tensor, "b n"]]:
+    """The residual direction that each token's logit reads in a convention, the part of the logit that no term
+    carries, and what all terms must sum to."""
+    weights, norm, final = model.weights, model.weights.norm_final, seen.stream[:, -1]
+    columns = weights.W_U[:, tokens]  # (d_model, b, n)
+    constant = torch.zeros(tokens.shape, device=tokens.device)
+    if convention == "raw":
+        directions = rearrange(columns, "d b n -> b n d")
+        return directions, constant, einsum(final, directions, "b d, b k d -> b k")
+    total = seen.logits.gather(1, tokens)
+    if convention == "centred":
+        columns = columns - weights.W_U.mean(1)[:, None, None]
+        total = total - seen.logits.mean(1, keepdim=True)
+    if norm.bias is not None:
+        constant = einsum(norm.bias, columns, "d, d b n -> b n")
+    folded = norm.fold(rearrange(columns, "d b n -> d (b n)"))
+    return rearrange(folded, "d (b n) -> b n d", b=len(tokens)) / norm.scale(final)[:, :, None], constant, total
+
+
+def logit_direction(
+    model: Model, final: Float[Tensor, "text d_model"], tokens: Int[Tensor, " text"]
+) -> Float[Tensor, "text d_model"]:
+    """The residual direction that each token's logit reads (`scaled`). final: the last stream, before the norm."""
+    return before_norm(model, final, model.weights.W_U[:, tokens].T)
+
+
+def before_norm(
+    model: Model, final: Float[Tensor, "text d_model"], read: Float[Tensor, "text d_model"]
+) -> Float[Tensor, "text d_model"]:
+    """A direction of the normalised stream as one of the stream itself, the norm frozen at each text's own scale."""
+    norm = model.weights.norm_final
+    return norm.fold(read.T).T / norm.scale(final)
 
 
 @torch.no_grad()
@@ -206,16 +245,9 @@ def logit_lens(
 @torch.no_grad()
 def last_patterns(model: Model, seen: Capture) -> Float[Tensor, "b n_layers n_heads t"]:
     """Attention from each prompt's last token to every position. The capture must be `everywhere`."""
-    if seen.everywhere is None:
-        raise DataError("attention patterns need `capture(..., everywhere=True)`.")
-    rows, streams = torch.arange(len(seen.prompts)), seen.everywhere.unbind(1)
-    return torch.stack(
-        [
-            block.attn.pattern(block.norm_attn(x))[rows, :, seen.last]
-            for block, x in zip(model.weights.blocks, streams, strict=False)
-        ],
-        1,
-    )
+    rows, layers = torch.arange(len(seen.prompts)), zip(model.weights.blocks, seen.streams().unbind(1), strict=False)
+    patterns = [block.attn.pattern(block.norm_attn(x))[rows, :, seen.last] for block, x in layers]
+    return torch.stack(patterns, 1)
 
 
 def subject_positions(model: Model, prompt: str, name: str) -> list[int]:
@@ -238,39 +270,8 @@ def subject_attention(
 
 def subject_stream_norm(model: Model, seen: Capture, names: Sequence[str]) -> Float[Tensor, "b n_layers+1"]:
     """Norm of the residual stream at the last token of each prompt's subject, before each layer and after the last."""
-    if seen.everywhere is None:
-        raise DataError("the subject's stream needs `capture(..., everywhere=True)`.")
     at = torch.tensor([subject_positions(model, p, n)[-1] for p, n in zip(seen.prompts, names, strict=True)])
-    return seen.everywhere[torch.arange(len(names)), :, at].norm(dim=-1)
-
-
-def _directions(
-    model: Model, seen: Capture, tokens: Int[Tensor, "b n"], convention: Convention
-) -> tuple[Float[Tensor, "b n d_model"], Float[Tensor, "b n"]]:
-    """The residual direction that each token's logit reads in a convention, and the part that no term carries."""
-    weights = model.weights
-    columns = weights.W_U[:, tokens]  # (d_model, b, n)
-    if convention == "raw":
-        return rearrange(columns, "d b n -> b n d"), torch.zeros(tokens.shape, device=tokens.device)
-    if convention == "centred":
-        columns = columns - weights.W_U.mean(1)[:, None, None]
-    norm = weights.norm_final
-    folded = norm.fold(rearrange(columns, "d b n -> d (b n)"))
-    scale = norm.scale(seen.stream[:, -1])[:, :, None]
-    constant = torch.zeros(tokens.shape) if norm.bias is None else einsum(norm.bias, columns, "d, d b n -> b n")
-    return rearrange(folded, "d (b n) -> b n d", b=len(tokens)) / scale, constant
-
-
-def _own_value(
-    seen: Capture, tokens: Int[Tensor, "b n"], directions: Float[Tensor, "b n d"], convention: Convention
-) -> Float[Tensor, "b n"]:
-    if convention == "raw":
-        return einsum(seen.stream[:, -1], directions, "b d, b k d -> b k")
-    own = seen.logits.gather(1, tokens)
-    return own if convention == "scaled" else own - seen.logits.mean(1, keepdim=True)
-
-
-BATCH = 8
+    return seen.streams()[torch.arange(len(names)), :, at].norm(dim=-1)
 
 
 def components(model: Model) -> tuple[Site, ...]:
@@ -279,29 +280,13 @@ def components(model: Model) -> tuple[Site, ...]:
     return (*(Site(layer, head) for layer in layers for head in heads), *(Site(layer, mlp=True) for layer in layers))
 
 
-def direction(
-    model: Model, final: Float[Tensor, "text d_model"], tokens: Int[Tensor, " text"]
-) -> Float[Tensor, "text d_model"]:
-    """The residual direction that each token's logit reads. final: the last stream, before the norm."""
-    return _fold(model, final, model.weights.W_U[:, tokens].T)
-
-
-def _fold(
-    model: Model, final: Float[Tensor, "text d_model"], read: Float[Tensor, "text d_model"]
-) -> Float[Tensor, "text d_model"]:
-    """A direction of the normalised stream as one of the stream itself, the norm frozen at each text's own scale."""
-    norm = model.weights.norm_final
-    return norm.fold(read.T).T / norm.scale(final)
-
-
 def convention_terms(model: Model, row: pd.Series) -> pd.DataFrame:
     """Every component's term for a prompt (a row of a `tell` table): for its answer, its competitor and their
     difference, in every convention; the last row sums all terms, embedding and biases included."""
     seen = capture(model, [row.prompt])
     pair = torch.tensor([[row.answer_token, row.competitor_token]])
     columns: dict[tuple[str, str], list[float]] = {}
-    for convention in CONVENTIONS:
-        trace = logit_trace(model, seen, pair, convention)
+    for convention, trace in logit_traces(model, seen, pair).items():
         answer, competitor = torch.cat((trace.heads.flatten(2), trace.mlps, trace.model[..., None]), -1)[0]
         for name, terms in (("answer", answer), ("competitor", competitor), ("difference", answer - competitor)):
             columns[convention, name] = terms.tolist()
@@ -327,6 +312,6 @@ def completeness(model: Model, table: pd.DataFrame) -> dict[str, float]:
         part = table.iloc[start : start + BATCH]
         seen = capture(model, part.prompt.tolist())
         pairs = torch.tensor(part[["answer_token", "competitor_token"]].to_numpy())
-        for convention in CONVENTIONS:
-            errors[convention] = max(errors[convention], logit_trace(model, seen, pairs, convention).error)
+        for convention, trace in logit_traces(model, seen, pairs).items():
+            errors[convention] = max(errors[convention], trace.error)
     return errors

@@ -50,7 +50,7 @@ def trace_rows(model: Model) -> list[Row]:
         logits, cache = lens.run_with_cache(tokens, prepend_bos=False)
         heads = torch.stack([_heads(model, lens, cache, layer) for layer in range(model.weights.n_layers)], 1)
         final = cache[f"blocks.{model.weights.n_layers - 1}.hook_resid_post"][rows, last]
-        direction = trace.direction(model, final, answers[:, 0])
+        direction = trace.logit_direction(model, final, answers[:, 0])
         return logits[rows, last], (heads[rows, :, :, last] * direction[:, None, None]).sum(-1)
 
     def _heads(model: Model, lens, cache, layer: int) -> Tensor:
