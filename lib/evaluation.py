@@ -39,7 +39,7 @@ from lib.files import DATA, file_sha256
 from lib.forward import Pack, above, pack, packs, streams
 from lib.models import Model
 from lib.recall import scorable
-from lib.statistics import _block_interval, exact_interval, gaussian, paired
+from lib.statistics import block_interval, exact_interval, gaussian, paired
 from lib.training import slice_values
 
 WINDOW = 512  # tokens of a passage read at once, or as many as the model reads
@@ -344,7 +344,7 @@ def perplexity(measured: Measured, *, seed: int = 0) -> pd.DataFrame:
     for name in measured.names:
         after = measured.tokens[name]
         change = after.nll - before.nll
-        low, high = _block_interval(change, before.block, seed)
+        low, high = block_interval(change, before.block, seed)
         rows.append(
             {
                 "pathway": name,

@@ -7,6 +7,7 @@ case       a fact set with a template that fails, and the control templates unde
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 
 import pandas as pd
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from lib.errors import BookError, DataError
 from lib.files import DATA
@@ -29,38 +30,10 @@ class Fact:
     split: str = ""
 
 
-@dataclass(frozen=True)
-class Case:
-    """A fact set with a template that fails, and the control templates under which a fact may be known."""
-
-    name: str
-    title: str
-    facts: tuple[Fact, ...]
-    large: tuple[Fact, ...]
-    template: str
-    controls: tuple[str, ...]
-
-
-class _CaseEntry(BaseModel):
-    """A case as the file has it: `facts` and `large` are names of fact files."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    title: str
-    facts: str
-    large: str
-    template: str
-    controls: Annotated[tuple[str, ...], Field(min_length=1)]
-
-
 def _one_hole(text: str) -> str:
     if not text.count("{}") == text.count("{") == text.count("}") == 1:
         raise ValueError(f"{text!r} has {text.count('{}')} holes; write exactly one {{}} for the subject")
     return text
-
-
-Template = Annotated[str, AfterValidator(_one_hole)]
 
 
 def load_facts(name: str | Path) -> tuple[Fact, ...]:
@@ -77,17 +50,39 @@ def load_facts(name: str | Path) -> tuple[Fact, ...]:
         raise DataError(f"{path} has no column {' and no column '.join(missing)}; it needs subject,answer.")
     if table.empty:
         raise DataError(f"{path} holds no fact: add at least one row subject,answer.")
-    for line, row in enumerate(table.itertuples(), start=2):
-        if not row.subject.strip() or not row.answer.strip():
-            raise DataError(
-                f"{path}, line {line}: subject {row.subject!r} with answer {row.answer!r}; neither may be empty."
-            )
-    times = table.subject.value_counts(sort=False)
-    if (times > 1).any():
-        subject = times[times > 1].index[0]
-        raise DataError(f"{path}: {subject!r} stands {times[subject]} times; keep one row.")
-    splits = table["split"] if "split" in table else [""] * len(table)
-    return tuple(Fact(*row) for row in zip(table.subject, table.answer, splits, strict=True))
+    columns = [table.subject, table.answer, table.get("split", pd.Series("", table.index))]
+    facts = tuple(Fact(*row) for row in zip(*columns, strict=True))
+    for line, fact in enumerate(facts, start=2):
+        if not fact.subject.strip() or not fact.answer.strip():
+            cells = f"subject {fact.subject!r} with answer {fact.answer!r}"
+            raise DataError(f"{path}, line {line}: {cells}; neither may be empty.")
+    subject, times = Counter(table.subject).most_common(1)[0]
+    if times > 1:
+        raise DataError(f"{path}: {subject!r} stands {times} times; keep one row.")
+    return facts
+
+
+def _named(facts: Any) -> Any:
+    return load_facts(facts) if isinstance(facts, str) else facts
+
+
+Template = Annotated[str, AfterValidator(_one_hole)]
+Facts = Annotated[tuple[Fact, ...], BeforeValidator(_named)]  # a file of cases names them
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fact set with a template that fails, and the control templates under which a fact may be known. template and
+    controls are names of templates; `large` is the set on which the case is studied beyond its own facts."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: str
+    title: str
+    facts: Facts
+    large: Facts
+    template: str
+    controls: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 def load_templates(path: Path = DATA / "templates.yaml") -> dict[str, str]:
@@ -98,14 +93,13 @@ def load_templates(path: Path = DATA / "templates.yaml") -> dict[str, str]:
 def load_cases(model_name: str, path: Path = DATA / "cases.yaml") -> tuple[Case, ...]:
     """The cases of a model, or those of `any`. Raises DataError for an entry that is none, or that names an unknown
     template."""
-    entries, templates, cases = load_mapping(path, list[_CaseEntry]), load_templates(), []
-    for entry in entries.get(model_name, entries["any"]):
-        if unknown := [t for t in (entry.template, *entry.controls) if t not in templates]:
+    entries, templates = load_mapping(path), load_templates()
+    cases = validated(list[Case], entries.get(model_name, entries.get("any")), f"{path}, cases of {model_name}")
+    for case in cases:
+        if unknown := [t for t in (case.template, *case.controls) if t not in templates]:
             raise DataError(
-                f"{path}: case {entry.name!r} names the template {unknown[0]!r}, which data/templates.yaml lacks."
+                f"{path}: case {case.name!r} names the template {unknown[0]!r}, which data/templates.yaml lacks."
             )
-        chosen = {"facts": load_facts(entry.facts), "large": load_facts(entry.large)}
-        cases.append(Case(**(dict(entry) | chosen)))
     return tuple(cases)
 
 

@@ -1,11 +1,20 @@
-"""recall."""
+"""What a model tells and knows of facts. Measured, never assumed:
+
+    told               the answer's first token is the top-1 next token under the case's template
+    known              it is top-1 under at least one control template
+    routing failure    known and not told
+
+`screen` reports the answers whose first token, with its leading space, does not identify them; they are left out of
+every top-1 score, and counted where they are left out.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from lib.errors import DataError
@@ -18,14 +27,13 @@ from lib.models import Model
 def load_prefixes(model: Model, path: Path = DATA / "prefixes.yaml") -> dict[str, str]:
     """Neutral prefix name -> text, with this tokenizer's beginning-of-text token put for `<bos>`. Markers that the
     tokenizer lacks, or that repeat another prefix, are left out."""
-    out: dict[str, str] = {}
-    for name, text in load_mapping(path).items():
+    prefixes: dict[str, str] = {}
+    for name, text in load_mapping(path, str).items():
         text = text.replace("<bos>", model.tokenizer.bos_token or "")
-        marker = text.startswith("<|")
-        if text in out.values() or (marker and len(model.token_ids(text)) != 1):
-            continue
-        out[name] = text
-    return out
+        unknown_marker = text.startswith("<|") and len(model.token_ids(text)) != 1
+        if not unknown_marker and text not in prefixes.values():
+            prefixes[name] = text
+    return prefixes
 
 
 def screen(model: Model, facts: Sequence[Fact]) -> pd.DataFrame:
@@ -36,23 +44,19 @@ def screen(model: Model, facts: Sequence[Fact]) -> pd.DataFrame:
     echo             the subject starts the answer, so that copying would count as telling
     shared           another answer of the set starts with the same token
     """
-    firsts = [model.first_token(f.answer) for f in facts]
-    owners: dict[int, set[str]] = {}
-    for token, fact in zip(firsts, facts, strict=True):
-        owners.setdefault(token, set()).add(fact.answer)
-    rows = []
-    for fact, token in zip(facts, firsts, strict=True):
-        text, reason = model.token_text(token), ""
-        if sum(c.isalpha() for c in text) < 2:
-            reason = "odd split"
-        elif model.token_ids(f"is {fact.answer}") != model.token_ids("is") + model.token_ids(f" {fact.answer}"):
-            reason = "merged"
-        elif text.strip().lower() in fact.subject.lower():
-            reason = "echo"
-        elif len(owners[token]) > 1:
-            reason = "shared"
-        rows.append((fact.subject, fact.answer, fact.split, token, text, reason))
-    return pd.DataFrame(rows, columns=["subject", "answer", "split", "token", "token_text", "left_out"])
+    table = pd.DataFrame(map(astuple, facts), columns=["subject", "answer", "split"])
+    table["token"] = [model.first_token(answer) for answer in table.answer]
+    table["token_text"] = [model.token_text(token) for token in table.token]
+    reasons = {
+        "odd split": [sum(c.isalpha() for c in text) < 2 for text in table.token_text],
+        "merged": [
+            model.token_ids(f"is {a}") != model.token_ids("is") + model.token_ids(f" {a}") for a in table.answer
+        ],
+        "echo": [t.strip().lower() in s.lower() for t, s in zip(table.token_text, table.subject, strict=True)],
+        "shared": table.groupby("token").answer.transform("nunique") > 1,
+    }
+    table["left_out"] = np.select(list(reasons.values()), list(reasons), "").tolist()
+    return table
 
 
 def left_out_words(screened: pd.DataFrame) -> str:
@@ -63,12 +67,12 @@ def left_out_words(screened: pd.DataFrame) -> str:
 
 def scorable(model: Model, facts: Sequence[Fact]) -> tuple[Fact, ...]:
     """The facts that `screen` leaves in. Raises DataError where none is left."""
-    kept = tuple(f for f, reason in zip(facts, screen(model, facts).left_out, strict=True) if not reason)
-    if not kept:
+    left = tuple(f for f, reason in zip(facts, screen(model, facts).left_out, strict=True) if not reason)
+    if not left:
         raise DataError(
             f"none of the {len(facts)} answers can be told by its first token with {model.name}'s tokenizer."
         )
-    return kept
+    return left
 
 
 def trainable(model: Model, case: Case) -> Case:
@@ -79,10 +83,13 @@ def trainable(model: Model, case: Case) -> Case:
 def study_facts(model: Model, case: Case) -> tuple[Fact, ...]:
     """The scorable part of a case's large set on which anything may be looked at: neither held out for the judging
     of edits, nor among the case's own facts."""
-    own = {f.subject for f in case.facts}
-    return tuple(
-        f for f in scorable(model, case.large) if f.split not in ("held_out", "eight") and f.subject not in own
-    )
+    apart = {f.subject for f in case.facts}
+    open_to_study = [f for f in scorable(model, case.large) if f.split not in ("held_out", "eight")]
+    return tuple(f for f in open_to_study if f.subject not in apart)
+
+
+COLUMNS = ["template", "subject", "answer", "split", "prompt", "told", "rank", "prob", "top"]
+COLUMNS += ["answer_token", "competitor_token", "competitor", "margin"]
 
 
 def tell(
@@ -90,45 +97,39 @@ def tell(
 ) -> pd.DataFrame:
     """What the model says: one row a template and fact. told; rank of the answer (1 is the top); prob of the
     answer; top token; competitor (the strongest wrong token) and margin (answer minus competitor, in logits)."""
-    texts = [p for t in templates.values() for p in prompts(facts, t, prefix)]
-    logits = next_token_logits(model, texts, progress=progress)
-    rows = []
-    for i, (name, fact) in enumerate((n, f) for n in templates for f in facts):
-        answer, row = model.first_token(fact.answer), logits[i]
-        own = row[answer].item()
-        wrong = row.clone()
+    asked = [(name, fact, prompts([fact], text, prefix)[0]) for name, text in templates.items() for fact in facts]
+    logits, rows = next_token_logits(model, [prompt for *_, prompt in asked], progress=progress), []
+    for (name, fact, prompt), row in zip(asked, logits, strict=True):
+        answer = model.first_token(fact.answer)
+        logit, wrong = row[answer].item(), row.clone()
         wrong[answer] = float("-inf")
-        best = int(wrong.argmax())
-        rows.append(
-            {
-                "template": name,
-                "subject": fact.subject,
-                "answer": fact.answer,
-                "split": fact.split,
-                "prompt": texts[i],
-                "told": own > wrong[best].item(),
-                "rank": int((row > own).sum()) + 1,
-                "prob": (row[answer] - row.logsumexp(-1)).exp().item(),
-                "top": model.token_text(int(row.argmax())),
-                "answer_token": answer,
-                "competitor_token": best,
-                "competitor": model.token_text(best),
-                "margin": own - wrong[best].item(),
-            }
+        strongest = int(wrong.argmax())
+        other = wrong[strongest].item()
+        prob = (row[answer] - row.logsumexp(-1)).exp().item()
+        top, competitor = model.token_text(int(row.argmax())), model.token_text(strongest)
+        measured = (
+            logit > other,
+            int((row > logit).sum()) + 1,
+            prob,
+            top,
+            answer,
+            strongest,
+            competitor,
+            logit - other,
         )
-    return pd.DataFrame(rows)
+        rows.append((name, *astuple(fact), prompt, *measured))
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def known_and_told(table: pd.DataFrame, case: Case) -> pd.DataFrame:
     """One row a fact of the case, from a `tell` table that has the case's template and its controls:
     told, known, the controls that tell it, and routing_failure = known and not told."""
     told = table[table.template == case.template].set_index("subject").told
-    controls = table[table.template.isin(case.controls) & table.told].groupby("subject").template.agg(tuple)
-    out = pd.DataFrame({"told": told, "told_by": controls.reindex(told.index)})
-    out["told_by"] = [t if isinstance(t, tuple) else () for t in out.told_by]
-    out["known"] = [len(t) > 0 for t in out.told_by]
-    out["routing_failure"] = out.known & ~out.told
-    return out.reset_index()
+    telling = table[table.template.isin(case.controls) & table.told].groupby("subject").template.agg(tuple).to_dict()
+    states = pd.DataFrame({"told": told, "told_by": [telling.get(subject, ()) for subject in told.index]})
+    states["known"] = states.told_by.map(len) > 0
+    states["routing_failure"] = states.known & ~states.told
+    return states.reset_index()
 
 
 def first_failing(case: Case, table: pd.DataFrame) -> pd.Series:

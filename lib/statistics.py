@@ -1,8 +1,9 @@
-"""statistics."""
+"""Intervals, rank correlations and paired tests. Every interval is at 95 %; what is drawn is drawn by a seed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -61,37 +62,32 @@ def paired(before: pd.Series, after: pd.Series) -> dict[str, float]:
     gained, lost = int((~was & now).sum()), int((was & ~now).sum())
     low, high = exact_interval(lost, int(was.sum()))
     p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    return {
-        "n": len(was),
-        "before": int(was.sum()),
-        "after": int(now.sum()),
-        "gained": gained,
-        "lost": lost,
-        "p": float(p),
-        "lost_low": low,
-        "lost_high": high,
-    }
+    counts = {"n": len(was), "before": int(was.sum()), "after": int(now.sum()), "gained": gained, "lost": lost}
+    return counts | {"p": float(p), "lost_low": low, "lost_high": high}
 
 
-def _block_interval(change: pd.Series, block: pd.Series, seed: int) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean change, over blocks of neighbouring tokens."""
+def block_interval(change: pd.Series, block: pd.Series, seed: int) -> tuple[float, float]:
+    """Bootstrap interval of the mean change, over blocks of neighbouring tokens, which are no independent draws."""
     sums, sizes = change.groupby(block).sum().to_numpy(), change.groupby(block).size().to_numpy()
 
     def mean(total: NDArray, size: NDArray, axis: int = -1) -> NDArray:
         return total.sum(axis) / size.sum(axis)
 
-    found = bootstrap(
-        (sums, sizes), mean, paired=True, vectorized=True, n_resamples=2000, method="percentile", random_state=seed
-    )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return _resampled((sums, sizes), mean, seed=seed, paired=True, vectorized=True)
 
 
 def mean_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float, float]:
-    """Mean with its bootstrap 95 % interval."""
+    """Mean with its bootstrap interval. Raises DataError for fewer than two values."""
     if len(values) < 2:
         raise DataError("an interval needs at least two prompts.")
-    found = bootstrap((np.asarray(values),), np.mean, n_resamples=2000, method="percentile", random_state=seed)
-    return float(np.mean(values)), float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(np.mean(values)), *_resampled((np.asarray(values),), np.mean, seed=seed)
+
+
+def _resampled(
+    samples: tuple[NDArray, ...], statistic: Callable[..., Any], *, seed: int, **options: bool
+) -> tuple[float, float]:
+    law = bootstrap(samples, statistic, n_resamples=2000, method="percentile", random_state=seed, **options)
+    return float(law.confidence_interval.low), float(law.confidence_interval.high)
 
 
 def gaussian(shape: Sequence[int], generator: torch.Generator) -> Float[Tensor, "*shape"]:

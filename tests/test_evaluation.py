@@ -94,8 +94,8 @@ def test_bleeding_counts_wrong_trained_answers_only(smollm2):
 def test_block_interval_knows_that_neighbours_are_alike():
     """The same changes in long blocks are fewer independent observations than token by token: a wider interval."""
     change = pd.Series(np.repeat(np.random.default_rng(0).normal(size=40), 25))
-    own = statistics._block_interval(change, pd.Series(np.arange(len(change)) // 25), 0)
-    naive = statistics._block_interval(change, pd.Series(np.arange(len(change))), 0)
+    own = statistics.block_interval(change, pd.Series(np.arange(len(change)) // 25), 0)
+    naive = statistics.block_interval(change, pd.Series(np.arange(len(change))), 0)
     assert own[1] - own[0] > 3 * (naive[1] - naive[0])
 
 
