@@ -161,7 +161,7 @@ def streams(model: Model, texts: Pack, layers: Iterable[int]) -> dict[int, Float
     """The residual stream before each of some layers, in one pass; before the layer that would follow the last one, it
     is the final stream, not yet normalised."""
     weights, out, done = model.weights, {}, 0
-    stream = weights.W_E[texts.tokens] + (0 if weights.W_pos is None else weights.W_pos[texts.position])
+    stream = weights.embed(texts.tokens, texts.position)
     for layer in sorted(set(layers)):
         stream = out[layer] = _blocks(model, texts, stream, range(done, layer), {})
         done = layer
@@ -210,9 +210,9 @@ def past(block: Block, texts: Pack, stream: Float[Tensor, "t d_model"], at: Int[
     """What tokens of a pack look back on, from the stream that enters the block. at: their rows; the last tokens', if
     not given."""
     x, attn, at = block.norm_attn(stream), block.attn, texts.last if at is None else at
-    keys = attn.rotated(_each(x, attn.W_K, attn.b_K), texts.position)
+    keys = attn.rotated(attn.keys(x), texts.position)
     before = texts.sees[at].scatter(1, at[:, None], False)
-    return Past(keys[None], _each(x, attn.W_V, attn.b_V)[None], before, texts.position[at])
+    return Past(keys[None], attn.values(x)[None], before, texts.position[at])
 
 
 def gathered(block: Block, past: Past, rows: Float[Tensor, "m d_model"]) -> Float[Tensor, "m n_heads d_head"]:
@@ -220,8 +220,7 @@ def gathered(block: Block, past: Past, rows: Float[Tensor, "m d_model"]) -> Floa
     times as there are versions of them."""
     copies, (row, kv, t) = len(rows) // len(past.position), past.keys.shape[:3]
     x, attn, position = block.norm_attn(rows), block.attn, past.position.repeat(copies)
-    q = attn.rotated(_each(x, attn.W_Q, attn.b_Q), position)
-    k, v = attn.rotated(_each(x, attn.W_K, attn.b_K), position), _each(x, attn.W_V, attn.b_V)
+    q, k, v = attn.rotated(attn.queries(x), position), attn.rotated(attn.keys(x), position), attn.values(x)
     lead = (len(rows) // row, row, kv)  # (copy, row, kv)
     q, k, v = (y.transpose(0, 1).reshape(*lead, len(y) // kv, y.shape[2]) for y in (q, k, v))
     scores = einsum(q, past.keys, "c n k g h, n k t h -> c n k g t")
@@ -263,14 +262,6 @@ def ends(
         yield End(z, middle, neurons, rows)
 
 
-def _each(
-    x: Float[Tensor, "m d_model"], W: Float[Tensor, "n d_model d_head"], b: Float[Tensor, "n d_head"] | None
-) -> Float[Tensor, "n m d_head"]:
-    """A query, key or value of every token."""
-    out = einsum(x, W, "m d, n d h -> n m h")
-    return out if b is None else out + b[:, None]
-
-
 def _blocks(
     model: Model, texts: Pack, stream: Float[Tensor, "t d_model"], layers: range, values: dict[Slice, Tensor]
 ) -> Float[Tensor, "t d_model"]:
@@ -287,7 +278,7 @@ def _blocks(
 
 def _own(model: Model, layer: int, values: dict[Slice, Tensor]) -> dict[str, Tensor]:
     """The block's parameters, by their names within it, with the values put in."""
-    prefix = f"{model.weights.prefix}.{layer}."
+    prefix = model.weights.layout.prefix(layer)
     module = model.weights.blocks[layer].module
     return {
         (short := part.name.removeprefix(prefix)): _put(module.get_parameter(short), part, value)

@@ -6,7 +6,7 @@ centred or copied: each tensor is a view of the model's own parameter. GPT-2's f
 thirds; Llama's grouped key and value heads keep their number (`n_kv_heads`), and `Attention.per_head`
 repeats them where each query head needs its own.
 
-A new model family needs a builder here, and nothing elsewhere.
+A new model family needs a `Layout` and a builder here, and nothing elsewhere.
 """
 
 from __future__ import annotations
@@ -68,21 +68,32 @@ class Attention:
     b_O: Float[Tensor, " d_model"] | None
     rotary: nn.Module | None
 
-    def per_head(self, kv: Float[Tensor, n_kv_heads * rest]) -> Float[Tensor, n_heads * rest]:  # noqa: F821
-        """A key or value tensor repeated so that query head h reads key/value head `h // group`."""
-        return repeat(kv, "kv ... -> (kv group) ...", group=self.W_Q.shape[0] // self.W_K.shape[0])
+    def per_head(self, kv: Float[Tensor, ...], *, batched: bool = False) -> Float[Tensor, ...]:
+        """A key or value tensor (`[n_kv_heads, ...]`, or `[b, n_kv_heads, ...]` where batched) repeated so that query
+        head h reads key/value head `h // group`: `[n_heads, ...]`, or `[b, n_heads, ...]`."""
+        b, group = "b " if batched else "", self.W_Q.shape[0] // self.W_K.shape[0]
+        return repeat(kv, f"{b}kv ... -> {b}(kv group) ...", group=group)
+
+    def queries(self, x: Float[Tensor, "*b t d_model"]) -> Float[Tensor, "*b n_heads t d_head"]:
+        """Queries of every position, not rotated."""
+        return _project(x, self.W_Q, self.b_Q)
+
+    def keys(self, x: Float[Tensor, "*b t d_model"]) -> Float[Tensor, "*b n_kv_heads t d_head"]:
+        """Keys of every position, not rotated."""
+        return _project(x, self.W_K, self.b_K)
+
+    def values(self, x: Float[Tensor, "*b t d_model"]) -> Float[Tensor, "*b n_kv_heads t d_head"]:
+        """Values of every position."""
+        return _project(x, self.W_V, self.b_V)
 
     def queries_keys(
         self, x: Float[Tensor, "b t d_model"]
     ) -> tuple[Float[Tensor, "b n_heads t d_head"], Float[Tensor, "b n_heads t d_head"]]:
-        """Queries and keys of every position, rotated to their positions where the family does so."""
-        q, k = (
-            _add_bias(einsum(x, W, "b t d, n d h -> b n t h"), b)
-            for W, b in ((self.W_Q, self.b_Q), (self.W_K, self.b_K))
-        )
+        """Queries and keys of every position, rotated to their positions where the family does so; each query head
+        has a key of its own."""
         position = torch.arange(x.shape[1], device=x.device)
-        q, k = self.rotated(q, position), self.rotated(k, position)
-        return q, repeat(k, "b kv t h -> b (kv group) t h", group=q.shape[1] // k.shape[1])
+        q, k = self.rotated(self.queries(x), position), self.rotated(self.keys(x), position)
+        return q, self.per_head(k, batched=True)
 
     def rotated(self, x: Float[Tensor, "*b t d_head"], position: Int[Tensor, " t"]) -> Float[Tensor, "*b t d_head"]:
         """Queries or keys, rotated to their positions where the family does so."""
@@ -93,19 +104,19 @@ class Attention:
 
     def pattern(self, x: Float[Tensor, "b t d_model"]) -> Float[Tensor, "b n_heads t t"]:
         """Causal attention probabilities (query, key) for the normalised residual stream x."""
-        q, k = self.queries_keys(x)
-        scores = einsum(q, k, "b n q h, b n k h -> b n q k") / self.W_Q.shape[-1] ** 0.5
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-        return scores.masked_fill(future, float("-inf")).softmax(-1)
+        return self.probabilities(*self.queries_keys(x))
 
-    def values(self, x: Float[Tensor, "b t d_model"]) -> Float[Tensor, "b n_heads t d_head"]:
-        """Values of every position, repeated so that each query head has its own."""
-        v = _add_bias(einsum(x, self.W_V, "b t d, n d h -> b n t h"), self.b_V)
-        return repeat(v, "b kv t h -> b (kv group) t h", group=self.W_Q.shape[0] // v.shape[1])
+    def probabilities(
+        self, q: Float[Tensor, "b n_heads t d_head"], k: Float[Tensor, "b n_heads t d_head"]
+    ) -> Float[Tensor, "b n_heads t t"]:
+        """Causal attention probabilities (query, key) of rotated queries and keys."""
+        scores = einsum(q, k, "b n q h, b n k h -> b n q k") / self.W_Q.shape[-1] ** 0.5
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        return scores.masked_fill(future, float("-inf")).softmax(-1)
 
     def mixed(self, x: Float[Tensor, "b t d_model"]) -> Float[Tensor, "b n_heads t d_head"]:
         """z: what each head gathers at each position, before W_O."""
-        return einsum(self.pattern(x), self.values(x), "b n q k, b n k h -> b n q h")
+        return einsum(self.pattern(x), self.per_head(self.values(x), batched=True), "b n q k, b n k h -> b n q h")
 
     def __call__(self, x: Float[Tensor, "b t d_model"]) -> Float[Tensor, "b t d_model"]:
         return self.out(self.mixed(x))
@@ -168,11 +179,34 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where a family keeps the parameters of a block. blocks: what their names begin with, before the layer's number.
+    attention, mlp: what the names of these parts' parameters begin with, within the block. matrices: the names of W_Q,
+    W_K, W_V, W_O and W_out within the block (some may share one, fused along its last axis). gains: of its two norms.
+    input_first: a matrix is kept as (in, out), as GPT-2's Conv1D keeps it, not as (out, in), as nn.Linear does."""
+
+    blocks: str
+    attention: str
+    mlp: str
+    matrices: dict[str, str]
+    gains: tuple[str, str]
+    input_first: bool
+
+    def prefix(self, layer: int) -> str:
+        """What the names of a layer's (0-based) parameters begin with."""
+        return f"{self.blocks}.{layer}."
+
+    def name(self, layer: int, matrix: str) -> str:
+        """The parameter that holds a matrix of a layer (0-based)."""
+        return self.prefix(layer) + self.matrices[matrix]
+
+
+@dataclass(frozen=True)
 class Weights:
     """The whole model. W_pos is None where positions are rotary."""
 
     family: str
-    prefix: str  # of a block's parameters: f"{prefix}.{layer}."
+    layout: Layout
     W_E: Float[Tensor, "vocab d_model"]
     W_pos: Float[Tensor, "context d_model"] | None
     blocks: tuple[Block, ...]
@@ -201,9 +235,15 @@ class Weights:
     def d_head(self) -> int:
         return self.blocks[0].attn.W_Q.shape[-1]
 
-    def embed(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t d_model"]:
+    def embed(
+        self, tokens: Int[Tensor, "*b t"], position: Int[Tensor, " t"] | None = None
+    ) -> Float[Tensor, "*b t d_model"]:
+        """The residual stream that enters the first block. position: of each token, counted from the first if not
+        given."""
         x = self.W_E[tokens]
-        return x if self.W_pos is None else x + self.W_pos[: tokens.shape[1]]
+        if self.W_pos is None:
+            return x
+        return x + (self.W_pos[: tokens.shape[-1]] if position is None else self.W_pos[position])
 
     def block_inputs(self, x: Float[Tensor, "b t d_model"], position: Int[Tensor, " t"]) -> dict[str, Any]:
         """What a block's own module needs beside the stream: the rotations of the positions, where it rotates."""
@@ -239,22 +279,22 @@ def check_view(
     model: PreTrainedModel, weights: Weights, tokens: Int[Tensor, "b t"], tolerance: float | None = None
 ) -> float:
     """Largest difference between the view's hidden states and the model's own, relative to the largest
-    activation of that layer. Raises ModelError above the tolerance: then Q, K, V, O or the MLP are misread.
+    activation of that state. Raises ModelError above the tolerance: then Q, K, V, O or the MLP are misread.
     Tolerance, if not given: 1e-3 in fp32, where rounding over 30 layers stays near 1e-5, and eight roundings in bf16; a
-    wrong slice, bias or rotation gives 1e-1 or more."""
+    wrong slice, bias or rotation gives 1e-1 or more. A value that is no number never passes."""
     tolerance = tolerance or max(1e-3, 8 * torch.finfo(weights.W_E.dtype).eps)
-    own = model(tokens, output_hidden_states=True, use_cache=False).hidden_states
-    mine = weights.residuals(tokens)
-    mine[-1] = weights.norm_final(mine[-1])  # Hugging Face reports the last state after the final norm
-    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(mine, own, strict=True)]
-    if not max(errors) <= tolerance:
-        worst = max(range(len(errors)), key=errors.__getitem__)
+    expected = model(tokens, output_hidden_states=True, use_cache=False).hidden_states
+    stream = weights.residuals(tokens)
+    stream[-1] = weights.norm_final(stream[-1])  # Hugging Face reports the last state after the final norm
+    errors = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in zip(stream, expected, strict=True)]).float()
+    worst = int(errors.argmax())  # NaN, if there is one
+    if not (errors <= tolerance).all():
         raise ModelError(
-            f"the weight view does not reproduce the model: relative error {errors[worst]:.2g} in the hidden state "
-            f"{worst} of {len(errors) - 1} (allowed {tolerance:g}). Its configuration uses something that "
-            "lib/weights.py does not read; this model cannot be a subject yet."
+            f"the weight view does not reproduce the model: relative error {float(errors[worst]):.2g} in the hidden "
+            f"state {worst} of {len(errors) - 1} (allowed {tolerance:g}). Its configuration uses something that "
+            "lib/weights.py does not read; this model cannot be studied yet."
         )
-    return max(errors)
+    return float(errors[worst])
 
 
 @dataclass(frozen=True)
@@ -278,18 +318,19 @@ def pathway_slices(model: PreTrainedModel, layer: int, pathway: str) -> tuple[Sl
     For GPT-2 the matrix is a third of the fused `c_attn.weight`. Raises ValueError for other names or layers."""
     if pathway not in PATHWAYS:
         raise ValueError(f"unknown pathway {pathway!r}; choose from {', '.join(PATHWAYS)}")
-    weights = view(model)
+    weights, parameters = view(model), dict(model.named_parameters())
     if not 0 <= layer < weights.n_layers:
         raise ValueError(f"no layer {layer}, counted from 0: the model has L1 to L{weights.n_layers}")
-    prefix, (attn, ffn, fused) = f"{weights.prefix}.{layer}.", _PARTS[weights.family]
-    if pathway in ("full", "attention", "ffn"):
-        part = {"full": "", "attention": attn, "ffn": ffn}[pathway]
-        return tuple(Slice(n) for n, _ in model.named_parameters() if n.startswith(prefix + part))
-    letter = pathway[0]
-    if not fused:
-        return (Slice(f"{prefix}{attn}{letter}_proj.weight"),)
-    d, third = weights.d_model, "qkv".index(letter)
-    return (Slice(f"{prefix}{attn}{fused}", third * d, (third + 1) * d),)
+    layout, prefix = weights.layout, weights.layout.prefix(layer)
+    groups = {"full": prefix, "attention": prefix + layout.attention, "ffn": prefix + layout.mlp}
+    if pathway in groups:
+        return tuple(Slice(name) for name in parameters if name.startswith(groups[pathway]))
+    matrix = f"W_{pathway[0].upper()}"
+    name, seen = layout.name(layer, matrix), getattr(weights.blocks[layer].attn, matrix)
+    if seen.numel() == parameters[name].numel():
+        return (Slice(name),)
+    start = seen.storage_offset() - parameters[name].storage_offset()  # of a fused matrix: in its first row
+    return (Slice(name, start, start + seen.numel() // len(parameters[name])),)
 
 
 def part_masks(
@@ -302,28 +343,19 @@ def part_masks(
     if part not in pathways:
         raise ValueError(f"unknown part {part!r}; choose from {', '.join(pathways)}")
     weights, parameters = view(model), dict(model.named_parameters())
-    slices, index = pathway_slices(model, layer, pathways[part]), torch.tensor(picked)
-    masks = {s: torch.zeros_like(s.of(parameters[s.name]), dtype=torch.bool) for s in slices}
-    by_end = {s.name.split(".", 3)[-1]: mask for s, mask in masks.items()}  # name within the block
-    width, gpt2 = weights.d_head, weights.family == "gpt2"
-    if part == "head":
-        rows = (index[:, None] * width + torch.arange(width)).flatten()
-        _mark(by_end["attn.c_attn.weight" if gpt2 else "self_attn.q_proj.weight"], rows, gpt2)
-        _mark(by_end["attn.c_proj.weight" if gpt2 else "self_attn.o_proj.weight"], rows, not gpt2)
-    else:
-        (mask,) = (
-            masks.values() if part == "values" else (by_end["mlp.c_proj.weight" if gpt2 else "mlp.down_proj.weight"],)
-        )
-        _mark(mask, index, gpt2 == (part == "values"))
-    return pathways[part], masks
-
-
-def _mark(mask: Bool[Tensor, "a b"], index: Int[Tensor, " n"], columns: bool) -> None:
-    """GPT-2 keeps its matrices as (in, out), Llama as (out, in)."""
-    if columns:
-        mask[:, index] = True
-    else:
-        mask[index] = True
+    attn, mlp, index = weights.blocks[layer].attn, weights.blocks[layer].mlp, torch.tensor(picked)
+    entries: dict[str, dict[str, tuple[Tensor, Any]]] = {
+        "head": {"W_Q": (attn.W_Q, index), "W_O": (attn.W_O, index)},
+        "values": {"W_V": (attn.W_V, (index // weights.d_head, slice(None), index % weights.d_head))},
+        "neurons": {"W_out": (mlp.W_out, index)},
+    }
+    slices = pathway_slices(model, layer, pathways[part])
+    masks = {s.name: torch.zeros_like(parameters[s.name], dtype=torch.bool) for s in slices}
+    for matrix, (seen, where) in entries[part].items():
+        name = weights.layout.name(layer, matrix)
+        start = seen.storage_offset() - parameters[name].storage_offset()
+        masks[name].as_strided(seen.shape, seen.stride(), start)[where] = True  # the same view, of the mask
+    return pathways[part], {s: s.of(masks[s.name]) for s in slices}
 
 
 def count_parameters(model: PreTrainedModel, slices: tuple[Slice, ...]) -> int:
@@ -331,11 +363,11 @@ def count_parameters(model: PreTrainedModel, slices: tuple[Slice, ...]) -> int:
     return sum(s.of(parameters[s.name]).numel() for s in slices)
 
 
-_PARTS = {"gpt2": ("attn.", "mlp.", "c_attn.weight"), "llama": ("self_attn.", "mlp.", None)}
-
-
-def _add_bias(x: Float[Tensor, "b n t h"], bias: Float[Tensor, "n h"] | None) -> Float[Tensor, "b n t h"]:
-    return x if bias is None else x + bias[:, None]
+def _project(
+    x: Float[Tensor, "*b t d_model"], W: Float[Tensor, "n d_model d_head"], b: Float[Tensor, "n d_head"] | None
+) -> Float[Tensor, "*b n t d_head"]:
+    out = einsum(x, W, "... t d, n d h -> ... n t h")
+    return out if b is None else out + b[:, None]
 
 
 def _rotate_half(x: Tensor) -> Tensor:
@@ -349,73 +381,63 @@ def _norm(module: Any) -> Norm:
     return Norm(module.weight, bias, eps, centred=isinstance(module, nn.LayerNorm))
 
 
+_GPT2 = Layout(
+    blocks="transformer.h",
+    attention="attn.",
+    mlp="mlp.",
+    matrices=dict.fromkeys(("W_Q", "W_K", "W_V"), "attn.c_attn.weight")
+    | {"W_O": "attn.c_proj.weight", "W_out": "mlp.c_proj.weight"},
+    gains=("ln_1.weight", "ln_2.weight"),
+    input_first=True,
+)
+
+
 def _gpt2(model: Any) -> Weights:
+    c, base = model.config, model.transformer
+
     def block(m: Any) -> Block:
-        n = model.config.n_head
-        W_Q, W_K, W_V = rearrange(m.attn.c_attn.weight, "d (qkv n h) -> qkv n d h", qkv=3, n=n)
-        b_Q, b_K, b_V = rearrange(m.attn.c_attn.bias, "(qkv n h) -> qkv n h", qkv=3, n=n)
-        W_O = rearrange(m.attn.c_proj.weight, "(n h) d -> n h d", n=n)
+        W_Q, W_K, W_V = rearrange(m.attn.c_attn.weight, "d (qkv n h) -> qkv n d h", qkv=3, n=c.n_head)
+        b_Q, b_K, b_V = rearrange(m.attn.c_attn.bias, "(qkv n h) -> qkv n h", qkv=3, n=c.n_head)
+        W_O = rearrange(m.attn.c_proj.weight, "(n h) d -> n h d", n=c.n_head)
         attn = Attention(W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, m.attn.c_proj.bias, rotary=None)
-        mlp = MLP(
-            m.mlp.c_fc.weight,
-            m.mlp.c_proj.weight,
-            m.mlp.c_fc.bias,
-            m.mlp.c_proj.bias,
-            W_gate=None,
-            b_gate=None,
-            act=ACT2FN[model.config.activation_function],
-        )
+        W_in, b_in, W_out, b_out = (getattr(p, x) for p in (m.mlp.c_fc, m.mlp.c_proj) for x in ("weight", "bias"))
+        mlp = MLP(W_in, W_out, b_in, b_out, W_gate=None, b_gate=None, act=ACT2FN[c.activation_function])
         return Block(_norm(m.ln_1), attn, _norm(m.ln_2), mlp, m, m.attn.c_proj, m.mlp.c_proj)
 
-    t = model.transformer
-    return Weights(
-        "gpt2",
-        "transformer.h",
-        t.wte.weight,
-        t.wpe.weight,
-        tuple(map(block, t.h)),
-        _norm(t.ln_f),
-        t.ln_f,
-        model.lm_head.weight.T,
-        model.config.n_positions,
-    )
+    blocks, W_U = tuple(map(block, base.h)), model.lm_head.weight.T
+    W_E, W_pos, norm = base.wte.weight, base.wpe.weight, base.ln_f
+    return Weights("gpt2", _GPT2, W_E, W_pos, blocks, _norm(norm), norm, W_U, c.n_positions)
+
+
+_LLAMA = Layout(
+    blocks="model.layers",
+    attention="self_attn.",
+    mlp="mlp.",
+    matrices={f"W_{x.upper()}": f"self_attn.{x}_proj.weight" for x in "qkvo"} | {"W_out": "mlp.down_proj.weight"},
+    gains=("input_layernorm.weight", "post_attention_layernorm.weight"),
+    input_first=False,
+)
 
 
 def _llama(model: Any) -> Weights:
     c, base = model.config, model.model
 
+    def heads(linear: nn.Linear, n: int) -> tuple[Tensor, Tensor | None]:
+        W = rearrange(linear.weight, "(n h) d -> n d h", n=n)
+        return W, None if linear.bias is None else linear.bias.view(n, -1)
+
     def block(m: Any) -> Block:
-        a, n, kv = m.self_attn, c.num_attention_heads, c.num_key_value_heads
-        heads = [
-            (rearrange(p.weight, "(n h) d -> n d h", n=k), None if p.bias is None else p.bias.view(k, -1))
-            for p, k in ((a.q_proj, n), (a.k_proj, kv), (a.v_proj, kv))
-        ]
-        (W_Q, b_Q), (W_K, b_K), (W_V, b_V) = heads
+        a, n, n_kv = m.self_attn, c.num_attention_heads, c.num_key_value_heads
+        (W_Q, b_Q), (W_K, b_K), (W_V, b_V) = heads(a.q_proj, n), heads(a.k_proj, n_kv), heads(a.v_proj, n_kv)
         W_O = rearrange(a.o_proj.weight, "d (n h) -> n h d", n=n)
         attn = Attention(W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, a.o_proj.bias, base.rotary_emb)
-        mlp = MLP(
-            m.mlp.up_proj.weight.T,
-            m.mlp.down_proj.weight.T,
-            m.mlp.up_proj.bias,
-            m.mlp.down_proj.bias,
-            m.mlp.gate_proj.weight.T,
-            m.mlp.gate_proj.bias,
-            ACT2FN[c.hidden_act],
-        )
+        up, down, gate = m.mlp.up_proj, m.mlp.down_proj, m.mlp.gate_proj
+        matrices = up.weight.T, down.weight.T, up.bias, down.bias, gate.weight.T, gate.bias
         norms = _norm(m.input_layernorm), _norm(m.post_attention_layernorm)
-        return Block(norms[0], attn, norms[1], mlp, m, a.o_proj, m.mlp.down_proj)
+        return Block(norms[0], attn, norms[1], MLP(*matrices, ACT2FN[c.hidden_act]), m, a.o_proj, down)
 
-    return Weights(
-        "llama",
-        "model.layers",
-        base.embed_tokens.weight,
-        None,
-        tuple(map(block, base.layers)),
-        _norm(base.norm),
-        base.norm,
-        model.lm_head.weight.T,
-        c.max_position_embeddings,
-    )
+    blocks, W_E, W_U, norm = tuple(map(block, base.layers)), base.embed_tokens.weight, model.lm_head.weight.T, base.norm
+    return Weights("llama", _LLAMA, W_E, None, blocks, _norm(norm), norm, W_U, c.max_position_embeddings)
 
 
 _BUILDERS = {"gpt2": _gpt2, "llama": _llama}

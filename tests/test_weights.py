@@ -70,14 +70,23 @@ def test_the_view_reproduces_full_size_gpt2(gpt2_full):
 
 
 def test_a_view_of_other_weights_is_noticed():
-    """The self-check must be able to fail: the same architecture with one head's values exchanged."""
-    model = tiny_llama()
+    """The self-check must be able to fail: the same architecture with one head's values exchanged; a NaN in any layer,
+    which no comparison with a maximum would show."""
+    model, tokens = tiny_llama().eval(), torch.arange(1, 9)[None]
     weights = view(model)
     with torch.no_grad():
         attn = weights.blocks[1].attn
         object.__setattr__(attn, "W_V", attn.W_V.flip(0))
-    with pytest.raises(ModelError, match="does not reproduce the model: relative error"):
-        check_view(model.eval(), weights, torch.arange(1, 9)[None])
+        with pytest.raises(ModelError, match="does not reproduce the model: relative error"):
+            check_view(model, weights, tokens)
+        weights = view(model)
+        for layer in (0, 2):
+            value = weights.blocks[layer].mlp.W_out[0, 0].clone()
+            weights.blocks[layer].mlp.W_out[0, 0] = float("nan")
+            with pytest.raises(ModelError, match=rf"relative error nan in the hidden state {layer + 1} of 3"):
+                check_view(model, weights, tokens)
+            weights.blocks[layer].mlp.W_out[0, 0] = value
+    check_view(model, weights, tokens)
 
 
 def test_view_attention_pattern_equals_hugging_face(tiny):

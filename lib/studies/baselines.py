@@ -46,7 +46,7 @@ from lib.studies import experiment, once_a_model
 from lib.studies.location import answers, prepared, protocols, setting
 from lib.studies.pathways import PAPER
 from lib.training import DEFAULT, Task, chosen, losses, neutral_kl, optimise, summary, train
-from lib.weights import Slice, pathway_slices
+from lib.weights import Slice
 
 Change = Callable[[], AbstractContextManager[Any]]
 RATES = {"few": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "all": (1e-5, 3e-5, 1e-4)}  # few parameters take larger steps
@@ -207,7 +207,7 @@ def _vector(model: Model) -> Rival:
 def _gains(model: Model) -> Rival:
     """The gains of the diagnosed layer's two norms."""
     layer, parameters = setting(model).verdict.knowledge_head.layer, dict(model.module.named_parameters())
-    slices = [s for s in pathway_slices(model.module, layer, "full") if parameters[s.name].ndim == 1 and _gain(s)]
+    slices = [Slice(model.weights.layout.prefix(layer) + name) for name in model.weights.layout.gains]
 
     def trained(rate: float) -> Rival:
         leaves = {s: parameters[s.name].detach().clone().requires_grad_() for s in slices}
@@ -219,15 +219,11 @@ def _gains(model: Model) -> Rival:
     return _chosen(model, _task(model), [trained(rate) for rate in RATES["few"]])
 
 
-def _gain(part: Slice) -> bool:
-    return part.name.endswith(("layernorm.weight", "ln_1.weight", "ln_2.weight"))
-
-
 def _lora(model: Model) -> Rival:
     """Rank 1 on the diagnosed layer's value projection; of GPT-2, on the fused projection that holds it."""
     layer = setting(model).verdict.knowledge_head.layer
-    name = "c_attn" if model.weights.family == "gpt2" else "v_proj"
-    parent = model.weights.blocks[layer].module.get_submodule("attn" if name == "c_attn" else "self_attn")
+    attention, name, _ = model.weights.layout.matrices["W_V"].split(".")
+    parent = model.weights.blocks[layer].module.get_submodule(attention)
     plain = getattr(parent, name)
 
     @contextmanager
@@ -240,7 +236,7 @@ def _lora(model: Model) -> Rival:
 
     def trained(rate: float) -> Rival:
         torch.manual_seed(0)  # of the adapter's first values
-        config = LoraConfig(r=1, lora_alpha=1, target_modules=[name], fan_in_fan_out=name == "c_attn")
+        config = LoraConfig(r=1, lora_alpha=1, target_modules=[name], fan_in_fan_out=model.weights.layout.input_first)
         try:
             inject_adapter_in_model(config, parent)  # type: ignore[arg-type]
             adapted = getattr(parent, name)
@@ -279,16 +275,12 @@ def _closed_form(model: Model) -> Rival:
         neutral = _neutral_neurons(model, task, seen)
     keys, values = neutral[0], wanted.detach()
     moment = neutral[1].T @ neutral[1] / len(neutral[1])
-    (part,) = [
-        s
-        for s in pathway_slices(model.module, layer, "ffn")
-        if s.name.endswith(("down_proj.weight", "mlp.c_proj.weight"))
-    ]
+    part = Slice(model.weights.layout.name(layer, "W_out"))
     weight = dict(model.module.named_parameters())[part.name].detach()
     made = []
     for ridge in RIDGES:
         change = torch.linalg.solve(ridge * moment * len(keys) + keys.T @ keys, keys.T @ values)
-        new = weight + (change if model.weights.family == "gpt2" else change.T)
+        new = weight + (change if model.weights.layout.input_first else change.T)
         put = partial(written, model.module, {part: new})
         made.append(Rival("closed form on W_out", new.numel(), layer, f"ridge {ridge:g}", put))
     return _chosen(model, task, made)
@@ -308,7 +300,7 @@ def _neutral_neurons(model: Model, task: Task, seen: list[Tensor]) -> tuple[Tens
 def _everything(model: Model) -> Rival:
     """All blocks of the model, at small rates; the embedding, which is the unembedding too, stays."""
     task = _task(model, 0)
-    names = [n for n, _ in model.module.named_parameters() if n.startswith(model.weights.prefix + ".")]
+    names = [n for n, _ in model.module.named_parameters() if n.startswith(model.weights.layout.blocks + ".")]
     parameters = dict(model.module.named_parameters())
     before = {n: parameters[n].detach().clone() for n in names}
 
