@@ -1,7 +1,11 @@
-"""Edits: new values for the slices of one pathway, with everything needed to check them (design, sections 3 and 5).
+"""Edits: new values for the slices of one pathway, with everything needed to check them.
 
-An edit is one safetensors file. It keeps values, not differences, so that applying it is exact. A model is changed
-only inside `with applied(subject, edit):`, and is afterwards what it was, bit for bit, also after an exception.
+make            values as an edit, with what the model tells with them in place
+save, load      one safetensors file; it holds values, not differences, so that applying it is exact
+applied         the model with the edit: only inside `with applied(model, edit):`, and afterwards it is what it was,
+                bit for bit, also after an exception
+check, verify   whether it belongs to a model; whether its prompts come out as it recorded
+outside_sha256  the proof that nothing else was changed
 """
 
 from __future__ import annotations
@@ -10,19 +14,20 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pandas as pd
 import safetensors.torch
 import torch
+from pydantic import ConfigDict, Json, create_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lib.errors import EditError
-from lib.facts import Fact
+from lib.facts import Fact, validated
 from lib.files import file_sha256, write_atomically
 from lib.models import Model
 from lib.recall import tell
@@ -34,7 +39,7 @@ FORMAT = "qkv-edit-2"
 
 @dataclass(frozen=True)
 class Edit:
-    """What a pathway changed in one layer (0-based) of a subject, for which facts under which template (its text), and
+    """What a pathway changed in one layer (0-based) of a model, for which facts under which template (its text), and
     what was told before and after. recipe: objective and hyperparameters, as they were used."""
 
     model_name: str
@@ -58,9 +63,35 @@ class Edit:
         return f"{self.model_name} {Site(self.layer)} {self.pathway}"
 
 
+_ENTRIES: dict[str, Any] = {name: (kind, ...) for name, kind in get_type_hints(Edit).items() if name != "values"}
+_ENTRIES |= {"told_before": (tuple, ...), "told_after": (tuple, ...), "slices": (tuple[Slice, ...], ...)}
+_Header = create_model("_Header", __config__=ConfigDict(extra="forbid", strict=True), **_ENTRIES)  # of a file
+
+
+def make(
+    model: Model,
+    values: dict[Slice, Tensor],
+    *,
+    pathway: str,
+    layer: int,
+    facts: tuple[Fact, ...],
+    template: str,
+    told_before: tuple[bool, ...],
+    seed: int,
+    recipe: dict[str, Any],
+) -> Edit:
+    """The values as an edit, with what the whole model tells afterwards, measured on the model itself. Raises EditError
+    as `check` does."""
+    origin = (model.name, model.weights_sha256, pathway, layer, facts, template, told_before)
+    draft = Edit(*origin, told_before, seed, recipe, values)
+    with applied(model, draft):
+        after = tell(model, facts, {"failing": template})
+    return replace(draft, told_after=tuple(after.told.tolist()))
+
+
 def save(edit: Edit, path: Path) -> Path:
-    """Write the edit under a temporary name, then rename. Raises EditError for an edit that `load` would refuse, and
-    where the file cannot be written."""
+    """Write the edit as one file, whole or not at all. Raises EditError for an edit that `load` would refuse, and where
+    the file cannot be written."""
     _check_content(edit, f"{path} is not written")
     header = {f.name: getattr(edit, f.name) for f in fields(edit) if f.name != "values"}
     header |= {"facts": [asdict(f) for f in edit.facts], "slices": [asdict(s) for s in edit.values]}
@@ -86,12 +117,21 @@ def load(path: Path) -> Edit:
         raise EditError(
             f"{path} cannot be read: {error}. It is no safetensors file, or was cut short or altered; get it again."
         ) from error
-    try:
-        edit = _from_header(json.loads(metadata["edit"]), tensors)
-    except (KeyError, TypeError, ValueError) as error:
-        raise EditError(f"{path} has a damaged header ({error}); it was altered, get it again.") from error
+    damaged = f"{path} has a damaged header, it was altered, get it again"
+    header = dict(validated(Json[_Header], metadata.get("edit"), damaged, EditError))
+    slices = header.pop("slices")
+    if set(tensors) != {_key(i) for i in range(len(slices))} or len(set(slices)) != len(slices):
+        raise EditError(f"{damaged}: {len(tensors)} tensors for {len(set(slices))} slices.")
+    if odd := [part for part in slices if (part.start is None) != (part.stop is None)]:
+        raise EditError(f"{damaged}: {odd[0]} gives a start or an end alone.")
+    edit = Edit(**header, values={part: tensors[_key(i)] for i, part in enumerate(slices)})
     _check_content(edit, f"{path} cannot be used")
     return edit
+
+
+def _key(i: int) -> str:
+    """Name of the i-th slice's tensor in a file."""
+    return f"{i:03d}"
 
 
 def save_all(edits: dict[str, Edit], folder: Path) -> list[Path]:
@@ -108,13 +148,8 @@ def load_all(folder: Path) -> dict[str, Edit]:
 def listing(folder: Path) -> pd.DataFrame:
     """The edits of a folder with their sizes and checksums."""
     paths = sorted(folder.glob("*.safetensors"))
-    return pd.DataFrame(
-        {
-            "file": [p.name for p in paths],
-            "bytes": [f"{p.stat().st_size:,}" for p in paths],
-            "sha256": [file_sha256(p) for p in paths],
-        }
-    )
+    rows = [(p.name, f"{p.stat().st_size:,}", file_sha256(p)) for p in paths]
+    return pd.DataFrame(rows, columns=["file", "bytes", "sha256"])
 
 
 def rerun(model: Model, folder: Path) -> dict[str, bool]:
@@ -124,7 +159,7 @@ def rerun(model: Model, folder: Path) -> dict[str, bool]:
 
 @contextmanager
 def applied(model: Model, edit: Edit) -> Iterator[Model]:
-    """The subject with the edit in place; restored afterwards, bit for bit. Raises EditError as `check` does, before
+    """The model with the edit in place; restored afterwards, bit for bit. Raises EditError as `check` does, before
     anything is changed."""
     check(model, edit)
     with written(model.module, edit.values):
@@ -135,7 +170,7 @@ def applied(model: Model, edit: Edit) -> Iterator[Model]:
 def written(model: PreTrainedModel, values: dict[Slice, Tensor]) -> Iterator[None]:
     """Values in the model's own weights; restored afterwards, bit for bit. Raises EditError as `targets` does."""
     pairs = list(zip(targets(model, values), values.values(), strict=True))
-    kept = [target.clone() for target, _ in pairs]
+    before = [target.clone() for target, _ in pairs]
     try:
         with torch.no_grad():
             for target, value in pairs:
@@ -143,25 +178,20 @@ def written(model: PreTrainedModel, values: dict[Slice, Tensor]) -> Iterator[Non
         yield
     finally:
         with torch.no_grad():
-            for (target, _), before in zip(pairs, kept, strict=True):
-                target.copy_(before)
+            for (target, _), value in zip(pairs, before, strict=True):
+                target.copy_(value)
 
 
 def check(model: Model, edit: Edit) -> None:
     """Raises EditError unless the edit was made for these very weights, and holds sound values for exactly the slices
-    of its pathway in its layer. Names are not compared: the same weights under another path are the same subject."""
+    of its pathway in its layer. Names are not compared: the same weights under another path are the same model."""
     _check_content(edit, "the edit cannot be applied")
     if edit.base_sha256 != model.weights_sha256:
         sums = f"{edit.base_sha256[:12]}..., not {model.weights_sha256[:12]}..."
-        if edit.model_name != model.name:
-            raise EditError(
-                f"the edit {edit.title!r} is for another subject than {model.name} (weights {sums}); "
-                f"load {edit.model_name}."
-            )
-        raise EditError(
-            f"the edit {edit.title!r} is for another revision of {model.name} (weights {sums}); get the revision "
-            "that it was made for, or train it anew on this one."
-        )
+        kind, remedy = "model than", f"load {edit.model_name}"
+        if edit.model_name == model.name:
+            kind, remedy = "revision of", "get the revision that it was made for, or train it anew on this one"
+        raise EditError(f"the edit {edit.title!r} is for another {kind} {model.name} (weights {sums}); {remedy}.")
     targets(model.module, edit.values)
     try:
         wanted = pathway_slices(model.module, edit.layer, edit.pathway)
@@ -177,38 +207,31 @@ def check(model: Model, edit: Edit) -> None:
 
 def targets(model: PreTrainedModel, values: dict[Slice, Tensor]) -> list[Tensor]:
     """The model's own tensors (views, where a slice is part of one) that the values replace. Raises EditError."""
-    parameters, out = dict(model.named_parameters()), []
+    parameters, fault = dict(model.named_parameters()), ""
     for part, value in values.items():
         if part.name not in parameters:
-            raise EditError(f"the model has no parameter {part.name}; the edit is of another model, or was altered.")
-        whole = parameters[part.name]
+            fault = f"the model has no parameter {part.name}"
+            break
+        whole, target = parameters[part.name], part.of(parameters[part.name])
         if not (part.start is part.stop is None or 0 <= (part.start or 0) < (part.stop or 0) <= whole.shape[-1]):
-            raise EditError(
-                f"{part.name} has the columns 0 to {whole.shape[-1]}, and the edit is for {part}; "
-                "it is of another model, or was altered."
-            )
-        target = part.of(whole)
-        if (target.shape, target.dtype) != (value.shape, value.dtype):
-            raise EditError(
-                f"{part} has the shape {tuple(target.shape)} in {target.dtype}, and the edit's values have "
-                f"{tuple(value.shape)} in {value.dtype}; the edit is of another model, or was altered."
-            )
-        out.append(target)
-    return out
+            fault = f"{part.name} has the columns 0 to {whole.shape[-1]}, and the edit is for {part}"
+        elif (target.shape, target.dtype) != (value.shape, value.dtype):
+            fault = f"{part} has the shape {tuple(target.shape)} in {target.dtype}, and "
+            fault += f"the edit's values have {tuple(value.shape)} in {value.dtype}"
+    if fault:
+        raise EditError(f"{fault}; the edit is of another model, or was altered.")
+    return [part.of(parameters[part.name]) for part in values]
 
 
 def outside_sha256(model: PreTrainedModel, slices: Sequence[Slice]) -> str:
     """sha256 over every byte of the model outside the slices: equal before and after, if nothing leaked."""
     total = hashlib.sha256()
-    inside: dict[str, list[Slice]] = {}
-    for part in slices:
-        inside.setdefault(part.name, []).append(part)
     for name, parameter in sorted(model.named_parameters()):
-        left = parameter.detach()
-        if name in inside:
+        left, inside = parameter.detach(), [part for part in slices if part.name == name]
+        if inside:
             left = left.clone()
-            for part in inside[name]:
-                part.of(left).zero_()
+        for part in inside:
+            part.of(left).zero_()
         total.update(name.encode())
         total.update(left.contiguous().view(torch.uint8).cpu().numpy().data)
     return total.hexdigest()
@@ -223,7 +246,7 @@ def outside_bytes(model: PreTrainedModel, slices: Sequence[Slice]) -> int:
 
 def verify(model: Model, edit: Edit, *, edited: Model | None = None) -> pd.DataFrame:
     """Re-run the edit's prompts before and after: one row a fact, with what the edit recorded and whether it holds.
-    edited: a model that has the edit in its weights, to ask instead of the subject with the edit applied. Raises
+    edited: a model that has the edit in its weights, to ask instead of the one with the edit applied. Raises
     EditError if a byte outside the slices differs between before and after."""
     template, slices = {"failing": edit.template}, tuple(edit.values)
     before, outside = tell(model, edit.facts, template), outside_sha256(model.module, slices)
@@ -231,65 +254,12 @@ def verify(model: Model, edit: Edit, *, edited: Model | None = None) -> pd.DataF
         if outside_sha256(changed.module, slices) != outside:
             raise EditError(f"with the edit {edit.title!r}, {changed.name} differs from its base outside the slices.")
         after = tell(changed, edit.facts, template)
-    return pd.DataFrame(
-        {
-            "subject": before.subject,
-            "answer": before.answer,
-            "says before": before.top,
-            "told before": before.told,
-            "p before": before.prob,
-            "says after": after.top,
-            "told after": after.told,
-            "p after": after.prob,
-            "as recorded": (before.told == list(edit.told_before)) & (after.told == list(edit.told_after)),
-        }
-    )
-
-
-_HEADER = {  # the kind of each entry of a file's header
-    "model_name": str,
-    "base_sha256": str,
-    "pathway": str,
-    "layer": int,
-    "facts": list,
-    "template": str,
-    "told_before": list,
-    "told_after": list,
-    "seed": int,
-    "recipe": dict,
-    "slices": list,
-}
-
-
-def _from_header(header: Any, tensors: dict[str, Tensor]) -> Edit:
-    """Raises KeyError, TypeError or ValueError for a header that is not one `save` wrote."""
-    if not isinstance(header, dict):
-        raise ValueError("it is no mapping")
-    if lacking := [key for key in _HEADER if key not in header]:
-        raise ValueError(f"it lacks {lacking[0]}")
-    if wrong := [key for key, kind in _HEADER.items() if type(header[key]) is not kind]:
-        raise ValueError(f"{wrong[0]} is {header[wrong[0]]!r}")
-    slices, facts = [Slice(**s) for s in header.pop("slices")], tuple(Fact(**f) for f in header.pop("facts"))
-    entries: list[Slice | Fact] = [*slices, *facts]
-    if unsound := [entry for entry in entries if not _sound(entry)]:
-        raise ValueError(f"it holds {unsound[0]}")
-    if set(tensors) != {_key(i) for i in range(len(slices))} or len(set(slices)) != len(slices):
-        raise ValueError(f"{len(tensors)} tensors for {len(set(slices))} slices")
-    for key in ("told_before", "told_after"):
-        header[key] = tuple(header[key])
-    return Edit(**header, facts=facts, values={s: tensors[_key(i)] for i, s in enumerate(slices)})
-
-
-def _key(i: int) -> str:
-    """Name of the i-th slice's tensor in a file."""
-    return f"{i:03d}"
-
-
-def _sound(entry: Slice | Fact) -> bool:
-    """Whether the fields read from a file are of their kinds."""
-    if isinstance(entry, Fact):
-        return all(isinstance(v, str) for v in (entry.subject, entry.answer, entry.split))
-    return isinstance(entry.name, str) and type(entry.start) is type(entry.stop) and isinstance(entry.start, int | None)
+    asked = [
+        table[["top", "told", "prob"]].set_axis([f"says {when}", f"told {when}", f"p {when}"], axis=1)
+        for when, table in (("before", before), ("after", after))
+    ]
+    recorded = (before.told == list(edit.told_before)) & (after.told == list(edit.told_after))
+    return pd.concat([before[["subject", "answer"]], *asked, recorded.rename("as recorded")], axis=1)
 
 
 def _check_content(edit: Edit, what: str) -> None:

@@ -144,4 +144,4 @@ def _fault(fault: Any, known: str) -> str:
         return f"{where} is empty; give at least one value"
     if fault["type"] == "value_error":  # of a validator of ours, which says what to do
         return f"{where}: {fault['ctx']['error']}" if where else str(fault["ctx"]["error"])
-    return f"{where or 'it'}: {fault['msg']}, not {fault['input']!r}"
+    return f"{where or 'it'}: {fault['msg']}, not {fault['input']!r:.200}"
