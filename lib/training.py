@@ -1,20 +1,18 @@
-"""Retrain one slice of one layer so that a case's facts are told (design, section 5).
+"""Retrain one slice of one layer so that a case's facts are told, and compare six slices under one recipe.
 
-    objective   cross-entropy of the answer at the last position, averaged over the facts, plus `kl_weight` times the
-                KL divergence from the untouched model on neutral passages (disjoint from all that measure)
-    stopping    every fact told with a margin of at least `margin` logits, or `max_steps`
+    objective    cross-entropy of the answer at the last position, averaged over the facts, plus `kl_weight` times the
+                 KL divergence from the untouched model on neutral passages (disjoint from all that measure)
+    stopping     every fact told with a margin of at least `margin` logits, or `max_steps`
+    grid         one learning rate a pathway, chosen by one rule for all: of those that stop in time, the one whose edit
+                 has the smallest KL on neutral passages that training does not see; if none does, the largest margin
+    recommended  of the pathways that stop in time, the one whose edit has the smallest KL by the same measure
+    control      false facts, which the model cannot know
 
-Only what changes is computed: the stream that enters the layer is kept, and training starts from it (`replay`); of
-what comes out, only the last position of a prompt and a few of a passage are read, and the unembedding is fetched once
-for the loss and its gradient (`vocabulary`). The leaf that the optimiser holds is the slice itself, not the parameter
-around it: no gradient, weight decay or optimiser state can reach anything else, and the model is not touched at all.
-
-Six pathways head to head, under one recipe (design, section 5; the source page's comparison of four).
-
-    grid        one learning rate, chosen by one rule for all pathways: of those that stop in time, the one whose edit
-                has the smallest KL on the neutral passages; if none does, the one with the largest margin
-    recommended of the pathways that stop in time, the one whose edit has the smallest KL on the neutral passages
-    controls    false facts, which the model cannot know; more steps, for a pathway that misses its goal
+Only what changes is computed: the streams that enter the layer are kept, and training starts from them
+(`forward.above`); of what comes out, only the last position of a prompt and a few of a passage are read, and the
+unembedding is fetched once for the loss and its gradient (`forward.log_normalisers`). The leaf that the optimiser holds
+is the slice itself, not the parameter around it: no gradient, weight decay or optimiser state can reach anything else,
+and the model is not touched at all.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -35,7 +33,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib.diagnosis import prescribe
-from lib.edits import Edit, applied, load_all
+from lib.edits import Edit, load_all, make
 from lib.errors import DataError, EditError
 from lib.facts import Case, Fact, load_templates
 from lib.files import DATA
@@ -43,8 +41,6 @@ from lib.forward import Pack, Reference, above, log_normalisers, pack, packs, re
 from lib.models import Model
 from lib.recall import screen, tell
 from lib.weights import PATHWAYS, Slice, pathway_slices
-
-COLUMNS = ["step", "loss", "cross_entropy", "kl", "told", "min_margin"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +99,18 @@ class Trained:
     def diverged(self) -> bool:
         return self.edit is None
 
+    @property
+    def outcome(self) -> dict[str, Any]:
+        """What the run reached, as plain values."""
+        return {
+            "diverged": self.diverged,
+            "reached": self.reached,
+            "steps": self.steps,
+            "told": sum(self.edit.told_after) if self.edit else 0,
+            "min_margin": float(self.history.min_margin.iloc[-1]),
+            "kl": float(self.kl),
+        }
+
 
 @dataclass(frozen=True)
 class Task:
@@ -155,28 +163,28 @@ def tasks_at(model: Model, case: Case, layers: Sequence[int], recipe: Recipe = D
         raise DataError(f"the neutral passages make {training} windows; the recipe takes {recipe.windows} a step.")
     told = tell(model, case.facts, {case.template: template})
     texts = [model.token_ids(p) for p in told.prompt]
-    neutral, final = [], []
-    for some in packs(model, windows):
-        found = streams(model, some, [*layers, end])
-        neutral.append({layer: found[layer].view(-1, recipe.window, model.weights.d_model) for layer in layers})
-        final.append(found[end][_compared(len(some.last), recipe)])
+    batches = list(packs(model, windows))
+    found = [streams(model, batch, [*layers, end]) for batch in batches]
+    final = [x[end][_compared(len(batch.last), recipe)] for batch, x in zip(batches, found, strict=True)]
+    untouched = reference(model.weights.norm_final_module(torch.cat(final)), model.weights.W_U)
     prompts = streams(model, pack(model, texts), layers)
-    known = reference(model.weights.norm_final_module(torch.cat(final)), model.weights.W_U)
-    known = known[torch.arange(len(known.log_z)).view(-1, recipe.positions)]
+    common: dict[str, Any] = {
+        "facts": case.facts,
+        "template": template,
+        "told_before": tuple(told.told.tolist()),
+        "recipe": recipe,
+        "texts": pack(model, texts + windows[: recipe.windows]),
+        "answers": torch.tensor(told.answer_token.tolist()),
+        "windows": windows,
+        "n_training": training,
+        "untouched": untouched[torch.arange(len(untouched.log_z)).view(-1, recipe.positions)],
+    }
     return {
         layer: Task(
-            case.facts,
-            template,
-            tuple(told.told.tolist()),
-            recipe,
-            layer,
-            pack(model, texts + windows[: recipe.windows]),
-            prompts[layer],
-            torch.tensor(told.answer_token.tolist()),
-            windows,
-            training,
-            torch.cat([some[layer] for some in neutral]),
-            known,
+            layer=layer,
+            prompt_stream=prompts[layer],
+            window_streams=torch.cat([x[layer].view(-1, recipe.window, model.weights.d_model) for x in found]),
+            **common,
         )
         for layer in layers
     }
@@ -197,9 +205,9 @@ def losses(
     read = torch.cat((task.texts.last[:n], len(task.prompt_stream) + _compared(len(rows), task.recipe)))
     final, W_U = above(model, task.texts, task.layer, stream, values, read), model.weights.W_U
     log_z, others = log_normalisers(final, W_U, task.answers)
-    own = (final[:n] * W_U[:, task.answers].T).sum(-1)
+    answers = (final[:n] * W_U[:, task.answers].T).sum(-1)  # their logits
     kl = task.untouched[rows].divergence(*(x[n:].unflatten(0, (len(rows), -1)) for x in (final, log_z)))
-    return (log_z[:n] - own).mean(), kl.mean(), own.detach() - others
+    return (log_z[:n] - answers).mean(), kl.mean(), answers.detach() - others
 
 
 def train(
@@ -209,48 +217,35 @@ def train(
     *,
     rate: float,
     seed: int = 0,
-    bar: tqdm | None = None,
     masks: Mapping[Slice, Bool[Tensor, "*shape"]] | None = None,
 ) -> Trained:
-    """Train one pathway at one rate (Adam, no weight decay). seed: of the order in which neutral windows come.
-    bar: a progress bar to move on by one when done. masks: of a slice, the entries that may change; all, if not
-    given."""
-    recipe, start = task.recipe, perf_counter()
-    slices = pathway_slices(model.module, task.layer, pathway)
+    """Train one pathway at one rate (Adam, no weight decay). seed: of the order in which neutral windows come. masks:
+    of a slice, the entries that may change; all, if not given."""
+    start, slices = perf_counter(), pathway_slices(model.module, task.layer, pathway)
     leaves = {s: v.requires_grad_() for s, v in slice_values(model, slices).items()}
     for part, mask in (masks or {}).items():  # Adam without weight decay leaves what has never had a gradient alone
         leaves[part].register_hook(lambda gradient, mask=mask: gradient * mask)
-    name = f"{pathway}, rate {rate:g}, seed {seed}"
-    history = optimise(model, task, list(leaves.values()), leaves, rate=rate, seed=seed, name=name, bar=bar)
-    seconds, last = perf_counter() - start, history.iloc[-1]
-    reached = bool(np.isfinite(last.loss) and last.min_margin >= recipe.margin)
-    if not reached and not (np.isfinite(last.loss) and last.cross_entropy <= history.cross_entropy[0]):
+    history = optimise(model, task, list(leaves.values()), leaves, rate=rate, seed=seed)
+    seconds, first, last = perf_counter() - start, history.iloc[0], history.iloc[-1]
+    reached = bool(np.isfinite(last.loss) and last.min_margin >= task.recipe.margin)
+    if not reached and not (np.isfinite(last.loss) and last.cross_entropy <= first.cross_entropy):
         return Trained(pathway, rate, seed, None, history, False, np.nan, seconds)
     values = {s: v.detach() for s, v in leaves.items()}
-    harm = neutral_kl(model, task, values)
-    outcome = {"rate": rate, "steps": len(history) - 1, "reached": reached, "neutral_kl": harm}
-    edit = _edit(model, task, pathway, values, seed, outcome)
-    return Trained(pathway, rate, seed, edit, history, reached, harm, seconds)
+    kl = neutral_kl(model, task, values)
+    recipe = asdict(task.recipe) | {"rate": rate, "steps": len(history) - 1, "reached": reached, "neutral_kl": kl}
+    about: dict[str, Any] = {name: getattr(task, name) for name in ("layer", "facts", "template", "told_before")}
+    edit = make(model, values, pathway=pathway, seed=seed, recipe=recipe, **about)
+    return Trained(pathway, rate, seed, edit, history, reached, kl, seconds)
 
 
 def optimise(
-    model: Model,
-    task: Task,
-    leaves: Sequence[Tensor],
-    values: dict[Slice, Tensor],
-    *,
-    rate: float,
-    seed: int = 0,
-    name: str = "",
-    bar: tqdm | None = None,
+    model: Model, task: Task, leaves: Sequence[Tensor], values: dict[Slice, Tensor], *, rate: float, seed: int = 0
 ) -> pd.DataFrame:
     """Minimise the objective over the leaves, in place, until the recipe says stop; a row a step. values: what the
     leaves are put for in the layer; leaves that a hook puts somewhere else need none."""
     recipe, rows = task.recipe, []
     optimiser, generator = torch.optim.Adam(leaves, lr=rate), torch.Generator().manual_seed(seed)
     for step in range(recipe.max_steps + 1):
-        if bar is not None:
-            bar.set_postfix_str(f"{name}, step {step}", refresh=step % 10 == 0)
         windows = torch.randperm(task.n_training, generator=generator, device="cpu")[: recipe.windows]
         cross_entropy, kl, margins = losses(model, task, values, windows)
         loss = cross_entropy + recipe.kl_weight * kl
@@ -261,21 +256,22 @@ def optimise(
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    if bar is not None:
-        bar.update()
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=["step", "loss", "cross_entropy", "kl", "told", "min_margin"])
 
 
 @torch.no_grad()
 def neutral_kl(model: Model, task: Task, values: dict[Slice, Tensor]) -> float:
     """KL(untouched || edited) over the neutral windows that training does not see, in nats a token."""
-    final, done = [], task.n_training
-    for some in packs(model, task.windows[done:]):
-        stream = task.window_streams[done : (done := done + len(some.last))].flatten(0, 1)
-        final.append(above(model, some, task.layer, stream, values, _compared(len(some.last), task.recipe)))
-    log_z, _ = log_normalisers(whole := torch.cat(final), model.weights.W_U)
-    known = task.untouched[task.n_training :]
-    return max(0.0, float(known.divergence(whole.view_as(known.final), log_z.view_as(known.log_z)).mean()))
+    unseen = list(packs(model, task.windows[task.n_training :]))
+    entering = task.window_streams[task.n_training :].split([len(texts.last) for texts in unseen])
+    final = [
+        above(model, texts, task.layer, stream.flatten(0, 1), values, _compared(len(texts.last), task.recipe))
+        for texts, stream in zip(unseen, entering, strict=True)
+    ]
+    untouched, edited = task.untouched[task.n_training :], torch.cat(final)
+    log_z, _ = log_normalisers(edited, model.weights.W_U)
+    kl = untouched.divergence(edited.view_as(untouched.final), log_z.view_as(untouched.log_z))
+    return max(0.0, float(kl.mean()))
 
 
 def _identifiable(model: Model, facts: Sequence[Fact]) -> None:
@@ -288,18 +284,6 @@ def _identifiable(model: Model, facts: Sequence[Fact]) -> None:
             f"{first.subject} -> {first.answer} cannot be trained or scored by the first token {first.token_text!r} "
             f"({first.left_out}); leave it out, with {len(bad) - 1} more like it (see `facts.scorable`)."
         )
-
-
-def _edit(
-    model: Model, task: Task, pathway: str, values: dict[Slice, Tensor], seed: int, outcome: dict[str, Any]
-) -> Edit:
-    """The trained values as an edit, with what the whole model tells afterwards, measured on the model itself."""
-    recipe = {**asdict(task.recipe), **outcome}
-    common = (model.name, model.weights_sha256, pathway, task.layer, task.facts, task.template, task.told_before)
-    draft = Edit(*common, task.told_before, seed, recipe, values)
-    with applied(model, draft):
-        after = tell(model, task.facts, {"failing": task.template})
-    return Edit(*common, tuple(after.told.tolist()), seed, recipe, values)
 
 
 def _compared(windows: int, recipe: Recipe) -> Int[Tensor, " n"]:
@@ -322,46 +306,33 @@ class Comparison:
         return {name: run.edit for name, run in self.runs.items() if run.edit is not None}
 
 
-# In one process
-
-
 def compare(
     model: Model, task: Task, *, seed: int = 0, pathways: Sequence[str] = PATHWAYS, progress: bool = True
 ) -> Comparison:
-    """The grid for each pathway, with one seed."""
-    rates, grids, runs = task.recipe.rates, [], {}
-    with tqdm(total=len(pathways) * len(rates), desc="training", disable=not progress) as bar:
-        for pathway in pathways:
-            tried = [train(model, task, pathway, rate=rate, seed=seed, bar=bar) for rate in rates]
-            table = summary(tried)
-            best = chosen(table)
-            runs[pathway] = tried[best]
-            grids.append(table.assign(chosen=table.index == best))
-    grid = pd.concat(grids, ignore_index=True)
-    return Comparison(grid, grid[grid.chosen].drop(columns="chosen").reset_index(drop=True), runs)
+    """The grid for each pathway, with one seed, in one process."""
+    points = tqdm(list(product(pathways, task.recipe.rates)), desc="training", disable=not progress)
+    runs = [train(model, task, pathway, rate=rate, seed=seed) for pathway, rate in points]
+    grid = summary(runs)
+    best = chosen_rows(grid)
+    first = {runs[i].pathway: runs[i] for i in best.index}
+    return Comparison(grid.assign(chosen=grid.index.isin(best.index)), best.reset_index(drop=True), first)
 
 
 def summary(runs: Sequence[Trained]) -> pd.DataFrame:
     """One row a run: what it reached, at what cost."""
-    return pd.DataFrame([{"pathway": r.pathway, "rate": r.rate, "seed": r.seed, **outcome(r)} for r in runs])
-
-
-def outcome(run: Trained) -> dict[str, Any]:
-    """What a run reached, as plain values."""
-    return {
-        "diverged": run.diverged,
-        "reached": run.reached,
-        "steps": run.steps,
-        "told": sum(run.edit.told_after) if run.edit else 0,
-        "min_margin": float(run.history.min_margin.iloc[-1]),
-        "kl": float(run.kl),
-    }
+    return pd.DataFrame([{"pathway": r.pathway, "rate": r.rate, "seed": r.seed, **r.outcome} for r in runs])
 
 
 def chosen(table: pd.DataFrame) -> int:
     """Row of a pathway's grid that the rule chooses: one that diverged only where all did."""
     harm = table.kl.where(table.reached, 0.0)
     return int(np.lexsort((-table.min_margin, harm, ~table.reached, table.diverged))[0])
+
+
+def chosen_rows(grid: pd.DataFrame) -> pd.DataFrame:
+    """The row of each pathway that the rule chooses, in the order of PATHWAYS."""
+    rows = {name: part.index[chosen(part)] for name, part in grid.groupby("pathway")}
+    return grid.loc[[rows[name] for name in PATHWAYS if name in rows]]
 
 
 def recommended(edits: dict[str, Edit]) -> str:
@@ -380,27 +351,18 @@ def under_study(edits: dict[str, Edit]) -> tuple[str, str]:
     return most, "the one that tells most, for none reaches its goal and the rule recommends none"
 
 
-def made(
-    model: Model, case: Case, folder: Path, *, seed: int = 0, recipe: Recipe = DEFAULT, progress: bool = True
-) -> dict[str, Edit]:
+def saved_or_trained(model: Model, case: Case, folder: Path, *, seed: int = 0) -> dict[str, Edit]:
     """The edits that chapter 3 left in a folder, by pathway; trained here by its rule where it left none that fit."""
-    found = load_all(folder)
-    if list(found) == list(PATHWAYS) and all(_fits(e, model, case, seed, recipe) for e in found.values()):
-        return found
-    task = task_at(model, case, prescribe(model, case).knowledge_head.layer, recipe)
-    return compare(model, task, seed=seed, progress=progress).edits
+    saved = load_all(folder)
+    if list(saved) == list(PATHWAYS) and all(_fits(e, model, case, seed, DEFAULT) for e in saved.values()):
+        return saved
+    return compare(model, task_at(model, case, prescribe(model, case).knowledge_head.layer), seed=seed).edits
 
 
 def _fits(edit: Edit, model: Model, case: Case, seed: int, recipe: Recipe) -> bool:
-    own = {key: edit.recipe.get(key) for key in asdict(recipe)}
     wanted = json.loads(json.dumps(asdict(recipe)))  # as a file gives it back
-    return (edit.base_sha256, edit.facts, edit.template, edit.seed, own) == (
-        model.weights_sha256,
-        case.facts,
-        load_templates()[case.template],
-        seed,
-        wanted,
-    )
+    found = (edit.base_sha256, edit.facts, edit.template, edit.seed, {k: edit.recipe.get(k) for k in wanted})
+    return found == (model.weights_sha256, case.facts, load_templates()[case.template], seed, wanted)
 
 
 def false_facts(task: Task) -> Task:

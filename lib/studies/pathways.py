@@ -19,7 +19,7 @@ from lib.facts import load_cases
 from lib.models import Model
 from lib.recall import tell, trainable
 from lib.studies import experiment, once_a_model, one_thread
-from lib.training import Comparison, Task, Trained, chosen, false_facts, outcome, summary, task_at, train
+from lib.training import Comparison, Task, Trained, chosen_rows, false_facts, summary, task_at, train
 from lib.weights import PATHWAYS, count_parameters, pathway_slices
 
 CURVES = ["margins", "kls"]  # of a run, by step: smallest margin, and KL on the step's neutral window
@@ -42,7 +42,7 @@ def train_at(
     task = _task(model)
     task = replace(task, recipe=replace(task.recipe, max_steps=longer * task.recipe.max_steps))
     run = train(model, task if facts == "true" else false_facts(task), pathway, rate=rate, seed=seed)
-    return outcome(run) | {"margins": run.history.min_margin.tolist(), "kls": run.history.kl.tolist()}
+    return run.outcome | {"margins": run.history.min_margin.tolist(), "kls": run.history.kl.tolist()}
 
 
 @once_a_model
@@ -62,12 +62,6 @@ def further(grid: pd.DataFrame, *, seed: int = 0, seeds: int = 10) -> list[dict[
         if not row.reached:
             out.append({**one, "seed": [seed], "longer": [LONGER]})
     return out
-
-
-def chosen_rows(grid: pd.DataFrame) -> pd.DataFrame:
-    """The row of each pathway that the rule chooses, in the order of PATHWAYS."""
-    parts = {name: part.reset_index(drop=True) for name, part in grid.groupby("pathway", sort=False)}
-    return pd.DataFrame([parts[name].loc[chosen(parts[name])] for name in PATHWAYS if name in parts])
 
 
 def gather(model: Model, task: Task, grid: pd.DataFrame, runs: pd.DataFrame) -> Comparison:
@@ -113,9 +107,8 @@ def controls(runs: pd.DataFrame) -> pd.DataFrame:
 
 def repeat(model: Model, task: Task, comparison: Comparison) -> pd.DataFrame:
     """A comparison's runs once more, on something else: the same rates, other facts."""
-    with tqdm(total=len(comparison.runs), desc="controls") as bar:
-        runs = comparison.runs.items()
-        return summary([train(model, task, name, rate=r.rate, seed=r.seed, bar=bar) for name, r in runs])
+    runs = tqdm(comparison.runs.items(), desc="controls")
+    return summary([train(model, task, name, rate=run.rate, seed=run.seed) for name, run in runs])
 
 
 def before_after(model: Model, task: Task, edits: dict[str, Edit]) -> pd.DataFrame:

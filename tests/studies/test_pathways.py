@@ -155,9 +155,9 @@ def test_made_takes_over_what_fits_and_trains_what_does_not(ran, organism, tmp_p
     monkeypatch.setattr(training, "compare", lambda *a, **k: calls.append(1) or ran[1])
     monkeypatch.setattr(training, "_fits", lambda edit, *a: True)
     edits.save_all(six, tmp_path)
-    assert list(training.made(organism, case, tmp_path)) == list(weights.PATHWAYS) and not calls
+    assert list(training.saved_or_trained(organism, case, tmp_path)) == list(weights.PATHWAYS) and not calls
     (tmp_path / "ffn.safetensors").unlink()
-    training.made(organism, case, tmp_path)
+    training.saved_or_trained(organism, case, tmp_path)
     assert calls == [1], "one is missing: all are trained anew"
 
 
