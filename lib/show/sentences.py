@@ -17,9 +17,14 @@ from jinja2 import Environment, StrictUndefined, Template
 WORDS = Path(__file__).with_name("words")
 
 
+def words(name: object) -> str:
+    """A name as prose has it: blanks for underscores."""
+    return str(name).replace("_", " ")
+
+
 def listed(names: Sequence[object], nothing: str = "none") -> str:
     """`a`, `a and b`, `a, b and c`; underscores are blanks. nothing: what an empty list is called."""
-    return " and ".join(", ".join(str(name).replace("_", " ") for name in names).rsplit(", ", 1)) or nothing
+    return " and ".join(", ".join(map(words, names)).rsplit(", ", 1)) or nothing
 
 
 def say(study: str, key: str, **values: object) -> str:

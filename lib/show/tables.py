@@ -24,6 +24,7 @@ from itables.javascript import generate_init_offline_itables_html
 from pandas.io.formats.style import Styler
 
 from lib.facts import Case
+from lib.show.sentences import words
 from lib.statistics import exact_interval
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ WORDS: dict[str, dict[Any, str]] = {  # formats that put words for values; a val
 }
 UNTOUCHED = {"none": "untouched"}  # the model without an edit, where tables have pathways
 FORMATS: dict[str, Callable[[Any], str]] = {
-    "words": lambda name: str(name).replace("_", " "),
+    "words": words,
     "change": lambda ratio: f"{ratio - 1:+.2%}",
     "points": lambda share: f"{100 * share:.0f}",
     "p2": lambda p: f"{p:.2f}" if p >= 0.01 else "< 0.01",
@@ -212,7 +213,7 @@ def outcomes(table: pd.DataFrame, kinds: Sequence[str]) -> pd.DataFrame:
 
 def by_genre(table: pd.DataFrame) -> pd.DataFrame:
     """Change of perplexity by passage and pathway."""
-    return table.rename(columns=FORMATS["words"]).map(FORMATS["change"])
+    return table.rename(columns=words).map(FORMATS["change"])
 
 
 def generalisation(table: pd.DataFrame, noise: pd.DataFrame) -> pd.DataFrame:
@@ -239,7 +240,7 @@ def samples(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """The continuations of the failing prompts, side by side for a few pathways."""
     part = table[(table.kind == "failing prompt") & table.pathway.isin(names)]
     wide = part.pivot(index="prompt", columns="pathway", values="text").loc[part.prompt.unique(), list(names)]
-    return wide.map(lambda text: text.replace("\n", "↵")).rename(columns=UNTOUCHED).rename(columns=FORMATS["words"])
+    return wide.map(lambda text: text.replace("\n", "↵")).rename(columns=UNTOUCHED).rename(columns=words)
 
 
 def libraries(compared: dict[str, pd.DataFrame]) -> pd.DataFrame:
