@@ -330,12 +330,8 @@ def _upwards(
 def _layer(block: Block, stream: Float[Tensor, "n t d_model"], last: Int[Tensor, " n"]) -> tuple[Layer, Tensor]:
     attn, rows, x = block.attn, torch.arange(len(last)), block.norm_attn(stream)
     q, k = attn.queries_keys(x)
-    v = einsum(x, attn.W_V, "b t d, n d h -> b n t h")
-    v = v if attn.b_V is None else v + attn.b_V[:, None]
-    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    pattern = scores.masked_fill(future, float("-inf")).softmax(-1)
-    z = pattern @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+    v, pattern = attn.values(x), attn.probabilities(q, k)
+    z = attn.mix(pattern, v)
     middle = stream + attn.out(z)
     mlp = block.mlp(block.norm_mlp(middle))
     kept = Layer(

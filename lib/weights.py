@@ -114,12 +114,14 @@ class Attention:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         return scores.masked_fill(future, float("-inf")).softmax(-1)
 
-    def mixed(self, x: Float[Tensor, "b t d_model"]) -> Float[Tensor, "b n_heads t d_head"]:
+    def mix(
+        self, pattern: Float[Tensor, "b n_heads t t"], v: Float[Tensor, "b n_kv_heads t d_head"]
+    ) -> Float[Tensor, "b n_heads t d_head"]:
         """z: what each head gathers at each position, before W_O."""
-        return einsum(self.pattern(x), self.per_head(self.values(x), batched=True), "b n q k, b n k h -> b n q h")
+        return einsum(pattern, self.per_head(v, batched=True), "b n q k, b n k h -> b n q h")
 
     def __call__(self, x: Float[Tensor, "b t d_model"]) -> Float[Tensor, "b t d_model"]:
-        return self.out(self.mixed(x))
+        return self.out(self.mix(self.pattern(x), self.values(x)))
 
     def out(self, z: Float[Tensor, "b n_heads t d_head"]) -> Float[Tensor, "b t d_model"]:
         """What the heads write together, with the output bias."""
