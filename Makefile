@@ -1,8 +1,12 @@
 # Two commands: `make book` and `make test`. Each makes its environment first, and does only what changed.
-PYTHON  ?= python3
-MODEL ?= smollm2
-BIN     := .venv/bin
-LIB     := $(BIN)/python -m lib
+PYTHON ?= python3
+MODEL  ?= smollm2
+BIN    := .venv/bin
+LIB    := $(BIN)/python -m lib
+
+ifdef SUBJECT
+$(error SUBJECT= is called MODEL= now: make $(MAKECMDGOALS) MODEL=$(SUBJECT))
+endif
 
 .PHONY: help bench book test smoke check pages pdf colab snapshot links clean
 .DEFAULT_GOAL := help
@@ -11,9 +15,9 @@ help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
 
 book: .venv/ready  ## execute every chapter on MODEL (default smollm2) and build _build/html
-	$(LIB) run --model $(MODEL)
-	$(LIB) dashboard --model $(MODEL)
-	$(LIB) build --model $(MODEL)
+	@$(LIB) run --model $(MODEL)
+	@$(LIB) dashboard --model $(MODEL)
+	@$(LIB) build --model $(MODEL)
 
 # Files in their order: left to itself, xdist begins with those of many tests, and ends alone on the longest.
 test: .venv/ready  ## lint, types and tests, the real model's included

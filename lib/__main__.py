@@ -224,19 +224,20 @@ def sweep(
     used with --scheduler. Its workers need this project in the same version (`pip install --editable .`) and the
     model fetched (`python -m lib fetch`), but no shared disk.
     """
+    from lib import sweeps
     from lib.files import write_atomically
     from lib.sweeps import runs
 
-    loaded = runs.load(spec, model_name=model_name)
+    loaded = sweeps.load(spec, model_name=model_name)
     planned = runs.plan(loaded, store)
     if dry_run:
         typer.echo(runs.estimate(planned, workers))
         return
     try:
-        found = runs.run(loaded, store, scheduler=scheduler, workers=workers, fresh=fresh, say=typer.echo)
+        found = sweeps.run(loaded, store, scheduler=scheduler, workers=workers, fresh=fresh, say=typer.echo)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    path = planned.store / "table.csv"
+    path = planned.store.folder / "table.csv"
     write_atomically(path, found.to_csv(index=False))
     typer.echo(f"{loaded.name} on {loaded.model}: {len(found)} runs, all finished; the table is {path}")
 

@@ -114,9 +114,9 @@ def main() -> None:
         print(f"environment with torch {before.split()[0]}: {time.perf_counter() - start:.0f} s", flush=True)
         for chapter in chapters:
             start = time.perf_counter()
-            alone(chapter, words.subject, place, bare, env, repo)
+            alone(chapter, words.model, place, bare, env, repo)
             assert torch_version(python) == before, f"{chapter} replaced torch"
-            print(f"{chapter} on {words.subject}: {time.perf_counter() - start:.0f} s", flush=True)
+            print(f"{chapter} on {words.model}: {time.perf_counter() - start:.0f} s", flush=True)
         installed = call(python, "-I", "-m", "pip", "list", "--format=freeze")
         names = {line.split("==")[0]: line.split("==")[1] for line in installed.splitlines()}
         print("installed: " + ", ".join(f"{n} {names[n]}" for n in ("transformers", "transformer-lens", "numpy")))

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import dask
-from dask.system import CPU_COUNT
 from distributed import Client, Future, KilledWorker, LocalCluster, Security, as_completed
 from distributed.core import rpc
 
@@ -31,49 +30,42 @@ def connect(scheduler: str | None, *, workers: int) -> Iterator[Client]:
     answers at the address."""
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # deaths of workers are counted and told by us
     with dask.config.set({"distributed.scheduler.worker-saturation": 1.0}):
-        if scheduler is None:
-            cluster = LocalCluster(
-                n_workers=workers,
-                threads_per_worker=1,
-                processes=True,
-                dashboard_address=None,
-                silence_logs=logging.CRITICAL,
-                preload=[_LEAVE_CTRL_C_TO_US],
-            )
-            with cluster, Client(cluster, set_as_default=False) as client:
+        if scheduler is not None:
+            _require_scheduler(scheduler)
+            with Client(scheduler, timeout=TIMEOUT, set_as_default=False) as client:
                 yield client
             return
-        _require_scheduler(scheduler)
-        with Client(scheduler, timeout=TIMEOUT, set_as_default=False) as client:
+        options = {
+            "threads_per_worker": 1,
+            "processes": True,
+            "preload": [_LEAVE_CTRL_C_TO_US],
+            "dashboard_address": None,
+        }
+        cluster = LocalCluster(n_workers=workers, silence_logs=logging.CRITICAL, **options)
+        with cluster, Client(cluster, set_as_default=False) as client:
             yield client
 
 
 def _require_scheduler(address: str) -> None:
     """Asked with a limit of time, because Dask's own client waits for ever at a port where something else listens."""
 
-    async def identity() -> dict[str, Any]:
-        there = rpc(address, connection_args=Security().get_connection_args("client"))
+    async def kind() -> str:
+        peer = rpc(address, connection_args=Security().get_connection_args("client"))
         try:
-            return await asyncio.wait_for(there.identity(), TIMEOUT)
+            return (await asyncio.wait_for(peer.identity(), TIMEOUT))["type"]
         finally:
-            await there.close_rpc()
+            await peer.close_rpc()
 
     try:
         with ThreadPoolExecutor(1) as aside:  # a notebook has a loop of its own in this thread
-            kind = aside.submit(asyncio.run, identity()).result()["type"]
-        reason = f"a {kind} is there"
+            found = aside.submit(asyncio.run, kind()).result()
     except (OSError, ValueError, MemoryError) as error:  # the last: the words of a web page, taken for a length
-        kind, reason = None, type(error).__name__
-    if kind != "Scheduler":
+        found = type(error).__name__
+    if found != "Scheduler":
         raise SweepError(
-            f"no Dask scheduler answers at {address!r} ({reason}). Start one (`dask scheduler`), give the address that "
+            f"no Dask scheduler answers at {address!r} ({found}). Start one (`dask scheduler`), give the address that "
             "it prints, such as tcp://node1:8786, or leave --scheduler out to run here."
         )
-
-
-def threads() -> int:
-    """How many workers this machine has room for."""
-    return CPU_COUNT
 
 
 def ask_workers(client: Client, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
@@ -104,17 +96,13 @@ def each(client: Client, function: Callable[..., Any], calls: dict[str, dict[str
 def _finished(
     client: Client, function: Callable[..., Any], calls: dict[str, dict[str, Any]], how: str = "run"
 ) -> Iterator[tuple[str, Any]]:
-    keys: dict[Future, str] = {
-        client.submit(function, **arguments, key=(how, key), pure=True): key for key, arguments in calls.items()
-    }
-    arriving = as_completed(list(keys), loop=client.loop, with_results=True, raise_errors=False)
+    keys: dict[Future, str] = {}
+    for key, arguments in calls.items():
+        keys[client.submit(function, **arguments, key=(how, key), pure=True)] = key
     try:
-        for future, outcome in arriving:
-            if future.status == "finished":
-                yield keys.pop(future), outcome
-            elif future.status == "error":
-                yield keys.pop(future), outcome[1]
-            else:
+        for future, outcome in as_completed(list(keys), loop=client.loop, with_results=True, raise_errors=False):
+            if future.status not in ("finished", "error"):
                 raise ConnectionError(f"the call was {future.status}")
+            yield keys.pop(future), outcome if future.status == "finished" else outcome[1]
     finally:
         client.cancel(list(keys))

@@ -1,12 +1,4 @@
-"""Experiments: plain functions that a sweep may run anywhere, and what one run of them depends on.
-
-    @experiment
-    def edit_at(model: Model, *, layer: int, pathway: str, seed: int = 0) -> dict[str, Any]: ...
-
-An experiment takes a model and plain JSON values, gives a dictionary of plain JSON values, and depends on nothing
-else: the same inputs give the same numbers, in any order, on any worker. `layer` counts from 1, as in all that people
-read. What it changes in the model it restores (`edits.applied`); `perform` looks.
-"""
+"""Experiments (see `lib.studies`): which there are, what a run of one depends on, and one run, on any worker."""
 
 from __future__ import annotations
 
@@ -14,7 +6,6 @@ import hashlib
 import inspect
 import json
 import os
-import random
 import re
 import socket
 import threading
@@ -26,8 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from transformers import set_seed
 
 from lib import files
 from lib.errors import BookError, ModelError, SweepError, WorkerError
@@ -93,9 +84,9 @@ def code_sha256(name: str) -> str:
     return hashlib.sha256(json.dumps(code(name), sort_keys=True).encode()).hexdigest()
 
 
-def differing(one: dict[str, str], other: dict[str, str]) -> str:
+def differing(code: dict[str, str], other: dict[str, str]) -> str:
     """In words, what two results of `code` do not share; empty if nothing."""
-    names = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+    names = sorted(key for key in code.keys() | other.keys() if code.get(key) != other.get(key))
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
@@ -111,7 +102,7 @@ def perform(
     with _one_at_a_time, one_thread():
         model = _model(model_name, weights)
         before, start = _sums(model), time.perf_counter()
-        _seed(seed)
+        set_seed(seed)
         result = find(name)(model, **parameters)
         seconds = time.perf_counter() - start
         if changed := [key for key, value in _sums(model).items() if value != before[key]]:
@@ -122,36 +113,26 @@ def perform(
 
 def _model(name: str, weights: str) -> Model:
     """The one model of this worker: another one goes, with all that studies keep of it, before this one comes."""
-    kept = _loaded.get(name)
-    if kept is None or kept.weights_sha256 != weights:
+    model = _loaded.get(name)
+    if model is None or model.weights_sha256 != weights:
         _loaded.clear()
         try:
-            kept = use_device_of(load(name))
+            model = use_device_of(load(name))
         except ModelError as error:
             raise WorkerError(f"{_here()} cannot load the model: {error}") from error
-        if kept.weights_sha256 != weights:
+        if model.weights_sha256 != weights:
             raise WorkerError(
-                f"{_here()} has other weights of {name} (sha256 {kept.weights_sha256[:12]}..., not {weights[:12]}...); "
-                f"run `python -m lib fetch {name} --force` there."
+                f"{_here()} has other weights of {name} (sha256 {model.weights_sha256[:12]}..., not "
+                f"{weights[:12]}...); run `python -m lib fetch {name} --force` there."
             )
-        _loaded[name] = kept
-    return kept
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+        _loaded[name] = model
+    return model
 
 
 def _sums(model: Model) -> dict[str, int]:
     """A sum over the bits of each parameter: quick (0.06 s for SmolLM2), and it shows one that is not restored."""
-
-    def bits(parameter: torch.Tensor) -> np.ndarray:
-        values = parameter.detach().contiguous().cpu().numpy().reshape(-1)
-        return values.view(np.int64 if values.nbytes % 8 == 0 else np.int32)
-
-    return {name: int(np.add.reduce(bits(p))) for name, p in model.module.named_parameters()}
+    flat = {name: p.detach().flatten() for name, p in model.module.named_parameters()}
+    return {name: int(p.view(torch.int64 if p.nbytes % 8 == 0 else torch.int32).sum()) for name, p in flat.items()}
 
 
 def _plain(name: str, result: Any, parameters: dict[str, Any]) -> dict[str, Any]:

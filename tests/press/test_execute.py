@@ -15,7 +15,7 @@ from lib.errors import BookError, ChapterError
 from lib.press import build, check, execute
 
 
-def notebook(path, *cells, parameters='subject = "x"\nseed = 0'):
+def notebook(path, *cells, parameters='model_name = "x"\nseed = 0'):
     nb = nbformat.v4.new_notebook()
     nb.cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
     nb.cells += [nbformat.v4.new_code_cell(c) for c in cells]
@@ -43,10 +43,10 @@ def workshop(tmp_path, monkeypatch):
 
 
 SAVE = (
-    "import json, pathlib\np = pathlib.Path('../_build/results') / subject / '01_a.json'\n"
+    "import json, pathlib\np = pathlib.Path('../_build/results') / model_name / '01_a.json'\n"
     "p.parent.mkdir(parents=True, exist_ok=True)\n"
     "words = ('source', 'start', 'seconds', 'lib', 'commit', 'python', 'seed', 'threads')\n"
-    "own = dict.fromkeys(words, 'x') | {'model': model_name, 'weights_sha256': 'sum of ' + subject, 'packages': {}}\n"
+    "own = {'model': model_name, 'weights_sha256': 'sum of ' + model_name, 'packages': {}, **dict.fromkeys(words, 'x')}\n"
     "p.write_text(json.dumps({'provenance': own, 'values': {'seed': seed, 'x': {'y': 0.5}}}))"
 )
 
@@ -54,7 +54,7 @@ SAVE = (
 def test_misspelt_parameter_is_refused_before_anything_runs(workshop):
     notebook(workshop / "book" / "01_a.ipynb", SAVE)
     with pytest.raises(
-        ChapterError, match=r"01_a\.ipynb has no parameter 'sede'; its parameters cell knows seed, subject"
+        ChapterError, match=r"01_a\.ipynb has no parameter 'sede'; its parameters cell knows model_name, seed"
     ):
         execute.run("s", ["01_a"], {"sede": 1})
     assert not (workshop / "_build").exists()
@@ -161,7 +161,7 @@ def test_a_module_that_no_cell_needs_leaves_a_chapter_alone(workshop):
     for name, code in made.items():
         (workshop / "lib" / f"{name}.py").write_text(code)
     path = notebook(
-        workshop / "book" / "01_a.ipynb", "%matplotlib inline\nif subject == 'never':\n    from lib.a import f"
+        workshop / "book" / "01_a.ipynb", "%matplotlib inline\nif model_name == 'never':\n    from lib.a import f"
     )
     assert [p.stem for p in execute.sources(path)] == ["__init__", "a", "b", "d"]
     (workshop / "lib" / "__init__.py").write_text("")
@@ -345,7 +345,7 @@ def test_command_line_teaches_and_reports():
     assert "write NAME=VALUE" in str(failed.exception)
 
 
-def test_results_of_another_subject_are_not_mixed_in(workshop):
+def test_results_of_another_model_are_not_mixed_in(workshop):
     notebook(workshop / "book" / "01_a.ipynb", SAVE)
     execute.run("s", ["01_a"])
     assert check.current_values("s") == {"01_a": {"seed": 0, "x": {"y": 0.5}}}

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,21 +25,31 @@ from typer.testing import CliRunner
 
 from lib import models
 from lib.__main__ import app
-from lib.errors import BookError, DataError, SweepError, WorkerError
+from lib.errors import BookError, SweepError, WorkerError
 from lib.files import ROOT
-from lib.sweeps import cluster, experiments, runs
+from lib.sweeps import cluster, experiments, runs, specification
+from lib.sweeps import store as store_room
+from lib.sweeps.store import Store, in_turn
+from tests.sweeps.told import told_under
 
-BASE = {"name": "s", "model": "organism", "run": "noise.told_under", "grid": {"layer": [3], "scale": [0.5]}}
+BASE = {"name": "s", "model": "organism", "run": "told.told_under", "grid": {"layer": [3], "scale": [0.5]}}
 
 
-def spec(**changes) -> runs.Spec:
-    return runs.Spec.model_validate({**BASE, **changes})
+def spec(**changes) -> specification.Spec:
+    return specification.Spec.model_validate({**BASE, **changes})
 
 
 def written(tmp_path, **changes) -> Path:
     path = tmp_path / "s.yaml"
     path.write_text(yaml.safe_dump({**BASE, **changes}))
     return path
+
+
+@pytest.fixture(autouse=True)
+def _study(monkeypatch):
+    """`told.told_under` is an experiment like those of lib/studies."""
+    real = experiments.find
+    monkeypatch.setattr(experiments, "find", lambda name: told_under if name == "told.told_under" else real(name))
 
 
 @pytest.fixture
@@ -68,7 +79,7 @@ def test_the_runs_of_a_grid_worked_out_by_hand():
         seeds=[7, 8],
         also=[{"layer": 2, "scale": 0.5, "draws": [2, 3], "pathway": ["v_only", "ffn"]}],
     )
-    rows = [(r["layer"], r["pathway"], r["scale"], r["draws"], r["seed"]) for r in runs.expand(wanted)]
+    rows = [(r["layer"], r["pathway"], r["scale"], r["draws"], r["seed"]) for r in specification.expand(wanted)]
     assert rows == [
         (2, "v_only", 0, 2, 7),
         (2, "v_only", 0, 2, 8),
@@ -93,7 +104,7 @@ def test_the_runs_of_a_grid_worked_out_by_hand():
     [("all", list(range(1, 13))), ("every 5", [5, 10]), (["every 5", "L3", 6], [5, 10, 3, 6]), ("L12", [12])],
 )
 def test_layers_count_from_1(layer, wanted):
-    assert [r["layer"] for r in runs.expand(spec(grid={"layer": layer, "scale": 1}))] == wanted
+    assert [r["layer"] for r in specification.expand(spec(grid={"layer": layer, "scale": 1}))] == wanted
 
 
 def test_a_key_differs_when_any_input_does(monkeypatch):
@@ -109,28 +120,28 @@ def test_a_key_differs_when_any_input_does(monkeypatch):
             patch.setattr(runs, name, lambda _: "another sum")
             keys.append(key())
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "complete", lambda run, given: experiments.complete("noise.told_under", given))
+        patch.setattr(specification, "complete", lambda run, given: experiments.complete("told.told_under", given))
         patch.setattr(runs, "code_sha256", lambda run: "same")
         patch.setattr(runs, "code", lambda run: {})
-        keys += [key(), key(run="noise.other")]
-    monkeypatch.setattr(runs, "canonical", lambda name: name)
+        keys += [key(), key(run="told.other")]
     monkeypatch.setattr(runs, "weights_sha256", lambda name: "same")
-    keys += [key(), key(subject="./data/organism")]
+    keys += [key(), key(model=str(ROOT / "data" / "organism"))]
     assert len(set(keys)) == len(keys)
 
 
 def test_the_code_of_an_experiment_is_what_it_imports_and_the_data(tmp_path, monkeypatch):
-    for name, text in {"a": "def f():\n    from lib import b\n", "b": "", "c": ""}.items():
-        (tmp_path / "lib").mkdir(exist_ok=True)
-        (tmp_path / "lib" / f"{name}.py").write_text(text)
-    (tmp_path / "lib" / "__init__.py").write_text("")
-    for name in ("facts.csv", "sweeps/s.yaml", "expected/s.json"):
-        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / name).write_text("")
+    texts = dict.fromkeys(("lib/__init__.py", "lib/b.py", "lib/c.py", "data/facts.csv", "data/sweeps/s.yaml"), "")
+    for name, text in {
+        **texts,
+        "lib/studies/a.py": "def f():\n    from lib import b\n",
+        "data/expected/s.json": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
     monkeypatch.setattr(experiments, "_AT_START", {})
     seen = experiments.code.__wrapped__("a.f")
-    assert set(seen) == {"lib/__init__.py", "lib/a.py", "lib/b.py", "data/facts.csv", *experiments.PACKAGES}
+    assert set(seen) == {"lib/__init__.py", "lib/studies/a.py", "lib/b.py", "data/facts.csv", *experiments.PACKAGES}
     (tmp_path / "lib" / "b.py").write_text("x = 1")
     assert experiments.differing(seen, experiments.code.__wrapped__("a.f")) == "lib/b.py"
     monkeypatch.setattr(experiments, "_AT_START", seen)
@@ -198,7 +209,7 @@ def test_a_worker_keeps_one_model(monkeypatch):
         return replace(kept["organism"], name=name)
 
     monkeypatch.setattr(experiments, "load", load)
-    performed(monkeypatch, lambda model: {}, subject="other")
+    performed(monkeypatch, lambda model: {}, model="other")
     assert list(experiments._loaded) == ["other"]
     experiments._loaded.clear()
 
@@ -208,22 +219,18 @@ def test_a_worker_with_other_code_or_weights_says_so(monkeypatch):
         performed(monkeypatch, lambda model: {}, code="another")
     with pytest.raises(WorkerError, match=r"has other weights of organism .*python -m lib fetch organism --force"):
         performed(monkeypatch, lambda model: {}, weights="another")
-    with pytest.raises(WorkerError, match="cannot load the subject: unknown subject 'nobody'"):
-        performed(monkeypatch, lambda model: {}, subject="nobody")
+    with pytest.raises(WorkerError, match="cannot load the model: unknown model 'nobody'"):
+        performed(monkeypatch, lambda model: {}, model="nobody")
 
 
 def test_noise(organism):
     """No noise changes nothing; much noise on the whole layer does; the model is restored; seeds differ."""
-    from lib.studies.noise import told_under
-
     still = told_under(organism, layer=1, scale=0.0)
     assert still == told_under(organism, layer=12, scale=0.0, pathway="full", draws=1, seed=5)
     loud = told_under(organism, layer=1, scale=3.0, pathway="full", draws=2)
-    assert loud["told_control"] < still["told_control"] and loud["facts"] == still["facts"] == 8
+    assert loud["margin"] != still["margin"] and loud["facts"] == still["facts"] == 8
     assert loud != told_under(organism, layer=1, scale=3.0, pathway="full", draws=2, seed=1)
     assert still == told_under(organism, layer=1, scale=0.0)
-    with pytest.raises(DataError, match="noise is not less than none"):
-        told_under(organism, layer=1, scale=-1)
 
 
 # Bad input
@@ -232,7 +239,7 @@ def test_noise(organism):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"grids": {}}, r"unknown key 'grids' \(known: name, subject, run, grid, seeds"),
+        ({"grids": {}}, r"unknown key 'grids' \(known: name, model, run, grid, seeds"),
         ({"grid": {}}, "grid is empty; give at least one value"),
         ({"grid": {"layer": []}}, "grid.layer is empty"),
         ({"also": [{}]}, r"also\.0 is empty"),
@@ -240,10 +247,10 @@ def test_noise(organism):
         ({"seeds": ["a"]}, r"seeds\.0: Input should be a valid integer, not 'a'"),
         ({"name": "../up"}, "name: String should match pattern"),
         ({"seconds": 0}, "seconds: Input should be greater than 0"),
-        ({"run": "subjects.load"}, "no experiment 'subjects.load'; choose from .*noise.told_under"),
+        ({"run": "models.load"}, "no experiment 'models.load'; choose from .*location.edit_at"),
         ({"run": "os.system"}, "no experiment 'os.system'"),
-        ({"grid": {"layers": "all", "scale": 1}}, "noise.told_under takes no 'layers'; it takes layer, pathway, scale"),
-        ({"grid": {"layer": "all"}}, "noise.told_under needs 'scale'"),
+        ({"grid": {"layers": "all", "scale": 1}}, "told.told_under takes no 'layers'; it takes layer, pathway, scale"),
+        ({"grid": {"layer": "all"}}, "told.told_under needs 'scale'"),
         ({"grid": {"layer": 13, "scale": 1}}, "there is no layer 13: organism has L1 to L12"),
         ({"grid": {"layer": ["L0"], "scale": 1}}, "there is no layer L0"),
         ({"grid": {"layer": "each", "scale": 1}}, "layer 'each' is none; write 10, L10, all, or every 3"),
@@ -258,38 +265,38 @@ def test_noise(organism):
 def test_bad_specifications(tmp_path, changes, message):
     path, store = written(tmp_path, **changes), tmp_path / "store"
     with pytest.raises(BookError, match=message):
-        runs.run(runs.load(path), store)
+        runs.run(specification.load(path), store)
     assert list(tmp_path.iterdir()) == [path], "nothing is left behind"
 
 
 def test_files_that_are_no_specification(tmp_path):
-    with pytest.raises(SweepError, match=r"no specification .*nowhere\.yaml; give a \.yaml file, or one of .*noise"):
-        runs.load("nowhere")
+    with pytest.raises(SweepError, match=r"no specification .*nowhere\.yaml; give a \.yaml file, or one of .*near"):
+        specification.load("nowhere")
     path = tmp_path / "s.yaml"
-    for text, message in (("a: [", "is no YAML"), ("- a", "is no mapping"), ("name: s", "subject is missing; run is")):
+    for text, message in (("a: [", "is no YAML"), ("- a", "is no mapping"), ("name: s", "model is missing; run is")):
         path.write_text(text)
         with pytest.raises(SweepError, match=message):
-            runs.load(path)
+            specification.load(path)
 
 
 def test_two_sweeps_take_turns_on_this_machines_workers(tmp_path, here):
     """While another one has its turn nothing is run; then all is."""
     said: list[str] = []
     done = threading.Thread(target=lambda: runs.run(spec(), tmp_path / "store", say=said.append))
-    with runs._in_turn(tmp_path, said.append):
+    with in_turn(tmp_path, said.append):
         done.start()
         while not said:
             time.sleep(0.01)
         time.sleep(0.2)
         assert said == ["another sweep is running here; this one waits for its workers"] and not here
     done.join(60)
-    assert len(here) == 1 and runs.finished(runs.plan(spec(), tmp_path / "store"))
+    assert len(here) == 1 and runs.plan(spec(), tmp_path / "store").finished()
 
 
 def test_shipped_specifications_are_sound():
-    for path in runs.SPECS.glob("*.yaml"):
-        loaded = runs.load(path)
-        assert loaded.name == path.stem and loaded.seconds and runs.expand(loaded)
+    for path in specification.SPECS.glob("*.yaml"):
+        loaded = specification.load(path)
+        assert loaded.name == path.stem and loaded.seconds and specification.expand(loaded)
 
 
 def listening(reply: bytes) -> tuple[socket.socket, str]:
@@ -326,8 +333,6 @@ def test_a_scheduler_that_cannot_be_reached(tmp_path, monkeypatch):
 
 
 def test_the_table_is_the_same_whatever_the_order_of_arrival(tmp_path, here, organism):
-    from lib.studies.noise import told_under
-
     wanted = spec(grid={"pathway": ["v_only", "k_only"], "scale": [2, 0.5], "layer": [11, 2]})
     tables = [runs.run(wanted, tmp_path / str(i), say=print) for i in range(2)]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
@@ -395,7 +400,7 @@ def test_an_unfit_worker_stops_the_sweep(tmp_path, here, monkeypatch):
 
 
 def test_ctrl_c_leaves_what_is_finished_and_says_so(tmp_path, here, monkeypatch):
-    real = cluster.each
+    real = runs.each
 
     def each(*arguments):
         yield next(real(*arguments))
@@ -406,13 +411,13 @@ def test_ctrl_c_leaves_what_is_finished_and_says_so(tmp_path, here, monkeypatch)
     done = CliRunner().invoke(app, ["sweep", str(path), "--store", str(tmp_path / "store")])
     assert done.exit_code == 130 and "stopped: 1 of 3 runs of s are kept in" in done.output
     monkeypatch.setattr(runs, "each", real)
-    assert len(runs.run(runs.load(path), tmp_path / "store")) == 3 and len(here) == 3
+    assert len(runs.run(specification.load(path), tmp_path / "store")) == 3 and len(here) == 3
 
 
 def test_checkouts_share_finished_runs(tmp_path, here, monkeypatch):
     """Another checkout's default store takes what has this very key, whole, and nothing else; stores that were asked
     for by name share nothing."""
-    monkeypatch.setattr(runs, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(store_room, "cache_folder", lambda: tmp_path / "cache")
 
     def run(checkout: str, **changes) -> pd.DataFrame:
         monkeypatch.setattr(runs, "default_store", lambda wanted: tmp_path / checkout / wanted.name)
@@ -423,7 +428,7 @@ def test_checkouts_share_finished_runs(tmp_path, here, monkeypatch):
     assert sorted(p["seed"] for p in here) == [1, 2, 3]
     monkeypatch.setattr(runs, "default_store", lambda wanted: tmp_path / "new" / wanted.name)
     assert "3 runs, 3 finished" in runs.estimate(runs.plan(spec(seeds=[1, 2, 3])))
-    files = {json.loads(p.read_text())["parameters"]["seed"]: p for p in tmp_path.glob("cache/runs/*/*/*.json")}
+    files = {json.loads(p.read_text())["parameters"]["seed"]: p for p in tmp_path.glob("cache/runs/*/*.json")}
     first, second, third = (files[seed] for seed in (1, 2, 3))
     first.write_text(first.read_text()[:30])  # cut short
     second.write_text(third.read_text())  # another run under its name
@@ -434,7 +439,7 @@ def test_checkouts_share_finished_runs(tmp_path, here, monkeypatch):
         patch.setattr(experiments, "code_sha256", lambda name: "another version")
         run("four", seeds=[1])
     assert len(here) == 6, "another version of the code is another run"
-    shared = list(tmp_path.glob("cache/runs/*/*/*.json"))
+    shared = list(tmp_path.glob("cache/runs/*/*.json"))
     runs.run(spec(seeds=[1]), tmp_path / "named")
     with monkeypatch.context() as patch:
         patch.setenv("QKV_RUNS", "off")
@@ -442,15 +447,15 @@ def test_checkouts_share_finished_runs(tmp_path, here, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(runs, "is_unchanged", lambda name: False)
         run("six", seeds=[9])
-    assert len(here) == 9 and list(tmp_path.glob("cache/runs/*/*/*.json")) == shared, "these take and leave nothing"
+    assert len(here) == 9 and list(tmp_path.glob("cache/runs/*/*.json")) == shared, "these take and leave nothing"
     monkeypatch.setenv("QKV_RUNS", str(tmp_path / "elsewhere"))
     run("seven", seeds=[1])
-    assert len(here) == 10 and len(list(tmp_path.glob("elsewhere/*/*/*.json"))) == 1
+    assert len(here) == 10 and len(list(tmp_path.glob("elsewhere/*/*.json"))) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, here, monkeypatch):
     (tmp_path / "cache").write_text("no folder")
-    monkeypatch.setattr(runs, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(store_room, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(runs, "default_store", lambda wanted: tmp_path / "store")
     assert len(runs.run(spec())) == 1 and len(here) == 1
 
@@ -465,12 +470,12 @@ def test_a_store_of_something_else_is_refused_and_set_aside_on_request(tmp_path,
         header[key] = value
         return json.dumps(header)
 
-    code = experiments.code("noise.told_under")
+    code = experiments.code("told.told_under")
     for content, message in {
         altered("model", "gpt2"): "holds results for the model gpt2, not organism",
         altered("weights_sha256", "0" * 64): "holds results for the weights 000",
-        altered("experiment", "noise.other"): "holds results for the run noise.other, not noise.told_under",
-        altered("code", code | {"lib/noise.py": "0"}): r"holds results of another version of lib/noise\.py\.",
+        altered("experiment", "told.other"): "holds results for the run told.other, not told.told_under",
+        altered("code", code | {"lib/facts.py": "0"}): r"holds results of another version of lib/facts\.py\.",
         altered("code", code | {"torch": "1.0"}): r"holds results of another version of torch\.",
         "{": r"has a damaged sweep\.json",
         "[1]": r"has a damaged sweep\.json",
@@ -496,7 +501,7 @@ def test_a_store_of_something_else_is_refused_and_set_aside_on_request(tmp_path,
 
 
 def test_two_sweeps_on_one_store(tmp_path, here):
-    with runs._locked(tmp_path / "store"), pytest.raises(SweepError, match=r"another sweep is writing into .*store"):
+    with Store(tmp_path / "store").lock(), pytest.raises(SweepError, match=r"another sweep is writing into .*store"):
         runs.run(spec(), tmp_path / "store")
     assert not here
     (tmp_path / "store.lock").write_text("left by a process that died")
@@ -513,7 +518,7 @@ def test_several_sweeps_share_workers_and_a_run_of_two_is_done_once(tmp_path, he
         pd.testing.assert_frame_equal(table, runs.run(wanted, tmp_path / "alone" / wanted.name), check_exact=True)
     with pytest.raises(SweepError, match="two of these sweeps have one store"):
         runs.run_all([one, two], [stores[0]] * 2)
-    with runs._locked(stores[1]), pytest.raises(SweepError, match=r"another sweep is writing into .*two"):
+    with Store(stores[1]).lock(), pytest.raises(SweepError, match=r"another sweep is writing into .*two"):
         runs.run_all([one, spec(name="two", seeds=[3])], stores)
     bad = spec(name="two", grid={"layer": 3, "scale": [-1, 0.5]})
     with pytest.raises(SweepError, match="1 run failed, 1 of 2 runs of two are kept in"):
@@ -521,9 +526,9 @@ def test_several_sweeps_share_workers_and_a_run_of_two_is_done_once(tmp_path, he
 
 
 def test_the_cost_of_a_sweep_is_its_guess_times_its_runs():
-    assert runs.hours(spec(seeds=[0, 1, 2], seconds=600)) == 0.5
+    assert specification.hours(spec(seeds=[0, 1, 2], seconds=600)) == 0.5
     with pytest.raises(SweepError, match="does not say how many seconds"):
-        runs.hours(spec())
+        specification.hours(spec())
 
 
 def test_command_line(tmp_path, here):
@@ -561,18 +566,23 @@ def test_a_call_that_kills_its_workers_takes_no_other_with_it():
         outcomes = dict(cluster.each(client, call, {str(n): {"n": n} for n in range(3)}))
     assert all(isinstance(outcomes[key], ValueError) for key in "12")
     assert type(outcomes["0"]).__name__ == "KilledWorker"
-    run = runs.Run("k", {"layer": 3})
-    assert "layer=3: its worker died each time" in runs._report(
-        runs.plan(spec(), Path("nowhere")), [(run, outcomes["0"])]
+    planned = runs.plan(spec(), Path("nowhere"))
+    assert "layer=3, pathway=v_only, scale=0.5, draws=1, seed=0: its worker died each time" in runs._report(
+        planned, [(planned, planned.runs[0], outcomes["0"])]
     )
 
 
 @contextmanager
-def started(*words, **options):
-    """A process of its own group, which is killed at the end with all that it started."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def started(project: Path, *words, **options):
+    """A process of its own group in a project, which is killed at the end with all that it started."""
+    environment = os.environ | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", *map(str, words)], env=environment, cwd=ROOT, start_new_session=True, **options
+        [sys.executable, "-m", *map(str, words)],
+        env=environment,
+        cwd=project,
+        start_new_session=True,
+        text=True,
+        **options,
     )
     try:
         yield process
@@ -582,7 +592,7 @@ def started(*words, **options):
         process.wait()
 
 
-def until(condition, what: str, seconds: float = 120):
+def until(condition, what: str, seconds: float = 300):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, f"waited in vain for {what}"
@@ -608,52 +618,55 @@ def ended(process: psutil.Process) -> bool:
         return True
 
 
-def test_killed_at_every_place_and_resumed_the_table_is_that_of_an_undisturbed_run(tmp_path, monkeypatch):
-    """1. Undisturbed, on a scheduler and a worker that Dask's own command line started: the reference.
+def test_a_worker_of_another_version_is_named():
+    planned, said = runs.plan(spec()), list[str]()
+    other = planned.header["code"] | {"lib/facts.py": "other"}
+    with pytest.raises(WorkerError, match=r"worker at tcp://x has another version of lib/facts\.py\. Install"):
+        runs._require_same_code(planned, {"tcp://x": other}, said.append)
+    runs._require_same_code(planned, {"tcp://x": planned.header["code"]}, said.append)
+    assert not said
+    runs._require_same_code(planned, {}, said.append)
+    assert said == ["the scheduler has no worker yet; the runs wait for one"]
+
+
+def test_killed_at_every_place_and_resumed_the_table_is_that_of_an_undisturbed_run(tmp_path):
+    """In a copy of the project whose studies have one more, all by the command `python -m lib sweep`:
+    1. Undisturbed, on a scheduler and a worker that Dask's own command line started: the reference.
     2. On the same, into a second store: the scheduler is killed.
-    3. `python -m lib sweep` on this machine goes on: one of its workers is killed, then all of it. While it runs, no
-       other sweep may write there.
+    3. On this machine: one of its workers is killed, then all of it. While it runs, no other sweep may write there.
     4. With one worker, the rest. No finished run was repeated, and the table is the reference."""
-    path, store = written(tmp_path, grid={"layer": "all", "scale": 0.5, "draws": 4}, seeds=[0, 1]), tmp_path / "store"
-    wanted, quiet = runs.load(path), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    project, store = tmp_path / "project", tmp_path / "store"
+    shutil.copytree(ROOT / "lib", project / "lib")
+    shutil.copy(Path(__file__).with_name("told.py"), project / "lib" / "studies")
+    (project / "data").symlink_to(ROOT / "data")
+    path = written(tmp_path, grid={"layer": "all", "scale": 0.5, "draws": 4}, seeds=[0, 1])
     at, near = ("--scheduler-file", tmp_path / "dask.json"), ("--host", "127.0.0.1", "--no-dashboard")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    heard = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+
+    def sweep(into: Path, *options, **pipes):
+        return started(project, "lib", "sweep", path, "--store", into, *options, **pipes)
+
     with (
-        started("dask", "scheduler", "--port", 0, *near, *at, **quiet) as scheduler,
-        started("dask", "worker", "--nthreads", 1, "--local-directory", tmp_path, *near, *at, **quiet),
+        started(project, "dask", "scheduler", "--port", 0, *near, *at, **quiet) as scheduler,
+        started(project, "dask", "worker", "--nthreads", 1, "--local-directory", tmp_path, *near, *at, **quiet),
     ):
         until(lambda: at[1].exists() and at[1].read_text().endswith("}"), "the scheduler")
         address = json.loads(at[1].read_text())["address"]
-        with cluster.connect(address, workers=1) as client:
-            client.wait_for_workers(1, timeout=120)
-        with monkeypatch.context() as patch:
-            own = runs.plan(wanted, tmp_path / "unfit")
-            other = replace(own, header=own.header | {"code": own.header["code"] | {"lib/noise.py": "other"}})
-            patch.setattr(runs, "plan", lambda *_: other)
-            with pytest.raises(WorkerError, match=r"worker at tcp://.* has another version of lib/noise\.py\. Install"):
-                runs.run(wanted, tmp_path / "unfit", scheduler=address)
-        undisturbed = runs.run(wanted, tmp_path / "undisturbed", scheduler=address)
-        raised: list[BaseException] = []
-
-        def disturbed():
-            try:
-                runs.run(wanted, store, scheduler=address)
-            except SweepError as error:
-                raised.append(error)
-
-        thread = threading.Thread(target=disturbed)
-        thread.start()
-        until(lambda: len(results(store)) >= 2, "two runs")
-        os.killpg(scheduler.pid, signal.SIGKILL)
-        thread.join(60)
-        assert not thread.is_alive() and "the scheduler is gone" in str(raised[0])
+        with sweep(tmp_path / "undisturbed", "--scheduler", address, **quiet) as process:
+            assert process.wait(300) == 0
+        with sweep(store, "--scheduler", address, **heard) as process:
+            until(lambda: len(results(store)) >= 2, "two runs")
+            os.killpg(scheduler.pid, signal.SIGKILL)
+            assert "the scheduler is gone" in process.communicate(timeout=300)[1] and process.returncode == 1
     first = results(store)
     assert 2 <= len(first) < 24
 
-    with started("lib", "sweep", path, "--store", store, "--workers", 2, **quiet) as process:
+    with sweep(store, "--workers", 2, **quiet) as process:
         until(lambda: len(results(store)) > len(first), "a run on this machine")
         workers_of(process.pid)[0].kill()
         with pytest.raises(SweepError, match="another sweep is writing into"):
-            runs.run(wanted, store)
+            Store(store).lock()
         now = len(results(store))
         until(lambda: len(results(store)) > now, "a run after the death of a worker")
         alive = workers_of(process.pid)
@@ -663,7 +676,9 @@ def test_killed_at_every_place_and_resumed_the_table_is_that_of_an_undisturbed_r
     second = results(store)
     assert first.items() <= second.items() and len(first) + 2 <= len(second) < 24
 
-    final = runs.run(wanted, store, workers=1)
+    with sweep(store, "--workers", 1, **quiet) as process:
+        assert process.wait(300) == 0
     assert second.items() <= results(store).items() and len(results(store)) == 24
-    pd.testing.assert_frame_equal(final, undisturbed, check_exact=True)
-    assert final.to_csv() == undisturbed.to_csv() and final.margin_failing.nunique() == 24
+    table = (store / "table.csv").read_text()
+    assert table == (tmp_path / "undisturbed" / "table.csv").read_text()
+    assert pd.read_csv(store / "table.csv").margin.nunique() == 24

@@ -1,0 +1,125 @@
+"""A specification: a model, an experiment of `lib.studies`, and grids of its parameters; each combination is a run."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+
+from lib.errors import SweepError
+from lib.files import ROOT
+from lib.models import canonical, n_layers
+from lib.sweeps.experiments import complete
+
+SPECS = ROOT / "data" / "sweeps"
+_NUMBER = re.compile(r"[-+]?[\d.]+([eE][-+]?\d+)?")
+_FAULTS = {
+    "extra_forbidden": "unknown key {where!r} (known: {known})",
+    "missing": "{where} is missing",
+    "too_short": "{where} is empty; give at least one value",
+}
+Values = Annotated[list[JsonValue], BeforeValidator(lambda v: v if isinstance(v, list) else [v]), Field(min_length=1)]
+Grid = Annotated[dict[str, Values], Field(min_length=1)]
+
+
+class Spec(BaseModel):
+    """A sweep. grid: parameter -> values, or one value; every combination is run, with every seed (parameter `seed`)
+    if there are any. `layer` counts from 1 and may be `all` or `every 3` (L3, L6, ...). also: further grids for the
+    same table. seconds: of one run, a guess until some are done."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+    model: Annotated[str, AfterValidator(canonical)]
+    run: str
+    grid: Grid
+    seeds: list[int] = []
+    also: list[Grid] = []
+    note: str = ""
+    seconds: Annotated[float, Field(gt=0)] | None = None
+
+
+def load(source: str | Path, *, model_name: str | None = None) -> Spec:
+    """The specification of a YAML file, or of data/sweeps/NAME.yaml. model_name: instead of the one that it names.
+    Raises SweepError for what is no specification, with every fault."""
+    path = Path(source) if str(source).endswith((".yaml", ".yml")) else SPECS / f"{source}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in SPECS.glob("*.yaml")))
+        raise SweepError(f"there is no specification {path}; give a .yaml file, or one of {known}.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SweepError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise SweepError(f"{path} is no mapping; it needs name, model, run and grid.")
+    if "subject" in content:
+        raise SweepError(f"{path} has the key `subject`, which is called `model` now.")
+    try:
+        return Spec.model_validate(content | ({"model": model_name} if model_name else {}))
+    except ValidationError as error:
+        raise SweepError(f"{path} is no specification of a sweep: {'; '.join(_faults(error))}.") from error
+
+
+def _faults(error: ValidationError) -> list[str]:
+    """Every fault of a specification, in a sentence."""
+    known, sentences = ", ".join(Spec.model_fields), []
+    for fault in error.errors():
+        form = _FAULTS.get(fault["type"], "{where}: {msg}, not {input!r}")
+        where = ".".join(map(str, fault["loc"]))
+        sentences.append(form.format(where=where, known=known, msg=fault["msg"], input=fault["input"]))
+    return sentences
+
+
+def expand(spec: Spec) -> list[dict[str, Any]]:
+    """The parameters of every run, defaults included, each once; the first parameter of a grid changes slowest, the
+    seed fastest. Raises SweepError for parameters that the experiment does not take, and layers that are not there."""
+    runs: dict[str, dict[str, Any]] = {}
+    for grid in (spec.grid, *spec.also):
+        if spec.seeds and "seed" in grid:
+            raise SweepError(f"{spec.name}: seed stands in a grid and in seeds; keep one.")
+        axes = {name: _axis(spec, name, values) for name, values in grid.items()}
+        axes |= {"seed": spec.seeds} if spec.seeds else {}
+        for combination in product(*axes.values()):
+            parameters = complete(spec.run, dict(zip(axes, combination, strict=True)))
+            runs.setdefault(json.dumps(parameters, sort_keys=True), parameters)
+    return list(runs.values())
+
+
+def _axis(spec: Spec, name: str, values: list[Any]) -> list[Any]:
+    """The values of one parameter. Raises SweepError for a number that YAML takes for text, and a value given twice."""
+    if name == "layer":
+        return list(dict.fromkeys(layer for value in values for layer in _layers(spec, value)))
+    for value in values:
+        if isinstance(value, str) and _NUMBER.fullmatch(value):
+            raise SweepError(f"{spec.name}: {name} is the text {value!r}; YAML needs the point, as in 1.0e-3.")
+    if len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
+        raise SweepError(f"{spec.name}: a value of {name} stands twice in {values}; keep one.")
+    return values
+
+
+def _layers(spec: Spec, value: Any) -> list[int]:
+    """`all`, `every 3`, `L10` or 10 -> layers counted from 1. Raises SweepError for one that the model lacks."""
+    layers = range(1, n_layers(spec.model) + 1)
+    if value == "all":
+        return list(layers)
+    if every := re.fullmatch(r"every ([1-9]\d*)", str(value)):
+        step = int(every[1])
+        return list(layers[step - 1 :: step])
+    number = re.fullmatch(r"L?(\d+)", str(value))
+    if not number:
+        raise SweepError(f"{spec.name}: layer {value!r} is none; write 10, L10, all, or every 3 (they count from 1).")
+    if int(number[1]) not in layers:
+        raise SweepError(f"{spec.name}: there is no layer {value}: {spec.model} has L1 to L{layers[-1]}.")
+    return [int(number[1])]
+
+
+def hours(spec: Spec) -> float:
+    """What a whole sweep costs on one core, by the specification's own guess of a run. Raises SweepError for none."""
+    if spec.seconds is None:
+        raise SweepError(f"{spec.name} does not say how many seconds a run takes; give it `seconds`.")
+    return len(expand(spec)) * spec.seconds / 3600
