@@ -42,13 +42,13 @@ def workshop(tmp_path, monkeypatch):
     return tmp_path
 
 
-SAVE = (
-    "import json, pathlib\np = pathlib.Path('../_build/results') / model_name / '01_a.json'\n"
-    "p.parent.mkdir(parents=True, exist_ok=True)\n"
-    "words = ('source', 'start', 'seconds', 'lib', 'commit', 'python', 'seed', 'threads')\n"
-    "own = {'model': model_name, 'weights_sha256': 'sum of ' + model_name, 'packages': {}, **dict.fromkeys(words, 'x')}\n"
-    "p.write_text(json.dumps({'provenance': own, 'values': {'seed': seed, 'x': {'y': 0.5}}}))"
-)
+SAVE = """\
+import json, pathlib
+path = pathlib.Path("../_build/results") / model_name / "01_a.json"
+path.parent.mkdir(parents=True, exist_ok=True)
+words = ("source", "start", "seconds", "lib", "commit", "python", "seed", "threads")
+facts = {"model": model_name, "weights_sha256": "sum of " + model_name, "packages": {}} | dict.fromkeys(words, "x")
+path.write_text(json.dumps({"provenance": facts, "values": {"seed": seed, "x": {"y": 0.5}}}))"""
 
 
 def test_misspelt_parameter_is_refused_before_anything_runs(workshop):
