@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import einsum
+from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.func import functional_call
@@ -74,46 +74,43 @@ class Pack:
         return torch.zeros(self.sees.shape).masked_fill(~self.sees, torch.finfo(torch.float32).min)[None, None]
 
 
-class _Row:
+class _Growing:
     """A pack in the making. share: texts that begin alike share these tokens; each keeps a last token of its own, so
     that what is read or changed there is its own."""
 
     def __init__(self, share: bool) -> None:
-        self.share, self.nodes = share, dict[tuple[int, int], int]()
-        self.tokens: list[int] = []
-        self.position: list[int] = []
-        self.before: list[int] = []
+        self.share = share
+        self.rows: list[tuple[int, int, int]] = []  # token, its position, row of the token before it
+        self.row_after = dict[tuple[int, int], int]()  # row of the token before, and a token: the token's row
         self.last: list[int] = []
 
-    def shared(self, text: Sequence[int]) -> list[int]:
-        """Rows that hold the text's beginning."""
+    def beginning(self, text: Sequence[int]) -> list[int]:
+        """Rows that hold the text's beginning already."""
         rows: list[int] = []
         for token in text[:-1] if self.share else ():
-            node = self.nodes.get((rows[-1] if rows else -1, token))
-            if node is None:
+            row = self.row_after.get((rows[-1] if rows else -1, token))
+            if row is None:
                 break
-            rows.append(node)
+            rows.append(row)
         return rows
 
     def add(self, text: Sequence[int]) -> None:
-        rows = self.shared(text)
-        at = rows[-1] if rows else -1
-        for i in range(len(rows), len(text)):
-            if i < len(text) - 1:
-                self.nodes[at, text[i]] = len(self.tokens)
-            self.before.append(at)
-            at = len(self.tokens)
-            self.tokens.append(text[i])
-            self.position.append(i)
-        self.last.append(at)
+        rows = self.beginning(text)
+        for position, token in list(enumerate(text))[len(rows) :]:
+            before = rows[-1] if rows else -1
+            if position < len(text) - 1:
+                self.row_after[before, token] = len(self.rows)
+            rows.append(len(self.rows))
+            self.rows.append((token, position, before))
+        self.last.append(rows[-1])
 
     def pack(self) -> Pack:
-        tokens, position, last = (torch.tensor(x) for x in (self.tokens, self.position, self.last))
-        return Pack(tokens, position, tuple(self.before), last)
+        tokens, position, before = zip(*self.rows, strict=True)
+        return Pack(torch.tensor(tokens), torch.tensor(position), before, torch.tensor(self.last))
 
 
 def pack(model: Model, texts: Sequence[Sequence[int]], *, share: bool = False) -> Pack:
-    """Token lists in one row, one after the other, or sharing their beginnings (`_Row`). Raises DataError for none, an
+    """Token lists in one row, one after the other, or sharing their beginnings. Raises DataError for none, an
     empty one, or one longer than the model reads."""
     (whole,) = packs(model, texts, room=sum(map(len, texts)), share=share)
     return whole
@@ -126,13 +123,13 @@ def packs(model: Model, texts: Sequence[Sequence[int]], room: int = ROOM, *, sha
         raise DataError("there is nothing to run: no text was given, or one without a token.")
     if (longest := max(map(len, texts))) > model.weights.context:
         raise DataError(f"a text has {longest} tokens; {model.name} reads {model.weights.context}. Shorten it.")
-    row = _Row(share)
+    growing = _Growing(share)
     for text in texts:
-        if row.tokens and len(row.tokens) + len(text) - len(row.shared(text)) > room:
-            yield row.pack()
-            row = _Row(share)
-        row.add(text)
-    yield row.pack()
+        if growing.rows and len(growing.rows) + len(text) - len(growing.beginning(text)) > room:
+            yield growing.pack()
+            growing = _Growing(share)
+        growing.add(text)
+    yield growing.pack()
 
 
 @torch.no_grad()
@@ -142,12 +139,14 @@ def next_token_logits(
     """Logits of the token after each prompt, in fp32. Prompts that begin alike are run together once. progress: a
     label for a bar. Raises DataError for an empty or too long prompt, or for none."""
     order = sorted(range(len(prompts)), key=prompts.__getitem__)
-    rows = list(packs(model, [model.token_ids(prompts[i]) for i in order], share=True))
-    out, done = torch.empty(len(prompts), model.weights.W_U.shape[1]), 0
-    for some in tqdm(rows, desc=progress, disable=progress is None or len(rows) < 2, leave=False):
-        final = above(model, some, 0, entering(model, some, 0))[some.last]
-        out[order[done : (done := done + len(final))]] = (final @ model.weights.W_U).float()
-    return out
+    whole = list(packs(model, [model.token_ids(prompts[i]) for i in order], share=True))
+    logits = torch.empty(len(prompts), model.weights.W_U.shape[1])
+    places = torch.tensor(order).split([len(texts.last) for texts in whole])
+    bar = tqdm(whole, desc=progress, disable=progress is None or len(whole) < 2, leave=False)
+    for texts, at in zip(bar, places, strict=True):
+        final = above(model, texts, 0, entering(model, texts, 0))[texts.last]
+        logits[at] = (final @ model.weights.W_U).float()
+    return logits
 
 
 @torch.no_grad()
@@ -160,11 +159,10 @@ def entering(model: Model, texts: Pack, layer: int) -> Float[Tensor, "t d_model"
 def streams(model: Model, texts: Pack, layers: Iterable[int]) -> dict[int, Float[Tensor, "t d_model"]]:
     """The residual stream before each of some layers, in one pass; before the layer that would follow the last one, it
     is the final stream, not yet normalised."""
-    weights, out, done = model.weights, {}, 0
-    stream = weights.embed(texts.tokens, texts.position)
+    reached, stream, out = 0, model.weights.embed(texts.tokens, texts.position), {}
     for layer in sorted(set(layers)):
-        stream = out[layer] = _blocks(model, texts, stream, range(done, layer), {})
-        done = layer
+        stream = out[layer] = _blocks(model, texts, stream, range(reached, layer), {})
+        reached = layer
     return out
 
 
@@ -218,18 +216,17 @@ def past(block: Block, texts: Pack, stream: Float[Tensor, "t d_model"], at: Int[
 def gathered(block: Block, past: Past, rows: Float[Tensor, "m d_model"]) -> Float[Tensor, "m n_heads d_head"]:
     """z of last tokens, from their own stream and what they look back on. rows: all n texts in their order, as many
     times as there are versions of them."""
-    copies, (row, kv, t) = len(rows) // len(past.position), past.keys.shape[:3]
-    x, attn, position = block.norm_attn(rows), block.attn, past.position.repeat(copies)
+    n_texts, (row, n_kv) = len(past.position), past.keys.shape[:2]  # row: n_texts, or 1 for all of them
+    x, attn, position = block.norm_attn(rows), block.attn, past.position.repeat(len(rows) // n_texts)
     q, k, v = attn.rotated(attn.queries(x), position), attn.rotated(attn.keys(x), position), attn.values(x)
-    lead = (len(rows) // row, row, kv)  # (copy, row, kv)
-    q, k, v = (y.transpose(0, 1).reshape(*lead, len(y) // kv, y.shape[2]) for y in (q, k, v))
-    scores = einsum(q, past.keys, "c n k g h, n k t h -> c n k g t")
-    own = einsum(q, k[..., 0, :], "c n k g h, c n k h -> c n k g")
-    before = past.before.repeat(copies, 1).view(*lead[:2], 1, 1, t)
-    scores = torch.cat((scores.masked_fill(~before, float("-inf")), own[..., None]), -1)
-    weights = (scores / q.shape[-1] ** 0.5).softmax(-1)
-    z = einsum(weights[..., :-1], past.values, "c n k g t, n k t h -> c n k g h")
-    return (z + weights[..., -1:] * v).flatten(0, 1).flatten(1, 2)
+    q, k, v = (rearrange(y, "(kv g) (c row) h -> c row kv g h", kv=n_kv, row=row) for y in (q, k, v))
+    scores = einsum(q, past.keys, "c row kv g h, row kv t h -> c row kv g t")
+    self_score = einsum(q, k[..., 0, :], "c row kv g h, c row kv h -> c row kv g")
+    before = rearrange(past.before.repeat(len(rows) // n_texts, 1), "(c row) t -> c row 1 1 t", row=row)
+    scores = torch.cat((scores.masked_fill(~before, float("-inf")), self_score[..., None]), -1)
+    pattern = (scores / q.shape[-1] ** 0.5).softmax(-1)
+    z = einsum(pattern[..., :-1], past.values, "c row kv g t, row kv t h -> c row kv g h")
+    return rearrange(z + pattern[..., -1:] * v, "c row kv g h -> (c row) (kv g) h")
 
 
 @dataclass(frozen=True)
@@ -269,27 +266,15 @@ def _blocks(
     weights, stream = model.weights, stream[None]
     extra = {"attention_mask": texts.mask(), **weights.block_inputs(stream, texts.position)}
     for layer in layers:
-        module = weights.blocks[layer].module
-        own = _own(model, layer, values) if layer == layers.start else {}
-        out = functional_call(module, own, (stream,), extra) if own else module(stream, **extra)
+        module, prefix = weights.blocks[layer].module, weights.layout.prefix(layer)
+        if values and layer == layers.start:
+            names = {part: part.name.removeprefix(prefix) for part in values}
+            changed = {name: part.put(module.get_parameter(name), values[part]) for part, name in names.items()}
+            out = functional_call(module, changed, (stream,), extra)
+        else:
+            out = module(stream, **extra)
         stream = out[0] if isinstance(out, tuple) else out
     return stream[0]
-
-
-def _own(model: Model, layer: int, values: dict[Slice, Tensor]) -> dict[str, Tensor]:
-    """The block's parameters, by their names within it, with the values put in."""
-    prefix = model.weights.layout.prefix(layer)
-    module = model.weights.blocks[layer].module
-    return {
-        (short := part.name.removeprefix(prefix)): _put(module.get_parameter(short), part, value)
-        for part, value in values.items()
-    }
-
-
-def _put(parameter: Tensor, part: Slice, value: Tensor) -> Tensor:
-    if part.start is None:
-        return value
-    return torch.cat((parameter[..., : part.start], value, parameter[..., part.stop :]), -1)
 
 
 CHUNK = 2048  # tokens of the vocabulary at a time: their part of W_U stays in a processor's cache

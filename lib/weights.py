@@ -313,6 +313,12 @@ class Slice:
     def of(self, parameter: Tensor) -> Tensor:
         return parameter if self.start is None else parameter[..., self.start : self.stop]
 
+    def put(self, parameter: Tensor, value: Tensor) -> Tensor:
+        """The parameter with the value in this place, as a new tensor, differentiable in the value."""
+        if self.start is None:
+            return value
+        return torch.cat((parameter[..., : self.start], value, parameter[..., self.stop :]), -1)
+
 
 def pathway_slices(model: PreTrainedModel, layer: int, pathway: str) -> tuple[Slice, ...]:
     """What a pathway may change in one layer (0-based). full: the block with its norms; attention: Q, K, V, O
