@@ -1,6 +1,6 @@
 """Does this GPT-2 say what others recorded of GPT-2? (`data/gpt2_known_answers.yaml`)
 
-    check      every recorded figure beside the subject's own: a row each, with its convention and its source
+    check      every recorded figure beside the model's own: a row each, with its convention and its source
     require    the same, raising ModelError at the first miss: a run on GPT-2 begins with it
 
 A checksum proves the weights, not the tokenizer, the convention or the forward pass. Conventions are written out, since
@@ -9,32 +9,43 @@ a log-probability without the token before the text is another figure, and no le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from lib.errors import DataError, ModelError
-from lib.facts import load_mapping
+from lib.facts import load_mapping, validated
 from lib.files import DATA
 from lib.models import Model
 from lib.results import as_text
 
 ANSWERS = DATA / "gpt2_known_answers.yaml"
+KINDS = {
+    "logprobs": "natural log-probability of each token given those before it",
+    "loss": "mean next-token cross-entropy in nats",
+    "top": "most likely next tokens and their probabilities",
+    "difference": "logit of one next token minus that of another",
+    "greedy": "greedy continuation",
+    "parameters": "tied parameters counted once",
+    "sha256": "of the weights file",
+}
+ABOUT_THE_FILE = ("parameters", "sha256")  # these read no text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Answer:
     """One recorded figure. ids or text: what is read (where both stand, the tokenizer must agree); bos: the id that
     stands before it, None for nothing; tokens: the two whose logits are compared, as text or ids."""
 
     id: str
-    kind: str
+    kind: Literal["logprobs", "loss", "top", "difference", "greedy", "parameters", "sha256"]
     source: str
     expected: Any
     tolerance: float = 0.0
@@ -43,124 +54,94 @@ class Answer:
     text: str = ""
     tokens: tuple[str | int, ...] = ()
 
+    @model_validator(mode="after")
+    def _reads_what_it_needs(self) -> Answer:
+        if bool(self.ids or self.text) == (self.kind in ABOUT_THE_FILE):
+            wanted = "nothing" if self.kind in ABOUT_THE_FILE else "ids or a text"
+            raise ValueError(f"a {self.kind} needs {wanted} to read")
+        return self
+
+
+class _Source(BaseModel):
+    repo: str
+    path: str
+    commit: str
+
+
+class _File(BaseModel):
+    bos_id: int
+    sources: Annotated[dict[str, _Source], Field(min_length=1)]
+    answers: Annotated[list[dict[str, Any]], Field(min_length=1)]
+
 
 def load_answers(path: Path = ANSWERS) -> tuple[Answer, ...]:
     """The recorded figures. Raises DataError for an entry with an unknown kind or source, or without what it reads."""
-    content, out = load_mapping(path), []
-    if lacking := [k for k in ("answers", "sources", "bos_id") if not content.get(k)]:
-        raise DataError(f"{path} has no `{lacking[0]}`; nothing would be checked. Restore it from git.")
-    for entry in content["answers"]:
+    file, answers = validated(_File, load_mapping(path), str(path)), []
+    for entry in file.answers:
         where = f"{path}, {entry.get('id', 'an entry without id')}"
-        if entry.get("kind") not in KINDS or entry.get("source") not in content["sources"]:
-            raise DataError(
-                f"{where}: kind {entry.get('kind')!r}, source {entry.get('source')!r}; choose a kind of "
-                f"{', '.join(KINDS)} and a source that the file lists."
-            )
-        reads = bool(entry.get("ids") or entry.get("text"))
-        if reads == (entry["kind"] in ABOUT_THE_FILE) or "expected" not in entry:
-            raise DataError(f"{where}: a {entry['kind']} needs `expected`, and ids or a text to read, or neither.")
-        source = content["sources"][entry["source"]]
-        fields: dict[str, Any] = {k: tuple(v) if k in ("ids", "tokens") else v for k, v in entry.items()}
-        fields["source"] = f"{source['repo']}, {source['path']}, {source['commit'][:12]}"
-        fields["bos"] = content["bos_id"] if entry.get("bos") else None
-        try:
-            out.append(Answer(**fields))
-        except TypeError as error:
-            raise DataError(f"{where}: {error}. Mend the entry's fields.") from error
-    return tuple(out)
+        if not (source := file.sources.get(entry.get("source"))):
+            raise DataError(f"{where}: source {entry.get('source')!r}; choose from {', '.join(file.sources)}.")
+        entry["source"] = f"{source.repo}, {source.path}, {source.commit[:12]}"
+        entry["bos"] = file.bos_id if entry.get("bos") else None
+        answers.append(validated(Answer, entry, where))
+    return tuple(answers)
 
 
 def check(model: Model, answers: Sequence[Answer]) -> pd.DataFrame:
     """One row a figure: what, convention, source, expected, found, tolerance, holds."""
     rows = []
     for answer in answers:
-        words, find = KINDS[answer.kind]
+        convention = KINDS[answer.kind]
         if answer.kind not in ABOUT_THE_FILE:
-            words += f", {'nothing' if answer.bos is None else '<|endoftext|>'} before the text"
-        found, wanted = find(model, answer), _wanted(model, answer)
-        rows.append(
-            {
-                "what": answer.id,
-                "convention": words,
-                "source": answer.source,
-                "expected": wanted,
-                "found": found,
-                "tolerance": answer.tolerance,
-                "holds": _tokens_agree(model, answer) and _close(wanted, found, answer.tolerance),
-            }
-        )
-    return pd.DataFrame(rows)
+            convention += f", {'nothing' if answer.bos is None else '<|endoftext|>'} before the text"
+        found, expected = _found(model, answer), _expected(model, answer)
+        same_tokens = not (answer.ids and answer.text) or model.token_ids(answer.text) == list(answer.ids)
+        holds = same_tokens and _close(expected, found, answer.tolerance)
+        rows.append([answer.id, convention, answer.source, expected, found, answer.tolerance, holds])
+    return pd.DataFrame(rows, columns=["what", "convention", "source", "expected", "found", "tolerance", "holds"])
 
 
 def require(model: Model, answers: Sequence[Answer] | None = None) -> None:
     """Raises ModelError for the first figure that the model does not give."""
     table = check(model, load_answers() if answers is None else answers)
-    if table.holds.all():
-        return
-    row = table[~table.holds].iloc[0]
-    raise ModelError(
-        f"{model.name} does not give the known answer {row.what!r} ({row.convention}; {row.source}): expected "
-        f"{_short(row.expected)}, found {_short(row.found)}. The weights, the tokenizer or the installed transformers "
-        "are not those that the figure is of: fetch the model anew, or install the versions of constraints.txt."
-    )
+    for row in table[~table.holds].itertuples():
+        raise ModelError(
+            f"{model.name} does not give the known answer {row.what!r} ({row.convention}; {row.source}): expected "
+            f"{_short(row.expected)}, found {_short(row.found)}. The weights, the tokenizer or the installed "
+            "transformers are not those that the figure is of: fetch the model anew, or install the versions of "
+            "constraints.txt."
+        )
 
 
-def read(model: Model, answer: Answer) -> list[int]:
-    """The token ids that the answer is about, with the one before the text."""
-    ids = list(answer.ids) or model.token_ids(answer.text)
-    return ids if answer.bos is None else [answer.bos, *ids]
+def _found(model: Model, answer: Answer) -> Any:
+    """What the model gives, in the form of what is expected. Position t's distribution is about token t + 1: the first
+    token has no log-probability, and the last distribution no token. The most likely token after each part of a
+    continuation equals it exactly where greedy decoding gives it: up to the first miss both have read the same."""
+    if answer.kind in ABOUT_THE_FILE:
+        return model.parameters if answer.kind == "parameters" else model.weights_sha256
+    text = list(answer.ids) or model.token_ids(answer.text)
+    ids = text if answer.bos is None else [answer.bos, *text]
+    log_p = _log_probs(model, ids + (_expected(model, answer) if answer.kind == "greedy" else []))
+    if answer.kind == "greedy":
+        return log_p[len(ids) - 1 : -1].argmax(-1).tolist()
+    if answer.kind == "top":
+        best = log_p[-1].exp().topk(len(answer.expected))
+        return dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    if answer.kind == "difference":
+        first, second = (_one_token(model, token) for token in answer.tokens)
+        return float(log_p[-1][first] - log_p[-1][second])
+    of_each_token = log_p[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    return of_each_token if answer.kind == "logprobs" else -sum(of_each_token) / len(of_each_token)
 
 
 @torch.no_grad()
-def log_probs(model: Model, ids: Sequence[int]) -> Float[Tensor, "t vocab"]:
+def _log_probs(model: Model, ids: Sequence[int]) -> Float[Tensor, "t vocab"]:
     """Natural logarithm of p(next token | tokens up to here), at every position."""
     tokens = torch.tensor([list(ids)], device=model.weights.W_E.device)
     return model.module(tokens, use_cache=False).logits[0].float().log_softmax(-1).cpu()
 
 
-def _own(model: Model, answer: Answer) -> list[float]:
-    """Position t's distribution is about token t + 1: the first token has no log-probability, and the last
-    distribution no token."""
-    ids = read(model, answer)
-    return log_probs(model, ids)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
-
-
-def _loss(model: Model, answer: Answer) -> float:
-    own = _own(model, answer)
-    return -sum(own) / len(own)
-
-
-def _top(model: Model, answer: Answer) -> dict[int, float]:
-    best = log_probs(model, read(model, answer))[-1].exp().topk(len(answer.expected))
-    return dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-
-
-def _difference(model: Model, answer: Answer) -> float:
-    last = log_probs(model, read(model, answer))[-1]
-    first, second = (_one_token(model, t) for t in answer.tokens)
-    return float(last[first] - last[second])
-
-
-def _greedy(model: Model, answer: Answer) -> list[int]:
-    """The most likely token after each part of the expected continuation. It equals the continuation exactly where
-    greedy decoding gives it: up to the first miss both have read the same tokens."""
-    ids, more = read(model, answer), _wanted(model, answer)
-    return log_probs(model, ids + more)[len(ids) - 1 : -1].argmax(-1).tolist()
-
-
-ABOUT_THE_FILE = ("parameters", "sha256")
-KINDS: dict[str, tuple[str, Callable[[Model, Answer], Any]]] = {
-    "logprobs": ("natural log-probability of each token given those before it", _own),
-    "loss": ("mean next-token cross-entropy in nats", _loss),
-    "top": ("most likely next tokens and their probabilities", _top),
-    "difference": ("logit of one next token minus that of another", _difference),
-    "greedy": ("greedy continuation", _greedy),
-    "parameters": ("tied parameters counted once", lambda model, _: model.parameters),
-    "sha256": ("of the weights file", lambda model, _: model.weights_sha256),
-}
-
-
-def _wanted(model: Model, answer: Answer) -> Any:
+def _expected(model: Model, answer: Answer) -> Any:
     """The expectation in the form of what is found: token ids for texts."""
     if answer.kind == "top":
         return {_one_token(model, token): p for token, p in answer.expected}
@@ -177,17 +158,15 @@ def _one_token(model: Model, token: str | int) -> int:
     return ids[0] if len(ids) == 1 else -1
 
 
-def _tokens_agree(model: Model, answer: Answer) -> bool:
-    return not (answer.ids and answer.text) or model.token_ids(answer.text) == list(answer.ids)
-
-
-def _close(wanted: Any, found: Any, tolerance: float) -> bool:
+def _close(expected: Any, found: Any, tolerance: float) -> bool:
     """Numbers within the tolerance, lists and dictionaries entry by entry, anything else equal."""
-    if isinstance(wanted, dict):
-        return wanted.keys() == found.keys() and all(_close(p, found[t], tolerance) for t, p in wanted.items())
-    if isinstance(wanted, list):
-        return len(wanted) == len(found) and all(_close(w, f, tolerance) for w, f in zip(wanted, found, strict=True))
-    return abs(wanted - found) <= tolerance if isinstance(wanted, int | float) else wanted == found
+    if isinstance(expected, dict):
+        return expected.keys() == found.keys() and all(_close(p, found[t], tolerance) for t, p in expected.items())
+    if isinstance(expected, list):
+        return len(expected) == len(found) and all(
+            _close(e, f, tolerance) for e, f in zip(expected, found, strict=True)
+        )
+    return abs(expected - found) <= tolerance if isinstance(expected, int | float) else expected == found
 
 
 def _short(value: Any) -> str:

@@ -73,8 +73,8 @@ def test_the_token_before_the_text_left_out_or_added_is_caught(random_gpt2, reco
         swapped = dataclasses.replace(answer, bos=None if answer.bos else BOS)
         if answer.kind == "logprobs":  # as many as are asked for: with BOS, the first token has one too
             first = recorded["logprobs with"].expected[0]
-            own = answer.expected[1:] if answer.bos else [first, *answer.expected]
-            swapped = dataclasses.replace(swapped, expected=own)
+            expected = answer.expected[1:] if answer.bos else [first, *answer.expected]
+            swapped = dataclasses.replace(swapped, expected=expected)
         if answer.kind != "greedy":  # a random model may well say the same with and without
             assert holds(random_gpt2, swapped) == [False], name
 
@@ -169,12 +169,12 @@ def test_gpt2s_figures_refuse_another_model(random_gpt2):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("answers: []", "has no `answers`; nothing would be checked"),
-        ("answers: [{id: x, kind: vibes, source: s}]", "x: kind 'vibes', source 's'; choose a kind of logprobs"),
-        ("answers: [{id: x, kind: loss, source: t, text: a, expected: 1}]", "x: kind 'loss', source 't'"),
-        ("answers: [{id: x, kind: loss, source: s, expected: 1}]", "a loss needs `expected`, and ids or a text"),
-        ("answers: [{id: x, kind: loss, source: s, text: a}]", "a loss needs `expected`"),
-        ("answers: [{id: x, kind: loss, source: s, text: a, expected: 1, bso: true}]", "x: .*'bso'"),
+        ("answers: []", "answers is empty; give at least one value"),
+        ("answers: [{id: x, kind: vibes, source: s, text: a, expected: 1}]", "x: kind: .*'logprobs'.* not 'vibes'"),
+        ("answers: [{id: x, kind: loss, source: t, text: a, expected: 1}]", "x: source 't'; choose from s"),
+        ("answers: [{id: x, kind: loss, source: s, expected: 1}]", "x: a loss needs ids or a text to read"),
+        ("answers: [{id: x, kind: loss, source: s, text: a}]", "x: expected is missing"),
+        ("answers: [{id: x, kind: loss, source: s, text: a, expected: 1, bso: true}]", "x: bso: Unexpected"),
     ],
 )
 def test_a_faulty_file_is_refused(tmp_path, change, message):
@@ -185,7 +185,7 @@ def test_a_faulty_file_is_refused(tmp_path, change, message):
 
 
 def test_a_run_on_gpt2_begins_with_them(monkeypatch, tmp_path, random_gpt2):
-    """Nothing is executed where GPT-2 is not what it should be; other subjects are not asked."""
+    """Nothing is executed where GPT-2 is not what it should be; other models are not asked."""
     executed = []
     monkeypatch.setattr(execute, "BUILD", tmp_path)
     monkeypatch.setattr("lib.results.BUILD", tmp_path)
@@ -195,7 +195,7 @@ def test_a_run_on_gpt2_begins_with_them(monkeypatch, tmp_path, random_gpt2):
     with pytest.raises(ModelError, match="does not give the known answer 'weights'"):
         execute.run("gpt2", ["01_static_diagnostics"])
     assert not executed
-    monkeypatch.setattr(execute, "load", lambda name: pytest.fail("another subject is not asked"))
+    monkeypatch.setattr(execute, "load", lambda name: pytest.fail("another model is not asked"))
     with pytest.raises(BookError, match="saved no results"):
         monkeypatch.setattr(execute, "execute", lambda book, done, values: done.write_text("ran"))
         execute.run("organism", ["01_static_diagnostics"])
