@@ -136,7 +136,7 @@ def validated(schema: Any, content: Any, where: str, error: type[BookError] = Da
 def _fault(fault: Any, known: str) -> str:
     """One fault that pydantic found. known: the fields that the outermost entry may have."""
     where = ".".join(map(str, fault["loc"]))
-    if fault["type"] == "extra_forbidden":
+    if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key {where!r}" + (f" (known: {known})" if known else "")
     if fault["type"] == "missing":
         return f"{where} is missing"

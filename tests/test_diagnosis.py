@@ -3,15 +3,13 @@
 import pytest
 import torch
 
-from lib import diagnosis, recall, static, statistics, trace
+from lib import diagnosis, static
 from lib.diagnosis import Contributions, NoFailure, Verdict, decide
 from lib.errors import DataError
-from lib.facts import load_cases, load_templates
-from lib.recall import scorable, study_facts, tell
+from lib.facts import load_cases
+from lib.recall import scorable, study_facts
 from lib.sites import Site
-from lib.statistics import rank_correlation
 from lib.studies import knowledge_path
-from tests.conftest import plain_logits
 
 SITES = (Site(0, 0), Site(0, 1), Site(1, 0), Site(1, 1), Site(0, mlp=True), Site(1, mlp=True))
 
@@ -53,21 +51,6 @@ def test_what_a_knowledge_head_no_longer_writes_does_not_make_it_a_suppressor():
     assert verdict.suppressor == Site(1, mlp=True)
 
 
-def test_top_overlap_by_hand():
-    a = torch.arange(20.0).view(4, 5)
-    assert statistics.top_overlap(a, a) == (5, pytest.approx(1 / 15504))  # 20 choose 5
-    assert statistics.top_overlap(a, -a) == (0, 1.0)
-
-
-def test_layers_may_be_shuffled_whole():
-    """One block of alike heads in the same layer of both: convincing head by head, a single coincidence by layer."""
-    a = torch.zeros(6, 5)
-    a[2] = 1.0
-    b = a.clone()
-    assert rank_correlation(a, b, permutations=500)[1] < 0.05
-    assert rank_correlation(a, b, permutations=500, by_layer=True)[1] > 0.05
-
-
 def test_one_answer_alone_cannot_be_compared(organism):
     case = load_cases("organism")[0]
     alone = type(case)(case.name, case.title, case.facts[:1], case.large, case.template, case.controls)
@@ -75,16 +58,7 @@ def test_one_answer_alone_cannot_be_compared(organism):
         diagnosis.gather(organism, alone, diagnosis.case_table(organism, alone))
 
 
-def test_rank_correlation_and_its_control():
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(6, 5, generator=generator)
-    rho, p = rank_correlation(a, a.exp(), permutations=2000)
-    assert rho == pytest.approx(1.0) and p < 0.001
-    rho, p = rank_correlation(a, torch.randn(6, 5, generator=generator), permutations=2000)
-    assert abs(rho) < 0.5 and p > 0.02
-
-
-PLANTED = knowledge_path.planted()
+PLANTED = knowledge_path.organism_truth()
 
 
 @pytest.fixture(scope="module")
@@ -130,26 +104,3 @@ def test_a_case_without_a_failure_says_so(organism):
     table = diagnosis.case_table(organism, working)
     with pytest.raises(NoFailure, match=r"Case 'overridden': 8 of 8 facts are told .* no routing failure"):
         diagnosis.gather(organism, working, table)
-
-
-def test_the_judge_can_disagree(organism, monkeypatch):
-    wrong = [{**case, "knowledge_head": "L1 H1"} for case in PLANTED]
-    monkeypatch.setattr(knowledge_path, "planted", lambda: wrong)
-    assert not knowledge_path.judge(organism).agrees.any()
-
-
-def test_every_term_of_the_example_is_kept_under_its_site(organism):
-    case = load_cases("organism")[0]
-    row = recall.first_failing(case, tell(organism, case.facts, load_templates()))
-    terms = trace.convention_terms(organism, row)
-    kept = trace.terms_by_site(terms)
-    assert set(kept) == {"raw", "scaled", "centred"}
-    assert len(kept["raw"]["answer"]) == 12 * 12 + 12 + 1, "heads, MLPs and the sum of all"
-    scaled = kept["scaled"]
-    logits = plain_logits(organism, [row.prompt])[0]
-    assert scaled["answer"]["all terms"] == pytest.approx(float(logits[row.answer_token]), abs=1e-3)
-    assert scaled["competitor"]["all terms"] == pytest.approx(float(logits[row.competitor_token]), abs=1e-3)
-    shift = {site: scaled["answer"][site] - kept["centred"]["answer"][site] for site in scaled["answer"]}
-    other = {site: scaled["competitor"][site] - kept["centred"]["competitor"][site] for site in scaled["answer"]}
-    assert shift == pytest.approx(other, abs=1e-4), "centring takes the same from every token"
-    assert len(trace.strongest_terms(terms, k=3)) == 4

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import evaluation, statistics
+from lib import evaluation
 from lib.edits import applied
 from lib.errors import DataError, EditError
 from lib.evaluation import NONE, Measured, Protocol
@@ -20,22 +20,6 @@ from lib.training import slice_values
 from lib.weights import pathway_slices
 from tests.conftest import plain_logits
 from tests.test_edits import an_edit
-
-
-def test_paired_counts_items_not_totals():
-    """Two right before and two after, and yet one was lost: a total cannot show it."""
-    before, after = pd.Series([True, True, False, False]), pd.Series([True, False, True, False])
-    found = statistics.paired(before, after)
-    assert (found["before"], found["after"], found["gained"], found["lost"]) == (2, 2, 1, 1)
-    assert found["p"] == 1.0  # one against one
-
-
-def test_mcnemar_and_resolution_by_hand():
-    nothing = statistics.paired(pd.Series([True] * 10), pd.Series([True] * 10))
-    assert nothing["p"] == 1.0 and nothing["lost_low"] == 0.0
-    assert nothing["lost_high"] == pytest.approx(1 - 0.025 ** (1 / 10))
-    five_lost = statistics.paired(pd.Series([True] * 5), pd.Series([False] * 5))
-    assert five_lost["p"] == pytest.approx(2 / 2**5)  # five of five the same way, two-sided
 
 
 def test_repetition_by_hand():
@@ -89,14 +73,6 @@ def test_bleeding_counts_wrong_trained_answers_only(smollm2):
     asked = pd.DataFrame([{"set": "large", "template": "fail", "told": t, "top": w} for _, t, w in rows])
     found = evaluation.bleeding(smollm2, Measured({NONE: asked}, {}), CASE)
     assert found.iloc[0].tolist() == [NONE, 1, 4]
-
-
-def test_block_interval_knows_that_neighbours_are_alike():
-    """The same changes in long blocks are fewer independent observations than token by token: a wider interval."""
-    change = pd.Series(np.repeat(np.random.default_rng(0).normal(size=40), 25))
-    own = statistics.block_interval(change, pd.Series(np.arange(len(change)) // 25), 0)
-    naive = statistics.block_interval(change, pd.Series(np.arange(len(change))), 0)
-    assert own[1] - own[0] > 3 * (naive[1] - naive[0])
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,24 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lib import facts
+from lib import facts, recall
 from lib.errors import CompletenessError, DataError
 from lib.models import Model
-from lib.trace import CONVENTIONS, capture, last_patterns, logit_lens, logit_trace, subject_attention, subject_positions
+from lib.trace import (
+    CONVENTIONS,
+    capture,
+    convention_terms,
+    hooked,
+    last_patterns,
+    logit_lens,
+    logit_trace,
+    strongest_terms,
+    subject_attention,
+    subject_positions,
+    terms_by_site,
+)
 from lib.weights import view
-from tests.conftest import tiny_gpt2
+from tests.conftest import plain_logits, tiny_gpt2
 
 PROMPTS = ["The capital of France is", "Japan's capital city is", "One two three four five six seven"]
 
@@ -117,6 +129,31 @@ def test_a_missing_term_is_an_error(tiny):
         logit_trace(tiny, seen, some_tokens())
 
 
+def test_hooks_see_and_replace_what_enters_and_leaves():
+    """By position and by name; a module's output may be a tensor or a tuple."""
+
+    class Layer(torch.nn.Module):
+        def forward(self, hidden_states, more=1.0):
+            return (hidden_states * more, "rest")
+
+    layer, seen = Layer(), []
+    with hooked(before={layer: seen.append}, after={layer: seen.append}):
+        layer(torch.tensor(2.0), more=3.0)
+        layer(hidden_states=torch.tensor(5.0))
+    assert [x.item() for x in seen] == [2.0, 6.0, 5.0, 5.0]
+    with hooked(before={layer: lambda x: x + 1}, after={layer: lambda x: -x}):
+        assert layer(torch.tensor(2.0), more=3.0) == (-9.0, "rest")
+        assert layer(hidden_states=torch.tensor(2.0)) == (-3.0, "rest")
+    linear = torch.nn.Identity()
+    with (
+        pytest.raises(RuntimeError, match="midway"),
+        hooked(after={linear: lambda x: x + 1}, before={layer: seen.append}),
+    ):
+        assert linear(torch.tensor(1.0)) == 2.0
+        raise RuntimeError("midway")
+    assert hooks(linear) == hooks(layer) == 0
+
+
 def test_no_hook_remains(tiny):
     before = hooks(tiny.module)
     capture(tiny, PROMPTS)
@@ -178,6 +215,23 @@ def test_subject_positions_find_every_token_of_the_subject(smollm2):
         subject_positions(smollm2, prompt, "Ghana")
     seen = capture(smollm2, [prompt], everywhere=True)
     assert 0 <= subject_attention(smollm2, last_patterns(smollm2, seen), [prompt], ["Burkina Faso"]).min() <= 1
+
+
+def test_every_term_of_the_example_is_kept_under_its_site(organism):
+    case = facts.load_cases("organism")[0]
+    row = recall.first_failing(case, recall.tell(organism, case.facts, facts.load_templates()))
+    terms = convention_terms(organism, row)
+    kept = terms_by_site(terms)
+    assert set(kept) == {"raw", "scaled", "centred"}
+    assert len(kept["raw"]["answer"]) == 12 * 12 + 12 + 1, "heads, MLPs and the sum of all"
+    scaled = kept["scaled"]
+    logits = plain_logits(organism, [row.prompt])[0]
+    assert scaled["answer"]["all terms"] == pytest.approx(float(logits[row.answer_token]), abs=1e-3)
+    assert scaled["competitor"]["all terms"] == pytest.approx(float(logits[row.competitor_token]), abs=1e-3)
+    shift = {site: scaled["answer"][site] - kept["centred"]["answer"][site] for site in scaled["answer"]}
+    other = {site: scaled["competitor"][site] - kept["centred"]["competitor"][site] for site in scaled["answer"]}
+    assert shift == pytest.approx(other, abs=1e-4), "centring takes the same from every token"
+    assert len(strongest_terms(terms, k=3)) == 4
 
 
 @pytest.mark.model

@@ -1,16 +1,16 @@
-"""Close-ups of diagnosed cases: what chapter 2 shows beside the diagnosis itself.
+"""What chapter 2 shows beside the diagnosis itself.
 
-conventions      one prompt's strongest terms, the three logit conventions side by side
-completeness     the largest error of the exact trace over many prompts
-lens             rank of the answer by layer, failing against control
-attention        from the last token to the subject, failing against control
-rivals           repairs that touch no weight: neutral prefixes, any word at all, and the subject's own stream
+report_cases, same_findings            the findings, and whether they repeat themselves
+organism_truth, judge_rule             the rule on the organism, where the truth is known
+static_agreement                       do the weights rate the heads as the trace does?
+lens_by_case, first_in_top             when the answer wins, by the logit lens
+attention_table, attention_pair        where the knowledge heads look, under the control and the failing template
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 import torch
@@ -18,137 +18,135 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lib.diagnosis import Diagnosis, diagnose_cases
-from lib.facts import load_cases, load_templates, prompts
+from lib.facts import Case, load_cases, load_templates, prompts
 from lib.files import DATA
 from lib.models import Model
 from lib.recall import study_facts
+from lib.results import Results
 from lib.sites import Site
-from lib.static import JointMap, RelationMap, join, qk_overlap, relation_maps
+from lib.static import TOP, JointMap, RelationMap, join, qk_overlap, relation_maps
 from lib.statistics import rank_correlation, top_overlap
 from lib.trace import capture, last_patterns, logit_lens, subject_attention
 
+HEADS = 4  # knowledge heads whose attention is shown
 
-def report_cases(
-    report: Callable[..., None], tabulate: Callable[[str, object], None], found: Sequence[Diagnosis]
-) -> None:
+
+def report_cases(report: Results, diagnoses: Sequence[Diagnosis]) -> None:
     """The keys that other chapters and the checks rely on, one entry a case; and the findings as words."""
-    summaries = {d.case.name: d.summary() for d in found}
+    summaries = {d.case.name: d.summary() for d in diagnoses}
     for key in ("knowledge_head", "suppressor", "failure_kind", "diagnosed_layer", "confidence"):
-        tabulate(key, {name: s[key] for name, s in summaries.items()})
-    tabulate("diagnosis", summaries)
-    report("knowledge_heads", [str(d.verdict.knowledge_head) for d in found])
-    report("failure_kinds", [d.verdict.failure_kind for d in found])
-    report("confidences", [d.confidence for d in found])
+        report.table(key, {name: summary[key] for name, summary in summaries.items()})
+    report.table("diagnosis", summaries)
+    for key in ("knowledge_head", "failure_kind"):
+        report(f"{key}s", [str(summary[key]) for summary in summaries.values()])
+    report("confidences", [d.confidence for d in diagnoses])
 
 
-def same_findings(found: Sequence[Diagnosis], again: Sequence[Diagnosis]) -> bool:
+def same_findings(diagnoses: Sequence[Diagnosis], repeated: Sequence[Diagnosis]) -> bool:
     """Whether two rounds of diagnosis agree on every case."""
-    other = {d.case.name: d.verdict for d in again}
-    return len(found) == len(again) and all(
-        d.case.name in other and d.verdict.same_finding(other[d.case.name]) for d in found
+    others = {d.case.name: d.verdict for d in repeated}
+    return {d.case.name for d in diagnoses} == set(others) and all(
+        d.verdict.same_finding(others[d.case.name]) for d in diagnoses
     )
 
 
-def planted() -> list[dict[str, str]]:
-    """The ground truth of the organism's cases: template, kind, knowledge_head, suppressor (or None)."""
+def organism_truth() -> list[dict[str, str]]:
+    """What was planted in the organism, by case: template, kind, knowledge_head, suppressor (or None)."""
     cases = json.loads((DATA / "organism" / "planted.json").read_text(encoding="utf-8"))["cases"]
     return [{**case, "kind": case["kind"].replace("_", " ")} for case in cases]
 
 
-def judge(model: Model, *, seed: int = 0) -> pd.DataFrame:
+def judge_rule(organism: Model, *, seed: int = 0) -> pd.DataFrame:
     """The rule on the organism's planted failures, beside the truth: one row a case, and whether all three agree."""
     cases = load_cases("organism")
-    static = join(relation_maps(model, study_facts(model, cases[0])).values(), seed=seed)
-    found = {d.case.template: d for d in diagnose_cases(model, cases, static, seed=seed)}
+    static = join(relation_maps(organism, study_facts(organism, cases[0])).values(), seed=seed)
+    by_template = {d.case.template: d for d in diagnose_cases(organism, cases, static, seed=seed)}
     rows = []
-    for truth in planted():
-        d = found[truth["template"]]
+    for truth in organism_truth():
+        d = by_template[truth["template"]]
         named = (str(d.verdict.knowledge_head), d.verdict.failure_kind, str(d.verdict.suppressor or "none"))
         true = (truth["knowledge_head"], truth["kind"], truth["suppressor"] or "none")
-        rows.append(
-            (d.case.title, " / ".join(true), " / ".join(named), d.verdict.unwritten, d.stability, named == true)
-        )
+        both = (" / ".join(true), " / ".join(named))
+        rows.append((d.case.title, *both, d.verdict.unwritten, d.stability, named == true))
     columns = ["case", "planted: head / kind / suppressor", "named by the rule", "unwritten", "stability", "agrees"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def agreement(
+def static_agreement(
     model: Model,
     maps: dict[str, RelationMap],
     joint: JointMap,
-    writes: Float[Tensor, "n_layers n_heads"],
+    attribution: Float[Tensor, "n_layers n_heads"],
     *,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Static scores of all heads against what they write: the joint map, the enriched map alone, and two controls
-    that should fail, the joint map of permuted answers and QK overlap."""
-    n = next(iter(maps.values())).hits.shape[-1]
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu")
-    wrong = join([RelationMap(m.hits[..., order]) for m in maps.values()], seed=seed)
+    """Static scores of all heads against their direct logit attribution: the joint map, the enriched map alone, and
+    two controls that should fail, the joint map of permuted answers and QK overlap."""
+    order = torch.randperm(maps["raw"].hits.shape[-1], generator=torch.Generator().manual_seed(seed), device="cpu")
     scores = {
         "relation maps, joint": joint.score,
         "relation map, enriched": maps["enriched"].score,
-        "control: permuted capitals": wrong.score,
+        "control: permuted capitals": join([RelationMap(m.hits[..., order]) for m in maps.values()], seed=seed).score,
         "control: QK overlap": qk_overlap(model.weights),
     }
     rows = []
     for name, score in scores.items():
-        rho, p_heads = rank_correlation(score, writes, seed=seed)
-        p_layers = rank_correlation(score, writes, by_layer=True, seed=seed)[1]
-        same, chance = top_overlap(score, writes)
-        rows.append((name, rho, p_heads, p_layers, same, f"{chance:.1g}"))
+        rho, p_heads = rank_correlation(score, attribution, seed=seed)
+        p_layers = rank_correlation(score, attribution, by_layer=True, seed=seed)[1]
+        shared, chance = top_overlap(score, attribution)
+        rows.append((name, rho, p_heads, p_layers, shared, f"{chance:.1g}"))
     return pd.DataFrame(rows, columns=["static score", "rho", "p_heads", "p_layers", "top5", "top5_chance"])
 
 
+def _templates(case: Case) -> dict[str, str]:
+    """The texts that a case is shown under: its first control template, and the one that fails."""
+    texts = load_templates()
+    return {"control": texts[case.controls[0]], "failing": texts[case.template]}
+
+
 def lens_by_case(model: Model, diagnoses: Sequence[Diagnosis]) -> dict[str, Float[Tensor, "fact n_layers+1"]]:
-    """Rank of the answer in the logit lens, for each case's failing template and for the first case's first control."""
-    text, out = load_templates(), {}
-    named = [(diagnoses[0], diagnoses[0].case.controls[0], "control")]
-    named += [(d, d.case.template, "failing") for d in diagnoses]
-    for d, template, kind in named:
-        facts = d.evidence.facts
-        seen = capture(model, prompts(facts, text[template]))
+    """Rank of the answer in the logit lens, for the first case's first control and for each case's failing template."""
+    ranks = {}
+    for kind, d in [("control", diagnoses[0]), *(("failing", d) for d in diagnoses)]:
+        facts, text = d.evidence.facts, _templates(d.case)[kind]
         answers = torch.tensor([[model.first_token(f.answer)] for f in facts])
-        out[f"{kind}: {text[template]}"] = logit_lens(model, seen, answers)[1][..., 0]
-    return out
+        ranks[f"{kind}: {text}"] = logit_lens(model, capture(model, prompts(facts, text)), answers)[1][..., 0]
+    return ranks
 
 
-def lens_flip(ranks: Float[Tensor, "fact n_layers+1"]) -> int | None:
-    """The layer (counted from 1) after which the median answer is first among the top ten, None if it never is."""
-    inside = (ranks.float().median(0).values <= 10).nonzero().flatten()
+def first_in_top(ranks: Float[Tensor, "fact n_layers+1"]) -> int | None:
+    """The layer (counted from 1) after which the median answer is first among the TOP, None if it never is."""
+    inside = (ranks.float().median(0).values <= TOP).nonzero().flatten()
     return int(inside[0]) if len(inside) else None
 
 
-def knowledge_heads(diagnosis: Diagnosis, k: int = 4) -> list[Site]:
-    """The k heads that write most under the controls, strongest first."""
-    written = diagnosis.evidence.control.attribution.mean(0)
-    order = [diagnosis.evidence.sites[i] for i in written.argsort(descending=True).tolist()]
-    return [s for s in order if not s.mlp][:k]
+def knowledge_heads(diagnosis: Diagnosis) -> list[Site]:
+    """The HEADS heads with the largest direct logit attribution under the controls, largest first."""
+    attribution = diagnosis.evidence.control.attribution.mean(0)
+    order = [diagnosis.evidence.sites[i] for i in attribution.argsort(descending=True).tolist()]
+    return [site for site in order if not site.mlp][:HEADS]
 
 
-def attention_table(model: Model, diagnoses: Sequence[Diagnosis], k: int = 4) -> pd.DataFrame:
+def attention_table(model: Model, diagnoses: Sequence[Diagnosis]) -> pd.DataFrame:
     """Attention from the last token to the subject in the strongest knowledge heads of the first case: one row a
-    case, kind of template (failing; control: the case's first), fact and head."""
-    text, heads, rows = load_templates(), knowledge_heads(diagnoses[0], k), []
+    case, kind of template (failing; control: the case's first), head and fact."""
+    heads, rows = knowledge_heads(diagnoses[0]), []
     for d in diagnoses:
         facts = d.evidence.facts
-        for kind, template in (("control", d.case.controls[0]), ("failing", d.case.template)):
-            seen = capture(model, prompts(facts, text[template]), everywhere=True)
+        for kind, text in _templates(d.case).items():
+            seen = capture(model, prompts(facts, text), everywhere=True)
             attention = subject_attention(model, last_patterns(model, seen), seen.prompts, [f.subject for f in facts])
-            rows += [
-                (d.case.title, kind, fact.subject, str(site), float(attention[i, site.layer, site.head]))
-                for site in heads
-                for i, fact in enumerate(facts)
-            ]
+            for site in heads:
+                to_subject = attention[:, site.layer, site.head].tolist()
+                rows += [(d.case.title, kind, f.subject, str(site), w) for f, w in zip(facts, to_subject, strict=True)]
     return pd.DataFrame(rows, columns=["case", "kind", "subject", "site", "attention"])
 
 
 def attention_pair(model: Model, diagnosis: Diagnosis) -> dict[str, tuple[list[str], Float[Tensor, " t"]]]:
-    """The knowledge head's attention, token by token, for one fact: control prompt and failing prompt."""
-    text, fact, head = load_templates(), diagnosis.evidence.facts[0], diagnosis.verdict.knowledge_head
-    rows = {}
-    for kind, template in (("control", diagnosis.case.controls[0]), ("failing", diagnosis.case.template)):
-        prompt = prompts([fact], text[template])[0]
+    """The knowledge head's attention for one fact, by prompt: its tokens, and the weight of each. First the control."""
+    head, rows = diagnosis.verdict.knowledge_head, {}
+    for kind, text in _templates(diagnosis.case).items():
+        (prompt,) = prompts(diagnosis.evidence.facts[:1], text)
         seen = capture(model, [prompt], everywhere=True)
         tokens = [model.token_text(t) for t in seen.tokens[0].tolist()]
         rows[f"{kind}: {prompt}"] = (tokens, last_patterns(model, seen)[0, head.layer, head.head])

@@ -207,7 +207,7 @@ def test_static_by_hand_and_what_it_adds():
     assert (localisation.dynamic(tie).site, localisation.joined(tie).site) == (Site(1, 0), Site(1, 1))
 
 
-@pytest.mark.parametrize("truth", knowledge_path.planted(), ids=lambda c: c["kind"])
+@pytest.mark.parametrize("truth", knowledge_path.organism_truth(), ids=lambda c: c["kind"])
 def test_the_organisms_own_failures(organism, truth):
     case = next(c for c in load_cases("organism") if c.template == truth["template"])
     templates = load_templates()

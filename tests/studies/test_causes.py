@@ -1,0 +1,78 @@
+"""What causes a failure: counts by hand, and what chapter 2 says in words about SmolLM2."""
+
+import pandas as pd
+import pytest
+
+from lib import diagnosis
+from lib.facts import load_cases, load_templates
+from lib.recall import study_facts, tell
+from lib.studies import causes
+
+
+def test_a_sink_is_told_by_its_peak():
+    assert causes.sink({"none": 50.0, "fact": 3.0, "control": 4.0}) == (12.5, "an attention sink")
+    assert causes.sink({"none": 39.0, "control": 4.0}) == (9.75, "no attention sink")
+
+
+def test_prefixes_are_counted_by_hand():
+    case = load_cases("smollm2")[0]
+    subjects = pd.DataFrame({"case": case.title, "subject": [*"ABC"], "pieces": [1, 1, 2]})
+    none = subjects.assign(prefix="none", text="", told=[False, True, False])
+    runs = pd.concat([none, subjects.assign(prefix="newline", text="\n", told=[True, True, False])])
+    counts = causes.prefix_counts(runs)
+    assert counts.told.tolist() == [1, 2] and counts.n.tolist() == [3, 3]
+    assert causes.prefix_by_pieces(runs, case)["one token"].tolist() == ["1 of 2", "2 of 2"]
+    told = pd.DataFrame({"template": ["of_is", "of_is", "in_is"], "told": [True, True, False]})
+    numbers = causes.prefix_numbers(counts, told, case)
+    assert (numbers["best_prefix"], numbers["best_prefix_told"], numbers["no_prefix_told"]) == ("newline", 2, 1)
+    assert (numbers["best_control"], numbers["best_control_told"]) == (load_templates()["of_is"], 2)
+
+
+@pytest.fixture(scope="module")
+def story(smollm2):
+    """The two cases and their evidence on the eight."""
+    cases = load_cases("smollm2")
+    return cases, [diagnosis.gather(smollm2, c, diagnosis.case_table(smollm2, c)) for c in cases]
+
+
+@pytest.mark.model
+def test_smollm2_writes_little_in_one_case_and_is_overridden_in_the_other(story):
+    _, evidence = story
+    first, question = (e.verdict() for e in evidence)
+    assert first.failure_kind == diagnosis.NOT_RETRIEVED and first.retention < 0.25, "writes little"
+    assert question.failure_kind == diagnosis.OVERRIDDEN and 0.3 < question.retention < 0.7, "about half"
+    assert question.suppressor == evidence[0].sites[-1], "the last MLP"
+    assert set(evidence[1].competitors) == {"\n", "<|im_end|>"}, "a line end or the end of the turn"
+
+
+@pytest.mark.model
+def test_what_repairs_smollm2s_eight_and_what_does_not(smollm2, story):
+    (case, question), _ = story
+    runs, n = causes.prefix_runs(smollm2, [case, question], large=False), len(case.facts)
+    told = runs.groupby(["case", "text"]).told.sum()
+    words = {c.name: causes.any_word(smollm2, c, words=12).told for c in (case, question)}
+    assert runs[runs.case == case.title].pieces.max() == 1, "the eight are single tokens"
+    assert told[case.title, "\n"] == told[case.title, "Fact: "] == n, "a newline or 'Fact:' tells all"
+    assert n / 2 < told[case.title, "Well, "] < n, "'Well,' does not"
+    assert words[case.name].mean() > 0.75 * n, "random words tell most"
+    assert told[case.title, "<|im_start|>"] <= n / 2 < told[case.title, "<|endoftext|>"]
+    assert told[question.title].max() == 0 and words[question.name].max() == 0, "no prefix helps"
+
+
+@pytest.mark.model
+def test_smollm2s_eight_stand_in_a_sink_and_longer_names_do_not(smollm2, story):
+    (case, _), _ = story
+    short = causes.subject_streams(smollm2, case, case.facts, ["none", "bos", "document", "fact"])
+    none, chat, document, fact, control = (float(norms.mean(0)[5]) for norms in short.values())
+    assert none > 3 * control and chat > 3 * control, "inflated early"
+    assert document < 1.5 * control and fact < 1.5 * control, "normal early"
+    several = [f for f in study_facts(smollm2, case)[::3] if len(smollm2.token_ids(f.subject)) > 1]
+    texts = load_templates()
+    asked = {t: texts[t] for t in (case.template, case.controls[0])}
+    told = tell(smollm2, several, asked).pivot(index="subject", columns="template", values="told")
+    untold = [f for f in several if told[case.controls[0]][f.subject] and not told[case.template][f.subject]]
+    long = causes.subject_streams(smollm2, case, untold, ["none", "fact"])
+    peaks = [causes.sink(causes.stream_peaks(streams))[0] for streams in (short, long)]
+    assert peaks[0] > causes.SINK > 2 > peaks[1], "a sink in the eight, not in the long"
+    after = tell(smollm2, several, {case.template: texts[case.template]}, prefix="Fact: ").told
+    assert told[case.template].mean() < after.mean() < 0.6, "many of the long still fail"
