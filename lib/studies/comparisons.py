@@ -1,5 +1,6 @@
-"""What finished sweeps say: is it the diagnosed layer, and is it the edit?
+"""What finished sweeps say: which pathway, is it the diagnosed layer, and is it the edit?
 
+    report_pathways                   chapter 3's pathways, with false facts as the control
     by_layer, other_layers, spread    the layer sweep, and how far seeds move it
     correlations                      does a layer's diagnostic score say how well its edit does?
     random_parts                      the named part beside random ones of its size
@@ -8,12 +9,12 @@
 Nothing here runs a model, and no experiment depends on it: a changed sentence voids no run. Rules: a layer does *as
 well* as another if it tells at least as many of the trained facts and repairs at least as many held-out ones; a method
 *tells* if it tells all trained facts, and *generalises* if it repairs at least half of the held-out countries that were
-known and not told.
+known and not told. The sentences stand in `show/words/comparisons.yaml`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import pandas as pd
 import torch
@@ -21,9 +22,13 @@ from jaxtyping import Float
 
 from lib.errors import EditError
 from lib.models import Model
+from lib.results import Results
+from lib.show.sentences import listed, say
 from lib.statistics import exact_interval, rho
 from lib.studies.location import setting
+from lib.studies.pathways import PAPER, by_seed
 
+sentence = partial(say, "comparisons")
 SUCCESS = {  # column of a run, and whether more is better
     "facts_told": True,
     "steps": False,
@@ -31,16 +36,9 @@ SUCCESS = {  # column of a run, and whether more is better
     "kl": False,
     "bled": False,
 }
-KINDS = {
-    "newline": "no training",
-    "bos": "no training",
-    "example": "no training",
-    "head": "no training",
-    "opponent": "no training",
-    "competitors": "no training",
-    "vector": "few parameters",
-    "gains": "few parameters",
-    "lora": "few parameters",
+KINDS = {  # of rivals; any other is a pathway
+    **dict.fromkeys(("newline", "bos", "example", "head", "opponent", "competitors"), "no training"),
+    **dict.fromkeys(("vector", "gains", "lora"), "few parameters"),
     "closed_form": "closed form",
     "everything": "everything",
 }
@@ -68,24 +66,21 @@ def other_layers(means: pd.DataFrame, layer: int) -> pd.DataFrame:
         raise EditError(f"the sweep tried no edit at the diagnosed layer {layer}; add it to data/sweeps/layers.yaml.")
     rows = []
     for pathway, part in means.groupby("pathway", sort=False):
-        own, others = part[part.layer == layer].iloc[0], part[part.layer != layer]
-        best = part.sort_values(["held_out_repaired", "facts_told", "kl"], ascending=[False, False, True])
-        told, repaired = others.facts_told >= own.facts_told, others.held_out_repaired >= own.held_out_repaired
-        rows.append(
-            {
-                "pathway": pathway,
-                "others": len(others),
-                "told": int(told.sum()),
-                "repaired": int(repaired.sum()),
-                "as_well": int((told & repaired).sum()),
-                "sooner": int((told & (others.steps <= own.steps)).sum()),
-                "gentler": int((told & (others.kl <= own.kl)).sum()),
-                "own_told": float(own.facts_told),
-                "own_repaired": float(own.held_out_repaired),
-                "best_layer": int(best.layer.iloc[0]),
-                "most_repaired": float(part.held_out_repaired.max()),
-            }
-        )
+        diagnosed, others = part[part.layer == layer].iloc[0], part[part.layer != layer]
+        best = part.sort_values(["held_out_repaired", "facts_told", "kl"], ascending=[False, False, True]).iloc[0]
+        told = others.facts_told >= diagnosed.facts_told
+        repaired = others.held_out_repaired >= diagnosed.held_out_repaired
+        as_good = {
+            "told": told,
+            "repaired": repaired,
+            "as_well": told & repaired,
+            "sooner": told & (others.steps <= diagnosed.steps),
+            "gentler": told & (others.kl <= diagnosed.kl),
+        }
+        counts = {name: int(layers.sum()) for name, layers in as_good.items()}
+        own = {"own_told": float(diagnosed.facts_told), "own_repaired": float(diagnosed.held_out_repaired)}
+        most = {"best_layer": int(best.layer), "most_repaired": float(part.held_out_repaired.max())}
+        rows.append({"pathway": pathway, "others": len(others), **counts, **own, **most})
     return pd.DataFrame(rows)
 
 
@@ -95,17 +90,9 @@ def spread(runs: pd.DataFrame, near: pd.DataFrame) -> pd.DataFrame:
     near = near.drop(columns="distance").rename(columns={"at": "layer"})
     both = pd.concat([runs[runs.layer.isin(set(near.layer))], near]).drop_duplicates(["pathway", "layer", "seed"])
     by = both.fillna({"facts_told": 0, "held_out_repaired": 0}).groupby(["pathway", "layer"], sort=True)
-    return by.agg(
-        seeds=("seed", "size"),
-        told_min=("facts_told", "min"),
-        told_max=("facts_told", "max"),
-        repaired_min=("held_out_repaired", "min"),
-        repaired_max=("held_out_repaired", "max"),
-        steps_min=("steps", "min"),
-        steps_max=("steps", "max"),
-        kl_min=("kl", "min"),
-        kl_max=("kl", "max"),
-    ).reset_index()
+    measures = {"told": "facts_told", "repaired": "held_out_repaired", "steps": "steps", "kl": "kl"}
+    ends = {f"{name}_{end}": (column, end) for name, column in measures.items() for end in ("min", "max")}
+    return by.agg(seeds=("seed", "size"), **ends).reset_index()
 
 
 @torch.no_grad()
@@ -113,17 +100,16 @@ def layer_scores(model: Model, relation: Float[torch.Tensor, "n_layers n_heads"]
     """How strongly each piece of evidence points to each layer: `static` (the strongest head of the relation map,
     input-free), `writes` (what its heads and MLP write of the answers under the controls, where positive) and
     `knowledge head` (its strongest head alone, the score that the rule prescribes by). One row a layer."""
-    own, weights = setting(model), model.weights
-    heads = own.writes[: weights.n_layers * weights.n_heads].view(weights.n_layers, -1)
-    mlps = own.writes[weights.n_layers * weights.n_heads :]
-    return pd.DataFrame(
-        {
-            "layer": range(1, weights.n_layers + 1),
-            "static": relation.max(1).values.tolist(),
-            "writes": (heads.relu().sum(1) + mlps.relu()).tolist(),
-            "knowledge head": heads.max(1).values.tolist(),
-        }
-    )
+    writes, n_layers = setting(model).writes, model.weights.n_layers
+    heads = writes[: n_layers * model.weights.n_heads].view(n_layers, -1)  # (n_layers, n_heads)
+    mlps = writes[n_layers * model.weights.n_heads :]  # (n_layers,)
+    scores = {
+        "static": relation.max(1).values,
+        "writes": heads.relu().sum(1) + mlps.relu(),
+        "knowledge head": heads.max(1).values,
+    }
+    layers = {"layer": range(1, n_layers + 1)}
+    return pd.DataFrame(layers | {name: score.tolist() for name, score in scores.items()})
 
 
 def correlations(means: pd.DataFrame, scores: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
@@ -146,28 +132,15 @@ def random_parts(runs: pd.DataFrame) -> pd.DataFrame:
     """Of a sweep of parts: beside each named one, the random ones of equal size. better: how many of these tell more,
     or as many with a larger margin."""
     rows = []
-    for part, some in runs.groupby("part", sort=False):
-        named, random = some[some["pick"] == "diagnosed"].iloc[0], some[some["pick"] == "random"]
-        better = (random.facts_told > named.facts_told) | (
-            (random.facts_told == named.facts_told) & (random.min_margin > named.min_margin)
-        )
-        rows.append(
-            {
-                "part": part,
-                "parameters": int(named.parameters),
-                "random": len(random),
-                "facts": int(named.facts_n),
-                "told": int(named.facts_told),
-                "random_told": random.facts_told.mean(),
-                "repaired": int(named.held_out_repaired),
-                "random_repaired": random.held_out_repaired.mean(),
-                "margin": named.min_margin,
-                "random_margin": random.min_margin.mean(),
-                "kl": named.kl,
-                "random_kl": random.kl.mean(),
-                "better": int(better.sum()),
-            }
-        )
+    for part, picks in runs.groupby("part", sort=False):
+        named, random = picks[picks["pick"] == "diagnosed"].iloc[0], picks[picks["pick"] == "random"]
+        margin_wins = (random.facts_told == named.facts_told) & (random.min_margin > named.min_margin)
+        row = {"part": part, "parameters": int(named.parameters), "random": len(random), "facts": int(named.facts_n)}
+        row |= {"told": int(named.facts_told), "random_told": random.facts_told.mean()}
+        row |= {"repaired": int(named.held_out_repaired), "random_repaired": random.held_out_repaired.mean()}
+        row |= {"margin": named.min_margin, "random_margin": random.min_margin.mean()}
+        row |= {"kl": named.kl, "random_kl": random.kl.mean()}
+        rows.append(row | {"better": int(((random.facts_told > named.facts_told) | margin_wins).sum())})
     return pd.DataFrame(rows)
 
 
@@ -195,158 +168,131 @@ def ladder(rows: pd.DataFrame) -> pd.DataFrame:
     """The fewest parameters that tell all, and that generalise: with none changed (free: all that do) and with some
     (changed). `none` where no method does."""
 
-    def fewest(goal: str) -> dict[str, str]:
-        does = rows[rows[goal]]
-        some = does[does.parameters > 0]
-        first = some[some.parameters == some.parameters.min()]
-        names, least = "; ".join(first.rival), "none" if some.empty else f"{first.parameters.iloc[0]:,}"
-        return {
-            "goal": goal,
-            "free": "; ".join(does.rival[does.parameters == 0]) or "none",
-            "changed": "none" if some.empty else f"{names} ({least})",
-            "parameters": "0" if len(does) > len(some) else least,
+    rows_by_goal = {}
+    for goal in ("whole", "general"):
+        free, changed = (rows[rows[goal] & pick] for pick in (rows.parameters == 0, rows.parameters > 0))
+        fewest = changed[changed.parameters == changed.parameters.min()]
+        least = "none" if changed.empty else f"{fewest.parameters.iloc[0]:,}"
+        rows_by_goal[goal] = {
+            "free": "; ".join(free.rival) or "none",
+            "changed": "none" if changed.empty else f"{'; '.join(fewest.rival)} ({least})",
+            "parameters": least if free.empty else "0",
         }
-
-    return pd.DataFrame([fewest("whole"), fewest("general")]).set_index("goal")
-
-
-# What the chapter's prose says of them
+    return pd.DataFrame.from_dict(rows_by_goal, orient="index").rename_axis("goal")
 
 
-def report_layers(report: Callable[..., None], means: pd.DataFrame, others: pd.DataFrame, layer: int) -> None:
-    """Sentences on the layer sweep."""
+# What the chapters' prose says of them
+
+
+def report_pathways(report: Results, head: pd.DataFrame, seeds: pd.DataFrame, checks: pd.DataFrame) -> None:
+    """Chapter 3's comparison: `pathways.head_to_head`, the runs of all seeds, and `pathways.controls`."""
+    whole = seeds.groupby("pathway", sort=False).reached.all()
+    reached = [name for name in PAPER if whole.get(name, False)]
+    able = head[head.pathway.map(whole)].sort_values("parameters")
+    smallest = able.iloc[0] if len(able) else None
+    false = checks[checks.control == "false facts"].set_index("pathway")
+    learned = [name for name in PAPER if name in false.index and false.reached[name]]
+    taken = [
+        ", ".join(str(int(steps[name])) for name in learned) for steps in (false.steps, head.set_index("pathway").steps)
+    ]
+    words = {"pathways": len(PAPER), "reached": len(reached), "learned": learned, "steps": taken}
+    best = by_seed(seeds)
+    report.many(
+        {
+            "paper_pathways_reached": len(reached),
+            "paper_pathways": len(PAPER),
+            "smallest": listed([] if smallest is None else [smallest.pathway]),
+            "smallest_parameters": (0 if smallest is None else int(smallest.parameters), ","),
+            "smallest_share": (0.0 if smallest is None else float(smallest.share), ".2%"),
+            "smallest_kl": (0.0 if smallest is None else float(smallest.kl), ".4f"),
+            "least_kl": (0.0 if smallest is None else float(able.kl.min()), ".4f"),
+            "recommended": best.iloc[0].replace("_", " "),
+            "recommended_seeds": int((best == best.iloc[0]).sum()),
+            "outside_unchanged": "unchanged" if head.outside_unchanged.all() else "NOT unchanged",
+            "q_k_verdict": listed([name for name in ("q_only", "k_only") if whole.get(name, False)]),
+            "false_pathways": len(learned),
+        }
+    )
+    sentences = ("paper_verdict", "false_found", "false_lesson", "false_short")
+    report.many({key: sentence(key, **words) for key in sentences})
+
+
+def report_layers(report: Results, means: pd.DataFrame, others: pd.DataFrame, layer: int) -> None:
+    """The layer sweep."""
     whole = means.groupby("pathway", sort=False).apply(lambda p: int((p.reached > 0).sum()), include_groups=False)
-    layers = means.layer.nunique()
-    some = ", ".join(f"{plain(name)} at {n}" for name, n in whole.items())
-    well, n = int(others.as_well.sum()), int(others.others.sum())
-    each = ", ".join(f"{plain(r.pathway)} {r.as_well} of {r.others}" for r in others.itertuples())
-    said = (
-        "no other layer does as well: the diagnosed layer stands out"
-        if well == 0
-        else "most other layers do as well: the diagnosed layer is not special"
-        if 2 * well >= n
-        else "some other layers do as well"
-    )
-    best = others.loc[others.most_repaired.idxmax()]
-    held_out = int(means.held_out_n.max())
-    report("reached_by", some)
-    report("as_well", well)
-    report("as_well_of", n)
-    report("most_repaired", best.most_repaired, ".0f")
-    report("most_repaired_at", f"L{best.best_layer} ({plain(best.pathway)})")
-    report(
-        "layers_verdict",
-        f"Of {layers} layers the goal is reached by {some}. In {well} of {n} comparisons another "
-        f"layer does as well as the diagnosed L{layer} ({each}): {said}.",
-    )
-    more = int((means.held_out_repaired == best.most_repaired).sum()) - 1
-    report(
-        "repair_verdict",
-        f"Of the {held_out} held-out facts no layer and pathway repairs more than "
-        f"{best.most_repaired:.0f} (L{best.best_layer}, {plain(best.pathway)}"
-        + (f", and {more} more" if more else "")
-        + f"); at L{layer} it is "
-        f"{', '.join(f'{r.own_repaired:.0f} ({plain(r.pathway)})' for r in others.itertuples())}.",
-    )
-    lost = means.sort_values("probes_lost").iloc[-1]
-    report("layers_probes_lost", float(lost.probes_lost), ".0f")
-    report("layers_bled", (float(means.bled.min()), float(means.bled.max())), ".0f")
-    said = f"no run loses more than {lost.probes_lost:.0f} of the probes" if lost.probes_lost else "no probe is lost"
-    report(
-        "layers_effects",
-        f"{said}, and wrong trained answers appear on {means.bled.min():.0f} to "
-        f"{means.bled.max():.0f} of {means.bled_n.max():.0f} prompts about other countries.",
-    )
+    best, bled = others.loc[others.most_repaired.idxmax()], (float(means.bled.min()), float(means.bled.max()))
+    counts = {
+        "reached_by": ", ".join(f"{plain(name)} at {n}" for name, n in whole.items()),
+        "as_well": int(others.as_well.sum()),
+        "as_well_of": int(others.others.sum()),
+        "most_repaired_at": f"L{best.best_layer} ({plain(best.pathway)})",
+    }
+    words = counts | {
+        "layer": layer,
+        "each": ", ".join(f"{plain(r.pathway)} {r.as_well} of {r.others}" for r in others.itertuples()),
+        "best": best,
+        "best_pathway": plain(best.pathway),
+        "more": int((means.held_out_repaired == best.most_repaired).sum()) - 1,
+        "own": ", ".join(f"{r.own_repaired:.0f} ({plain(r.pathway)})" for r in others.itertuples()),
+        "lost": float(means.probes_lost.max()),
+        "bled": bled,
+        "most": means.max(numeric_only=True),
+    }
+    report.many(counts | {"most_repaired": (best.most_repaired, ".0f"), "layers_bled": (bled, ".0f")})
+    report.many({"layers_probes_lost": (words["lost"], ".0f")})
+    sentences = ("layers_verdict", "repair_verdict", "layers_effects")
+    report.many({key: sentence(key, layers=means.layer.nunique(), **words) for key in sentences})
 
 
-def report_spread(report: Callable[..., None], table: pd.DataFrame) -> None:
+def report_spread(report: Results, table: pd.DataFrame) -> None:
     """How far the seed alone moves what is repaired."""
     repaired = float((table.repaired_max - table.repaired_min).max())
     told = float((table.told_max - table.told_min).max())
-    report("spread_seeds", int(table.seeds.min()))
-    report("spread_repaired", repaired, ".0f")
-    where = "At the diagnosed layer and beside it, the seed alone"
-    report(
-        "spread_verdict",
-        f"{where} moves the number repaired by up to {repaired:.0f} and the number told by up to "
-        f"{told:.0f}: smaller differences between layers say nothing."
-        if repaired or told
-        else f"{where} changes neither the number told nor the number repaired.",
-    )
+    verdict = sentence("spread_verdict", repaired=repaired, told=told)
+    seeds = int(table.seeds.min())
+    report.many({"spread_seeds": seeds, "spread_repaired": (repaired, ".0f"), "spread_verdict": verdict})
 
 
-def report_correlations(report: Callable[..., None], table: pd.DataFrame) -> None:
-    """Sentences on the correlations. By chance, one interval of 95 % in twenty excludes zero."""
+def report_correlations(report: Results, table: pd.DataFrame) -> None:
+    """The correlations. By chance, one interval of 95 % in twenty excludes zero."""
     valid = table[table.rho.notna()]
-    sure = valid[(valid.low > 0) | (valid.high < 0)]
-    helpful = int((sure.low > 0).sum())
+    sure, helpful = int(((valid.low > 0) | (valid.high < 0)).sum()), int((valid.low > 0).sum())
     rule = valid[(valid.score == "knowledge head") & (valid.measure == "held_out_repaired")]
     own = "; ".join(f"{plain(r.pathway)} {r.rho:+.2f} ({r.low:+.2f} to {r.high:+.2f})" for r in rule.itertuples())
-    report("correlations_n", len(valid))
-    report("correlations_sure", len(sure))
-    report("correlations_helpful", helpful)
-    report("correlations_chance", 0.05 * len(valid), ".0f")
-    own_score = (
-        f"The rule's own score against held-out repairs: {own}."
-        if own
-        else "No layer's repairs vary enough to correlate the rule's own score with them."
-    )
-    report(
-        "correlation_verdict",
-        f"Of {len(valid)} correlations {len(sure)} have an interval that excludes zero "
-        f"(chance alone would give {0.05 * len(valid):.0f}; they share layers and runs), {helpful} of them in the "
-        f"direction that the diagnosis promises. {own_score}",
-    )
+    counts = {"correlations_n": len(valid), "correlations_sure": sure, "correlations_helpful": helpful}
+    chance = 0.05 * len(valid)
+    verdict = sentence("correlation_verdict", chance=chance, own=own, **counts)
+    report.many(counts | {"correlations_chance": (chance, ".0f"), "correlation_verdict": verdict})
 
 
-def report_parts(report: Callable[..., None], parts: pd.DataFrame) -> None:
-    """Sentences on random parts."""
-    words = "; ".join(f"{r.part}: {r.better} of {r.random} random ones do better" for r in parts.itertuples())
+def report_parts(report: Results, parts: pd.DataFrame) -> None:
+    """Random parts."""
+    better = "; ".join(f"{r.part}: {r.better} of {r.random} random ones do better" for r in parts.itertuples())
     ahead = int((2 * parts.better < parts.random).sum())
-    report("parts_better", words)
-    report(
-        "parts_verdict",
-        f"Parts of equal size: {words}. The named part beats the middle of its random peers in "
-        f"{ahead} of {len(parts)} kinds.",
-    )
+    verdict = sentence("parts_verdict", better=better, ahead=ahead, kinds=len(parts))
+    report.many({"parts_better": better, "parts_verdict": verdict})
 
 
-def report_rivals(report: Callable[..., None], rows: pd.DataFrame) -> None:
-    """Sentences on rivals and on the ladder."""
-    steps, n, facts = ladder(rows), int(rows.held_out_n.iloc[0]), int(rows.facts_n.iloc[0])
-    best = rows.loc[rows.held_out_repaired.idxmax()]
-    trained = rows[rows.kind != "no training"]
-    top = trained.loc[trained.held_out_repaired.idxmax()]
-    untrained = "; ".join(rows.rival[rows.whole & (rows.kind == "no training")]) or "none"
-    report("rivals", len(rows))
-    report("rivals_told", int(rows.whole.sum()))
-    report("rivals_untrained", untrained)
-    report("fewest_told", steps.changed["whole"])
-    report("fewest_general", steps.changed["general"])
-    report("free_told", steps.free["whole"])
-    report("free_general", steps.free["general"])
-    report("most_general", best.rival)
-    report("most_general_repaired", int(best.held_out_repaired))
-    report("most_general_trained", top.rival)
-    report("most_general_trained_repaired", int(top.held_out_repaired))
-    report(
-        "rivals_verdict",
-        f"{int(rows.whole.sum())} of {len(rows)} methods make all {facts} told. Without any "
-        f"training these do: {untrained}.",
-    )
-    free, changed = steps.free, steps.changed
-    report(
-        "ladder_verdict",
-        f"Fewest parameters that tell all {facts}: with the model as it is, {free['whole']}; with "
-        f"a change, {changed['whole']}. Fewest that generalise (at least half of the {n} held-out facts): with the "
-        f"model as it is, {free['general']}; with a change, {changed['general']}.",
-    )
-    report(
-        "general_verdict",
-        f"Most held-out facts are repaired by {best.rival} ({int(best.held_out_repaired)} of {n}"
-        f", {best.low:.0%} to {best.high:.0%}), and among what is trained by {top.rival} "
-        f"({int(top.held_out_repaired)} of {n}, {top.low:.0%} to {top.high:.0%}).",
-    )
+def report_rivals(report: Results, rows: pd.DataFrame) -> None:
+    """Rivals, and the ladder."""
+    steps, untrained = ladder(rows), rows.kind == "no training"
+    best, trained = (part.loc[part.held_out_repaired.idxmax()] for part in (rows, rows[~untrained]))
+    counts = {
+        "rivals": len(rows),
+        "rivals_told": int(rows.whole.sum()),
+        "rivals_untrained": "; ".join(rows.rival[rows.whole & untrained]) or "none",
+        "fewest_told": steps.changed["whole"],
+        "fewest_general": steps.changed["general"],
+        "free_told": steps.free["whole"],
+        "free_general": steps.free["general"],
+        "most_general": best.rival,
+        "most_general_repaired": int(best.held_out_repaired),
+        "most_general_trained": trained.rival,
+        "most_general_trained_repaired": int(trained.held_out_repaired),
+    }
+    words = counts | {"facts": int(rows.facts_n.iloc[0]), "n": int(rows.held_out_n.iloc[0]), "best": best}
+    sentences = ("rivals_verdict", "ladder_verdict", "general_verdict")
+    report.many(counts | {key: sentence(key, trained=trained, **words) for key in sentences})
 
 
 def plain(name: str) -> str:

@@ -1,8 +1,13 @@
-"""studies.pathways."""
+"""Pathways head to head: the runs of a sweep, their controls, and one table.
+
+train_at     one pathway at one rate and seed, on true or false facts: what a sweep runs
+further      what follows from a finished grid: more seeds, false facts, more steps
+gather       the comparison that the finished runs make, with the edits of the first seed
+controls     false facts, which the model cannot know; more steps, for a pathway that misses its goal
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,25 +33,23 @@ LONGER = 4  # times the step limit, in the control
 PAPER = ("full", "attention", "ffn", "v_only")  # the source page's four; Q-only and K-only are this book's
 
 
-# Runs as a sweep does them
-
-
 @experiment
 def train_at(
     model: Model, *, pathway: str, rate: float, facts: str = "true", longer: int = 1, seed: int = 0
 ) -> dict[str, Any]:
-    """Train a pathway of the diagnosed layer on the subject's first case. facts: `true` or `false`; longer: times the
+    """Train a pathway of the diagnosed layer on the model's first case. facts: `true` or `false`; longer: times the
     recipe's limit of steps. The outcome, and two curves by step. Raises EditError for other words."""
     if facts not in ("true", "false"):
         raise EditError(f"facts {facts!r}: choose true or false.")
-    task = _task(model)
+    task = diagnosed_task(model)
     task = replace(task, recipe=replace(task.recipe, max_steps=longer * task.recipe.max_steps))
     run = train(model, task if facts == "true" else false_facts(task), pathway, rate=rate, seed=seed)
     return run.outcome | {"margins": run.history.min_margin.tolist(), "kls": run.history.kl.tolist()}
 
 
 @once_a_model
-def _task(model: Model) -> Task:
+def diagnosed_task(model: Model) -> Task:
+    """What training takes at the diagnosed layer of the model's first case."""
     case = trainable(model, load_cases(model.name)[0])
     return task_at(model, case, prescribe(model, case).knowledge_head.layer)
 
@@ -56,11 +59,11 @@ def further(grid: pd.DataFrame, *, seed: int = 0, seeds: int = 10) -> list[dict[
     seeds after the first; the same on false facts; and with more steps, where it missed its goal."""
     out = []
     for row in chosen_rows(grid).itertuples():
-        one = {"pathway": [row.pathway], "rate": [row.rate]}
-        out.append({**one, "seed": list(range(seed, seed + seeds))})
-        out.append({**one, "seed": [seed], "facts": ["false"]})
+        point = {"pathway": [row.pathway], "rate": [row.rate]}
+        out.append({**point, "seed": list(range(seed, seed + seeds))})
+        out.append({**point, "seed": [seed], "facts": ["false"]})
         if not row.reached:
-            out.append({**one, "seed": [seed], "longer": [LONGER]})
+            out.append({**point, "seed": [seed], "longer": [LONGER]})
     return out
 
 
@@ -69,13 +72,13 @@ def gather(model: Model, task: Task, grid: pd.DataFrame, runs: pd.DataFrame) -> 
     more, for their edits. Raises EditError where one of these does not reach what its row does."""
     best = chosen_rows(grid)
     with one_thread():  # as a sweep runs it: sums are added in the same order
-        first = {row.pathway: _again(model, task, row) for row in tqdm(list(best.itertuples()), desc="the edits")}
+        first = {row.pathway: _retrained(model, task, row) for row in tqdm(list(best.itertuples()), desc="the edits")}
     is_best = grid.merge(best[["pathway", "rate"]], how="left", indicator=True)["_merge"] == "both"
     tried = in_order(grid.drop(columns=[*CURVES, *WAYS]).assign(chosen=is_best.to_numpy()), "rate")
     return Comparison(tried, in_order(runs[(runs.facts == "true") & (runs.longer == 1)], "seed"), first)
 
 
-def _again(model: Model, task: Task, row: Any) -> Trained:
+def _retrained(model: Model, task: Task, row: Any) -> Trained:
     run = train(model, task, row.pathway, rate=row.rate, seed=row.seed)
     if run.reached != row.reached or run.diverged != row.diverged:
         raise EditError(
@@ -101,8 +104,8 @@ def controls(runs: pd.DataFrame) -> pd.DataFrame:
     """Two controls at each pathway's chosen rate, first seed: false facts; and, where a pathway did not reach its
     goal, LONGER times the steps. One row a run, with `control`. runs: of the sweep of what is `further`."""
     lies = in_order(runs[runs.facts == "false"], "seed").assign(control="false facts")
-    again = in_order(runs[runs.longer > 1], "seed").assign(control="more steps")
-    return pd.concat((lies, again), ignore_index=True).drop(columns=[*CURVES, *WAYS])
+    longer = in_order(runs[runs.longer > 1], "seed").assign(control="more steps")
+    return pd.concat((lies, longer), ignore_index=True).drop(columns=[*CURVES, *WAYS])
 
 
 def repeat(model: Model, task: Task, comparison: Comparison) -> pd.DataFrame:
@@ -131,91 +134,25 @@ def gpt2_sizes() -> dict[str, dict[str, float]]:
 def head_to_head(model: Model, comparison: Comparison) -> pd.DataFrame:
     """One row a pathway, by the first seed's run: parameters, their share of the model, rate, steps, what is told
     before and after, smallest margin, KL, whether the rest is unchanged, and seconds of training."""
+    seeds = comparison.seeds.drop_duplicates("pathway").set_index("pathway")
     rows = []
-    for name, run in comparison.runs.items():
-        if run.edit is None:
-            continue
-        own = comparison.seeds.query("pathway == @name").iloc[0]
-        rows.append(
-            {
-                "pathway": name,
-                "parameters": run.edit.parameters,
-                "share": run.edit.parameters / model.parameters,
-                "rate": run.rate,
-                "steps": run.steps,
-                "told_before": sum(run.edit.told_before),
-                "told_after": sum(run.edit.told_after),
-                "reached": run.reached,
-                "min_margin": own.min_margin,
-                "kl": own.kl,
-                "outside_unchanged": outside_unchanged(model, run.edit),
-                "seconds": run.seconds,
-            }
-        )
+    for name, edit in comparison.edits.items():
+        run = comparison.runs[name]
+        size: dict[str, Any] = {
+            "pathway": name,
+            "parameters": edit.parameters,
+            "share": edit.parameters / model.parameters,
+        }
+        told = {"told_before": sum(edit.told_before), "told_after": sum(edit.told_after), "reached": run.reached}
+        harm = {"min_margin": seeds.min_margin[name], "kl": seeds.kl[name]}
+        proof = {"outside_unchanged": outside_unchanged(model, edit), "seconds": run.seconds}
+        rows.append({**size, "rate": run.rate, "steps": run.steps, **told, **harm, **proof})
     return pd.DataFrame(rows)
 
 
 def spread(seeds: pd.DataFrame) -> pd.DataFrame:
     """One row a pathway: how many seeds reach the goal; mean and range of told, steps, margin and KL."""
+    columns = ("told", "steps", "min_margin", "kl")
+    ends = {f"{column}_{end}": (column, end) for column in columns for end in ("mean", "min", "max")}
     by = seeds.groupby("pathway", sort=False)
-    out = by.agg(seeds=("seed", "size"), reached=("reached", "sum"))
-    for column in ("told", "steps", "min_margin", "kl"):
-        part = by[column].agg(["mean", "min", "max"])
-        out[[f"{column}_mean", f"{column}_min", f"{column}_max"]] = part
-    return out.reset_index()
-
-
-def report_comparison(
-    report: Callable[..., None], head: pd.DataFrame, seeds: pd.DataFrame, checks: pd.DataFrame
-) -> None:
-    """What the chapter's prose says of a comparison."""
-    whole = seeds.groupby("pathway", sort=False).reached.all()
-    paper = [name for name in PAPER if whole.get(name, False)]
-    able = head[head.pathway.map(whole)].sort_values("parameters")
-    lies = checks[checks.control == "false facts"].set_index("pathway")
-    liars = [name for name in PAPER if name in lies.index and lies.reached[name]]
-    rest = [name for name in ("q_only", "k_only") if name in whole.index]
-    report("paper_pathways_reached", len(paper))
-    report("paper_pathways", len(PAPER))
-    report("paper_verdict", "All four" if len(paper) == len(PAPER) else f"{len(paper)} of {len(PAPER)}")
-    report("smallest", _words([able.pathway.iloc[0]] if len(able) else []))
-    report("smallest_parameters", int(able.parameters.iloc[0]) if len(able) else 0, ",")
-    report("smallest_share", float(able.share.iloc[0]) if len(able) else 0.0, ".2%")
-    report("smallest_kl", float(able.kl.iloc[0]) if len(able) else 0.0, ".4f")
-    report("least_kl", float(able.kl.min()) if len(able) else 0.0, ".4f")
-    best = by_seed(seeds)
-    report("recommended", best.iloc[0].replace("_", " "))
-    report("recommended_seeds", int((best == best.iloc[0]).sum()))
-    report("outside_unchanged", "unchanged" if head.outside_unchanged.all() else "NOT unchanged")
-    report("q_k_verdict", _words([name for name in rest if whole[name]]))
-    report("false_pathways", len(liars))
-    steps = {name: (int(lies.steps[name]), int(head.set_index("pathway").steps[name])) for name in liars}
-    found, lesson, short = _on_false_facts(steps)
-    report("false_found", found)
-    report("false_lesson", lesson)
-    report("false_short", short)
-
-
-def _on_false_facts(steps: dict[str, tuple[int, int]]) -> tuple[str, str, str]:
-    """What the control found, what it means, and both in short. steps: of the pathways that learn false facts, the
-    steps that these and the true ones take."""
-    if not steps:
-        return (
-            f"None of the {len(PAPER)} pathways reaches its goal on capitals that are wrong.",
-            "So on this subject, within these limits, telling all does say that something was there to build on.",
-            "False capitals are not learned within the same limits.",
-        )
-    false, true = (", ".join(str(s[i]) for s in steps.values()) for i in (0, 1))
-    return (
-        f"False facts can be trained too: {len(steps)} of the {len(PAPER)} pathways ({_words(list(steps))}) reach "
-        f"their goal on capitals that are wrong, in {false} steps where the true ones took {true}.",
-        "So telling all of them is no evidence that knowledge was merely misrouted: the same few weights can be made "
-        "to say what the model never knew. What the comparison of the steps does show is a head start: where the true "
-        "facts take fewer steps, something was there to build on.",
-        f"{len(steps)} of the {len(PAPER)} pathways learn false capitals as well. Success on the trained facts is no "
-        "measure of routing.",
-    )
-
-
-def _words(names: Sequence[str]) -> str:
-    return " and ".join(", ".join(n.replace("_", " ") for n in names).rsplit(", ", 1)) or "none"
+    return by.agg(seeds=("seed", "size"), reached=("reached", "sum"), **ends).reset_index()

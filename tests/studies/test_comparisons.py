@@ -8,6 +8,13 @@ from lib.show import tables
 from lib.studies import comparisons
 
 
+class Reported(dict):
+    """Stands for `Results`: what is reported, without its format."""
+
+    def many(self, values):
+        self.update({key: value[0] if isinstance(value, tuple) else value for key, value in values.items()})
+
+
 def runs(**columns):
     base = {
         "pathway": "v_only",
@@ -104,8 +111,8 @@ def test_the_ladder_worked_out():
     steps = comparisons.ladder(rows)
     assert steps.loc["whole"].tolist() == ["N", "H (1)", "0"]
     assert steps.loc["general"].tolist() == ["none", "F (900)", "900"]
-    said = {}
-    comparisons.report_rivals(lambda key, value, form="": said.update({key: value}), rows)
+    said = Reported()
+    comparisons.report_rivals(said, rows)
     assert said["rivals_told"] == 3 and said["rivals_untrained"] == "N; H" and said["most_general"] == "F"
     shown = tables.arranged("rivals", rows)
     assert shown["held-out told"].iloc[3] == "2 of 4 (7% to 93%)" and shown.locality.iloc[1] == "5 lost"

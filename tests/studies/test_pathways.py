@@ -106,7 +106,7 @@ def table(model, grids: list[dict]) -> pd.DataFrame:
 
 def test_the_sweeps_make_the_comparison(swept, organism):
     grid, runs = swept
-    task = pathways._task(organism)
+    task = pathways.diagnosed_task(organism)
     found, checks = pathways.gather(organism, task, grid, runs), pathways.controls(runs)
     assert found.grid.pathway.tolist() == ["ffn", "ffn", "v_only", "v_only"], "in the order of PATHWAYS"
     assert found.grid.groupby("pathway").chosen.sum().tolist() == [1, 1]
@@ -123,7 +123,7 @@ def test_a_run_that_comes_out_otherwise_is_an_error(swept, organism):
     grid, runs = swept
     remedy = r"came out otherwise than in the sweep .* delete _build/sweeps/organism .* QKV_RUNS=off"
     with pytest.raises(EditError, match=remedy):
-        pathways.gather(organism, pathways._task(organism), grid.assign(reached=~grid.reached), runs)
+        pathways.gather(organism, pathways.diagnosed_task(organism), grid.assign(reached=~grid.reached), runs)
 
 
 def test_lessons_that_there_are(organism):
@@ -144,7 +144,7 @@ def test_head_to_head_and_spread(ran, swept, organism):
     head = pathways.head_to_head(organism, found)
     assert head.outside_unchanged.all()
     assert head.parameters.tolist() == [e.parameters for e in found.edits.values()]
-    spread = pathways.spread(pathways.gather(organism, pathways._task(organism), *swept).seeds)
+    spread = pathways.spread(pathways.gather(organism, pathways.diagnosed_task(organism), *swept).seeds)
     assert (spread.kl_min <= spread.kl_mean).all() and (spread.kl_mean <= spread.kl_max).all()
     assert (spread.seeds == 2).all()
 
