@@ -4,7 +4,6 @@ numbers are those of the CPU. No GPU takes part, so nothing here speaks of one's
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +98,7 @@ def sweeps(model: Model) -> Numbers:
 @pytest.mark.parametrize("work", [traces, diagnoses, statics, patches, ablations, trainings, sweeps])
 def test_elsewhere_the_numbers_are_the_same(organism, elsewhere, work: Callable, monkeypatch, tmp_path):
     monkeypatch.setattr(models, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(planted, "retrain", partial(planted.retrain, steps=5))  # 60 multiply rounding
+    monkeypatch.setattr(planted, "STEPS", 5)  # 60 multiply rounding
     here = work(organism)
     with simulated.Simulated(), simulated.AsDefault():
         monkeypatch.setattr(torch, "get_default_device", lambda: simulated.DEVICE)

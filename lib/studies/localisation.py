@@ -1,27 +1,28 @@
-"""Diagnose a model that one knows nothing about: which component makes a template fail where others tell?
+"""Localisation: which component makes a template fail where others tell, in a model that one knows nothing about?
 
-Given are a subject, facts, and the texts of a failing template and of control templates; no more (`look`). Of every
-fact that a control tells and the failing template does not, it gathers for each component (heads and MLPs)
+Given are a model, facts, and the texts of a failing template and of control templates; no more (`blind`). Of every fact
+that a control tells and the failing template does not, `look` gathers for each component (heads and MLPs)
 
-    push      its direct contribution to answer minus competitor at the last position, under every template
-    writes    its contribution to the answer minus the mean contribution to the other facts' answers
-    effect    how much of answer minus competitor comes back when it does what it does under the controls (`patching`)
+    difference    its direct contribution to answer minus competitor at the last position, under every template
+    attribution   its contribution to the answer minus the mean contribution to the other facts' answers
+    effect        how much of answer minus competitor comes back when it does what it does under the controls
+                  (activation patching)
 
 and, from the weights alone,
 
-    maps      what each head's OV circuit writes of the right answer from the subject's embedding
-    loud      how loudly its output matrix can speak of these answers, against other words
+    maps          what each head's OV circuit writes of the right answer from the subject's embedding
+    loudness      how loudly its output matrix can speak of these answers, against other words
 
-A rule turns that into a site and a failure kind. `dynamic`, from what the prompts show:
+A rule turns that into a site and a failure kind. `dynamic alone`, from what the prompts show:
 
-    1. A component's fault is how far its push falls below its lowest push under any control that tells the fact, plus
-       its effect. A template that merely differs lowers some pushes too; the controls show by how much templates
+    1. A component's fault is how far its difference falls below its lowest under any control that tells the fact, plus
+       its effect. A template that merely differs lowers some differences too; the controls show by how much templates
        differ. An MLP's effect counts no more than its fall: what it passes on is not its own doing.
     2. The site is the component with the largest fault.
     3. `not retrieved`: a head that looks at the subject under the controls, and that no longer writes the answers as
        the heads that write most do, or acts through others more than by itself. Otherwise `overridden`.
 
-`static`, from the weights: the loudest component of the upper two thirds, if it is loud enough, is a suppressor,
+`static alone`, from the weights: the loudest component of the upper two thirds, if it is loud enough, is a suppressor,
 unless it is a head that maps the relation. If there is none: the head that maps it best, not retrieved.
 `joined`: of the components whose faults come close to the largest, one that the weights back is taken first.
 """
@@ -45,13 +46,17 @@ from lib.sites import Site
 from lib.static import enrich
 from lib.trace import components, subject_attention
 
-PATCHED = 5  # facts that are patched, in the upper two thirds of the layers: the costly part
+LOWER = 3  # the lowest third of the layers is neither patched nor suspected: there is little of the answer yet
+PATCHED = 5  # facts that are patched: the costly part
 READS = 0.25  # attention to the subject of a head that looks at it
-WRITES = 0.25  # of the strongest head's writing: a head that writes
-LOST = 0.15  # of its fall: writing lost
+WRITES = 0.25  # of the strongest head's attribution: a head that writes
+LOST = 0.15  # of the fall of its difference: attribution lost
+DIRECT = 0.5  # of its effect: a component whose difference falls by less acts through others
 LOUD = 5.0  # robust standard deviations of a suppressor that the weights show
 MAPS = 0.5  # standard deviations of a head that maps the relation
 CLOSE = 0.8  # of the largest fault
+WORDS = 64  # of the vocabulary, drawn evenly: what loudness is measured against
+MAD = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
 
 
 @dataclass(frozen=True)
@@ -64,80 +69,72 @@ class Named:
 
 @dataclass(frozen=True)
 class Look:
-    """The evidence. Template 0 is the failing one, then the controls. facts: those that fail, of all `asked`."""
+    """The evidence on the facts that fail. Template 0 is the failing one, then the controls."""
 
-    asked: tuple[Fact, ...]
     facts: tuple[Fact, ...]
     sites: tuple[Site, ...]
-    all_told: Bool[Tensor, "template asked"]
     told: Bool[Tensor, "template fact"]
     difference: Float[Tensor, "template fact component"]
     attribution: Float[Tensor, "template fact component"]
     margin: Float[Tensor, "template fact"]
-    attention: Float[Tensor, "template fact n_layers n_heads"]
+    attention: Float[Tensor, "template fact n_layers n_heads"]  # to the subject's tokens
     effect: Float[Tensor, "component patched"]
     maps: Float[Tensor, "n_layers n_heads"]
-    loud: Float[Tensor, " component"]
+    loudness: Float[Tensor, " component"]
 
     def control(self, values: Float[Tensor, "template fact ..."]) -> Float[Tensor, "fact ..."]:
         """Mean over the control templates that tell a fact."""
         return control_mean(values[1:], self.told[1:])
 
-
-def see(model: Model, facts: Sequence[Fact], templates: Sequence[str]) -> list[CachedRun]:
-    """A run over all facts for each template."""
-    return [run_with_cache(model, prompts(facts, t)) for t in templates]
-
-
-def told_by(seen: Sequence[CachedRun], answers: Int[Tensor, " fact"]) -> Bool[Tensor, "template fact"]:
-    return torch.stack([s.logits.argmax(-1) == answers for s in seen])
+    @property
+    def heads(self) -> int:
+        """How many of the components are heads: the first ones."""
+        return self.maps.numel()
 
 
-def look(model: Model, facts: Sequence[Fact], failing: str, controls: Sequence[str]) -> Look | None:
-    """All evidence; None where no fact is known and not told."""
-    return look_at(model, facts, see(model, facts, [failing, *controls]))
+def told_by(runs: Sequence[CachedRun], answers: Int[Tensor, " fact"]) -> Bool[Tensor, "template fact"]:
+    """Where the answer's first token is the top one."""
+    return torch.stack([r.logits.argmax(-1) == answers for r in runs])
 
 
 @torch.no_grad()
-def look_at(model: Model, facts: Sequence[Fact], seen: Sequence[CachedRun]) -> Look | None:
-    """The same from the subject's own runs (`see`), where they are at hand."""
-    answers, weights = first_tokens(model, facts), model.weights
-    told = told_by(seen, answers)
+def look(model: Model, facts: Sequence[Fact], runs: Sequence[CachedRun]) -> Look | None:
+    """All evidence, from the model's own runs of all facts under the failing template and then under each control;
+    None where no fact is known and not told."""
+    answers = first_tokens(model, facts)
+    told = told_by(runs, answers)
     rows = (~told[0] & told[1:].any(0)).nonzero()[:, 0].tolist()
     if not rows:
         return None
-    chosen, own, some = [s.take(rows) for s in seen], answers[rows], tuple(facts[i] for i in rows)
-    pairs = torch.stack((own, strongest_wrong(chosen[0].logits, own)), 1)
-    traced = [contributions(model, s.capture(), pairs, answers.unique()) for s in chosen]
-    difference, attribution = (torch.stack([getattr(t, x) for t in traced]) for x in ("difference", "attribution"))
-    margin = torch.stack([logit_differences(s, pairs) for s in chosen])
-    attention = torch.stack(
-        [subject_attention(model, s.patterns, s.prompts, [f.subject for f in some]) for s in chosen]
-    )
-    first, lowest = range(min(PATCHED, len(rows))), weights.n_layers // 3
-    z, mlps = (control_mean(torch.stack([getattr(s, x) for s in chosen[1:]]), told[1:, rows]) for x in ("z", "mlps"))
+    told, failing = told[:, rows], tuple(facts[i] for i in rows)
+    chosen, subjects = [r.take(rows) for r in runs], [f.subject for f in failing]
+    pairs = torch.stack((answers[rows], strongest_wrong(chosen[0].logits, answers[rows])), 1)
+    traced = [contributions(model, r.capture(), pairs, answers.unique()) for r in chosen]
+    margin = torch.stack([logit_differences(r, pairs) for r in chosen])
+    first, lowest = range(min(PATCHED, len(rows))), model.weights.n_layers // LOWER
+    z, mlps = (control_mean(torch.stack([getattr(r, part) for r in chosen[1:]]), told[1:]) for part in ("z", "mlps"))
     back = patch_components(model, chosen[0].take(first), z[first], mlps[first], pairs[first], lowest=lowest)
     return Look(
-        tuple(facts),
-        some,
-        components(model),
-        told,
-        told[:, rows],
-        difference,
-        attribution,
-        margin,
-        attention,
-        back - margin[0, first],
-        maps(model, facts),
-        loudness(model, answers),
+        facts=failing,
+        sites=components(model),
+        told=told,
+        difference=torch.stack([t.difference for t in traced]),
+        attribution=torch.stack([t.attribution for t in traced]),
+        margin=margin,
+        attention=torch.stack([subject_attention(model, r.patterns, r.prompts, subjects) for r in chosen]),
+        effect=back - margin[0, first],
+        maps=maps(model, facts),
+        loudness=loudness(model, answers),
     )
 
 
 def first_tokens(model: Model, facts: Sequence[Fact]) -> Int[Tensor, " fact"]:
+    """Of each fact's answer."""
     return torch.tensor([model.first_token(f.answer) for f in facts])
 
 
 def strongest_wrong(logits: Float[Tensor, "n vocab"], answers: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """The token of each row that is on top where the answer is not counted."""
     return logits.scatter(1, answers[:, None], float("-inf")).argmax(1)
 
 
@@ -146,89 +143,86 @@ def strongest_wrong(logits: Float[Tensor, "n vocab"], answers: Int[Tensor, " n"]
 
 @torch.no_grad()
 def maps(model: Model, facts: Sequence[Fact]) -> Float[Tensor, "n_layers n_heads"]:
-    """Each head's OV circuit on the subjects' embeddings (enriched by the first MLP): what it writes of the own
+    """Each head's OV circuit on the subjects' embeddings (enriched by the first MLP): what it writes of the right
     answer, minus the mean of the other answers, in standard deviations over all pairs of subject and answer."""
     weights = model.weights
     e = enrich(weights, weights.W_E[[model.token_ids(f" {f.subject}")[-1] for f in facts]])
     W_U = weights.norm_final.fold(weights.W_U[:, first_tokens(model, facts)])
-    out = []
+    scores = []
     for block in weights.blocks:
         v = einsum(block.norm_attn(e), block.attn.per_head(block.attn.W_V), "s d, n d h -> n s h")
-        says = v @ (block.attn.W_O @ W_U)
-        says = says - says.mean(-2, keepdim=True)  # what is said whatever the subject names nobody's capital
-        out.append(says.diagonal(dim1=-2, dim2=-1).mean(-1) / says.std((-2, -1)))
-    return torch.stack(out)
+        written = v @ (block.attn.W_O @ W_U)  # (head, subject, answer)
+        written = written - written.mean(-2, keepdim=True)  # what is written whichever the subject answers for none
+        scores.append(written.diagonal(dim1=-2, dim2=-1).mean(-1) / written.std((-2, -1)))
+    return torch.stack(scores)
 
 
 @torch.no_grad()
-def loudness(model: Model, answers: Int[Tensor, " fact"], *, words: int = 64) -> Float[Tensor, " component"]:
+def loudness(model: Model, answers: Int[Tensor, " fact"]) -> Float[Tensor, " component"]:
     """How loudly a component's output matrix can speak of the answers together, against other words: the norm of its
-    product with the answers' mean unembedding (the vocabulary's mean taken off), over the mean such norm of as many
-    words drawn evenly from the vocabulary. Logarithm, in robust standard deviations over the components of its kind."""
-    weights = model.weights
-    every = torch.linspace(0, weights.W_U.shape[1] - 1, words).long()
+    product with the answers' mean unembedding (the vocabulary's mean taken off), over the mean such norm of words drawn
+    evenly from the vocabulary. Logarithm, in robust standard deviations over the components of its kind."""
+    weights, n = model.weights, len(answers)
+    every = torch.linspace(0, weights.W_U.shape[1] - 1, WORDS).long()
     columns = weights.W_U[:, torch.cat((answers, every))] - weights.W_U.mean(1, keepdim=True)
     columns = weights.norm_final.fold(columns)
-    own = torch.cat((columns[:, : len(answers)].mean(1, keepdim=True), columns[:, len(answers) :]), 1)
-    own = own / own.norm(dim=0)
+    directions = torch.cat((columns[:, :n].mean(1, keepdim=True), columns[:, n:]), 1)  # (d_model, 1 + WORDS)
+    directions = directions / directions.norm(dim=0)
     heads = torch.stack([b.attn.W_O for b in weights.blocks]).flatten(0, 1)
-    mlps = torch.stack([b.mlp.W_out for b in weights.blocks])
-    return torch.cat([_robust((x @ own).norm(dim=1)) for x in (heads, mlps)])
-
-
-def _robust(norms: Float[Tensor, "component word"]) -> Float[Tensor, " component"]:
-    ratio = (norms[:, 0] / norms[:, 1:].mean(1)).log()
-    middle = ratio.median()
-    return (ratio - middle) / (1.4826 * (ratio - middle).abs().median())
+    parts = []
+    for outputs in (heads, torch.stack([b.mlp.W_out for b in weights.blocks])):
+        norms = (outputs @ directions).norm(dim=1)
+        ratio = (norms[:, 0] / norms[:, 1:].mean(1)).log()
+        spread = (ratio - ratio.median()).abs().median()
+        parts.append((ratio - ratio.median()) / (MAD * spread))
+    return torch.cat(parts)
 
 
 # Rules
 
 
 def fall(look: Look) -> Float[Tensor, " component"]:
-    """How much less each component pushes in the failing prompt than under the controls, on average."""
+    """How much smaller each component's difference is in the failing prompt than under the controls, on average."""
     return (look.control(look.difference) - look.difference[0]).mean(0)
 
 
 def excess(look: Look) -> Float[Tensor, " component"]:
-    """How far each component's push falls below its lowest under any control that tells the fact, on average."""
+    """How far each component's difference falls below its lowest under any control that tells the fact, on average."""
     untold = ~look.told[1:, :, None]
     return (look.difference[1:].masked_fill(untold, float("inf")).amin(0) - look.difference[0]).mean(0)
 
 
 def faults(look: Look) -> Float[Tensor, " component"]:
     """Step 1."""
-    own, effect = excess(look), look.effect.mean(1)
-    mlp = torch.tensor([site.mlp for site in look.sites])
-    return own + torch.where(mlp, torch.minimum(own, effect), effect)
+    fell, effect = excess(look), look.effect.mean(1)
+    return fell + torch.cat((effect[: look.heads], torch.minimum(fell, effect)[look.heads :]))
 
 
-def kind_at(look: Look, component: int) -> str:
-    """Step 3."""
-    if look.sites[component].mlp:
-        return OVERRIDDEN
-    control, heads = look.control(look.attribution).mean(0), look.maps.numel()
+def named(look: Look, scores: Float[Tensor, " component"]) -> Named:
+    """Step 3 at the component that scores highest."""
+    component, written = int(scores.argmax()), look.control(look.attribution).mean(0)
+    site = look.sites[component]
+    if site.mlp:
+        return Named(site, OVERRIDDEN)
     fell = float(fall(look)[component])
-    lost = float(control[component] - look.attribution[0].mean(0)[component])
+    unwritten = float(written[component] - look.attribution[0].mean(0)[component])
     reads = float(look.control(look.attention).mean(0).flatten()[component]) >= READS
-    wrote = float(control[component]) >= WRITES * float(control[:heads].max()) and lost >= LOST * fell
-    through_others = fell < float(look.effect[component].mean()) / 2
-    return NOT_RETRIEVED if reads and (wrote or through_others) else OVERRIDDEN
-
-
-def dynamic(look: Look) -> Named:
-    return _named(look, int(faults(look).argmax()))
+    wrote = float(written[component]) >= WRITES * float(written[: look.heads].max()) and unwritten >= LOST * fell
+    through_others = fell < DIRECT * float(look.effect[component].mean())
+    return Named(site, NOT_RETRIEVED if reads and (wrote or through_others) else OVERRIDDEN)
 
 
 def suppressors(look: Look) -> Float[Tensor, " component"]:
-    """loud, where a component can be a suppressor by its weights: in the upper two thirds, and no head that maps."""
-    layers, loud = look.maps.shape[0], look.loud.clone()
-    loud[: look.maps.numel()][look.maps.flatten() >= MAPS] = 0
-    loud[torch.tensor([site.layer < layers // 3 for site in look.sites])] = 0
-    return loud
+    """Loudness, where a component can be a suppressor by its weights: in the upper two thirds, and no head that maps;
+    0 elsewhere."""
+    lowest = len(look.maps) // LOWER
+    low = torch.tensor([site.layer < lowest for site in look.sites])
+    low[: look.heads] |= look.maps.flatten() >= MAPS
+    return look.loudness.masked_fill(low, 0)
 
 
 def static(look: Look) -> Named:
+    """From the weights alone."""
     loud = suppressors(look)
     if float(loud.max()) >= LOUD:
         return Named(look.sites[int(loud.argmax())], OVERRIDDEN)
@@ -236,46 +230,42 @@ def static(look: Look) -> Named:
 
 
 def joined(look: Look) -> Named:
-    fault, heads = faults(look), look.maps.numel()
-    backed = suppressors(look) >= LOUD
-    backed[:heads] |= look.maps.flatten() >= MAPS
+    """Both: faults close to the largest count double where the weights back them, the others not at all."""
+    fault, backed = faults(look), suppressors(look) >= LOUD
+    backed[: look.heads] |= look.maps.flatten() >= MAPS
     close = fault >= CLOSE * fault.max()
-    return _named(look, int((fault * close * (1 + backed.float())).argmax()))
+    return named(look, fault * close * (1 + backed.float()))
 
 
 def book(look: Look) -> Named:
     """The rule of chapter 2 (`diagnosis.decide`): the suppressor, or the knowledge head where there is none."""
-    values = (look.attribution, look.difference, look.margin)
-    control, failing = Contributions(*map(look.control, values)), Contributions(*(x[0] for x in values))
+    parts = (look.attribution, look.difference, look.margin)
+    control, failing = Contributions(*map(look.control, parts)), Contributions(*(part[0] for part in parts))
     verdict = decide(look.sites, control, failing)
     return Named(verdict.suppressor or verdict.knowledge_head, verdict.failure_kind)
 
 
 def knowledge_head(look: Look) -> Site:
     """The head that writes most under the controls."""
-    return look.sites[int(look.control(look.attribution).mean(0)[: look.maps.numel()].argmax())]
-
-
-def _named(look: Look, component: int) -> Named:
-    return Named(look.sites[component], kind_at(look, component))
+    return look.sites[int(look.control(look.attribution).mean(0)[: look.heads].argmax())]
 
 
 # simple rules name a site; the failure kind is then read off it as in step 3
 RULES: dict[str, Callable[[Look], Named]] = {
     "joined": joined,
-    "dynamic alone": dynamic,
+    "dynamic alone": lambda look: named(look, faults(look)),
     "static alone": static,
     "chapter 2": book,
-    "most negative attribution": lambda look: _named(look, int(look.difference[0].mean(0).argmin())),
-    "largest fall": lambda look: _named(look, int(fall(look).argmax())),
-    "largest patching effect": lambda look: _named(look, int(look.effect.mean(1).argmax())),
+    "most negative attribution": lambda look: named(look, -look.difference[0].mean(0)),
+    "largest fall": lambda look: named(look, fall(look)),
+    "largest patching effect": lambda look: named(look, look.effect.mean(1)),
 }
 
 
 def blind(model: Model, facts: Sequence[Fact], failing: str, controls: Sequence[str]) -> dict[str, Named]:
-    """What every rule names, given nothing but a subject, facts and the texts of templates. Raises DataError where no
+    """What every rule names, given nothing but a model, facts and the texts of templates. Raises DataError where no
     fact is known and not told."""
-    found = look(model, facts, failing, controls)
-    if found is None:
+    seen = look(model, facts, [run_with_cache(model, prompts(facts, template)) for template in (failing, *controls)])
+    if seen is None:
         raise DataError(f"under {failing!r} no fact fails that a control tells: there is nothing to diagnose.")
-    return {name: rule(found) for name, rule in RULES.items()}
+    return {name: rule(seen) for name, rule in RULES.items()}

@@ -1,17 +1,17 @@
-"""Break a subject at a known place, many times, and see whether the diagnosis finds it.
+"""Break a model at a known place, many times, and see whether the diagnosis finds it.
 
-A plant takes facts that the subject tells under a template, and changes weights so that they fail under that template
+A plant takes facts that the model tells under a template, and changes weights so that they fail under that template
 and stay told under others. `retrieval`: the query, key or value of a head that reads the subject is turned away.
 `override`: a later head or MLP is made to write against the answers. Every change is a linear map's: of all changes of
 a matrix that turn what it puts out for the failing prompts into what is wanted, and leave it as it is for the control
 prompts and for all other positions, the smallest one (ridge regression, as in MEMIT, Meng et al. 2023).
 
-The seed decides everything: `draw` -> Plant, `planted` puts it in and takes it out bit for bit, `plant_run` does all.
+The seed decides everything: `draw` -> Plant, `applied` puts it in and takes it out bit for bit, `plant_run` does all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,33 +26,45 @@ from lib.errors import DataError
 from lib.evaluation import load_relations
 from lib.facts import Fact, load_cases, load_templates, prompts
 from lib.forward import above, entering, pack
-from lib.interventions import CachedRun, logit_differences, patch_components, rerun_from
+from lib.interventions import CachedRun, logit_differences, patch_components, rerun_from, run_with_cache
 from lib.models import Model
 from lib.recall import study_facts, tell
 from lib.sites import Site
-from lib.studies import experiment, localisation
+from lib.studies import experiment, localisation, once_a_model
+from lib.studies.localisation import Look, Named, first_tokens, strongest_wrong, told_by
 from lib.trace import subject_positions
 from lib.training import slice_values
 from lib.weights import Block, Slice, pathway_slices
 
 DESIGN = range(0, 1000)  # seeds on which rules and thresholds were chosen
 SCORED = range(1000, 1108)  # seeds on which they are judged, once
+SCENE, DAMAGE, RANDOM_LAYER = 0, 1, 99  # streams of a seed's random numbers; that of a damage is DAMAGE + its attempt
 KINDS = (localisation.NOT_RETRIEVED, localisation.OVERRIDDEN)
-RIDGE = 1e-5
-CANDIDATES = 5  # heads that may be damaged
+
+FEWEST, MOST = 8, 12  # facts of a plant; a template must tell the fewest to be used
+CONTROLS = 3  # templates of a plant; each fact is told by half of them
 RANKED = 6  # facts on which heads are ranked
-CONTROLS = 3
-FEWEST = 8  # facts that a template must tell to be used
-TURNS = {"q": ["negate", "self"], "k": ["negate"], "v": ["negate", "swap"]}
-WRITES = ["each", "mean", "competitor"]
-BROKEN, KEPT = 0.5, 0.8
-ATTEMPTS = 8
+CANDIDATES = 5  # heads that may be damaged
+OPPOSITE = 3  # times what a head read is taken off what it says: more than its contrary, so that it shows
+FATAL = 0.5  # of the facts are lost without a head worth damaging
+TURNS = {"q": ["negate", "self"], "k": ["negate"], "v": ["negate", "swap"]}  # retrieval: matrix, and what becomes of it
+TURNED = (0.7, 3.0)  # how far: 1 takes the output away, 2 reverses it
+AGAINST = ["each", "mean", "competitor"]  # override: in which direction
+WEIGHT = (1.2, 8.0)  # of the mean margin, what an override takes away; drawn evenly in its logarithm
+
+RIDGE = 1e-5  # of the mean squared norm of the inputs
+SIGNAL = 10  # mean norms of what a head says: a signal that stands out in the direction in which it says least
+BROKEN, KEPT = 0.5, 0.8  # a plant counts if it breaks so much of what the template told, and keeps so much elsewhere
+ATTEMPTS = 8  # damages drawn for a seed, at most
+
+RATE, STEPS = 3e-3, 60  # of a repair, by Adam
+SPARE = 0.5  # logits by which a repaired fact is told: then a repair stops
 
 
 @dataclass(frozen=True)
 class Damage:
     """One change of weights. matrix: q, k, v (retrieval), o, ov, mlp (override). how: what the output becomes.
-    strength: of a retrieval plant, how far the output is turned; of an override, the logits that it takes away."""
+    strength: of a retrieval plant, how far the output is turned; of an override, the margins that it takes away."""
 
     site: Site
     matrix: str
@@ -76,54 +88,56 @@ class Plant:
     facts: tuple[Fact, ...]
     damages: tuple[Damage, ...]
 
+    @property
+    def lowest(self) -> int:
+        """The lowest layer that it changes (0-based)."""
+        return min(d.site.layer for d in self.damages)
+
 
 @dataclass(frozen=True)
 class Ground:
-    """What the unplanted subject tells: of each relation the facts and a row a template, True where told."""
+    """What the unplanted model tells: of a relation the facts and a row a template, True where told."""
 
     facts: tuple[Fact, ...]
     templates: tuple[str, ...]
     told: Bool[Tensor, "template fact"]
 
 
-_grounds: dict[str, dict[str, Ground]] = {}
-_rankings: dict[tuple[str, str, str], tuple[Reader, ...]] = {}
-
-
+@once_a_model
 def grounds(model: Model) -> dict[str, Ground]:
-    """By relation, what the subject tells under every template that tells at least `FEWEST` facts. Kept: every draw
-    starts from it."""
-    if model.weights_sha256 not in _grounds:
-        found = {name: _ground(model, *given) for name, given in fact_sets(model).items()}
-        found = {name: g for name, g in found.items() if len({t.split("{}")[0] for t in g.templates}) > 1}
-        if not found:
-            raise DataError(
-                f"{model.name} tells {FEWEST} facts under too few templates: there is nothing to break. Choose a "
-                "subject that tells more, or give it facts that it knows."
-            )
-        _grounds[model.weights_sha256] = found
-    return _grounds[model.weights_sha256]
+    """By relation, what the model tells under every template that tells at least `FEWEST` facts. Raises DataError where
+    there is no relation with two such templates that begin differently."""
+    usable = {}
+    for relation, (facts, templates) in fact_sets(model).items():
+        told = torch.tensor(tell(model, facts, templates).told.to_numpy()).view(len(templates), len(facts))
+        rows = (told.sum(1) >= FEWEST).nonzero()[:, 0].tolist()
+        texts = tuple(list(templates.values())[i] for i in rows)
+        if len(set(map(_start, texts))) > 1:
+            usable[relation] = Ground(tuple(facts), texts, told[rows])
+    if not usable:
+        raise DataError(
+            f"{model.name} tells {FEWEST} facts under too few templates: there is nothing to break. Choose a "
+            "model that tells more, or give it facts that it knows."
+        )
+    return usable
+
+
+def _start(template: str) -> str:
+    """What stands before the subject."""
+    return template.split("{}")[0]
 
 
 def fact_sets(model: Model) -> dict[str, tuple[tuple[Fact, ...], dict[str, str]]]:
     """By relation, facts and templates that a plant may use: countries and their capitals, neither held out nor of the
     case; and the organism's other relations, which a head of their own knows."""
     capitals = study_facts(model, load_cases(model.name)[0])
-    out = {"capital": (capitals, load_templates())}
+    sets = {"capital": (capitals, load_templates())}
     if model.name == "organism":
-        for name, rows in load_relations(model, capitals).groupby("item"):
+        for relation, rows in load_relations(model, capitals).groupby("item"):
             pairs = rows.drop_duplicates("subject")
             facts = tuple(Fact(s, a) for s, a in zip(pairs.subject, pairs.answer, strict=True))
-            out[str(name)] = (facts, {t: t for t in rows.template.unique()})
-    return out
-
-
-def _ground(model: Model, facts: Sequence[Fact], templates: dict[str, str]) -> Ground:
-    table = tell(model, facts, templates)
-    told = torch.tensor(table.told.to_numpy()).view(len(templates), len(facts))
-    keep = (told.sum(1) >= FEWEST).nonzero()[:, 0].tolist()
-    texts = list(templates.values())
-    return Ground(tuple(facts), tuple(texts[i] for i in keep), told[keep])
+            sets[str(relation)] = (facts, {t: t for t in rows.template.unique()})
+    return sets
 
 
 def draw(model: Model, seed: int, attempt: int = 0) -> Plant:
@@ -131,35 +145,35 @@ def draw(model: Model, seed: int, attempt: int = 0) -> Plant:
     controls and facts come from the seed, the damage from the seed and the attempt. Raises DataError."""
     if seed < 0 or attempt < 0:
         raise DataError(f"seed {seed}, attempt {attempt}: neither may be negative.")
-    scene, rng = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1 + attempt])
+    scene, rng = np.random.default_rng([seed, SCENE]), np.random.default_rng([seed, DAMAGE + attempt])
     kind, several = KINDS[seed % 2], bool(seed // 2 % 2)
     relations = grounds(model)
     share = np.array([len(g.templates) for g in relations.values()], float)
     relation = str(scene.choice(list(relations), p=share / share.sum()))
-    ground = relations[relation]
-    at, controls, facts = _scene(ground, scene)
-    ranked = ranking(model, relation, ground.templates[at])
-    damages = (_retrieval if kind == KINDS[0] else _override)(model, rng, ranked, several)
-    texts = tuple(ground.templates[i] for i in controls)
-    return Plant(seed, attempt, relation, kind, ground.templates[at], texts, facts, damages)
+    failing, controls, facts = _scene(relations[relation], scene)
+    readers = ranking(model, relation, failing)
+    draw_damages = _retrieval if kind == localisation.NOT_RETRIEVED else _override
+    damages = draw_damages(model, rng, readers, several)
+    return Plant(seed, attempt, relation, kind, failing, controls, facts, damages)
 
 
-def _scene(ground: Ground, rng: np.random.Generator) -> tuple[int, list[int], tuple[Fact, ...]]:
+def _scene(ground: Ground, rng: np.random.Generator) -> tuple[str, tuple[str, ...], tuple[Fact, ...]]:
     """A template to break, up to three controls, and 8 to 12 facts that the template and half of the controls tell.
     Where too few are, the controls are those that tell most of what the template tells. A control differs in what
     stands before the subject: up to there, prompts that begin alike are the same, and no change tells them apart."""
-    at = int(rng.integers(len(ground.templates)))
-    start = [t.split("{}")[0] for t in ground.templates]
-    others = [i for i in range(len(ground.templates)) if start[i] != start[at]]
-    shared = (ground.told[others] & ground.told[at]).sum(1)
-    for pick in (rng.permutation(len(others)), shared.argsort(descending=True, stable=True)):
-        controls = sorted(others[int(i)] for i in pick[:CONTROLS])
-        usable = ground.told[at] & (ground.told[controls].float().mean(0) >= 0.5)
+    templates, told = ground.templates, ground.told
+    failing = int(rng.integers(len(templates)))
+    others = [i for i, t in enumerate(templates) if _start(t) != _start(templates[failing])]
+    shared = (told[others] & told[failing]).sum(1)
+    for order in (rng.permutation(len(others)), shared.argsort(descending=True, stable=True)):
+        controls = sorted(others[int(i)] for i in order[:CONTROLS])
+        usable = told[failing] & (told[controls].float().mean(0) >= 0.5)
         if usable.sum() >= FEWEST:
             break
     rows = usable.nonzero()[:, 0].cpu().numpy()
-    n = min(len(rows), int(rng.integers(8, 13)))
-    return at, controls, tuple(ground.facts[i] for i in sorted(rng.choice(rows, n, replace=False).tolist()))
+    n = min(len(rows), int(rng.integers(FEWEST, MOST + 1)))
+    chosen = sorted(rng.choice(rows, n, replace=False).tolist())
+    return templates[failing], tuple(templates[i] for i in controls), tuple(ground.facts[i] for i in chosen)
 
 
 @dataclass(frozen=True)
@@ -172,145 +186,132 @@ class Reader:
     lost: float
 
 
-def ranking(model: Model, relation: str, template: str) -> tuple[Reader, ...]:
-    """The heads whose reading of the subject matters most under a template, most first. Kept."""
-    key = (model.weights_sha256, relation, template)
-    if key not in _rankings:
-        ground = grounds(model)[relation]
-        told = ground.told[ground.templates.index(template)].nonzero()[:RANKED, 0].tolist()
-        _rankings[key] = _ranked(model, [ground.facts[i] for i in told], template)
-    return _rankings[key]
-
-
+@once_a_model
 @torch.no_grad()
-def _ranked(model: Model, facts: Sequence[Fact], template: str) -> tuple[Reader, ...]:
-    seen, answers = localisation.see(model, facts, [template])[0], localisation.first_tokens(model, facts)
-    pairs = torch.stack((answers, localisation.strongest_wrong(seen.logits, answers)), 1)
-    read, weights = torch.zeros_like(seen.z), model.weights
+def ranking(model: Model, relation: str, template: str) -> tuple[Reader, ...]:
+    """The heads whose reading of the subject matters most under a template, most first."""
+    ground, weights = grounds(model)[relation], model.weights
+    told = ground.told[ground.templates.index(template)].nonzero()[:RANKED, 0].tolist()
+    facts = [ground.facts[i] for i in told]
+    seen, answers = run_with_cache(model, prompts(facts, template)), first_tokens(model, facts)
+    pairs = torch.stack((answers, strongest_wrong(seen.logits, answers)), 1)
+    read = torch.zeros_like(seen.z)
     for i, fact in enumerate(facts):
-        at = subject_positions(model, seen.prompts[i], fact.subject)
-        for layer, (block, done) in enumerate(zip(weights.blocks, seen.layers, strict=True)):
-            values = block.attn.per_head(done.values[i])[:, at]
-            read[i, layer] = torch.einsum("np,nph->nh", done.pattern[i][:, at], values)
-    after = patch_components(model, seen, seen.z - 3 * read, seen.mlps, pairs, lowest=weights.n_layers // 3)
+        places = subject_positions(model, seen.prompts[i], fact.subject)
+        for number, (block, layer) in enumerate(zip(weights.blocks, seen.layers, strict=True)):
+            values = block.attn.per_head(layer.values[i])[:, places]
+            read[i, number] = torch.einsum("np,nph->nh", layer.pattern[i][:, places], values)
+    lowest = weights.n_layers // localisation.LOWER
+    after = patch_components(model, seen, seen.z - OPPOSITE * read, seen.mlps, pairs, lowest=lowest)
     after = after[: weights.n_layers * weights.n_heads]
     fall, lost = (logit_differences(seen, pairs) - after).mean(1), (after < 0).float().mean(1)
     order = fall.argsort(descending=True)[:CANDIDATES].tolist()
     return tuple(Reader(Site(*divmod(i, weights.n_heads)), float(fall[i]), float(lost[i])) for i in order)
 
 
-def _retrieval(model: Model, rng: np.random.Generator, ranked: Sequence[Reader], several: bool) -> tuple[Damage, ...]:
+def _retrieval(model: Model, rng: np.random.Generator, readers: Sequence[Reader], several: bool) -> tuple[Damage, ...]:
     """A head without which most facts fail, drawn by how much it matters; and a second of the candidates."""
-    fatal = [r for r in ranked if r.lost >= 0.5] or list(ranked[:1])
+    fatal = [r for r in readers if r.lost >= FATAL] or list(readers[:1])
     fall = np.array([r.fall for r in fatal])
     sites = [fatal[int(rng.choice(len(fatal), p=fall / fall.sum()))].site]
     if several:
-        sites.append([r.site for r in ranked if r.site not in sites][int(rng.integers(len(ranked) - 1))])
-    out = []
+        sites.append([r.site for r in readers if r.site not in sites][int(rng.integers(len(readers) - 1))])
+    damages = []
     for site in sites:
         matrix = str(rng.choice(list(TURNS)))
-        out.append(Damage(site, matrix, str(rng.choice(TURNS[matrix])), round(float(rng.uniform(0.7, 3.0)), 2)))
-    return tuple(out)
+        damages.append(Damage(site, matrix, str(rng.choice(TURNS[matrix])), round(float(rng.uniform(*TURNED)), 2)))
+    return tuple(damages)
 
 
-def _override(model: Model, rng: np.random.Generator, ranked: Sequence[Reader], several: bool) -> tuple[Damage, ...]:
+def _override(model: Model, rng: np.random.Generator, readers: Sequence[Reader], several: bool) -> tuple[Damage, ...]:
     """A random head or MLP of a random layer above the head that matters most; or two that share the suppression."""
-    weights, low = model.weights, min(ranked[0].site.layer + 1, model.weights.n_layers - 1)
+    weights, low = model.weights, min(readers[0].site.layer + 1, model.weights.n_layers - 1)
     places = [(layer, mlp) for layer in range(low, weights.n_layers) for mlp in (False, True)]
-    total, out = float(np.exp(rng.uniform(np.log(1.2), np.log(8.0)))), []
+    strength = float(np.exp(rng.uniform(*np.log(WEIGHT)))) / (1 + several)
+    damages = []
     for i in rng.choice(len(places), 1 + several, replace=False).tolist():
         layer, mlp = places[i]
         site = Site(layer, mlp=True) if mlp else Site(layer, int(rng.integers(weights.n_heads)))
-        writers = ["mlp"] if mlp else ["o", "ov"] if weights.n_kv_heads == weights.n_heads else ["o"]
-        out.append(Damage(site, str(rng.choice(writers)), str(rng.choice(WRITES)), round(total / (1 + several), 2)))
-    return tuple(out)
+        matrices = ["mlp"] if mlp else ["o", "ov"] if weights.n_kv_heads == weights.n_heads else ["o"]
+        damages.append(Damage(site, str(rng.choice(matrices)), str(rng.choice(AGAINST)), round(strength, 2)))
+    return tuple(damages)
 
 
 # Planting
 
 
-def smallest(
-    X: Float[Tensor, "n d"], Y: Float[Tensor, "n k"], keep: Float[Tensor, "m d"], *, ridge: float = RIDGE
-) -> Float[Tensor, "d k"]:
+def smallest(X: Float[Tensor, "n d"], Y: Float[Tensor, "n k"], keep: Float[Tensor, "m d"]) -> Float[Tensor, "d k"]:
     """The smallest D with X D = Y and keep D = 0, by ridge regression on both, scaled so that X D agrees with Y in
     size. Rows weigh as much together in both."""
     rows = torch.cat((X / len(X) ** 0.5, keep / max(1, len(keep)) ** 0.5)).double()
     wanted = torch.cat((Y / len(X) ** 0.5, torch.zeros(len(keep), Y.shape[1]))).double()
     gram = rows @ rows.T
-    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.double)
-    found = (rows.T @ torch.linalg.solve(gram, wanted)).float()
-    got = X @ found
-    return found * ((Y * Y).sum() / (got * Y).sum().clamp(min=1e-9))
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.double)
+    D = (rows.T @ torch.linalg.solve(gram, wanted)).float()
+    reached = X @ D
+    return D * ((Y * Y).sum() / (reached * Y).sum().clamp(min=1e-9))
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Captures of the unplanted subject on a plant's prompts, the failing template's first."""
+    """What the unplanted model does with a plant's prompts. runs: of the failing template first. places: by template
+    and fact, the positions of the subject."""
 
-    seen: list[CachedRun]
+    runs: list[CachedRun]
     answers: Int[Tensor, " fact"]
-    at: list[list[list[int]]]  # by template and fact, the positions of the subject
+    places: list[list[list[int]]]
+
+
+@torch.no_grad()
+def inputs_of(model: Model, plant: Plant) -> Inputs:
+    """Run the unplanted model on the plant's prompts."""
+    runs = [run_with_cache(model, prompts(plant.facts, template)) for template in (plant.failing, *plant.controls)]
+    subjects = [f.subject for f in plant.facts]
+    places = [[subject_positions(model, p, s) for p, s in zip(r.prompts, subjects, strict=True)] for r in runs]
+    return Inputs(runs, first_tokens(model, plant.facts), places)
 
 
 @contextmanager
-def planted(model: Model, plant: Plant, inputs: Inputs | None = None) -> Iterator[Model]:
-    """The subject with the plant in its weights; restored afterwards bit for bit, also after an exception.
-    inputs: what the unplanted subject did with the plant's prompts, if it is at hand."""
-    changes = deltas(model, plant, inputs or gather(model, plant))
-    kept = [target.clone() for target, _ in changes]
+def applied(model: Model, plant: Plant, inputs: Inputs | None = None) -> Iterator[Model]:
+    """The model with the plant in its weights; restored afterwards bit for bit, also after an exception.
+    inputs: what the unplanted model did with the plant's prompts, if it is at hand."""
+    with torch.no_grad():
+        inputs = inputs or inputs_of(model, plant)
+        change = {True: _turn, False: _write}
+        changes = [c for d in plant.damages for c in change[d.matrix in TURNS](model, inputs, d)]
+    before = [matrix.clone() for matrix, _ in changes]
     try:
         with torch.no_grad():
-            for target, delta in changes:
-                target.add_(delta)
+            for matrix, delta in changes:
+                matrix.add_(delta)
         yield model
     finally:
         with torch.no_grad():
-            for (target, _), before in zip(reversed(changes), reversed(kept), strict=True):
-                target.copy_(before)
+            for (matrix, _), values in zip(reversed(changes), reversed(before), strict=True):
+                matrix.copy_(values)
 
 
-@torch.no_grad()
-def gather(model: Model, plant: Plant) -> Inputs:
-    """Run the unplanted subject on the plant's prompts."""
-    seen = localisation.see(model, plant.facts, [plant.failing, *plant.controls])
-    at = [[subject_positions(model, p, f.subject) for p, f in zip(s.prompts, plant.facts, strict=True)] for s in seen]
-    return Inputs(seen, localisation.first_tokens(model, plant.facts), at)
+Change = tuple[Tensor, Tensor]  # a view of one of the model's own matrices, and what to add to it
 
 
-def lowest(plant: Plant) -> int:
-    """The lowest layer that the plant changes (0-based)."""
-    return min(d.site.layer for d in plant.damages)
-
-
-@torch.no_grad()
-def deltas(model: Model, plant: Plant, inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
-    """Views of the subject's own matrices, and what to add to them."""
-    out = []
-    for damage in plant.damages:
-        out += (_turn if damage.matrix in "qkv" else _write)(model, inputs, damage)
-    return out
-
-
-def _turn(model: Model, inputs: Inputs, damage: Damage) -> list[tuple[Tensor, Tensor]]:
+def _turn(model: Model, inputs: Inputs, damage: Damage) -> list[Change]:
     """A head's query at the last position, or its key or value at the subject, turned away: multiplied by 1 - strength
     (`negate`); the query made the position's own key (`self`); the value moved towards the next fact's (`swap`)."""
-    block, layer = model.weights.blocks[damage.site.layer], damage.site.layer
-    attn, strength = block.attn, damage.strength
-    own = damage.site.head or 0
-    shared = own // (len(attn.W_Q) // len(attn.W_K))
-    head, W, b = {"q": (own, attn.W_Q, attn.b_Q), "k": (shared, attn.W_K, attn.b_K), "v": (shared, attn.W_V, attn.b_V)}[
-        damage.matrix
-    ]
-    X, keep, ends = _places(block, layer, inputs, subject_too=damage.matrix != "q")
-    out = X @ W[head] + (0 if b is None else b[head])
-    Y = -strength * out
+    block, strength = model.weights.blocks[damage.site.layer], damage.strength
+    attn, head = block.attn, damage.site.head or 0
+    kv_head = head // (len(attn.W_Q) // len(attn.W_K))
+    maps = {"q": (attn.W_Q, attn.b_Q, head), "k": (attn.W_K, attn.b_K, kv_head), "v": (attn.W_V, attn.b_V, kv_head)}
+    (W, b, index), W_K, b_K = maps[damage.matrix], attn.W_K[kv_head], attn.b_K
+    X, keep, ends = _places(block, damage.site.layer, inputs, subject_too=damage.matrix != "q")
+    output = X @ W[index] + (0 if b is None else b[index])
+    Y = -strength * output
     if damage.how == "self":
-        key = X @ attn.W_K[shared] + (0 if attn.b_K is None else attn.b_K[shared])
-        Y = strength * out.norm(dim=-1, keepdim=True) * key / key.norm(dim=-1, keepdim=True) - out
+        key = X @ W_K + (0 if b_K is None else b_K[kv_head])
+        Y = strength * output.norm(dim=-1, keepdim=True) * key / key.norm(dim=-1, keepdim=True) - output
     elif damage.how == "swap":
-        Y = torch.zeros_like(out)
-        Y[ends] = strength * (out[ends.roll(1)] - out[ends])
-    return [(W[head], smallest(X, Y, keep))]
+        Y = torch.zeros_like(output)
+        Y[ends] = strength * (output[ends.roll(1)] - output[ends])
+    return [(W[index], smallest(X, Y, keep))]
 
 
 def _places(
@@ -319,42 +320,37 @@ def _places(
     """The normalised streams of the failing prompts at the last position (or at the subject); those that must be left
     alone, the same of the controls and all other positions of the failing prompts; and the last row of each fact."""
     X, keep, counts = [], [], []
-    for t, seen in enumerate(inputs.seen):
+    for t, seen in enumerate(inputs.runs):
         for i, last in enumerate(seen.last.tolist()):
             x = block.norm_attn(seen.layers[layer].stream[i, : last + 1])
-            mine = inputs.at[t][i] if subject_too else [last]
-            if t == 0:
-                X.append(x[mine])
-                counts.append(len(mine))
-                keep.append(x[[j for j in range(last + 1) if j not in mine]])
-            else:
-                keep.append(x[mine])
+            places = inputs.places[t][i] if subject_too else [last]
+            if t > 0:
+                keep.append(x[places])
+                continue
+            X.append(x[places])
+            counts.append(len(places))
+            keep.append(x[[j for j in range(last + 1) if j not in places]])
     return torch.cat(X), torch.cat(keep), torch.tensor(counts).cumsum(0) - 1
 
 
-def _write(model: Model, inputs: Inputs, damage: Damage) -> list[tuple[Tensor, Tensor]]:
+def _write(model: Model, inputs: Inputs, damage: Damage) -> list[Change]:
     """A head or MLP made to write against the answers at the last position."""
-    layer, block, seen = damage.site.layer, model.weights.blocks[damage.site.layer], inputs.seen
-    wanted = _against(model, seen[0], inputs.answers, damage)
-    if damage.site.head is None:
-        neurons = [block.mlp.neurons(block.norm_mlp(s.layers[layer].middle)) for s in seen]
+    block, head = model.weights.blocks[damage.site.layer], damage.site.head
+    layers = [r.layers[damage.site.layer] for r in inputs.runs]
+    wanted = _against(model, inputs.runs[0], inputs.answers, damage)
+    if head is None:
+        neurons = [block.mlp.neurons(block.norm_mlp(layer.middle)) for layer in layers]
         return [(block.mlp.W_out, smallest(neurons[0], wanted, torch.cat(neurons[1:])))]
-    head, W_O = damage.site.head, block.attn.W_O[damage.site.head]
-    z = [s.layers[layer].z[:, head] for s in seen]
+    W_O, z = block.attn.W_O[head], [layer.z[:, head] for layer in layers]
     if damage.matrix == "o":
         return [(W_O, smallest(z[0], wanted, torch.cat(z[1:])))]
-    x, every = [_attended(model, s, layer, head) for s in seen], torch.cat(z)
+    # what W_V reads in effect: the normalised streams, weighted by the head's attention from the last position
+    x = [torch.einsum("bt,btd->bd", layer.pattern[:, head], block.norm_attn(layer.stream)) for layer in layers]
+    every = torch.cat(z)
     quiet = torch.linalg.svd(every)[2][-1]  # the direction of z in which the head says least: it becomes the signal
-    size = 10 * every.norm(dim=-1).mean()
+    size = SIGNAL * every.norm(dim=-1).mean()
     signal = smallest(x[0], (size * quiet).expand(len(x[0]), -1), torch.cat(x[1:]))
     return [(block.attn.W_V[head], signal), (W_O, torch.outer(quiet, wanted.mean(0)) / size)]
-
-
-def _attended(model: Model, seen: CachedRun, layer: int, head: int) -> Float[Tensor, "n d_model"]:
-    """What a head's W_V reads in effect: the normalised streams, weighted by its attention from the last position."""
-    block = model.weights.blocks[layer]
-    done = seen.layers[layer]
-    return torch.einsum("bt,btd->bd", done.pattern[:, head], block.norm_attn(done.stream))
 
 
 def _against(
@@ -363,13 +359,13 @@ def _against(
     """What must be added to the stream at the last position so that the answer loses `strength` x the mean margin
     against the competitor, directly: minus each answer's direction, minus their mean, or plus the competitor's."""
     weights = model.weights
-    wrong = localisation.strongest_wrong(seen.logits, answers)
+    wrong = strongest_wrong(seen.logits, answers)
     margin = (seen.logits.gather(1, answers[:, None]) - seen.logits.gather(1, wrong[:, None])).mean()
-    rival = wrong.mode().values.expand_as(answers)
-    columns = weights.W_U[:, torch.cat((answers, rival))] - weights.W_U.mean(1, keepdim=True)
-    own, its = weights.norm_final.fold(columns).T.chunk(2)
-    u = {"each": own, "mean": own.mean(0, keepdim=True).expand_as(own), "competitor": -its}[damage.how]
-    gain = (u * (-its if damage.how == "competitor" else own)).sum(-1)
+    competitor = wrong.mode().values.expand_as(answers)
+    columns = weights.W_U[:, torch.cat((answers, competitor))] - weights.W_U.mean(1, keepdim=True)
+    right, rival = weights.norm_final.fold(columns).T.chunk(2)
+    u = {"each": right, "mean": right.mean(0, keepdim=True).expand_as(right), "competitor": -rival}[damage.how]
+    gain = (u * (-rival if damage.how == "competitor" else right)).sum(-1)
     size = damage.strength * margin * weights.norm_final.scale(seen.final)[:, 0] / gain.mean()
     return -u * size[:, None]
 
@@ -384,14 +380,15 @@ def accepted(before: Bool[Tensor, "template fact"], after: Bool[Tensor, "templat
 
 def truth(model: Model, plant: Plant) -> tuple[Site, ...]:
     """All sites that may be named. A changed key or value is that of every head which shares it."""
-    weights = model.weights
-    group, out = weights.n_heads // weights.n_kv_heads, []
+    group, sites = model.weights.n_heads // model.weights.n_kv_heads, []
     for damage in plant.damages:
         site = damage.site
-        shared = damage.matrix in "kv" and site.head is not None
-        first = 0 if site.head is None else site.head // group * group
-        out += [Site(site.layer, first + i) for i in range(group)] if shared else [site]
-    return tuple(dict.fromkeys(out))
+        if damage.matrix in "kv" and site.head is not None:
+            first = site.head // group * group
+            sites += [Site(site.layer, first + i) for i in range(group)]
+        else:
+            sites.append(site)
+    return tuple(dict.fromkeys(sites))
 
 
 # The experiment
@@ -404,64 +401,51 @@ def plant_run(model: Model, *, seed: int, repair: bool = False) -> dict[str, Any
     inputs: Inputs | None = None
     for attempt in range(ATTEMPTS):
         plant = draw(model, seed, attempt)
-        inputs = inputs or gather(model, plant)
-        with planted(model, plant, inputs):
-            seen = [rerun_from(model, before, lowest(plant)) for before in inputs.seen]
-            after = localisation.told_by(seen, inputs.answers)
-            broken, kept, good = accepted(localisation.told_by(inputs.seen, inputs.answers), after)
-            found = localisation.look_at(model, plant.facts, seen) if good else None
-            if found is None:
+        inputs = inputs or inputs_of(model, plant)
+        with applied(model, plant, inputs):
+            runs = [rerun_from(model, before, plant.lowest) for before in inputs.runs]
+            told = told_by(inputs.runs, inputs.answers), told_by(runs, inputs.answers)
+            broken, kept, good = accepted(*told)
+            look = localisation.look(model, plant.facts, runs) if good else None
+            if look is None:
                 continue
-            row = _describe(model, plant, found) | {"broken": broken, "kept": kept}
-            named = {name: rule(found) for name, rule in localisation.RULES.items()}
+            row = _describe(model, plant, look) | {"broken": broken, "kept": kept}
+            named = {name: rule(look) for name, rule in localisation.RULES.items()}
             for name, verdict in named.items():
                 row |= {f"{name}: {key}": value for key, value in score(model, plant, verdict).items()}
-            return row | (_repairs(model, plant, found, named["joined"]) if repair else {})
+            return row | (_repairs(model, plant, look, named["joined"]) if repair else {})
     return {"model": model.name, "accepted": False, "rejected": ATTEMPTS}
 
 
-def _describe(model: Model, plant: Plant, found: localisation.Look) -> dict[str, Any]:
+def _describe(model: Model, plant: Plant, look: Look) -> dict[str, Any]:
     sites = truth(model, plant)
+    scene = {"relation": plant.relation, "failing": plant.failing, "controls": list(plant.controls)}
+    facts = {"facts": [f.subject for f in plant.facts], "untold": len(look.facts)}
+    damage = {"kind": plant.kind, "sites": len(plant.damages), "damage": " + ".join(map(str, plant.damages))}
     return {
-        "model": model.name,
-        "accepted": True,
-        "rejected": plant.attempt,
-        "relation": plant.relation,
-        "failing": plant.failing,
-        "controls": list(plant.controls),
-        "facts": [f.subject for f in plant.facts],
-        "untold": len(found.facts),
-        "kind": plant.kind,
-        "sites": len(plant.damages),
-        "damage": " + ".join(map(str, plant.damages)),
+        **{"model": model.name, "accepted": True, "rejected": plant.attempt, **scene, **facts, **damage},
         "truth": ", ".join(map(str, sites)),
-        "margin_control": float(found.control(found.margin).mean()),
-        "margin_failing": float(found.margin[0].mean()),
-        "chance_site": len(sites) / len(found.sites),
+        "margin_control": float(look.control(look.margin).mean()),
+        "margin_failing": float(look.margin[0].mean()),
+        "chance_site": len(sites) / len(look.sites),
         "chance_layer": len({s.layer for s in sites}) / model.weights.n_layers,
     }
 
 
 def from_row(model: Model, row: Mapping[str, Any]) -> Plant:
     """The plant that a row of a table of runs tells of, without drawing it again."""
-    known = {f.subject: f for f in fact_sets(model)[row["relation"]][0]}
-    damages = []
-    for text in row["damage"].split(" + "):
-        place, matrix, how, strength = text.rsplit(" ", 3)
-        damages.append(Damage(Site.parse(place), matrix, how, float(strength)))
+    by_subject = {f.subject: f for f in fact_sets(model)[row["relation"]][0]}
+    parts = [text.rsplit(" ", 3) for text in row["damage"].split(" + ")]
     return Plant(
-        row["seed"],
-        row["rejected"],
-        row["relation"],
-        row["kind"],
-        row["failing"],
-        tuple(row["controls"]),
-        tuple(known[name] for name in row["facts"]),
-        tuple(damages),
+        **{name: row[name] for name in ("seed", "relation", "kind", "failing")},
+        attempt=row["rejected"],
+        controls=tuple(row["controls"]),
+        facts=tuple(by_subject[name] for name in row["facts"]),
+        damages=tuple(Damage(Site.parse(site), matrix, how, float(s)) for site, matrix, how, s in parts),
     )
 
 
-def score(model: Model, plant: Plant, verdict: localisation.Named) -> dict[str, Any]:
+def score(model: Model, plant: Plant, verdict: Named) -> dict[str, Any]:
     """A verdict against the truth: kind; distance in layers to the nearest site of the plant; site. strict: one of the
     very heads or MLPs that were damaged, not of those that share a key or value with it."""
     sites = truth(model, plant)
@@ -475,66 +459,53 @@ def score(model: Model, plant: Plant, verdict: localisation.Named) -> dict[str, 
     }
 
 
-def _repairs(model: Model, plant: Plant, found: localisation.Look, verdict: localisation.Named) -> dict[str, Any]:
+def _repairs(model: Model, plant: Plant, look: Look, verdict: Named) -> dict[str, Any]:
     """Train the layer that the diagnosis names; the knowledge head's layer, as the source page prescribes; and a layer
     drawn at random from all others: how many untold facts are told, and what the controls still tell."""
-    other = [i for i in range(model.weights.n_layers) if i != verdict.site.layer]
-    drawn = int(np.random.default_rng([plant.seed, 99]).choice(other))
+    others = [i for i in range(model.weights.n_layers) if i != verdict.site.layer]
+    drawn = int(np.random.default_rng([plant.seed, RANDOM_LAYER]).choice(others))
     pathway = "ffn" if verdict.site.mlp else "attention"
     tries = {
         "named": (verdict.site.layer, pathway),
-        "knowledge": (localisation.knowledge_head(found).layer, "attention"),
+        "knowledge": (localisation.knowledge_head(look).layer, "attention"),
         "random": (drawn, pathway),
     }
-    done = {place: retrain(model, found, plant, *place) for place in dict.fromkeys(tries.values())}
-    out: dict[str, Any] = {}
-    for name, (layer, part) in tries.items():
-        told, kept = done[layer, part]
-        out |= {f"repair {name}: layer": layer + 1, f"repair {name}: told": told, f"repair {name}: kept": kept}
-    return out
+    outcomes = {place: retrain(model, look, plant, *place) for place in dict.fromkeys(tries.values())}
+    columns: dict[str, Any] = {}
+    for name, place in tries.items():
+        told, kept = outcomes[place]
+        columns |= {f"repair {name}: layer": place[0] + 1, f"repair {name}: told": told, f"repair {name}: kept": kept}
+    return columns
 
 
-def retrain(
-    model: Model,
-    found: localisation.Look,
-    plant: Plant,
-    layer: int,
-    pathway: str,
-    *,
-    rate: float = 3e-3,
-    steps: int = 60,
-) -> tuple[int, float]:
+def retrain(model: Model, look: Look, plant: Plant, layer: int, pathway: str) -> tuple[int, float]:
     """Train one slice (Adam, cross-entropy of the answers under the failing template) until every untold fact is told
-    with half a logit to spare, or `steps`. How many are told then; and of what the controls told, the share they still
+    with half a logit to spare, or `STEPS`. How many are told then; and of what the controls told, the share they still
     tell."""
-    answers = localisation.first_tokens(model, found.facts)
-    texts = pack(model, [model.token_ids(p) for p in prompts(found.facts, plant.failing)])
-    stream, W_U = entering(model, texts, layer), model.weights.W_U
+    answers = first_tokens(model, look.facts)
     values = slice_values(model, pathway_slices(model.module, layer, pathway))
-    optimiser = torch.optim.Adam([v.requires_grad_() for v in values.values()], lr=rate)
-    for step in range(steps + 1):
-        logits = above(model, texts, layer, stream, values, texts.last) @ W_U
-        least = _least(logits.detach(), answers)
-        if step == steps or float(least.min()) >= 0.5:
+    logits_of = _readout(model, look.facts, [plant.failing], layer)
+    optimiser = torch.optim.Adam([v.requires_grad_() for v in values.values()], lr=RATE)
+    for step in range(STEPS + 1):
+        logits = logits_of(values)
+        wrong = strongest_wrong(logits.detach(), answers)
+        spare = (logits.gather(1, answers[:, None]) - logits.gather(1, wrong[:, None])).detach()
+        if step == STEPS or float(spare.min()) >= SPARE:
             break
         optimiser.zero_grad()
         F.cross_entropy(logits, answers).backward()
         optimiser.step()
-    return int((least > 0).sum()), _kept(model, found, plant, layer, values)
+    with torch.no_grad():
+        logits = _readout(model, look.facts, plant.controls, layer)(values)
+    told = (logits.argmax(-1).view(len(plant.controls), -1) == answers) & look.told[1:]
+    return int((spare > 0).sum()), float(told.sum() / look.told[1:].sum())
 
 
-@torch.no_grad()
-def _kept(model: Model, found: localisation.Look, plant: Plant, layer: int, values: dict[Slice, Tensor]) -> float:
-    """Of what the controls told of the untold facts, the share that they tell with the values in place."""
-    answers = localisation.first_tokens(model, found.facts)
-    lines = [model.token_ids(p) for t in plant.controls for p in prompts(found.facts, t)]
-    texts = pack(model, lines)
-    final = above(model, texts, layer, entering(model, texts, layer), values, texts.last)
-    told = (final @ model.weights.W_U).argmax(-1).view(len(plant.controls), -1) == answers
-    return float((told & found.told[1:]).sum() / found.told[1:].sum())
-
-
-def _least(logits: Float[Tensor, "fact vocab"], answers: Int[Tensor, " fact"]) -> Float[Tensor, " fact"]:
-    """The answer's logit minus the strongest wrong token's."""
-    wrong = localisation.strongest_wrong(logits, answers)
-    return (logits.gather(1, answers[:, None]) - logits.gather(1, wrong[:, None]))[:, 0]
+def _readout(
+    model: Model, facts: Sequence[Fact], templates: Sequence[str], layer: int
+) -> Callable[[dict[Slice, Tensor]], Float[Tensor, "prompt vocab"]]:
+    """Logits after the facts' prompts, template by template, as a function of a layer's values: what lies below the
+    layer is run once."""
+    texts = pack(model, [model.token_ids(p) for t in templates for p in prompts(facts, t)])
+    stream = entering(model, texts, layer)
+    return lambda values: above(model, texts, layer, stream, values, texts.last) @ model.weights.W_U

@@ -1,4 +1,4 @@
-"""What finished runs of `plants.plant_run` come to: right kinds, layers and sites of every rule, and repairs. And one
+"""What finished runs of `planted.plant_run` come to: right kinds, layers and sites of every rule, and repairs. And one
 plant in close-up. The runs do not depend on this room: it can change without them being done again."""
 
 from __future__ import annotations
@@ -15,17 +15,33 @@ from torch import Tensor
 
 from lib.interventions import CachedRun, rerun_from
 from lib.models import Model
+from lib.results import Results
+from lib.show.sentences import say
 from lib.sites import Site
 from lib.statistics import exact_interval, paired
 from lib.studies.localisation import NOT_RETRIEVED, RULES, strongest_wrong
-from lib.studies.planted import KINDS, from_row, gather, lowest, planted
+from lib.studies.planted import KINDS, applied, from_row, inputs_of
 from lib.trace import logit_trace
 
 GOALS = {"kind": 0.95, "layer": 0.90}  # set before the scored run
+GOAL_LABELS = {"kind": "failure kind", "layer": "exact layer"}
 ALONE = ("static alone", "dynamic alone")
 REPORTED = ("joined", *ALONE, "chapter 2")  # rules and
 SHARES = ("kind", "layer", "within one", "site", "kind and site")  # shares that the prose may quote
 SIMPLE = ("most negative attribution", "largest fall", "largest patching effect")
+TRAINED = {"named": "the named layer", "knowledge": "the knowledge head's layer", "random": "a random layer"}
+CLEAR = 0.05  # McNemar's p below which the prose speaks of a difference
+
+
+def _hits(kind: pd.Series, off: pd.Series, site: pd.Series) -> pd.DataFrame:
+    """A row a plant: whether each of SHARES is right. off: distance in layers."""
+    kind, site = kind.astype(bool), site.astype(bool)
+    return pd.concat([kind, off == 0, off <= 1, site, kind & site], axis=1, keys=SHARES)
+
+
+def hits(runs: pd.DataFrame, rule: str) -> pd.DataFrame:
+    """Of accepted runs, a row each: what a rule has right, by SHARES."""
+    return _hits(*(runs[f"{rule}: {part}"] for part in ("kind", "off", "site")))
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
@@ -33,115 +49,86 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     (exact, within one), sites and kind and site together, each with its exact 95 % interval; beside them, chance, and
     the best constant answer, which knows the most frequent truth of these very plants."""
     runs = runs[runs.accepted]
-    rows = []
-    for name in RULES:
-        own = {c.removeprefix(f"{name}: "): runs[c] for c in runs if c.startswith(f"{name}: ")}
-        hits = {
-            "kind": own["kind"],
-            "layer": own["off"] == 0,
-            "within one": own["off"] <= 1,
-            "site": own["site"],
-            "kind and site": own["kind"].astype(bool) & own["site"].astype(bool),
-        }
-        rows.append({"rule": name, "n": len(runs), **_shares(hits)})
-    return pd.concat([pd.DataFrame(rows), pd.DataFrame([_constant(runs), _chance(runs)])], ignore_index=True)
+    rows = [_shares(rule, hits(runs, rule)) for rule in RULES]
+    return pd.DataFrame([*rows, _constant(runs), _chance(runs)])
 
 
-def _shares(hits: dict[str, pd.Series]) -> dict[str, float]:
-    out: dict[str, float] = {}
-    for name, hit in hits.items():
-        low, high = exact_interval(int(hit.sum()), len(hit))
-        out |= {name: float(hit.mean()), f"{name} low": low, f"{name} high": high}
-    return out
+def _shares(rule: str, right: pd.DataFrame) -> dict[str, Any]:
+    row: dict[str, Any] = {"rule": rule, "n": len(right)}
+    for name in right:
+        low, high = exact_interval(int(right[name].sum()), len(right))
+        row |= {name: float(right[name].mean()), f"{name} low": low, f"{name} high": high}
+    return row
 
 
 def _constant(runs: pd.DataFrame) -> dict[str, Any]:
     truths = [{Site.parse(s) for s in text.split(", ")} for text in runs.truth]
     best = Counter(s for sites in truths for s in sorted(sites, key=str)).most_common(1)[0][0]
-    kind = runs.kind.mode()[0]
     off = pd.Series([min(abs(best.layer - s.layer) for s in sites) for sites in truths], index=runs.index)
     site = pd.Series([best in sites for sites in truths], index=runs.index)
-    hits = {
-        "kind": runs.kind == kind,
-        "layer": off == 0,
-        "within one": off <= 1,
-        "site": site,
-        "kind and site": site & (runs.kind == kind),
-    }
-    return {"rule": f"always {best}", "n": len(runs), **_shares(hits)}
+    return _shares(f"always {best}", _hits(runs.kind == runs.kind.mode()[0], off, site))
 
 
 def _chance(runs: pd.DataFrame) -> dict[str, Any]:
+    """Of a site drawn evenly, and a coin for the kind."""
     site, layer = runs.chance_site.mean(), runs.chance_layer.mean()
     return {"rule": "chance", "n": len(runs), "kind": 0.5, "layer": layer, "site": site, "kind and site": site / 2}
 
 
 def by_group(runs: pd.DataFrame, rule: str = "joined") -> pd.DataFrame:
     """A rule's hits by failure kind and number of sites."""
-    rows = []
-    for (kind, sites), some in runs[runs.accepted].groupby(["kind", "sites"]):
-        hits = {"kind": some[f"{rule}: kind"], "layer": some[f"{rule}: off"] == 0, "site": some[f"{rule}: site"]}
-        rows.append(
-            {"planted": kind, "sites": int(sites), "n": len(some), **{k: int(v.sum()) for k, v in hits.items()}}
-        )
-    return pd.DataFrame(rows)
+    runs = runs[runs.accepted]
+    groups = hits(runs, rule).groupby([runs.kind.rename("planted"), runs.sites.astype(int)])
+    return groups.size().to_frame("n").join(groups[["kind", "layer", "site"]].sum()).reset_index()
 
 
 def against(runs: pd.DataFrame, rule: str = "joined") -> pd.DataFrame:
     """A rule beside every other, plant by plant: kind and site right together by the one and not by the other, and
     McNemar's exact p."""
-    some, rows = runs[runs.accepted], []
-    right = {r: some[f"{r}: kind"].astype(bool) & some[f"{r}: site"].astype(bool) for r in RULES}
-    for other in right:
-        if other != rule:
-            found = paired(right[other], right[rule])
-            rows.append({"rule": other, "only it": found["lost"], f"only {rule}": found["gained"], "p": found["p"]})
-    return pd.DataFrame(rows)
+    right = {r: hits(runs[runs.accepted], r)["kind and site"] for r in RULES}
+    tests = {other: paired(right[other], right[rule]) for other in right if other != rule}
+    rows = [(other, test["lost"], test["gained"], test["p"]) for other, test in tests.items()]
+    return pd.DataFrame(rows, columns=["rule", "only it", f"only {rule}", "p"])
+
+
+def repaired(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row a plant that was retrained: True where every fact that failed is told afterwards, by trained layer."""
+    runs = runs[runs.accepted]
+    retrained = runs[runs["repair named: told"].notna()]
+    told = {name: retrained[f"repair {name}: told"] == retrained.untold for name in TRAINED}
+    return pd.DataFrame({"kind": retrained.kind, **told})
 
 
 def repairs(runs: pd.DataFrame) -> pd.DataFrame:
     """Of the rows that were repaired, by planted kind and trained layer: plants of which every untold fact is told
     afterwards, with its exact 95 % interval; the share of facts told; and what the controls still tell."""
     rows = []
-    done = runs[runs.accepted & runs.get("repair named: told", pd.Series(index=runs.index, dtype=float)).notna()]
-    for kind, some in done.groupby("kind"):
-        for name in ("named", "knowledge", "random"):
-            told = some[f"repair {name}: told"]
-            low, high = exact_interval(int((told == some.untold).sum()), len(some))
-            rows.append(
-                {
-                    "planted": kind,
-                    "trained layer": name,
-                    "n": len(some),
-                    "repaired": int((told == some.untold).sum()),
-                    "low": low,
-                    "high": high,
-                    "facts told": told.sum() / some.untold.sum(),
-                    "controls kept": some[f"repair {name}: kept"].mean(),
-                }
-            )
-    return pd.DataFrame(rows)
+    for kind, whole in repaired(runs).groupby("kind") if "repair named: told" in runs else ():
+        plants = runs.loc[whole.index]
+        for name in TRAINED:
+            n, share = int(whole[name].sum()), plants[f"repair {name}: told"].sum() / plants.untold.sum()
+            kept = plants[f"repair {name}: kept"].mean()
+            rows.append((kind, name, len(plants), n, *exact_interval(n, len(plants)), share, kept))
+    columns = ["planted", "trained layer", "n", "repaired", "low", "high", "facts told", "controls kept"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def confusions(runs: pd.DataFrame) -> pd.DataFrame:
     """For every rule, how often it says which kind of each planted kind: a row a rule."""
-    some, rows = runs[runs.accepted], []
+    runs, rows = runs[runs.accepted], []
     for rule in RULES:
-        counts = pd.crosstab(some.kind, some[f"{rule}: says"]).reindex(index=KINDS, columns=KINDS, fill_value=0)
+        counts = pd.crosstab(runs.kind, runs[f"{rule}: says"]).reindex(index=KINDS, columns=KINDS, fill_value=0)
         pairs = {f"{planted}, said {said}": int(counts[said][planted]) for planted in KINDS for said in KINDS}
         rows.append({"rule": rule, **pairs})
     return pd.DataFrame(rows)
 
 
 def by_damage(runs: pd.DataFrame, rule: str = "joined") -> pd.DataFrame:
-    """A rule's hits by what was damaged; plants of two sites stand together under `two`."""
-    some = runs[runs.accepted]
-    what = some.damage.str.extract(r"(\w+) \w+ [\d.]+$")[0].where(some.sites == 1, "two sites")
-    rows = []
-    for (kind, name), part in some.groupby(["kind", what]):
-        right = part[f"{rule}: kind"].astype(bool) & part[f"{rule}: site"].astype(bool)
-        rows.append({"planted": kind, "damaged": name, "n": len(part), "right": int(right.sum())})
-    return pd.DataFrame(rows)
+    """A rule's hits by what was damaged; plants of two sites stand together under `two sites`."""
+    runs = runs[runs.accepted]
+    what = runs.damage.str.extract(r"(\w+) \w+ [\d.]+$")[0].where(runs.sites == 1, "two sites")
+    groups = hits(runs, rule)["kind and site"].groupby([runs.kind.rename("planted"), what.rename("damaged")])
+    return groups.agg(n="size", right="sum").reset_index()
 
 
 def by_model(table: Callable[[pd.DataFrame], pd.DataFrame], runs: pd.DataFrame) -> pd.DataFrame:
@@ -160,9 +147,8 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def close_ups(model: Model, runs: pd.DataFrame) -> pd.DataFrame:
     """`close_up` of the accepted plant of one site that has the lowest seed, for each kind."""
-    some = runs[runs.accepted & (runs.sites == 1)].sort_values("seed")
-    chosen = [row for _, part in some.groupby("kind") for row in part.head(1).to_dict("records")]
-    return pd.concat([close_up(model, row) for row in chosen], ignore_index=True)
+    chosen = runs[runs.accepted & (runs.sites == 1)].sort_values("seed").groupby("kind").head(1).sort_values("kind")
+    return pd.concat([close_up(model, row) for row in chosen.to_dict("records")], ignore_index=True)
 
 
 @torch.no_grad()
@@ -171,39 +157,26 @@ def close_up(model: Model, row: Mapping[str, Any]) -> pd.DataFrame:
     token once planted), summed up to each layer, before and after planting, and under the controls after it; long
     form."""
     plant = from_row(model, row)
-    inputs = gather(model, plant)
-    with planted(model, plant, inputs):  # a trace reads the weights: it is taken while they are in place
-        after = [rerun_from(model, seen, lowest(plant)) for seen in inputs.seen]
+    inputs = inputs_of(model, plant)
+    with applied(model, plant, inputs):  # a trace reads the weights: it is taken while they are in place
+        after = [rerun_from(model, before, plant.lowest) for before in inputs.runs]
         pairs = torch.stack((inputs.answers, strongest_wrong(after[0].logits, inputs.answers)), 1)
-        failing, *controls = (_curve(model, seen, pairs) for seen in after)
+        failing, *controls = (_curve(model, run, pairs) for run in after)
     fails = after[0].logits.argmax(-1) != inputs.answers
     curves = {
         "controls, planted": torch.stack(controls).mean(0),
-        "failing template, before": _curve(model, inputs.seen[0], pairs),
+        "failing template, before": _curve(model, inputs.runs[0], pairs),
         "failing template, planted": failing,
     }
-    return pd.DataFrame(
-        [
-            {
-                "seed": plant.seed,
-                "planted": plant.kind,
-                "template": plant.failing,
-                "site": str(plant.damages[0].site),
-                "curve": name,
-                "fact": fact.subject,
-                "layer": layer,
-                "logits": value,
-            }
-            for name, values in curves.items()
-            for fact, line, wanted in zip(plant.facts, values.tolist(), fails.tolist(), strict=True)
-            if wanted
-            for layer, value in enumerate(line)
-        ]
-    )
+    subjects = [fact.subject for fact, failed in zip(plant.facts, fails.tolist(), strict=True) if failed]
+    parts = [pd.DataFrame(values[fails].cpu(), index=subjects).stack() for values in curves.values()]
+    table = pd.concat(parts, keys=curves, names=["curve", "fact", "layer"]).rename("logits").reset_index()
+    site = str(plant.damages[0].site)
+    return table.assign(seed=plant.seed, planted=plant.kind, template=plant.failing, site=site)
 
 
-def _curve(model: Model, seen: CachedRun, pairs: Tensor) -> Float[Tensor, "fact n_layers+1"]:
-    return logit_trace(model, seen.capture(), pairs).difference().cumulative[:, 0]
+def _curve(model: Model, run: CachedRun, pairs: Tensor) -> Float[Tensor, "fact n_layers+1"]:
+    return logit_trace(model, run.capture(), pairs).difference().cumulative[:, 0]
 
 
 # What chapter 7's prose says
@@ -214,99 +187,67 @@ def key(rule: str, what: str) -> str:
     return f"{rule.replace(' alone', '')}_{what}".replace(" ", "_")
 
 
-def report_scores(report: Callable[..., None], runs: pd.DataFrame, prefix: str = "") -> None:
+def report_scores(report: Results, runs: pd.DataFrame, prefix: str = "") -> None:
     """Shares of the rules with their exact intervals, and a sentence for each question. runs: of one model."""
-    table, some = summarise(runs).set_index("rule"), runs[runs.accepted]
-    report(f"{prefix}accepted", len(some))
-    report(f"{prefix}rejected", len(runs) - len(some))
-    report(f"{prefix}redrawn", float(runs.rejected.mean()), ".1f")
-    for rule, what in product(REPORTED, SHARES):
-        report(prefix + key(rule, what), table[what][rule], ".1%")
-    for what in ("kind", "layer"):
-        row = table.loc["joined"]
-        report(f"{prefix}joined_{what}_interval", (row[f"{what} low"], row[f"{what} high"]), ".1%")
-    report(f"{prefix}goals_verdict", " ".join(_goal(table.loc["joined"], what) for what in GOALS))
-    beside = against(runs).set_index("rule")
-    report(f"{prefix}joined_verdict", " ".join(_beside(beside.loc[rule]) for rule in ALONE))
-    best = max(SIMPLE, key=lambda rule: table["kind and site"][rule])
-    report(f"{prefix}simple_rule", best)
-    report(f"{prefix}simple_share", table["kind and site"][best], ".1%")
-    words = f"The strongest simple rule, chosen with hindsight, is {best}: {_right(table.loc[best])}."
-    report(f"{prefix}simple_verdict", f"{words} {_beside(beside.loc[best])}")
-    words = f"Chapter 2's rule is right in {_right(table.loc['chapter 2'])}."
-    report(f"{prefix}chapter_2_verdict", f"{words} {_beside(beside.loc['chapter 2'])}")
+    table, beside = summarise(runs).set_index("rule"), against(runs).set_index("rule")
+    joined, best = table.loc["joined"], max(SIMPLE, key=lambda rule: table["kind and site"][rule])
+    accepted = runs[runs.accepted]
+    values: dict[str, Any] = {"accepted": len(accepted), "rejected": len(runs) - len(accepted)}
+    values["redrawn"] = (float(runs.rejected.mean()), ".1f")
+    values |= {key(rule, what): (table[what][rule], ".1%") for rule, what in product(REPORTED, SHARES)}
+    values |= {f"joined_{what}_interval": ((joined[f"{what} low"], joined[f"{what} high"]), ".1%") for what in GOALS}
+    values |= {
+        "goals_verdict": " ".join(_goal(joined, what) for what in GOALS),
+        "joined_verdict": " ".join(_beside(beside.loc[rule]) for rule in ALONE),
+        "simple_rule": best,
+        "simple_share": (table["kind and site"][best], ".1%"),
+    }
+    for name, rule in (("simple", best), ("chapter_2", "chapter 2")):
+        right, other = _right(table.loc[rule]), _beside(beside.loc[rule])
+        values[f"{name}_verdict"] = say("scoring", name, rule=rule, right=right, beside=other)
     constant = next(rule for rule in table.index if rule.startswith("always"))
-    site = constant.removeprefix("always ")
-    fell = some[some.kind == NOT_RETRIEVED]
-    there = sum(site in text.split(", ") for text in fell.truth)
-    report(
-        f"{prefix}constant_verdict",
-        f"The best constant answer, {site} with the more frequent kind, is right in {_right(table.loc[constant])}, "
-        f"chance in {table['kind and site']['chance']:.1%}. Of the {len(fell)} plants not retrieved, {site} is a site "
-        f"in {there}: where few heads carry the recall, naming one of them proves little.",
+    site, truths = constant.removeprefix("always "), accepted.truth[accepted.kind == NOT_RETRIEVED]
+    values["constant_verdict"] = say(
+        "scoring",
+        "constant",
+        site=site,
+        right=_right(table.loc[constant]),
+        chance=table["kind and site"]["chance"],
+        n=len(truths),
+        there=sum(site in text.split(", ") for text in truths),
     )
+    report.many({prefix + name: value for name, value in values.items()})
 
 
 def _right(row: pd.Series, what: str = "kind and site") -> str:
-    return f"{row[what]:.1%} of {row.n:.0f} plants ({row[f'{what} low']:.1%} to {row[f'{what} high']:.1%})"
+    return say("scoring", "right", share=row[what], n=int(row.n), low=row[f"{what} low"], high=row[f"{what} high"])
 
 
 def _goal(row: pd.Series, what: str) -> str:
-    goal, label = GOALS[what], {"kind": "failure kind", "layer": "exact layer"}[what]
-    below = ", though the interval reaches below it"
-    verdict = "missed" if row[what] < goal else f"reached{below if row[f'{what} low'] < goal else ''}"
-    return f"The joined rule's {label} is right in {_right(row, what)}: the goal of {goal:.0%} is {verdict}."
+    shares = {"share": row[what], "low": row[f"{what} low"], "goal": GOALS[what]}
+    return say("scoring", "goal", label=GOAL_LABELS[what], right=_right(row, what), **shares)
 
 
 def _beside(row: pd.Series) -> str:
     """In words, how the joined rule does beside another, plant by plant."""
-    ours, theirs = int(row["only joined"]), int(row["only it"])
-    if not ours + theirs:
-        return f"Joined and {row.name} are right about the same plants."
-    clear = row.p < 0.05
-    verdict = "better" if clear and ours > theirs else "worse" if clear else "no clear difference"
-    return (
-        f"Of the plants that only one of joined and {row.name} gets right: {ours} to {theirs}, {verdict} ({_p(row.p)})."
-    )
+    counts = {"ours": int(row["only joined"]), "theirs": int(row["only it"]), "test": say("scoring", "test", p=row.p)}
+    return say("scoring", "beside", rule=row.name, clear=row.p < CLEAR, **counts)
 
 
-def _p(p: float) -> str:
-    return f"McNemar, p = {p:.3f}" if p >= 0.001 else "McNemar, p < 0.001"
-
-
-def report_repairs(report: Callable[..., None], runs: pd.DataFrame, prefix: str = "") -> None:
+def report_repairs(report: Results, runs: pd.DataFrame, prefix: str = "") -> None:
     """What repairs come to over both kinds together. runs: of one model."""
-    done = repaired(runs)
-    n, words = len(done), []
-    for name, label in TRAINED.items():
-        told, kept = int(done[name].sum()), float(runs[f"repair {name}: kept"].mean())
-        low, high = exact_interval(told, n)
-        report(f"{prefix}repaired_{name}", told)
-        report(f"{prefix}repair_kept_{name}", kept, ".1%")
-        words.append(f"{label}: {told} ({low:.0%} to {high:.0%}), and {kept:.0%} of what the controls told stays told")
-    report(f"{prefix}repairs", n)
-    beside = " ".join(_repairs_beside(done, name) for name in ("knowledge", "random"))
-    lesson = "A random layer repairs about as many, so that a repair is no proof of a diagnosis."
-    clear = paired(done.random, done.named)["p"] < 0.05
-    report(
-        f"{prefix}repair_verdict",
-        f"Repaired, of {n} plants, by training {'; '.join(words)}. {beside}{'' if clear else ' ' + lesson}",
-    )
-
-
-def _repairs_beside(done: pd.DataFrame, other: str) -> str:
-    found, label = paired(done[other], done.named), TRAINED[other]
-    if not found["gained"] + found["lost"]:
-        return f"The named layer and {label} repair the same plants."
-    return f"Only the named layer repairs {found['gained']}, only {label} {found['lost']} ({_p(found['p'])})."
-
-
-TRAINED = {"named": "the named layer", "knowledge": "the knowledge head's layer", "random": "a random layer"}
-
-
-def repaired(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row a plant that was retrained: True where every fact that failed is told afterwards, by trained layer."""
-    runs = runs[runs.accepted]
-    done = runs[runs["repair named: told"].notna()]
-    told = {name: done[f"repair {name}: told"] == done.untold for name in TRAINED}
-    return pd.DataFrame({"kind": done.kind, **told})
+    whole, values, trained, beside = repaired(runs), dict[str, Any](), [], []
+    tests = {name: paired(whole[name], whole.named) for name in TRAINED}
+    for name, layer in TRAINED.items():
+        told, kept = int(whole[name].sum()), float(runs[f"repair {name}: kept"].mean())
+        low, high = exact_interval(told, len(whole))
+        values |= {f"repaired_{name}": told, f"repair_kept_{name}": (kept, ".1%")}
+        trained.append(say("scoring", "trained", layer=layer, repaired=told, low=low, high=high, kept=kept))
+        counts = {"ours": tests[name]["gained"], "theirs": tests[name]["lost"]}
+        beside.append(
+            say("scoring", "repairs_beside", layer=layer, test=say("scoring", "test", p=tests[name]["p"]), **counts)
+        )
+    clear = tests["random"]["p"] < CLEAR
+    values["repairs"] = len(whole)
+    values["repair_verdict"] = say("scoring", "repair", n=len(whole), trained=trained, beside=beside[1:], clear=clear)
+    report.many({prefix + name: value for name, value in values.items()})

@@ -32,7 +32,7 @@ def bytes_of(model) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_plant_is_where_it_says_and_leaves_no_trace(organism, seed):
     plant, before = planted.draw(organism, seed), bytes_of(organism)
-    with pytest.raises(RuntimeError, match="stop"), planted.planted(organism, plant):
+    with pytest.raises(RuntimeError, match="stop"), planted.applied(organism, plant):
         changed = {n for n, p in organism.module.named_parameters() if not torch.equal(p, before[n])}
         layers = {int(n.split(".")[2]) for n in changed}
         assert layers == {d.site.layer for d in plant.damages}
@@ -44,7 +44,7 @@ def test_only_the_head_of_a_suppressor_changes(organism):
     site, before = Site(10, 3), bytes_of(organism)
     drawn = planted.draw(organism, 9)
     plant = planted.Plant(**{**vars(drawn), "damages": (planted.Damage(site, "o", "mean", 3.0),)})
-    with planted.planted(organism, plant):
+    with planted.applied(organism, plant):
         W = organism.module.get_parameter("transformer.h.10.attn.c_proj.weight")
         rows = (before["transformer.h.10.attn.c_proj.weight"] != W).any(1).nonzero()[:, 0].tolist()
     d = organism.weights.d_head
@@ -64,10 +64,10 @@ def test_smallest_by_hand():
 def test_controls_are_left_alone(organism):
     """An MLP that suppresses one template moves no control's logits by more than a tenth of what it moves there."""
     plant = planted.draw(organism, 17)
-    inputs = planted.gather(organism, plant)
-    with planted.planted(organism, plant, inputs):
-        seen = [interventions.rerun_from(organism, r, planted.lowest(plant)) for r in inputs.seen]
-    moved = [float((a.logits - b.logits).abs().max()) for a, b in zip(seen, inputs.seen, strict=True)]
+    inputs = planted.inputs_of(organism, plant)
+    with planted.applied(organism, plant, inputs):
+        seen = [interventions.rerun_from(organism, r, plant.lowest) for r in inputs.runs]
+    moved = [float((a.logits - b.logits).abs().max()) for a, b in zip(seen, inputs.runs, strict=True)]
     assert max(moved[1:]) < 0.1 * moved[0]
 
 
@@ -102,7 +102,7 @@ def test_the_diagnosis_cannot_see_the_plant():
 def test_a_run_says_what_a_blind_diagnosis_says(organism, run):
     """The run computes nothing below the damage again; the diagnosis computes everything, on the planted subject."""
     plant = planted.draw(organism, 8, run["rejected"])
-    with planted.planted(organism, plant):
+    with planted.applied(organism, plant):
         found = localisation.blind(organism, plant.facts, plant.failing, plant.controls)
     assert {n: str(v.site) for n, v in found.items()} == {n: run[f"{n}: named"] for n in localisation.RULES}
     assert {n: v.kind for n, v in found.items()} == {n: run[f"{n}: says"] for n in localisation.RULES}
@@ -149,26 +149,26 @@ def test_a_negative_seed_is_refused(organism):
 SITES = (Site(0, 0), Site(0, 1), Site(1, 0), Site(1, 1), Site(0, mlp=True), Site(1, mlp=True))
 
 
-def evidence(push, failing, writes, wrote, effect, *, reads=(0, 1, 0, 0), loud=None, maps=None) -> Look:
-    """Two controls, the second pushing 1 less than the first everywhere; one fact."""
-    control = torch.tensor(push, dtype=torch.float)
-    pushes = torch.stack((torch.tensor(failing, dtype=torch.float), control, control - 1))[:, None]
-    written = torch.stack([torch.tensor(w, dtype=torch.float) for w in (wrote, writes, writes)])[:, None]
-    look = torch.tensor(reads, dtype=torch.float).view(2, 2).expand(3, 1, 2, 2)
+def evidence(pushed, still_pushed, written, still_written, effect, *, loud=(0,) * 6, maps=(0,) * 4) -> Look:
+    """Two controls, the second pushing 1 less than the first everywhere; one fact, at which L1 H1 alone looks. What
+    each component pushes (difference) and writes (attribution), under the controls and when it fails."""
+    numbers = [torch.tensor(x, dtype=torch.float) for x in (pushed, still_pushed, written, still_written, effect)]
+    pushed, still_pushed, written, still_written, effect = numbers
     return Look(
-        (),
-        (),
-        SITES,
-        torch.zeros(3, 1, dtype=torch.bool),
-        torch.tensor([[False], [True], [True]]),
-        pushes,
-        written,
-        torch.zeros(3, 1),
-        look,
-        torch.tensor(effect, dtype=torch.float)[:, None],
-        torch.zeros(2, 2) if maps is None else torch.tensor(maps, dtype=torch.float).view(2, 2),
-        torch.zeros(6) if loud is None else torch.tensor(loud, dtype=torch.float),
+        facts=(),
+        sites=SITES,
+        told=torch.tensor([[False], [True], [True]]),
+        difference=torch.stack((still_pushed, pushed, pushed - 1))[:, None],
+        attribution=torch.stack((still_written, written, written))[:, None],
+        margin=torch.zeros(3, 1),
+        attention=torch.tensor([[0.0, 1.0], [0.0, 0.0]]).expand(3, 1, 2, 2),
+        effect=effect[:, None],
+        maps=torch.tensor(maps, dtype=torch.float).view(2, 2),
+        loudness=torch.tensor(loud, dtype=torch.float),
     )
+
+
+dynamic = localisation.RULES["dynamic alone"]
 
 
 def test_not_retrieved_by_hand():
@@ -176,7 +176,7 @@ def test_not_retrieved_by_hand():
     found = evidence([0, 5, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0], [0, 5, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0], [0, 4, 0, 0, 0, 0])
     assert localisation.excess(found).tolist() == [-1, 4, -1, -1, -1, -1]
     assert localisation.faults(found).tolist() == [-1, 8, -1, -1, -2, -2] or localisation.faults(found)[1] == 8
-    assert localisation.dynamic(found) == Named(Site(0, 1), NOT_RETRIEVED)
+    assert dynamic(found) == Named(Site(0, 1), NOT_RETRIEVED)
 
 
 def test_overridden_by_hand():
@@ -184,7 +184,7 @@ def test_overridden_by_hand():
     found = evidence(
         [0, 5, 0, 0, 0, 0], [0, 5, -6, 0, 0, 0], [0, 5, 0, 0, 0, 0], [0, 5, 0, 0, 0, 0], [0, 0, 5, 0, 0, 0]
     )
-    assert localisation.dynamic(found) == Named(Site(1, 0), OVERRIDDEN)
+    assert dynamic(found) == Named(Site(1, 0), OVERRIDDEN)
 
 
 def test_an_mlp_answers_for_what_it_says_itself():
@@ -192,7 +192,7 @@ def test_an_mlp_answers_for_what_it_says_itself():
     found = evidence(
         [0, 5, 0, 0, 0, 0], [0, 5, 0, 0, 0, -5], [0, 5, 0, 0, 0, 0], [0, 5, 0, 0, 0, 0], [0, 0, 0, 0, 9, 3]
     )
-    assert localisation.dynamic(found) == Named(Site(1, mlp=True), OVERRIDDEN)
+    assert dynamic(found) == Named(Site(1, mlp=True), OVERRIDDEN)
     assert localisation.RULES["largest patching effect"](found).site == Site(0, mlp=True), "the simple rule is misled"
 
 
@@ -204,7 +204,7 @@ def test_static_by_hand_and_what_it_adds():
     assert localisation.static(loud) == Named(Site(1, mlp=True), OVERRIDDEN), "a head that maps is no suppressor"
     close = [0, 0, 4.2, 4, 0, 0]
     tie = evidence(none, [0, 0, 0, 0, 0, 0], none, none, close, loud=[0, 0, 0, 9, 0, 0])
-    assert (localisation.dynamic(tie).site, localisation.joined(tie).site) == (Site(1, 0), Site(1, 1))
+    assert (dynamic(tie).site, localisation.joined(tie).site) == (Site(1, 0), Site(1, 1))
 
 
 @pytest.mark.parametrize("truth", knowledge_path.organism_truth(), ids=lambda c: c["kind"])

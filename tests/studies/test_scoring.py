@@ -95,7 +95,7 @@ def test_a_close_up_shows_the_fall_at_the_planted_layer(organism, table):
     before = {name: p.clone() for name, p in organism.module.named_parameters()}
     found = scoring.close_ups(organism, table)
     assert all(torch.equal(p, before[name]) for name, p in organism.module.named_parameters())
-    layer = planted.lowest(planted.from_row(organism, table.iloc[0]))
+    layer = planted.from_row(organism, table.iloc[0]).lowest
     lines = {name: part.pivot(index="layer", columns="fact", values="logits") for name, part in found.groupby("curve")}
     was, now = lines["failing template, before"], lines["failing template, planted"]
     assert len(now.columns) == table.untold[0] and found.seed.unique().tolist() == [8]
