@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib import interventions
+from lib import interventions, sweeps
 from lib.errors import DataError
 from lib.facts import load_cases, load_templates
 from lib.recall import scorable
 from lib.sites import Site
 from lib.studies import knowledge_path, localisation, planted
 from lib.studies.localisation import NOT_RETRIEVED, OVERRIDDEN, Look, Named
-from lib.sweeps import runs
 
 SEEDS = (8, 17, 33, 9)  # a query, an MLP, a head's value and output, a head's output
 
@@ -123,10 +122,10 @@ def test_a_row_tells_the_whole_plant(organism, seed):
 
 
 def test_every_scored_seed_is_run_once_and_the_repaired_ones_were_chosen_beforehand():
-    every = runs.expand(runs.load("plants"))
+    every = sweeps.expand(sweeps.load("plants"))
     assert sorted(r["seed"] for r in every) == list(planted.SCORED)
     assert sorted(r["seed"] for r in every if r["repair"]) == list(planted.SCORED[::3])
-    full = runs.expand(runs.load("plants-full"))
+    full = sweeps.expand(sweeps.load("plants-full"))
     assert [r["seed"] for r in full if r["repair"]] == list(planted.SCORED)
 
 
