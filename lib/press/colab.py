@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lib.errors import ChapterError
 
-REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
+REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 
 
 def install(requirements: Path = REQUIREMENTS) -> None:

@@ -25,7 +25,7 @@ from lib import edits, files, results
 from lib.__main__ import app
 from lib.errors import BookError, ChapterError, EditError, ReleaseError
 from lib.press import archive as deposit
-from lib.press import build, execute, release
+from lib.press import build, check, execute, release
 from lib.studies import pathways
 from tests.press.test_execute import notebook
 from tests.test_edits import an_edit
@@ -210,18 +210,18 @@ def test_sha256sum_reads_the_manifest(tmp_path):
 
 SAVE = """
 import json, pathlib, sys
-p = pathlib.Path('../_build/results') / subject / (NAME + '.json')
-p.parent.mkdir(parents=True, exist_ok=True)
-print(p.resolve(), sys.prefix + '/lib')
-own = {'model': model_name, 'source': '', 'weights_sha256': '0' * 64, 'lib': '0', 'commit': 'c', 'python': '3',
-       'packages': {}, 'seed': 0, 'threads': 1, 'start': '', 'seconds': 1}
-p.write_text(json.dumps({'provenance': own, 'values': {'seed': seed}}))
+path = pathlib.Path('../_build/results') / model_name / (NAME + '.json')
+path.parent.mkdir(parents=True, exist_ok=True)
+print(path.resolve(), sys.prefix + '/lib')
+facts = {'model': model_name, 'source': '', 'weights_sha256': '0' * 64, 'lib': '0', 'commit': 'c', 'python': '3',
+         'packages': {}, 'seed': 0, 'threads': 1, 'start': '', 'seconds': 1}
+path.write_text(json.dumps({'provenance': facts, 'values': {'seed': seed}}))
 """
 CONFIG = """
 title: t
 execute: {execute_notebooks: 'off'}
 repository: {url: https://github.com/someone/some-book, branch: v1}
-sphinx: {extra_extensions: [lib.mathml], config: {html_math_renderer: mathml}}
+sphinx: {extra_extensions: [lib.press.mathml], config: {html_math_renderer: mathml}}
 """
 
 
@@ -236,13 +236,10 @@ OURS = release.repository()
 
 def point_at(folder: Path, patch: pytest.MonkeyPatch) -> None:
     """The rooms work on the book in this folder."""
-    for room in (execute, deposit, release):
-        patch.setattr(room, "ROOT", folder)
-    for room in (execute, deposit, results):
-        patch.setattr(room, "BUILD", folder / "_build")
-    patch.setattr(execute, "BOOK", folder / "book")
-    for room in (execute, deposit):
-        patch.setattr(room, "weights_sha256", lambda name: "0" * 64)
+    places = {"ROOT": folder, "BUILD": folder / "_build", "BOOK": folder / "book"}
+    for room in (build, check, execute, deposit, release, results):
+        for name, value in (places | {"weights_sha256": lambda name: "0" * 64}).items():
+            patch.setattr(room, name, value, raising=False)
     patch.setattr(release, "disagreements", lambda: [])
     patch.setattr(release, "repository", lambda: OURS)
 
@@ -306,13 +303,13 @@ def test_a_snapshot_made_twice_is_the_same_to_the_byte(made, run, tmp_path):
     assert {"results/01_a.json", "source/book/01_a.ipynb", "LICENSE", "LICENSES/CC0-1.0.txt", "NOTICE"} < names
     for name in deposit.CONTENTS:
         assert any(n.startswith(name) for n in names), f"{name} is promised in README.md"
-    check = CliRunner().invoke(app, ["verify-snapshot", str(tmp_path / "one.zip")])
-    assert check.exit_code == 0 and f"all {len(names)} files are as they were made" in check.output
+    checked = CliRunner().invoke(app, ["verify-snapshot", str(tmp_path / "one.zip")])
+    assert checked.exit_code == 0 and f"all {len(names)} files are as they were made" in checked.output
     data = bytearray(first)
     data[first.index(b"%PDF-1.7")] ^= 1
     (tmp_path / "one.zip").write_bytes(data)
-    check = CliRunner().invoke(app, ["verify-snapshot", str(tmp_path / "one.zip")])
-    assert check.exit_code == 1 and "wrong: book.pdf\n" in check.output
+    checked = CliRunner().invoke(app, ["verify-snapshot", str(tmp_path / "one.zip")])
+    assert checked.exit_code == 1 and "wrong: book.pdf\n" in checked.output
 
 
 def test_a_dirty_work_tree_is_said(run, tmp_path):
@@ -360,7 +357,7 @@ def test_a_chapter_that_is_out_of_date(run, tmp_path):
         deposit.snapshot("s", tmp_path / "a.zip", say=lambda _: None)
 
 
-def test_results_of_another_subject(run, tmp_path):
+def test_results_of_another_model(run, tmp_path):
     path = run / "_build" / "results" / "s" / "01_a.json"
     path.write_text(path.read_text().replace('"model": "s"', '"model": "other"'))
     with pytest.raises(ChapterError, match=r"was made by other .*, not by s"):

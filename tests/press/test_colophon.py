@@ -31,7 +31,7 @@ def test_the_foot_names_the_run_and_reads_nothing_as_markup():
 
 def staged(tmp_path, injected: str):
     cells = [
-        nbformat.v4.new_code_cell('subject = "smollm2"  # @param\nseed = 0', metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell('model_name = "smollm2"  # @param\nseed = 0', metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(f"# Parameters\n{injected}", metadata={"tags": ["injected-parameters"]}),
     ]
     notebook, results = tmp_path / "02_x.ipynb", tmp_path / "results.json"
@@ -42,7 +42,7 @@ def staged(tmp_path, injected: str):
 
 
 def test_a_chapter_gets_a_foot_its_numbers_and_one_cell_of_parameters(tmp_path):
-    book = staged(tmp_path, 'subject = "smollm2"')
+    book = staged(tmp_path, 'model_name = "smollm2"')
     assert book.cells[1].metadata["tags"] == ["injected-parameters", "remove-cell"]
     assert book.cells[-1].source == colophon.foot(PROVENANCE, "02_x")
     assert json.loads((tmp_path / "02_x.json").read_text(encoding="utf-8"))["values"] == {"a": 1}
@@ -50,7 +50,7 @@ def test_a_chapter_gets_a_foot_its_numbers_and_one_cell_of_parameters(tmp_path):
 
 
 def test_parameters_that_differ_are_shown(tmp_path):
-    assert "remove-cell" not in staged(tmp_path, 'subject = "organism"').cells[1].metadata["tags"]
+    assert "remove-cell" not in staged(tmp_path, 'model_name = "organism"').cells[1].metadata["tags"]
 
 
 def test_what_may_differ_elsewhere_is_listed_and_the_rest_counted():

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from lib import edits
 from lib.__main__ import app
 from lib.errors import BookError, EditError, ReleaseError
-from lib.press import execute, export, hub, release
+from lib.press import check, export, hub, release
 from lib.studies.pathways import PAPER
 from tests.test_edits import an_edit
 
@@ -87,7 +87,7 @@ def run(bench, tmp_path, monkeypatch) -> Path:
     build = Path(shutil.copytree(bench, tmp_path / "_build"))
     monkeypatch.setattr(hub, "BUILD", build)
     monkeypatch.setattr(hub, "chapter_folder", lambda model, chapter: build / "results" / model / chapter)
-    monkeypatch.setattr(execute, "current_values", lambda model: VALUES)
+    monkeypatch.setattr(check, "current_values", lambda model: VALUES)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     return build
 
@@ -159,11 +159,11 @@ def test_whole_models_are_exports(run, tmp_path, organism):
 
 def test_the_dry_run_lists_and_uploads_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "HfApi", None)  # whoever reached for the hub would fail
-    done = CliRunner().invoke(app, ["publish", str(tmp_path / "out"), "-s", "organism"])
+    done = CliRunner().invoke(app, ["publish", str(tmp_path / "out"), "--model", "organism"])
     assert done.exit_code == 0, done.output
     assert "model/v_only/edit.safetensors" in done.output and "space/index.html" in done.output
     assert "11 files" in done.output and "a dry run, nothing was uploaded" in done.output
-    again = CliRunner().invoke(app, ["publish", str(tmp_path / "out"), "-s", "organism"])
+    again = CliRunner().invoke(app, ["publish", str(tmp_path / "out"), "--model", "organism"])
     assert again.exit_code == 0, "a prepared folder is listed again"
 
 
@@ -171,22 +171,22 @@ def test_the_dry_run_lists_and_uploads_nothing(run, tmp_path, monkeypatch):
 
 
 def test_model_and_space_are_uploaded(prepared):
-    hub, said = Hub(), []
-    addresses = hub.upload(prepared, "me/edits", f" {SECRET}\n", api=hub, say=said.append)
-    assert addresses == ["hub:model/me/edits", "hub:space/me/edits"] and hub.token == SECRET
-    made = [what for name, what in hub.calls if name == "create_repo"]
+    api, said = Hub(), []
+    addresses = hub.upload(prepared, "me/edits", f" {SECRET}\n", api=api, say=said.append)
+    assert addresses == ["hub:model/me/edits", "hub:space/me/edits"] and api.token == SECRET
+    made = [what for name, what in api.calls if name == "create_repo"]
     assert [(m["repo_type"], m.get("space_sdk")) for m in made] == [("model", None), ("space", "static")]
-    assert hub.files["space"] == {"README.md", "index.html"}
-    assert "v_only/edit.safetensors" in hub.files["model"] and "README.md" in hub.files["model"]
+    assert api.files["space"] == {"README.md", "index.html"}
+    assert "v_only/edit.safetensors" in api.files["model"] and "README.md" in api.files["model"]
     assert not any(SECRET in line for line in said)
 
 
 @pytest.mark.parametrize("token", ["", "  \n"])
 def test_a_missing_token(prepared, token):
-    hub = Hub()
+    api = Hub()
     with pytest.raises(ReleaseError, match=r"there is no token. Make one that may write"):
-        hub.upload(prepared, "me/edits", token, api=hub)
-    assert hub.calls == []
+        hub.upload(prepared, "me/edits", token, api=api)
+    assert api.calls == []
 
 
 @pytest.mark.parametrize(
@@ -202,26 +202,26 @@ def test_a_missing_token(prepared, token):
     ],
 )
 def test_a_refusal_says_what_to_do(prepared, call, trouble, said):
-    hub = Hub(**{call: trouble})
+    api = Hub(**{call: trouble})
     with pytest.raises(ReleaseError, match=said):
-        hub.upload(prepared, "me/edits", SECRET, api=hub, say=lambda _: None)
-    assert hub.calls[-1][0] == call, "nothing is tried after it"
+        hub.upload(prepared, "me/edits", SECRET, api=api, say=lambda _: None)
+    assert api.calls[-1][0] == call, "nothing is tried after it"
 
 
 def test_the_command_asks_before_it_uploads(prepared, monkeypatch):
-    hub = Hub()
-    monkeypatch.setattr(hub.upload, "__kwdefaults__", {**hub.upload.__kwdefaults__, "api": hub})
-    command = ["publish", str(prepared), "-s", "organism", "--upload", "--repo", "me/edits"]
+    api = Hub()
+    monkeypatch.setattr(hub.upload, "__kwdefaults__", {**hub.upload.__kwdefaults__, "api": api})
+    command = ["publish", str(prepared), "--model", "organism", "--upload", "--repo", "me/edits"]
     refused = CliRunner().invoke(app, command, input=f"{SECRET}\nn\n")
-    assert refused.exit_code == 1 and hub.calls == [] and "everyone can see?" in refused.output
+    assert refused.exit_code == 1 and api.calls == [] and "everyone can see?" in refused.output
     assert SECRET not in refused.output
     empty = CliRunner().invoke(app, command, input="\ny\n")
-    assert isinstance(empty.exception, ReleaseError) and "no token" in str(empty.exception) and hub.calls == []
+    assert isinstance(empty.exception, ReleaseError) and "no token" in str(empty.exception) and api.calls == []
     done = CliRunner().invoke(app, command, input=f"{SECRET}\ny\n")
-    assert done.exit_code == 0 and hub.token == SECRET and set(hub.files) == {"model", "space"}
+    assert done.exit_code == 0 and api.token == SECRET and set(api.files) == {"model", "space"}
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_environment")
     done = CliRunner().invoke(app, command, input="y\n")
-    assert done.exit_code == 0 and hub.token == "hf_of_the_environment" and "hf_of" not in done.output
+    assert done.exit_code == 0 and api.token == "hf_of_the_environment" and "hf_of" not in done.output
 
 
 @pytest.mark.parametrize("repo", ["", "edits", "me/edits/x", "me/", "a b/c"])
@@ -240,10 +240,10 @@ def test_a_folder_that_was_altered_is_not_uploaded(prepared, change):
         path.write_text("x")
     else:
         path.write_text("x")
-    hub = Hub()
+    api = Hub()
     with pytest.raises(ReleaseError, match=f"{path.name} is not as it was prepared. Nothing is uploaded"):
-        hub.upload(prepared, "me/edits", SECRET, api=hub)
-    assert hub.calls == []
+        hub.upload(prepared, "me/edits", SECRET, api=api)
+    assert api.calls == []
 
 
 # what cannot be prepared
@@ -276,7 +276,7 @@ def test_what_is_missing_is_named(run, tmp_path, name, said):
 
 
 def test_results_that_are_out_of_date(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(execute, "current_values", lambda model: {hub.MAKER: VALUES[hub.MAKER]})
+    monkeypatch.setattr(check, "current_values", lambda model: {hub.MAKER: VALUES[hub.MAKER]})
     with pytest.raises(ReleaseError, match=r"no present results of 04_side_effects; run `python -m lib run"):
         hub.prepare("organism", tmp_path / "out")
 
@@ -284,7 +284,7 @@ def test_results_that_are_out_of_date(run, tmp_path, monkeypatch):
 def test_results_that_are_no_numbers(run, tmp_path, monkeypatch):
     pathways = {name: {**PATHWAY, "ppl_after": float("nan")} for name in PAPER}
     broken = {c: {"pathways": pathways} for c in VALUES}
-    monkeypatch.setattr(execute, "current_values", lambda model: broken)
+    monkeypatch.setattr(check, "current_values", lambda model: broken)
     with pytest.raises(ReleaseError, match="give nan as perplexity of full; run chapters 3 and 4 again"):
         hub.prepare("organism", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -133,10 +133,12 @@ def test_another_setting_is_written_once_and_can_be_taken_back(tmp_path):
     assert {p: p.read_bytes() for p in before} == before
 
 
-def test_the_form_field_offers_the_named_subjects():
+def test_the_form_field_offers_the_named_models():
     for name in chapter_names():
         (cell,) = (c for c in chapter(name)["cells"] if "parameters" in c["metadata"].get("tags", []))
-        (form,) = re.findall(r'^subject = "smollm2"  # @param (\[.*\]) \{allow-input: true\}$', cell["source"][0], re.M)
+        (form,) = re.findall(
+            r'^model_name = "smollm2"  # @param (\[.*\]) \{allow-input: true\}$', cell["source"][0], re.M
+        )
         assert set(json.loads(form)) == set(SPECS)
 
 
@@ -224,7 +226,7 @@ def test_the_real_shell_says_what_git_says(in_colab):
 
 def test_set_up_needs_nothing_but_python():
     """In Colab it is imported before anything of requirements.txt is installed."""
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from lib import colab; print([m for m in sys.modules])"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from lib.press import colab; print([m for m in sys.modules])"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code, str(ROOT)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "numpy" not in done.stdout and "torch" not in done.stdout
