@@ -300,7 +300,7 @@ def verify_snapshot(archive: Annotated[Path, typer.Argument(help="An archive tha
         raise typer.Exit(1)
     made = found.manifest
     typer.echo(f"{archive}: all {found.files:,} files are as they were made, and so is every byte between them")
-    typer.echo(f"  {made['subject']}, weights sha256 {made['weights_sha256']}")
+    typer.echo(f"  {made['model']}, weights sha256 {made['weights_sha256']}")
     typer.echo(f"  version {made['version']}, commit {made['commit']}, {made['date']}")
     if made["changes"]:
         typer.echo("  made from a work tree that differs from the commit: " + ", ".join(made["changes"]))
