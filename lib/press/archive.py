@@ -67,7 +67,7 @@ class Inspected:
 
 
 def snapshot(model_name: str, output: Path | None = None, *, say: Callable[[str], None] = print) -> Path:
-    """Write the archive of a subject's last run, and its sum beside it. Raises ReleaseError or ChapterError for what
+    """Write the archive of a model's last run, and its sum beside it. Raises ReleaseError or ChapterError for what
     is missing or out of date, and where nothing can be written."""
     model_name = canonical(model_name)
     if wrong := release.disagreements():
@@ -88,7 +88,7 @@ def snapshot(model_name: str, output: Path | None = None, *, say: Callable[[str]
 
 def collect(model_name: str) -> dict[str, bytes]:
     """Contents of the archive by name, all but the manifests. Raises ReleaseError for what is missing or outdated, and
-    ChapterError for results that another subject's run has left there."""
+    ChapterError for results that another model's run has left there."""
     check.current_values(model_name)
     run, chapters = BUILD / "results" / slug(model_name), execute.chapter_names()
     pdf, dashboard = BUILD / "book.pdf", BUILD / "dashboard" / f"{slug(model_name)}.html"

@@ -125,7 +125,7 @@ def load_places(case: Case) -> list[str]:
     names = [n for group in load_mapping(DATA / "places.yaml").values() for n in group]
     taken = {f.subject for f in (*case.facts, *case.large)}
     if both := sorted(taken & set(names)):
-        raise DataError(f"data/places.yaml names {both[0]}, which is a fact's model; take it out.")
+        raise DataError(f"data/places.yaml names {both[0]}, which is a fact's subject; take it out.")
     return names
 
 

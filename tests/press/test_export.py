@@ -30,7 +30,7 @@ from tests.test_edits import an_edit, same, small_disk, state
 
 
 def recorded(model: Model, layer: int, pathway: str = "v_only") -> Edit:
-    """A random edit of a named subject, with its first case's facts and what is really told of them."""
+    """A random edit of a named model, with its first case's facts and what is really told of them."""
     case = load_cases(model.name)[0]
     unknown = (False,) * len(case.facts)
     edit = dataclasses.replace(
