@@ -1,4 +1,4 @@
-"""Every head of a subject on one page, before and after each edit: numbers (`collect`) and one HTML file (`render`).
+"""Every head of a model on one page, before and after each edit: numbers (`collect`) and one HTML file (`render`).
 
 1. Chapters 1, 2, 3 and 5 must have run. What they report is read from their results; edits are chapter 3's files.
 2. The rest is computed by the same functions that the chapters call: on the untouched model, and with each edit in
@@ -6,7 +6,7 @@
 3. The page holds each layer of an array once; an edit's layer is stored only where it differs from the untouched
    one. Attention is rounded to 8 bits, everything else is fp32.
 4. Charts are Vega-Lite, made with Altair; its JavaScript comes with vl-convert and is written into the page, as is
-   lib/dashboard.js, which only routes: choices, search, focus and words. A content security policy names both
+   lib/dashboard/page.js, which only routes: choices, search, focus and words. A content security policy names both
    scripts by their sha256 and forbids everything else, so no text of a template, a token or a model can run.
 """
 
@@ -17,10 +17,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from einops import einsum, rearrange, repeat
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
@@ -28,16 +30,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib import __version__, interventions
+from lib.diagnosis import contributions
 from lib.edits import Edit, applied, check, load_all
 from lib.errors import ChapterError, EditError
 from lib.facts import Case, Fact, load_cases, load_templates, prompts
 from lib.files import file_sha256
+from lib.interventions import CachedRun
 from lib.models import Model
 from lib.recall import study_facts, tell, trainable
 from lib.results import Results, chapter_folder, reach, results_path
 from lib.show.figures import visible
 from lib.static import RelationMap, enrich, head_roles, k_norms_by_head, load_token_types, qk_overlap, relation_maps
-from lib.trace import logit_trace
 
 EDITS = "03_four_pathways"
 TAKEN = {  # what is read from the chapters' results
@@ -49,23 +52,14 @@ TAKEN = {  # what is read from the chapters' results
 MOST = 16  # facts of a case that the page shows; a case of hundreds would make a file that no browser likes
 TOP = 8  # tokens that a value channel promotes most, and suppresses most
 VALUE_ROLES = ("neither", "copies", "suppresses", "maps relation")  # the first is drawn grey, as "none" is
-ROLE_NUMBERS = (
-    "seeks_effect",
-    "seeks_p",
-    "advertises_effect",
-    "advertises_p",
-    "copy_score",
-    "copy_p",
-    "relation_score",
-    "relation_p",
-)
+_SIZES = {"seeks": "effect", "advertises": "effect", "copy": "score", "relation": "score"}
+ROLE_NUMBERS = tuple(f"{role}_{number}" for role, size in _SIZES.items() for number in (size, "p"))
 UNTOUCHED = "none"
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A choice of colour for the grid. kind: share (from 0), signed (around 0) or role. by: whether it is of the
-    weights alone, of a prompt, or of a fact."""
+    """A choice of colour for the grid, as measures.yaml describes them."""
 
     key: str
     title: str
@@ -75,98 +69,21 @@ class Measure:
     text: str
 
 
-MEASURES = (
-    Measure(
-        "writes",
-        "Contribution to the answer",
-        "logits",
-        "signed",
-        "prompt",
-        "What the head writes at the last position: its exact share of the answer's logit, minus the mean of its "
-        "shares of the other facts' answers. It must say this answer, not answers in general.",
-    ),
-    Measure(
-        "pushes",
-        "Answer minus competitor",
-        "logits",
-        "signed",
-        "prompt",
-        "The head's exact share of the margin: the answer's logit minus that of the strongest wrong token of the "
-        "failing prompt, as the untouched model has it.",
-    ),
-    Measure(
-        "patching",
-        "Patching effect",
-        "of the lost margin",
-        "signed",
-        "fact",
-        "The head is made to do in the failing prompt, at the last position, what it does under the first control "
-        "template. The share of the margin that the untouched model loses which comes back; 1 is all of it.",
-    ),
-    Measure(
-        "relation",
-        "Relation map",
-        "of countries",
-        "share",
-        "weights",
-        "Without input: the share of countries whose capital is among the ten tokens that the head's value channel "
-        "promotes most, from the bare or the enriched embedding, whichever is higher.",
-    ),
-    Measure(
-        "qk_overlap",
-        "QK overlap",
-        "of dimensions",
-        "share",
-        "weights",
-        "Without input: the share of residual dimensions that the query and the key matrix both read most.",
-    ),
-    Measure(
-        "k_norm",
-        "K-norm",
-        "",
-        "share",
-        "weights",
-        "Without input: the mean length of the head's key over single-token words of all types.",
-    ),
-    Measure(
-        "seeks",
-        "Query role",
-        "",
-        "role",
-        "weights",
-        "Without input: the token type that the head's query seeks, where it beats permuted types.",
-    ),
-    Measure(
-        "advertises",
-        "Key role",
-        "",
-        "role",
-        "weights",
-        "Without input: the token type whose keys are longest, where it beats permuted types.",
-    ),
-    Measure(
-        "value",
-        "Value role",
-        "",
-        "role",
-        "weights",
-        "Without input: what the head's value channel does with the word that it reads.",
-    ),
-)
+MEASURES = tuple(Measure(**row) for row in yaml.safe_load(Path(__file__).with_name("measures.yaml").read_text("utf-8")))
 
 
 @dataclass(frozen=True)
 class State:
-    """The untouched model (layer None), or one with an edit in place. found: what chapter 3 reports of the edit."""
+    """The untouched model (layer None), or one with an edit in place. reported: what chapter 3 says of the edit."""
 
     key: str
     layer: int | None
-    found: dict[str, Any]
+    reported: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """text: index into the board's texts. By state: whether the answer is told, the top token, answer minus
+    """text: index into the page's texts. By state: whether the answer is told, the top token, answer minus
     competitor."""
 
     text: int
@@ -179,7 +96,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Shown:
+class CaseData:
     """A case as the page shows it. prompts: of the failing template, fact by fact, then of each control. failing: the
     facts that are known and not told, over which means are taken (all facts where there are none). left_out: facts that
     are not shown, because their answer's first token does not tell it or there are more than MOST. finding:
@@ -194,22 +111,22 @@ class Shown:
 
     def told_by(self, fact: int) -> list[int]:
         """The control prompts that tell a fact on the untouched model; all its control prompts if none does."""
-        mine = [i for i, p in enumerate(self.prompts) if p.control and p.fact == fact]
-        return [i for i in mine if self.prompts[i].told[0]] or mine
+        controls = [i for i, p in enumerate(self.prompts) if p.control and p.fact == fact]
+        return [i for i in controls if self.prompts[i].told[0]] or controls
 
     def means(self) -> dict[str, list[float]]:
         """Weights over the prompts for two means: over the failing prompts, and over the controls that tell each fact,
         as the diagnosis takes them."""
         failing, control = np.zeros(len(self.prompts)), np.zeros(len(self.prompts))
         for fact in self.failing:
-            mine = self.told_by(fact)
+            telling = self.told_by(fact)
             failing[fact] = 1 / len(self.failing)
-            control[mine] = 1 / len(mine) / len(self.failing)
+            control[telling] = 1 / len(telling) / len(self.failing)
         return {"failing": failing.tolist(), "control": control.tolist()}
 
 
 @dataclass(frozen=True)
-class Board:
+class PageData:
     """All numbers of the page. arrays: each with the axes state, layer, head, and then
 
         qk_overlap, k_norm       none               k_norm_by_type    type
@@ -222,17 +139,17 @@ class Board:
         writes/CASE, pushes/CASE prompt             patching/CASE     fact (NaN: told, nothing to bring back)
 
     sources: the facts whose subject's embedding a value channel reads; in `tokens` and `token_scores`, the mean over
-    each case's facts follows them."""
+    each case's facts follows them. reported: what the page takes from the chapters' results."""
 
     provenance: dict[str, Any]
     states: tuple[State, ...]
-    cases: tuple[Shown, ...]
+    cases: tuple[CaseData, ...]
     texts: dict[str, tuple[str, ...]]
     sources: tuple[Fact, ...]
     types: tuple[str, ...]
     words: tuple[str, ...]
     studied: int
-    found: dict[str, dict[str, Any]]
+    reported: dict[str, dict[str, Any]]
     arrays: dict[str, NDArray]
 
 
@@ -241,34 +158,32 @@ class Board:
 
 def taken(model: Model) -> tuple[dict[str, dict[str, Any]], int]:
     """What the page takes from the chapters' results, and the seed they ran with. Raises ChapterError for a file that
-    is missing, unreadable, of another subject, other weights or another version, that lacks a key or holds a value
+    is missing, unreadable, of another model, other weights or another version, that lacks a key or holds a value
     that is no number."""
-    found, seeds = {}, set()
+    reported, seeds = {}, set()
     for chapter, keys in TAKEN.items():
         path = results_path(model.name, chapter)
-        again = f"Run `python -m lib run {chapter} --model {model.name} --force`."
+        rerun = f"Run `python -m lib run {chapter} --model {model.name} --force`."
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            own, values = content["provenance"], content["values"]
-            made = own["model"], own["weights_sha256"], own["lib"]
-            seeds.add(own["seed"])
+            provenance, values = content["provenance"], content["values"]
+            name, weights, made_by = (provenance[key] for key in ("model", "weights_sha256", "lib"))
+            seeds.add(provenance["seed"])
         except FileNotFoundError:
-            raise ChapterError(f"there is no {path}, which the dashboard is made from. {again}") from None
+            raise ChapterError(f"there is no {path}, which the dashboard is made from. {rerun}") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ChapterError(f"{path} is no results file ({error!r}). {again}") from error
-        if made[:2] != (model.name, model.weights_sha256):
-            raise ChapterError(
-                f"{path} was made by {made[0]} ({made[1][:12]}...), not by {model.name} "
-                f"({model.weights_sha256[:12]}...). {again}"
-            )
-        if made[2] != __version__:
-            raise ChapterError(f"{path} was made by version {made[2]} of lib, and this is {__version__}. {again}")
+            raise ChapterError(f"{path} is no results file ({error!r}). {rerun}") from error
+        if (name, weights) != (model.name, model.weights_sha256):
+            asked = f"{model.name} ({model.weights_sha256[:12]}...)"
+            raise ChapterError(f"{path} was made by {name} ({weights[:12]}...), not by {asked}. {rerun}")
+        if made_by != __version__:
+            raise ChapterError(f"{path} was made by version {made_by} of lib, and this is {__version__}. {rerun}")
         if lacking := [key for key in keys if key not in values]:
-            raise ChapterError(f"{path} lacks {', '.join(lacking)}. {again}")
-        found[chapter] = {key: values[key] for key in keys}
-        if odd := _not_finite(found[chapter]):
-            raise ChapterError(f"{path} holds NaN or infinity under {odd}. {again}")
-    return found, max(seeds)
+            raise ChapterError(f"{path} lacks {', '.join(lacking)}. {rerun}")
+        reported[chapter] = {key: values[key] for key in keys}
+        if odd := _not_finite(reported[chapter]):
+            raise ChapterError(f"{path} holds NaN or infinity under {odd}. {rerun}")
+    return reported, max(seeds)
 
 
 def _not_finite(value: Any, at: str = "") -> str | None:
@@ -281,7 +196,7 @@ def _not_finite(value: Any, at: str = "") -> str | None:
 
 def made_edits(model: Model, cases: Sequence[Case], listed: Sequence[dict[str, Any]]) -> dict[str, Edit]:
     """Chapter 3's edits by pathway. Raises EditError where a file is not the one that the chapter's results list, or
-    is of other weights or no case of the subject."""
+    is of other weights or no case of the model."""
     folder, texts = chapter_folder(model.name, EDITS), load_templates()
     sums = {row["file"]: row["sha256"] for row in listed}
     edits = load_all(folder)
@@ -297,68 +212,82 @@ def made_edits(model: Model, cases: Sequence[Case], listed: Sequence[dict[str, A
     return edits
 
 
-def collect(model: Model, *, progress: bool = True) -> Board:
+def collect(model: Model, *, progress: bool = True) -> PageData:
     """Everything that the page shows. Raises what `taken`, `made_edits` and `agree` do."""
-    found, seed = taken(model)
+    reported, seed = taken(model)
     whole = load_cases(model.name)
     cases = [trainable(model, c) for c in whole]
-    edits = made_edits(model, cases, found[EDITS]["edits"])
-    asked = [_ask(model, replace(c, facts=c.facts[:MOST])) for c in cases]
-    weighing = _Weighing.of(model, study_facts(model, whole[0]), asked, seed)
-    base = weighing.whole(model, "relation maps" if progress else None)
-    seen = [[_observe(model, test)] for test in asked]
-    static = [base.arrays]
+    edits = made_edits(model, cases, reported[EDITS]["edits"])
+    asked = [_case_prompts(model, replace(c, facts=c.facts[:MOST])) for c in cases]
+    static = _StaticDiagnostics.of(model, study_facts(model, whole[0]), asked, seed)
+    maps = relation_maps(model, static.study, progress="relation maps" if progress else None)
+    by_state = [static.arrays(model, range(model.weights.n_layers), maps)]
+    first_runs, baselines = zip(*(_run_case(model, case) for case in asked), strict=True)
+    runs = [first_runs]  # by state, then by case
     for edit in tqdm(edits.values(), desc="edits", disable=not progress):
         with applied(model, edit):
-            static.append(weighing.edited(model, base, edit))
-            for test, runs in zip(asked, seen, strict=True):
-                runs.append(_observe(model, test, before=runs[0], layer=edit.layer))
-    arrays = {key: np.stack([own[key] for own in static]) for key in base.arrays}
-    for test, runs in zip(asked, seen, strict=True):
-        arrays |= {f"{key}/{test.case.name}": np.stack([r.arrays[key] for r in runs]) for key in runs[0].arrays}
-    patterns = {text: i for i, text in enumerate(dict.fromkeys(t for test in asked for t in test.texts))}
-    held = [dict(chain.from_iterable(run.patterns.items() for run in state)) for state in zip(*seen, strict=True)]
-    arrays["patterns"] = np.stack([np.concatenate([own[text] for text in patterns], -1) for own in held])
+            by_state.append(static.edited(model, by_state[0], maps, edit))
+            pairs = zip(asked, baselines, strict=True)
+            runs.append(tuple(_run_case(model, case, before, edit.layer)[0] for case, before in pairs))
+    texts = {text: i for i, text in enumerate(dict.fromkeys(text for case in asked for text in case.texts))}
+    arrays = _stacked(by_state, asked, runs, texts)
     ids, arrays["tokens"] = np.unique(arrays["tokens"], return_inverse=True)
-    states = [State(name, edit.layer, found[EDITS]["pathways"][name]) for name, edit in edits.items()]
-    board = Board(
+    states = [State(name, edit.layer, reported[EDITS]["pathways"][name]) for name, edit in edits.items()]
+    findings = reported["02_knowledge_path"]["diagnosis"]
+    data = PageData(
         provenance={k: v for k, v in Results("dashboard", model, seed=seed).provenance.items() if k != "start"},
         states=(State(UNTOUCHED, None, {}), *states),
         cases=tuple(
-            _shown(test, runs, len(case.facts), patterns, found["02_knowledge_path"]["diagnosis"].get(case.name))
-            for test, runs, case in zip(asked, seen, whole, strict=True)
+            _case_data(case, by_case, len(full.facts), texts, findings.get(full.name))
+            for case, by_case, full in zip(asked, zip(*runs, strict=True), whole, strict=True)
         ),
-        texts={text: tuple(visible(model.token_text(t)) for t in model.token_ids(text)) for text in patterns},
-        sources=weighing.sources,
-        types=tuple(weighing.types),
+        texts={text: tuple(visible(model.token_text(t)) for t in model.token_ids(text)) for text in texts},
+        sources=static.sources,
+        types=tuple(static.types),
         words=tuple(model.token_text(int(i)) for i in ids),
-        studied=len(weighing.study),
-        found=found,
+        studied=len(static.study),
+        reported=reported,
         arrays={key: _small(value) for key, value in arrays.items()},
     )
-    agree(board)
-    return board
+    agree(data)
+    return data
 
 
-def agree(board: Board) -> None:
+def _stacked(
+    static: Sequence[dict[str, NDArray]],
+    asked: Sequence[_CasePrompts],
+    runs: Sequence[Sequence[_CaseRun]],
+    texts: dict[str, int],
+) -> dict[str, NDArray]:
+    """The arrays of all states, as PageData holds them. runs: by state, then by case."""
+    arrays = {key: np.stack([state[key] for state in static]) for key in static[0]}
+    for case, by_state in zip(asked, zip(*runs, strict=True), strict=True):
+        for key in by_state[0].arrays:
+            arrays[f"{key}/{case.case.name}"] = np.stack([run.arrays[key] for run in by_state])
+    patterns = [dict(chain.from_iterable(run.patterns.items() for run in by_case)) for by_case in runs]
+    arrays["patterns"] = np.stack([np.concatenate([by_text[text] for text in texts], -1) for by_text in patterns])
+    return arrays
+
+
+def agree(data: PageData) -> None:
     """Where the page computes what a chapter reported, both must say the same: the mean QK overlap, the facts told, and
     the best head's patching effect, which chapter 5 measures in another way. Raises ChapterError: then the results are
     not of this model, these data or this library."""
-    whole = [shown for shown in board.cases if not shown.left_out]
-    rows = [("01_static_diagnostics", "qk_overlap_mean", float(board.arrays["qk_overlap"][0].mean()))]
-    for shown in whole:
-        count = sum(p.told[0] for p in shown.prompts if not p.control)
-        rows.append(("02_knowledge_path", f"told.{shown.case.name}", float(count)))
-    patched = board.arrays.get(f"patching/{board.cases[0].case.name}")
-    if patched is not None and board.cases[0] in whole:
+    whole = [case for case in data.cases if not case.left_out]
+    rows = [("01_static_diagnostics", "qk_overlap_mean", float(data.arrays["qk_overlap"][0].mean()))]
+    for case in whole:
+        count = sum(p.told[0] for p in case.prompts if not p.control)
+        rows.append(("02_knowledge_path", f"told.{case.case.name}", float(count)))
+    patched = data.arrays.get(f"patching/{data.cases[0].case.name}")
+    if patched is not None and data.cases[0] in whole:
         rows.append(("05_cross_validation", "sweep_last_share", float(np.nanmean(patched[0], -1).max())))
     for chapter, key, ours in rows:
-        theirs = reach(board.found[chapter], key)
+        theirs = reach(data.reported[chapter], key)
         if not (isinstance(theirs, int | float) and abs(ours - theirs) <= 1e-3):
             raise ChapterError(
                 f"chapter {chapter} reports {theirs} for {key}, and the model says {ours:.4g}: its results are of "
                 f"other data or another library. Run `python -m lib run {chapter} --model "
-                f"{board.provenance['model']} --force`."
+                f"{data.provenance['model']} --force`."
             )
 
 
@@ -370,7 +299,7 @@ def _small(values: NDArray) -> NDArray:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _CasePrompts:
     """What is put to the model of a case. pairs: answer and competitor of each fact, by the failing prompt. untold:
     facts that the failing prompt does not tell."""
 
@@ -386,13 +315,13 @@ class _Asked:
         return [self.templates.index(template) * len(self.case.facts) + i for i in self.untold]
 
 
-def _ask(model: Model, case: Case) -> _Asked:
+def _case_prompts(model: Model, case: Case) -> _CasePrompts:
     texts, names = load_templates(), tuple(dict.fromkeys((case.template, *case.controls)))
     table = tell(model, case.facts, {case.template: texts[case.template]})
-    return _Asked(
+    return _CasePrompts(
         case,
         names,
-        tuple(p for name in names for p in prompts(case.facts, texts[name])),
+        tuple(prompt for name in names for prompt in prompts(case.facts, texts[name])),
         torch.tensor(table[["answer_token", "competitor_token"]].to_numpy()),
         tuple(table.competitor),
         tuple(i for i, told in enumerate(table.told) if not told),
@@ -400,77 +329,76 @@ def _ask(model: Model, case: Case) -> _Asked:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One state's answers to a case. arrays: (layer, head, ...). patterns: by text, (layer, head, byte). Of the
-    untouched model, which the edited ones go on from: climbed, the patched rows that leave each layer; lost, the margin
-    that they are a share of; and the run itself."""
+class _CaseRun:
+    """One state's answers to a case. arrays: (layer, head, ...). patterns: by text, (layer, head, byte)."""
 
     arrays: dict[str, NDArray]
     patterns: dict[str, NDArray]
     told: list[bool]
     top: list[str]
     margin: list[float]
-    climbed: list[Tensor]
-    lost: Tensor | None
-    run: interventions.CachedRun | None
+
+
+@dataclass(frozen=True)
+class _Baseline:
+    """The untouched model's run of a case, which the edited models go on from. streams: the patched rows that leave
+    each layer; lost: the margin that patching brings back a share of. Both are of the untold facts."""
+
+    run: CachedRun
+    streams: list[Tensor]
+    lost: Tensor
 
 
 @torch.no_grad()
-def _observe(model: Model, test: _Asked, *, before: _Run | None = None, layer: int = 0) -> _Run:
-    """before: the untouched model's run, for a subject that is edited in a layer (0-based)."""
-    kept = before.run if before else None
-    run = interventions.rerun_from(model, kept, layer) if kept else interventions.run_with_cache(model, test.texts)
-    pairs, bank = test.pairs.repeat(len(test.templates), 1), test.pairs[:, 0].unique()
-    seen = run.capture()
-    answers = logit_trace(model, seen, bank.expand(len(pairs), -1)).heads  # (prompt, bank, layer, head)
-    own = answers[(bank == pairs[:, :1]).nonzero(as_tuple=True)]
-    writes = own - (answers.sum(1) - own) / max(1, len(bank) - 1)
-    pushes = logit_trace(model, seen, pairs).difference().heads[:, 0]
-    arrays = {k: rearrange(v, "p l h -> l h p").cpu().numpy() for k, v in (("writes", writes), ("pushes", pushes))}
-    climbed: list[Tensor] = []
-    lost = None
-    if test.untold:
-        arrays["patching"], climbed, lost = _patch(model, test, run, before, layer)
+def _run_case(
+    model: Model, case: _CasePrompts, before: _Baseline | None = None, layer: int = 0
+) -> tuple[_CaseRun, _Baseline]:
+    """A case's answers, and what an edited model needs of the untouched one. before: that, for a model that is edited
+    in a layer (0-based)."""
+    if before:
+        run = interventions.rerun_from(model, before.run, layer)
+    else:
+        run = interventions.run_with_cache(model, case.texts)
+    pairs = case.pairs.repeat(len(case.templates), 1)
+    traced, shape = contributions(model, run.capture(), pairs, case.pairs[:, 0].unique()), run.z.shape[1:3]
+    arrays = {}
+    for key, values in (("writes", traced.attribution), ("pushes", traced.difference)):
+        by_head = values[:, : math.prod(shape)].unflatten(1, shape)  # heads come before MLPs
+        arrays[key] = rearrange(by_head, "p l h -> l h p").cpu().numpy()
+    baseline = _Baseline(run, [], torch.empty(0))
+    if case.untold:
+        arrays["patching"], baseline = _patch_heads(model, case, run, before, layer)
     answer, wrong = run.logits.gather(1, pairs[:, :1])[:, 0], run.logits.scatter(1, pairs[:, :1], float("-inf"))
-    return _Run(
+    case_run = _CaseRun(
         arrays,
-        _bytes(model, run),
+        _attention_bytes(model, run),
         told=(answer > wrong.amax(-1)).tolist(),
         top=[visible(model.token_text(int(t))) for t in run.logits.argmax(-1)],
         margin=interventions.logit_differences(run, pairs).tolist(),
-        climbed=[] if kept else climbed,
-        lost=lost,
-        run=None if kept else run,
     )
+    return case_run, baseline
 
 
-def _patch(
-    model: Model, test: _Asked, run: interventions.CachedRun, before: _Run | None, layer: int
-) -> tuple[NDArray, list[Tensor], Tensor]:
+def _patch_heads(
+    model: Model, case: _CasePrompts, run: CachedRun, before: _Baseline | None, layer: int
+) -> tuple[NDArray, _Baseline]:
     """Share of the margin lost by the untouched model that each head brings back (layer, head, fact), as
-    `crosscheck.sweep_case` has it; the patched rows; and the margin lost."""
-    weights, pairs = model.weights, test.pairs[list(test.untold)]
-    bad, good = (run.take(test.at(name)) for name in (test.case.template, test.case.controls[0]))
-    base = interventions.logit_differences(bad, pairs)
-    lost = interventions.logit_differences(good, pairs) - base if before is None or before.lost is None else before.lost
-    below = before.climbed[layer - 1] if before and layer else None
-    climbed = list(interventions.patched_streams(model, bad, good.z, start=layer, below=below))
-    shares = np.full((weights.n_layers, weights.n_heads, len(test.pairs)), np.nan, np.float32)
-    margin = interventions.patched_logit_differences(model, climbed[-1], pairs)
-    shares[..., list(test.untold)] = ((margin - base) / lost).view(*shares.shape[:2], -1).cpu().numpy()
-    return shares, climbed, lost
+    `cross_validation.sweep_case` has it; and the run with its patched rows."""
+    weights, untold = model.weights, list(case.untold)
+    pairs = case.pairs[untold]
+    failing, control = (run.take(case.at(name)) for name in (case.case.template, case.case.controls[0]))
+    base = interventions.logit_differences(failing, pairs)
+    lost = before.lost if before else interventions.logit_differences(control, pairs) - base
+    below = before.streams[layer - 1] if before and layer else None
+    streams = list(interventions.patched_streams(model, failing, control.z, start=layer, below=below))
+    shares = np.full((weights.n_layers, weights.n_heads, len(case.pairs)), np.nan, np.float32)
+    margin = interventions.patched_logit_differences(model, streams[-1], pairs)
+    shares[..., untold] = ((margin - base) / lost).view(*shares.shape[:2], -1).cpu().numpy()
+    return shares, _Baseline(run, streams, lost)
 
 
 @dataclass(frozen=True)
-class _Weighed:
-    """What the weights alone say, (layer, head, ...), and the relation maps behind it."""
-
-    arrays: dict[str, NDArray]
-    maps: dict[str, RelationMap]
-
-
-@dataclass(frozen=True)
-class _Weighing:
+class _StaticDiagnostics:
     """The words and facts that the weights are asked about. sources: the facts whose subjects a value channel reads;
     groups: (case, source), which of them to take the mean of."""
 
@@ -481,55 +409,49 @@ class _Weighing:
     seed: int
 
     @classmethod
-    def of(cls, model: Model, study: tuple[Fact, ...], asked: Sequence[_Asked], seed: int) -> _Weighing:
-        sources = tuple(dict.fromkeys(f for test in asked for f in test.case.facts))
-        groups = torch.tensor([[float(f in test.case.facts) for f in sources] for test in asked])
+    def of(cls, model: Model, study: tuple[Fact, ...], asked: Sequence[_CasePrompts], seed: int) -> _StaticDiagnostics:
+        sources = tuple(dict.fromkeys(fact for case in asked for fact in case.case.facts))
+        groups = torch.tensor([[float(fact in case.case.facts) for fact in sources] for case in asked])
         return cls(study, load_token_types(model), sources, groups / groups.sum(1, keepdim=True), seed)
 
-    def whole(self, model: Model, progress: str | None) -> _Weighed:
-        layers = range(model.weights.n_layers)
-        maps = relation_maps(model, self.study, progress=progress)
-        return _Weighed(self._layers(model, layers, maps), maps)
-
-    def edited(self, model: Model, before: _Weighed, edit: Edit) -> dict[str, NDArray]:
+    def edited(
+        self, model: Model, untouched: dict[str, NDArray], maps: dict[str, RelationMap], edit: Edit
+    ) -> dict[str, NDArray]:
         """The arrays of the untouched model, with the edited layer's own; all layers where the edit is of the first
-        one, whose MLP the enriched embedding passes on its way to every head."""
+        one, whose MLP the enriched embedding passes on its way to every head. maps: of the untouched model."""
         if edit.layer and edit.pathway == "ffn":
-            return before.arrays  # no head's weights are touched
+            return untouched  # no head's weights are touched
         layers = [edit.layer] if edit.layer else list(range(model.weights.n_layers))
-        new = relation_maps(model, self.study, layers=layers)
-        maps = {name: _splice_map(before.maps[name], m, layers) for name, m in new.items()}
-        arrays = {key: value.copy() for key, value in before.arrays.items()}
-        for key, value in self._layers(model, layers, maps).items():
+        spliced = {}
+        for name, edited in relation_maps(model, self.study, layers=layers).items():
+            hits = maps[name].hits.clone()
+            hits[layers] = edited.hits
+            spliced[name] = RelationMap(hits)
+        arrays = {key: value.copy() for key, value in untouched.items()}
+        for key, value in self.arrays(model, layers, spliced).items():
             arrays[key][layers] = value
         return arrays
 
-    def _layers(self, model: Model, layers: Sequence[int], maps: dict[str, RelationMap]) -> dict[str, NDArray]:
-        weights, names = model.weights, list(self.types)
+    def arrays(self, model: Model, layers: Sequence[int], maps: dict[str, RelationMap]) -> dict[str, NDArray]:
+        """What the weights of some layers say, (layer, head, ...)."""
+        weights, shape = model.weights, (len(layers), model.weights.n_heads)
         roles = head_roles(model, self.types, list(maps.values()), seed=self.seed, layers=layers)
-        shape = (len(layers), weights.n_heads)
-        by_type = [k_norms_by_head(weights, ids)[layers].mean(-1) for ids in self.types.values()]
-        every = k_norms_by_head(weights, [i for ids in self.types.values() for i in ids])[layers].mean(-1)
-        group = weights.n_heads // weights.n_kv_heads
+        codes = {"none": -1, **{name: i for i, name in enumerate(self.types)}}
+        words = [*self.types.values(), [i for ids in self.types.values() for i in ids]]  # each type's, and all
+        by_key_head = torch.stack([k_norms_by_head(weights, ids)[layers].mean(-1) for ids in words], -1)
+        group = weights.n_heads // weights.n_kv_heads  # query heads that share a key head
+        norms = repeat(by_key_head, "l kv t -> l (kv group) t", group=group).cpu().numpy()
         return {
             "qk_overlap": qk_overlap(weights)[layers].cpu().numpy(),
-            "k_norm": repeat(every, "l kv -> l (kv g)", g=group).cpu().numpy(),
-            "k_norm_by_type": repeat(torch.stack(by_type, -1), "l kv t -> l (kv g) t", g=group).cpu().numpy(),
+            "k_norm": norms[..., -1],
+            "k_norm_by_type": norms[..., :-1],
             "relation": torch.stack([m.score[layers] for m in maps.values()], -1).cpu().numpy(),
             "role_numbers": roles[list(ROLE_NUMBERS)].to_numpy().reshape(*shape, -1),
-            "seeks": roles.seeks.map({"none": -1, **{t: i for i, t in enumerate(names)}}).to_numpy().reshape(shape),
-            "advertises": (
-                roles.advertises.map({"none": -1, **{t: i for i, t in enumerate(names)}}).to_numpy().reshape(shape)
-            ),
+            "seeks": roles.seeks.map(codes).to_numpy().reshape(shape),
+            "advertises": roles.advertises.map(codes).to_numpy().reshape(shape),
             "value": roles.value.map(VALUE_ROLES.index).to_numpy().reshape(shape),
             **_value_channels(model, self.sources, self.groups, layers),
         }
-
-
-def _splice_map(old: RelationMap, new: RelationMap, layers: list[int]) -> RelationMap:
-    hits = old.hits.clone()
-    hits[layers] = new.hits
-    return RelationMap(hits)
 
 
 @torch.no_grad()
@@ -556,34 +478,34 @@ def _value_channels(
     return {k: torch.stack(v).unflatten(0, (len(layers), -1)).cpu().numpy() for k, v in parts.items()}
 
 
-def _shown(
-    test: _Asked, runs: Sequence[_Run], all_facts: int, texts: dict[str, int], finding: dict[str, Any] | None
-) -> Shown:
-    facts = range(len(test.case.facts))
+def _case_data(
+    case: _CasePrompts, runs: Sequence[_CaseRun], all_facts: int, texts: dict[str, int], finding: dict[str, Any] | None
+) -> CaseData:
+    n = len(case.case.facts)
     asked = tuple(
         Prompt(
             texts[text],
-            test.templates[i // len(facts)],
-            i >= len(facts),
-            i % len(facts),
-            tuple(r.told[i] for r in runs),
-            tuple(r.top[i] for r in runs),
-            tuple(r.margin[i] for r in runs),
+            case.templates[i // n],
+            i >= n,
+            i % n,
+            tuple(run.told[i] for run in runs),
+            tuple(run.top[i] for run in runs),
+            tuple(run.margin[i] for run in runs),
         )
-        for i, text in enumerate(test.texts)
+        for i, text in enumerate(case.texts)
     )
     known = {p.fact for p in asked if p.control and p.told[0]}
-    failing = tuple(f for f in test.untold if f in known)
-    return Shown(test.case, all_facts - len(facts), test.competitors, failing or tuple(facts), asked, finding)
+    failing = tuple(fact for fact in case.untold if fact in known) or tuple(range(n))
+    return CaseData(case.case, all_facts - n, case.competitors, failing, asked, finding)
 
 
 @torch.no_grad()
-def _bytes(model: Model, run: interventions.CachedRun) -> dict[str, NDArray]:
+def _attention_bytes(model: Model, run: CachedRun) -> dict[str, NDArray]:
     """Attention of every head on every prompt, by prompt: the lower triangle row by row, (layer, head, byte)."""
     blocks = zip(model.weights.blocks, run.layers, strict=True)
-    whole = torch.stack([block.attn.pattern(block.norm_attn(layer.stream)) for block, layer in blocks], 1)
-    out = {}
-    for i, text in enumerate(run.prompts):
-        rows, columns = torch.tril_indices(int(run.last[i]) + 1, int(run.last[i]) + 1)
-        out[text] = (whole[i][..., rows, columns] * 255).round().to(torch.uint8).cpu().numpy()
-    return out
+    patterns = torch.stack([block.attn.pattern(block.norm_attn(layer.stream)) for block, layer in blocks], 1)
+    by_text = {}
+    for text, pattern, last in zip(run.prompts, patterns, run.last.tolist(), strict=True):
+        queries, keys = torch.tril_indices(last + 1, last + 1)
+        by_text[text] = (pattern[..., queries, keys] * 255).round().to(torch.uint8).cpu().numpy()
+    return by_text

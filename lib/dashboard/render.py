@@ -1,4 +1,4 @@
-"""dashboard.render."""
+"""The page: the numbers of `collect` as JSON, Vega-Lite charts, and one HTML file that holds everything."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 import vl_convert
 from numpy.typing import NDArray
 
-from lib.dashboard.collect import EDITS, MEASURES, ROLE_NUMBERS, TOP, VALUE_ROLES, Board, Measure, Shown, State
+from lib.dashboard.collect import EDITS, MEASURES, ROLE_NUMBERS, TOP, VALUE_ROLES, CaseData, Measure, PageData, State
 from lib.errors import DataError
 from lib.facts import Fact, load_templates
 from lib.show.figures import BLUE, GREEN, ORANGE, PINK, RED, SKY, visible
@@ -29,9 +29,9 @@ PARTS = tuple(HERE / f"page.{kind}" for kind in ("html", "css", "js"))
 # Rendering
 
 
-def render(board: Board) -> str:
+def render(data: PageData) -> str:
     """One HTML file, complete in itself."""
-    content, own = _page(board), board.provenance
+    content, own = _page(data), data.provenance
     bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub forgets the default
     scripts = {"vega": bundle, "js": PARTS[2].read_text(encoding="utf-8")}
     if odd := [name for name, script in scripts.items() if "</script" in script.lower()]:
@@ -44,7 +44,7 @@ def render(board: Board) -> str:
         "name": escape(own["model"]),
         "source": escape(own["source"]),
         "heads": f"{layers} layers of {heads} heads, {layers * heads} in all.",
-        "footer": _footer(board),
+        "footer": _footer(data),
         "css": PARTS[1].read_text(encoding="utf-8"),
         # json within a script element: what could end the element is written as an escape
         "board": json.dumps(content, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c"),
@@ -58,60 +58,60 @@ def _sum(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _footer(board: Board) -> str:
-    own = board.provenance
+def _footer(data: PageData) -> str:
+    own = data.provenance
     return (
         f"Model {escape(own['model'])} ({escape(own['source'])}), weights sha256 {escape(own['weights_sha256'])}. "
         f"Computed with lib {escape(own['lib'])} at commit {escape(own['commit'])}, seed {own['seed']}, from the "
-        "results of chapters 1, 2, 3 and 5. Every number here is this subject's: figures of GPT-2 need a run on GPT-2 "
+        "results of chapters 1, 2, 3 and 5. Every number here is this model's: figures of GPT-2 need a run on GPT-2 "
         "(<code>make book MODEL=gpt2</code>, where the model hub is reachable)."
     )
 
 
-def _page(board: Board) -> dict[str, Any]:
+def _page(data: PageData) -> dict[str, Any]:
     """The board as JSON. Numbers are base64 of little-endian values."""
-    first = board.found["01_static_diagnostics"]
+    first = data.reported["01_static_diagnostics"]
     low, high = first["qk_overlap_band"]
-    checked = board.found["05_cross_validation"]
-    lengths = [len(tokens) * (len(tokens) + 1) // 2 for tokens in board.texts.values()]
+    checked = data.reported["05_cross_validation"]
+    lengths = [len(tokens) * (len(tokens) + 1) // 2 for tokens in data.texts.values()]
     return {
-        "shape": board.arrays["qk_overlap"].shape[1:],
-        "measures": [asdict(m) | ({"labels": _labels(board, m.key)} if m.kind == "role" else {}) for m in MEASURES],
-        "states": [_state(s, board.found[EDITS]["recommended"]) for s in board.states],
-        "cases": [_case(c, board.sources) for c in board.cases],
+        "shape": data.arrays["qk_overlap"].shape[1:],
+        "measures": [asdict(m) | ({"labels": _labels(data, m.key)} if m.kind == "role" else {}) for m in MEASURES],
+        "states": [_state(s, data.reported[EDITS]["recommended"]) for s in data.states],
+        "cases": [_case(c, data.sources) for c in data.cases],
         "texts": [
             {"text": text, "tokens": tokens, "start": start}
-            for (text, tokens), start in zip(board.texts.items(), np.cumsum([0, *lengths[:-1]]).tolist(), strict=True)
+            for (text, tokens), start in zip(data.texts.items(), np.cumsum([0, *lengths[:-1]]).tolist(), strict=True)
         ],
-        "facts": len(board.sources),
+        "facts": len(data.sources),
         "top": TOP,
-        "types": board.types,
-        "words": board.words,
+        "types": data.types,
+        "words": data.words,
         "role_numbers": ROLE_NUMBERS,
-        "studied": board.studied,
+        "studied": data.studied,
         "chance": {"mean": first["qk_overlap_chance"], "low": low, "high": high},
         "ablated": {key: checked[key] for key in ("knowledge_head", "head_effect", "head_interval")},
-        "arrays": {name: pack(values) for name, values in board.arrays.items()},
-        "specs": specs(board),
+        "arrays": {name: pack(values) for name, values in data.arrays.items()},
+        "specs": specs(data),
         "themes": THEMES,
     }
 
 
-def _labels(board: Board, role: str) -> list[str]:
-    return list(VALUE_ROLES) if role == "value" else ["none", *board.types]
+def _labels(data: PageData, role: str) -> list[str]:
+    return list(VALUE_ROLES) if role == "value" else ["none", *data.types]
 
 
 def _state(state: State, recommended: str) -> dict[str, Any]:
     if state.layer is None:
         return {"key": state.key, "title": "untouched model", "layer": None, "text": ""}
-    words, found = state.key.replace("_", " "), state.found
+    words, found = state.key.replace("_", " "), state.reported
     text = f"{found['parameters']:,} parameters of L{state.layer + 1}, KL {found['kl']:.4f} on neutral text"
     if words == recommended:
         text += ", recommended by chapter 3"
     return {"key": state.key, "title": f"{words} of L{state.layer + 1}", "layer": state.layer, "text": text}
 
 
-def _case(shown: Shown, sources: Sequence[Fact]) -> dict[str, Any]:
+def _case(shown: CaseData, sources: Sequence[Fact]) -> dict[str, Any]:
     texts, finding = load_templates(), shown.finding
     marks = {} if finding is None else {"K": finding["knowledge_head"], "S": finding["suppressor"]}
     return {
@@ -155,14 +155,14 @@ def pack(values: NDArray) -> dict[str, Any]:
 # Charts
 
 
-def specs(board: Board) -> dict[str, dict[str, Any]]:
+def specs(data: PageData) -> dict[str, dict[str, Any]]:
     """Vega-Lite specifications by name, each of the data set `rows`."""
     out: dict[str, alt.TopLevelMixin] = {"attention": _attention()}
     for name, n in (("", 1), (" edited", 2)):
-        out |= {f"points{name}": _points(KINDS[: n + 1]), f"norms{name}": _norms(board.types, STATES[:n])}
+        out |= {f"points{name}": _points(KINDS[: n + 1]), f"norms{name}": _norms(data.types, STATES[:n])}
     for m in MEASURES:
         for layout in ("wide", "tall"):
-            out[f"grid {m.key} {layout}"] = _grid(m, layout, _labels(board, m.key) if m.kind == "role" else [])
+            out[f"grid {m.key} {layout}"] = _grid(m, layout, _labels(data, m.key) if m.kind == "role" else [])
             if m.kind != "role":
                 out[f"grid {m.key} change {layout}"] = _grid(replace(m, kind="signed"), layout, [], "change")
     return {name: _spec(chart) for name, chart in out.items()}

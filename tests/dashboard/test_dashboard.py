@@ -100,7 +100,7 @@ def build(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def board(build, organism) -> collect.Board:
+def board(build, organism) -> collect.PageData:
     chapters(organism, 1.00494)
     return collect.collect(organism, progress=False)
 
@@ -301,11 +301,11 @@ def test_results_that_do_not_belong_are_refused(board, organism, chapter, key, v
 )
 def test_results_that_the_model_contradicts_are_refused(board, chapter, key):
     collect.agree(board)
-    found = board.found | {chapter: board.found[chapter] | {key: board.found[chapter][key] + 0.01}}
+    found = board.reported | {chapter: board.reported[chapter] | {key: board.reported[chapter][key] + 0.01}}
     with pytest.raises(ChapterError, match=rf"chapter {chapter} reports .* for {key}, and the model says"):
-        collect.agree(replace(board, found=found))
+        collect.agree(replace(board, reported=found))
     with pytest.raises(ChapterError, match=r"reports not run for told\.overridden, and the model says 2"):
-        collect.agree(replace(board, found=board.found | {"02_knowledge_path": {"told": {}}}))
+        collect.agree(replace(board, reported=board.reported | {"02_knowledge_path": {"told": {}}}))
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "there is no .*05_cross"), ("{", "is no results file")])
