@@ -383,7 +383,7 @@ def _patch_heads(
     model: Model, case: _CasePrompts, run: CachedRun, before: _Baseline | None, layer: int
 ) -> tuple[NDArray, _Baseline]:
     """Share of the margin lost by the untouched model that each head brings back (layer, head, fact), as
-    `cross_validation.sweep_case` has it; and the run with its patched rows."""
+    `cross_validation.patch_case_heads` has it; and the run with its patched rows."""
     weights, untold = model.weights, list(case.untold)
     pairs = case.pairs[untold]
     failing, control = (run.take(case.at(name)) for name in (case.case.template, case.case.controls[0]))

@@ -19,7 +19,7 @@ from lib.edits import Edit, applied, load, save
 from lib.errors import BookError, ChapterError, EditError
 from lib.facts import load_cases, load_templates, prompts
 from lib.models import Model
-from lib.press import execute
+from lib.press import build
 from lib.press.browser import chromium
 from lib.recall import study_facts, trainable
 from lib.results import Results, chapter_folder, results_path
@@ -90,17 +90,17 @@ def chapters(model: Model, share: float, pathways: Sequence[str] = PATHWAYS) -> 
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory):
+def build_folder(tmp_path_factory):
     """A _build of its own, for everything in this file."""
     folder = tmp_path_factory.mktemp("build")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(results, "BUILD", folder)
-        patch.setattr(execute, "BUILD", folder)
+        patch.setattr(build, "BUILD", folder)
         yield folder
 
 
 @pytest.fixture(scope="module")
-def board(build, organism) -> collect.PageData:
+def board(build_folder, organism) -> collect.PageData:
     chapters(organism, 1.00494)
     return collect.collect(organism, progress=False)
 
@@ -150,7 +150,7 @@ def test_patching_is_chapter_5s_sweep(board, organism):
 
 
 def test_patching_of_an_edit_is_a_share_of_the_same_margin(board, organism):
-    """crosscheck.sweep divides by the edited model's own loss; the page by the untouched model's, for all states."""
+    """patch_heads divides by the loss of the edited model; the page, for all states, by that of the untouched one."""
     shown, (state, edit) = board.cases[0], edit_of(board, organism, "attention")
     case, templates = shown.case, load_templates()
     fact = shown.failing[0]
@@ -351,12 +351,13 @@ def test_a_case_of_many_facts_is_cut_and_said(board, organism, monkeypatch):
 # The command
 
 
-def test_the_page_is_kept_until_something_changes(board, build, monkeypatch, tmp_path):
+def test_the_page_is_kept_until_something_changes(board, build_folder, monkeypatch, tmp_path):
     made = []
     monkeypatch.setattr(collect, "collect", lambda model: made.append(model.name) or board)
-    monkeypatch.setattr(collect, "render", lambda board: "the page")
-    monkeypatch.setattr(execute, "ROOT", build.parent)  # sources are taken from there
-    monkeypatch.setattr(execute, "_everyones", list)
+    monkeypatch.setattr(render, "render", lambda data: "the page")
+    monkeypatch.setattr(render, "PARTS", ())
+    monkeypatch.setattr(build, "ROOT", build_folder.parent)  # sources are taken from there
+    monkeypatch.setattr(build, "_everyones", list)
     said: list[str] = []
 
     def run(**options) -> bool:
@@ -369,8 +370,8 @@ def test_the_page_is_kept_until_something_changes(board, build, monkeypatch, tmp
         results_path("organism", "02_knowledge_path").read_text() + "\n"
     )
     assert run() and not run()
-    source = build.parent / "lib" / "dashboard.py"
-    source.parent.mkdir()
+    source = build_folder.parent / "lib" / "dashboard" / "collect.py"
+    source.parent.mkdir(parents=True)
     source.write_text("x = 1")
     assert run() and not run()
     assert not run(output=tmp_path / "mine.html")
@@ -704,7 +705,7 @@ def test_nothing_in_the_page_points_outside(html):
 
 
 @pytest.mark.model
-def test_smollm2s_270_heads_fit_and_read(build, smollm2, browser, tmp_path, monkeypatch):
+def test_smollm2s_270_heads_fit_and_read(build_folder, smollm2, browser, tmp_path, monkeypatch):
     """The real model with two edits: the numbers that the book tells of, and the page itself. Relation maps are of a
     third of the countries, for time. Of the built book's, with six edits, tests/pages takes the size."""
     monkeypatch.setattr(collect, "study_facts", lambda *given: study_facts(*given)[::3])
