@@ -1,27 +1,32 @@
-"""Run prompts and keep what patching needs; then give one component what it did elsewhere, and run what follows.
+"""Ablation and activation patching: what a model says when one component, at one position, puts out something else.
 
-A run keeps, of every layer, the stream at all positions and the last position's heads and MLP output, its attention,
-and the keys and values that it saw. So
+No token stands after a last one, so no other token notices a change there. Therefore
 
-    rerun     after a change of weights in some layer, everything below it is not computed again
-    patched   nothing before the last position can notice a patch there: only last rows are run, from the patched
-              layer up, all components of a model in one sweep
+    1. Keep       the prompts are run once, and what later questions look back on is kept: the streams of a pack
+                  (`prefill`), or of every layer the keys and values with all that the last position did
+                  (`run_with_cache`; after a change of weights in some layer, `rerun_from` it).
+    2. Replace    one component's output at the last position: by nothing, by its mean, or by what it is in another
+                  prompt (`ablate`); by what it is under another template (`patch_components`).
+    3. Propagate  the last positions alone, from the changed layer up, all components of a model together
+                  (`patched_streams`).
+    4. Compare    the answer's logit, or the logit difference of answer and competitor, with that of the run as it was.
 
-`crosscheck.sweep` patches the same heads by whole forward passes; a test holds the two against each other.
+`patch_heads` patches by whole forward passes of the model's own blocks, and at the subject's last token too; a test
+holds it and `patch_components` against each other. Activation patching as in Meng et al. (2022); later layers may
+repair what an ablation takes away (Rushing and Nanda 2024), so `ablate` gives the direct and the total effect.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
 from einops import einsum
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib.facts import Fact, prompts
@@ -29,41 +34,18 @@ from lib.forward import End, Pack, Past, above, ends, entering, gathered, pack, 
 from lib.models import Model
 from lib.sites import Site
 from lib.statistics import mean_interval
-from lib.trace import Capture, before_norm, logit_direction, subject_positions
+from lib.trace import Capture, Hook, before_norm, hooked, logit_direction, subject_positions
 from lib.weights import Block
 
-# Interventions: what happens when it is taken away
-
-
-@contextmanager
-def reading(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Collect the input of each module, in their order, while the model runs."""
-    seen: list[Tensor] = []
-    handles = [m.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for m in modules]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def replacing(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Put change(input) for the module's input, while the model runs."""
-    handle = module.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
-
+# Ablation: what the answer loses when a part is taken away
 
 Prefilled = list[tuple[Pack, dict[int, Float[Tensor, "t d_model"]]]]  # packs, and the streams that enter their layers
 
 
 def prefill(model: Model, texts: Sequence[str], lowest: int) -> Prefilled:
-    """Prompts run once, with what later questions about their last tokens look back on, from a layer up."""
-    rows = packs(model, [model.token_ids(t) for t in texts], share=True)
-    return [(some, streams(model, some, range(lowest, model.weights.n_layers))) for some in rows]
+    """Prompts run once, with what questions about their last tokens look back on, from the layer `lowest` up."""
+    together = packs(model, [model.token_ids(t) for t in texts], share=True)
+    return [(texts, streams(model, texts, range(lowest, model.weights.n_layers))) for texts in together]
 
 
 @dataclass(frozen=True)
@@ -75,15 +57,14 @@ class Part:
 
     def held(self, end: End) -> Float[Tensor, "m width"]:
         """What the part holds at last tokens, before it is written into the stream."""
-        if self.site.head is not None:
-            return end.z[:, self.site.head]
-        return end.neurons[:, self._rows()]
+        return end.neurons[:, self._neurons] if self.site.head is None else end.z[:, self.site.head]
 
     def out(self, block: Block) -> Float[Tensor, "width d_model"]:
         """What it writes into the stream with each unit that it holds."""
-        return block.mlp.W_out[self._rows()] if self.site.head is None else block.attn.W_O[self.site.head]
+        return block.mlp.W_out[self._neurons] if self.site.head is None else block.attn.W_O[self.site.head]
 
-    def _rows(self) -> slice:
+    @property
+    def _neurons(self) -> slice:
         return slice(None) if self.neuron is None else slice(self.neuron, self.neuron + 1)
 
     def __str__(self) -> str:
@@ -98,33 +79,34 @@ def ablate(
     part: Part,
     *,
     against: Int[Tensor, " prompt"] | None = None,
-    kept: Prefilled | None = None,
+    prefilled: Prefilled | None = None,
 ) -> pd.DataFrame:
     """Take a part away at the last position, in three ways: `zero`; `mean` over the prompts; `resample`, what it did in
-    the next prompt. A row a prompt and way: the change of the answer's logit (minus the logit of `against`, if given),
-    direct (all later layers and the norm held as they were) and total (really run). kept: the prompts' `prefill` from
-    the part's layer or below, where several parts are taken from the same prompts."""
-    columns = model.weights.W_U[:, answers] - (0 if against is None else model.weights.W_U[:, against])
-    layer, kept = part.site.layer, prefill(model, texts, part.site.layer) if kept is None else kept
-    found = [next(ends(model, some, before, before[layer][some.last], layer)) for some, before in kept]
-    own, out = torch.cat([part.held(end) for end in found]), part.out(model.weights.blocks[layer])
-    ways = {"none": own, "zero": torch.zeros_like(own), "mean": own.mean(0).expand_as(own), "resample": own.roll(-1, 0)}
-    changes, rows, done = torch.stack(list(ways.values())) - own, [], 0
-    for (some, before), end in zip(kept, found, strict=True):
-        mine = slice(done, done := done + len(some.last))
-        change, read = changes[:, mine], columns[:, mine].T
-        final = _changed(model, some, before, layer, end, change @ out, heads=part.site.head is not None)
+    the next prompt. A row a way and prompt: the change of the answer's logit (minus the logit of `against`, if given),
+    direct (all later layers and the norm held as they were) and total (really run). prefilled: the prompts' `prefill`
+    from the part's layer or below, where several parts are taken from the same prompts."""
+    layer, W_U = part.site.layer, model.weights.W_U
+    prefilled = prefill(model, texts, layer) if prefilled is None else prefilled
+    directions = (W_U[:, answers] - (0 if against is None else W_U[:, against])).T
+    reached = [next(ends(model, batch, before, before[layer][batch.last], layer)) for batch, before in prefilled]
+    held, out = torch.cat([part.held(end) for end in reached]), part.out(model.weights.blocks[layer])
+    ways = {"zero": torch.zeros_like(held), "mean": held.mean(0).expand_as(held), "resample": held.roll(-1, 0)}
+    changes = torch.stack((held, *ways.values())) - held  # (way, prompt, width); the first is none
+    sizes, direct, total = [len(batch.last) for batch, _ in prefilled], [], []
+    parts = zip(prefilled, reached, changes.split(sizes, 1), directions.split(sizes), strict=True)
+    for (batch, before), end, change, read in parts:
+        final = _final_streams(model, batch, before, layer, end, change @ out, heads=part.site.head is not None)
         logits = (model.weights.norm_final(final) * read).sum(-1)
-        direct = (change * (before_norm(model, final[0], read) @ out.T)).sum(-1)
-        totals = logits - logits[0]
-        for way, d, t in list(zip(ways, direct.tolist(), totals.tolist(), strict=True))[1:]:
-            rows.append(pd.DataFrame({"part": str(part), "way": way, "prompt": texts[mine], "direct": d, "total": t}))
-    return pd.concat(rows, ignore_index=True)
+        direct.append((change * (before_norm(model, final[0], read) @ out.T)).sum(-1))
+        total.append(logits - logits[0])
+    effects = zip(ways, torch.cat(direct, 1)[1:].tolist(), torch.cat(total, 1)[1:].tolist(), strict=True)
+    tables = [pd.DataFrame({"way": way, "prompt": texts, "direct": d, "total": t}) for way, d, t in effects]
+    return pd.concat(tables, ignore_index=True).assign(part=str(part))
 
 
-def _changed(
+def _final_streams(
     model: Model,
-    some: Pack,
+    batch: Pack,
     before: dict[int, Tensor],
     layer: int,
     end: End,
@@ -137,7 +119,7 @@ def _changed(
     if heads:  # the layer's own MLP reads it too
         middle = end.middle + change
         rows = middle + block.mlp(block.norm_mlp(middle))
-    for later in ends(model, some, before, rows.flatten(0, 1), layer + 1):
+    for later in ends(model, batch, before, rows.flatten(0, 1), layer + 1):
         rows = later.stream
     return rows.view(change.shape)
 
@@ -148,37 +130,32 @@ def ablate_top_neurons(
 ) -> pd.DataFrame:
     """Zero, in each prompt, the neuron of the layer that the trace ranks `rank`-th for that very prompt (0: the top
     one): its number, and the change of the answer's logit, direct and total."""
-    block, done, tables = model.weights.blocks[layer], 0, []
-    for some, before in prefill(model, texts, layer):
-        mine = slice(done, done := done + len(some.last))
-        *_, last = found = list(ends(model, some, before, before[layer][some.last], layer))
-        trace = found[0].neurons * (logit_direction(model, last.stream, answers[mine]) @ block.mlp.W_out.T)
+    block, tables, prefilled = model.weights.blocks[layer], [], prefill(model, texts, layer)
+    for (batch, before), tokens in zip(prefilled, answers.split([len(b.last) for b, _ in prefilled]), strict=True):
+        layers = list(ends(model, batch, before, before[layer][batch.last], layer))
+        first, last = layers[0], layers[-1]
+        trace = first.neurons * (logit_direction(model, last.stream, tokens) @ block.mlp.W_out.T)
         chosen = trace.argsort(-1, descending=True)[:, rank]
-        write = found[0].neurons.gather(1, chosen[:, None]) * block.mlp.W_out[chosen]
-        final = _changed(model, some, before, layer, found[0], -write[None], heads=False)
+        write = first.neurons.gather(1, chosen[:, None]) * block.mlp.W_out[chosen]
+        final = _final_streams(model, batch, before, layer, first, -write[None], heads=False)
         both = model.weights.norm_final(torch.cat((last.stream[None], final)))
-        logits = (both * model.weights.W_U[:, answers[mine]].T).sum(-1)
-        tables.append(
-            pd.DataFrame(
-                {
-                    "prompt": texts[mine],
-                    "neuron": chosen.tolist(),
-                    "direct": (-trace.gather(1, chosen[:, None])[:, 0]).tolist(),
-                    "total": (logits[1] - logits[0]).tolist(),
-                }
-            )
-        )
-    return pd.concat(tables, ignore_index=True).assign(way="zero")
+        logits = (both * model.weights.W_U[:, tokens].T).sum(-1)
+        direct = -trace.gather(1, chosen[:, None])[:, 0]
+        effects = {"direct": direct.tolist(), "total": (logits[1] - logits[0]).tolist()}
+        tables.append(pd.DataFrame({"neuron": chosen.tolist(), **effects}))
+    return pd.concat(tables, ignore_index=True).assign(prompt=list(texts), way="zero")
 
 
 def summarise_ablations(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     """A row a part and way of an `ablate` table: direct and total effect, means with bootstrap 95 % intervals."""
-    rows = []
-    for (part, way), group in table.groupby(["part", "way"], sort=False):
-        found = {"part": part, "way": way, "n": len(group), "direct": group.direct.mean()}
-        found["total"], found["low"], found["high"] = mean_interval(group.total, seed=seed)
-        rows.append(found)
-    return pd.DataFrame(rows)
+    rows = [
+        (part, way, len(group), group.direct.mean(), *mean_interval(group.total, seed=seed))
+        for (part, way), group in table.groupby(["part", "way"], sort=False)
+    ]
+    return pd.DataFrame(rows, columns=["part", "way", "n", "direct", "total", "low", "high"])
+
+
+# Patching by whole forward passes
 
 
 @torch.no_grad()
@@ -186,74 +163,75 @@ def patch_heads(
     model: Model, facts: Sequence[Fact], failing: str, control: str, competitors: Int[Tensor, " fact"]
 ) -> dict[str, Float[Tensor, "n_layers n_heads fact"]]:
     """Every head of the failing prompt, one at a time, made to do what it does under the control template: at the last
-    position, and at the last token of the subject. The share of the lost margin (answer minus competitor) that comes
-    back; 1 is all of it."""
+    position, and at the last token of the subject. The share of the lost logit difference (answer minus competitor)
+    that comes back; 1 is all of it."""
     weights, answers = model.weights, torch.tensor([model.first_token(f.answer) for f in facts])
-    bad, good = (prompts(facts, t) for t in (failing, control))
-    places = {name: [_place(model, ts, facts, name) for ts in (bad, good)] for name in ("last", "subject")}
-    ids, from_ids = ([model.token_ids(t) for t in ts] for ts in (bad, good))
-    whole, source = pack(model, from_ids), pack(model, ids * weights.n_heads)
-    single = pack(model, ids)
+    texts = [prompts(facts, template) for template in (failing, control)]
+    places = {name: [_places(model, t, facts, name) for t in texts] for name in ("last", "subject")}
+    failing_ids, control_ids = ([model.token_ids(t) for t in some] for some in texts)
+    bad, good = pack(model, failing_ids), pack(model, control_ids)
+    copies = pack(model, failing_ids * weights.n_heads)  # one for each head that is patched
     pairs = torch.stack((answers, competitors), 1)
-    lost = _margin(model, whole, pairs) - (base := _margin(model, single, pairs))
-    out = {name: torch.zeros(weights.n_layers, weights.n_heads, len(facts)) for name in places}
-    controls, stream = entering(model, whole, 0), entering(model, single, 0)
-    for layer in tqdm(range(weights.n_layers), desc="patching"):
-        block = weights.blocks[layer]
-        with reading([block.heads_out]) as seen:
-            controls = through(model, whole, controls, layer)
+    base = _pack_logit_differences(model, bad, pairs)
+    lost = _pack_logit_differences(model, good, pairs) - base
+    shares = {name: torch.zeros(weights.n_layers, weights.n_heads, len(facts)) for name in places}
+    good_stream, bad_stream = entering(model, good, 0), entering(model, bad, 0)
+    for layer, block in enumerate(tqdm(weights.blocks, desc="patching")):
+        seen: list[Tensor] = []
+        with hooked(before={block.heads_out: seen.append}):
+            good_stream = through(model, good, good_stream, layer)
         for name, (to, of) in places.items():
-            z = seen[0].view(-1, weights.n_heads, weights.d_head)[_flat(whole, of)]
-            change = _put_heads(z, _flat(single, to), len(single.tokens), weights.n_heads)
-            with replacing(block.heads_out, change):
-                final = above(model, source, layer, stream.repeat(weights.n_heads, 1))[source.last]
-            margin = _difference(model, final.view(weights.n_heads, len(facts), -1), pairs)
-            out[name][layer] = (margin - base) / lost
-        stream = through(model, single, stream, layer)
-    return out
+            z = seen[0].view(-1, weights.n_heads, weights.d_head)[_rows(good, of)]
+            patch = _head_by_head(z, _rows(bad, to), len(bad.tokens))
+            with hooked(before={block.heads_out: patch}):
+                final = above(model, copies, layer, bad_stream.repeat(weights.n_heads, 1))[copies.last]
+            now = _difference(model, final.view(weights.n_heads, len(facts), -1), pairs)
+            shares[name][layer] = (now - base) / lost
+        bad_stream = through(model, bad, bad_stream, layer)
+    return shares
 
 
-def _put_heads(
-    z: Float[Tensor, "fact n_heads d_head"], rows: Tensor, length: int, n_heads: int
-) -> Callable[[Tensor], Tensor]:
-    """For a pack that holds the texts once for each head: in the h-th copy, head h gets what z says."""
+def _head_by_head(z: Float[Tensor, "fact n_heads d_head"], rows: Int[Tensor, " fact"], length: int) -> Hook:
+    """For a pack that holds the texts, of `length` tokens, once for each head: in the h-th copy, head h gets z."""
 
     def change(x: Tensor) -> Tensor:
-        parts = x.reshape(n_heads, length, n_heads, -1).clone()
-        for head in range(n_heads):
-            parts[head, rows, head] = z[:, head]
-        return parts.view(x.shape)
+        copies = x.reshape(z.shape[1], length, z.shape[1], -1).clone()  # (copy, token, head, d_head)
+        for head in range(z.shape[1]):
+            copies[head, rows, head] = z[:, head]
+        return copies.view(x.shape)
 
     return change
 
 
-def _place(model: Model, texts: Sequence[str], facts: Sequence[Fact], name: str) -> list[int]:
+def _places(model: Model, texts: Sequence[str], facts: Sequence[Fact], name: str) -> list[int]:
     """Where to patch each text: its last token, or the last token of its subject."""
     if name == "last":
         return [len(model.token_ids(t)) - 1 for t in texts]
     return [subject_positions(model, t, f.subject)[-1] for t, f in zip(texts, facts, strict=True)]
 
 
-def _flat(some: Pack, places: Sequence[int]) -> Int[Tensor, " text"]:
+def _rows(batch: Pack, places: Sequence[int]) -> Int[Tensor, " text"]:
     """Rows of a pack for a position in each of its texts."""
-    starts = torch.cat((torch.zeros(1, dtype=torch.long), some.last[:-1] + 1))
-    return starts + torch.tensor(places)
+    return torch.cat((torch.zeros(1, dtype=torch.long), batch.last[:-1] + 1)) + torch.tensor(places)
 
 
-def _margin(model: Model, some: Pack, pairs: Int[Tensor, "text 2"]) -> Float[Tensor, " text"]:
-    return _difference(model, above(model, some, 0, entering(model, some, 0))[some.last], pairs)
+def _pack_logit_differences(model: Model, batch: Pack, pairs: Int[Tensor, "text 2"]) -> Float[Tensor, " text"]:
+    return _difference(model, above(model, batch, 0, entering(model, batch, 0))[batch.last], pairs)
 
 
 def _difference(
     model: Model, final: Float[Tensor, "*b text d_model"], pairs: Int[Tensor, "text 2"]
 ) -> Float[Tensor, "*b text"]:
-    """First token's logit minus the second's."""
+    """First token's logit minus the second's, of a normalised stream."""
     directions = model.weights.W_U[:, pairs[:, 0]] - model.weights.W_U[:, pairs[:, 1]]
     return (final * directions.T).sum(-1)
 
 
+# Patching of last positions alone
+
+
 @dataclass(frozen=True)
-class Layer:
+class LayerCache:
     """What one layer did with n prompts (padded on the right to t tokens)."""
 
     stream: Float[Tensor, "n t d_model"]  # before the layer, at all positions
@@ -272,7 +250,7 @@ class CachedRun:
     prompts: tuple[str, ...]
     tokens: Int[Tensor, "n t"]
     last: Int[Tensor, " n"]
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerCache, ...]
     final: Float[Tensor, "n d_model"]  # the last position's stream before the final norm
     logits: Float[Tensor, "n vocab"]
 
@@ -297,7 +275,7 @@ class CachedRun:
     def take(self, rows: Sequence[int]) -> CachedRun:
         """Some of the prompts."""
         at = torch.tensor(list(rows), dtype=torch.long)
-        layers = tuple(Layer(*(x[at] for x in vars(layer).values())) for layer in self.layers)
+        layers = tuple(LayerCache(*(x[at] for x in vars(layer).values())) for layer in self.layers)
         prompts = tuple(self.prompts[i] for i in rows)
         return CachedRun(prompts, self.tokens[at], self.last[at], layers, self.final[at], self.logits[at])
 
@@ -306,44 +284,41 @@ class CachedRun:
 def run_with_cache(model: Model, prompts: Sequence[str]) -> CachedRun:
     """All layers, by the weight view. Raises DataError for an empty or too long prompt."""
     tokens, last = model.encode(prompts)
-    return _upwards(model, tuple(prompts), tokens, last, (), model.weights.embed(tokens))
+    return _run_on(model, tuple(prompts), tokens, last, (), model.weights.embed(tokens))
 
 
 @torch.no_grad()
 def rerun_from(model: Model, before: CachedRun, layer: int) -> CachedRun:
     """The run again from a layer up (0-based), after a change of weights there or above."""
-    below = before.layers[:layer]
-    return _upwards(model, before.prompts, before.tokens, before.last, below, before.layers[layer].stream)
+    below, stream = before.layers[:layer], before.layers[layer].stream
+    return _run_on(model, before.prompts, before.tokens, before.last, below, stream)
 
 
-def _upwards(
-    model: Model, prompts: tuple[str, ...], tokens: Tensor, last: Tensor, below: tuple[Layer, ...], stream: Tensor
+def _run_on(
+    model: Model, prompts: tuple[str, ...], tokens: Tensor, last: Tensor, below: tuple[LayerCache, ...], stream: Tensor
 ) -> CachedRun:
+    """The layers above those that were run, from the stream that leaves these."""
     layers, rows, weights = list(below), torch.arange(len(last)), model.weights
     for block in weights.blocks[len(below) :]:
-        done, stream = _layer(block, stream, last)
-        layers.append(done)
+        layer, stream = _run_layer(block, stream, last)
+        layers.append(layer)
     final = stream[rows, last]
     return CachedRun(prompts, tokens, last, tuple(layers), final, weights.norm_final(final) @ weights.W_U)
 
 
-def _layer(block: Block, stream: Float[Tensor, "n t d_model"], last: Int[Tensor, " n"]) -> tuple[Layer, Tensor]:
+def _run_layer(
+    block: Block, stream: Float[Tensor, "n t d_model"], last: Int[Tensor, " n"]
+) -> tuple[LayerCache, Float[Tensor, "n t d_model"]]:
+    """What a layer did, and the stream that leaves it."""
     attn, rows, x = block.attn, torch.arange(len(last)), block.norm_attn(stream)
-    q, k = attn.queries_keys(x)
-    v, pattern = attn.values(x), attn.probabilities(q, k)
+    (q, k), v = attn.queries_keys(x), attn.values(x)
+    pattern = attn.probabilities(q, k)
     z = attn.mix(pattern, v)
     middle = stream + attn.out(z)
     mlp = block.mlp(block.norm_mlp(middle))
-    kept = Layer(
-        stream,
-        k[:, :: q.shape[1] // v.shape[1]],
-        v,
-        pattern[rows, :, last],
-        z[rows, :, last],
-        middle[rows, last],
-        mlp[rows, last],
-    )
-    return kept, middle + mlp
+    keys = k[:, :: q.shape[1] // v.shape[1]]  # one for each key/value head
+    at_last = pattern[rows, :, last], z[rows, :, last], middle[rows, last], mlp[rows, last]
+    return LayerCache(stream, keys, v, *at_last), middle + mlp
 
 
 def logit_differences(run: CachedRun, pairs: Int[Tensor, "n 2"]) -> Float[Tensor, " n"]:
@@ -361,12 +336,12 @@ def patch_components(
     *,
     lowest: int = 0,
 ) -> Float[Tensor, "component n"]:
-    """Margin of each prompt with one component at a time made to put out what z or mlps say: all heads layer by layer,
-    then all MLPs, as `diagnosis.components` orders them. Below the layer `lowest` nothing is patched."""
-    weights, n = model.weights, len(run.prompts)
-    rows = deque(patched_streams(model, run, z, mlps, start=lowest), maxlen=1)[0]  # what leaves the last layer
-    own = logit_differences(run, pairs).expand(lowest, weights.n_heads + 1, n)
-    found = torch.cat((own, patched_logit_differences(model, rows, pairs).view(-1, weights.n_heads + 1, n)))
+    """Logit difference of each prompt with one component at a time made to put out what z or mlps say: all heads layer
+    by layer, then all MLPs, as `trace.components` orders them. Below the layer `lowest` nothing is patched."""
+    a_layer, n = model.weights.n_heads + 1, len(run.prompts)  # its heads, and its MLP
+    (rows,) = deque(patched_streams(model, run, z, mlps, start=lowest), maxlen=1)  # what leaves the last layer
+    unpatched = logit_differences(run, pairs).expand(lowest, a_layer, n)
+    found = torch.cat((unpatched, patched_logit_differences(model, rows, pairs).view(-1, a_layer, n)))
     return torch.cat((found[:, :-1].flatten(0, 1), found[:, -1]))
 
 
@@ -388,9 +363,9 @@ def patched_streams(
     for i in range(start, model.weights.n_layers):
         block, layer = model.weights.blocks[i], run.layers[i]
         change = einsum(z[:, i] - layer.z, block.attn.W_O, "b n h, n h d -> n b d")
-        seen = Past(layer.keys, layer.values, before, run.last)
-        below = rows + block.attn.write(gathered(block, seen, rows))
-        middle = torch.cat((below, (layer.middle + change).flatten(0, 1)))
+        past = Past(layer.keys, layer.values, before, run.last)
+        further = rows + block.attn.write(gathered(block, past, rows))
+        middle = torch.cat((further, (layer.middle + change).flatten(0, 1)))
         rows = middle + block.mlp(block.norm_mlp(middle))
         if mlps is not None:
             rows = torch.cat((rows, layer.middle + mlps[:, i]))
@@ -400,7 +375,5 @@ def patched_streams(
 def patched_logit_differences(
     model: Model, rows: Float[Tensor, "m d_model"], pairs: Int[Tensor, "n 2"]
 ) -> Float[Tensor, "copy n"]:
-    """Margins of patched rows that left the last layer."""
-    weights = model.weights
-    directions = (weights.W_U[:, pairs[:, 0]] - weights.W_U[:, pairs[:, 1]]).T
-    return (weights.norm_final(rows).view(-1, *directions.shape) * directions).sum(-1)
+    """Logit differences of patched rows that left the last layer."""
+    return _difference(model, model.weights.norm_final(rows).view(-1, len(pairs), rows.shape[1]), pairs)

@@ -32,7 +32,7 @@ def test_its_own_output_changes_nothing(tiny, pairs):
 
 
 def test_patched_heads_are_those_of_whole_passes(tiny, pairs):
-    """crosscheck.sweep runs the model's own blocks; both give the share of the lost margin that comes back."""
+    """patch_heads runs the model's own blocks; both give the share of the lost margin that comes back."""
     bad, good = (interventions.run_with_cache(tiny, prompts(FACTS, t)) for t in (FAILING, CONTROL))
     base, lost = (
         interventions.logit_differences(bad, pairs),

@@ -10,13 +10,12 @@ import torch
 from lib import diagnosis, interventions, peers
 from lib.errors import DataError
 from lib.facts import load_cases, load_templates, prompts
-from lib.interventions import Part, ablate, patch_heads, reading, replacing
+from lib.interventions import Part, ablate, patch_heads
 from lib.peers import agreement, attribute_neurons, captum_attributions
 from lib.recall import trainable
 from lib.sites import Site
 from lib.studies import cross_validation
-from lib.trace import capture, logit_trace
-from tests.conftest import plain_logits
+from lib.trace import capture, hooked, logit_trace
 
 TEXTS = ["The capital of France is", "Once upon a time there was a", "Two plus two equals"]
 ANSWERS = torch.tensor([300, 400, 500])
@@ -82,14 +81,6 @@ def test_zeroing_a_head_is_predicted_in_the_last_layer(tiny):
     handle.remove()
 
 
-def test_replacing_leaves_no_hook(tiny):
-    before, module = plain_logits(tiny, TEXTS), tiny.weights.blocks[1].heads_out
-    with pytest.raises(RuntimeError, match="midway"), replacing(module, lambda x: x * 0), reading([module]):
-        raise RuntimeError("midway")
-    assert not module._forward_pre_hooks
-    torch.testing.assert_close(plain_logits(tiny, TEXTS), before)
-
-
 def test_another_copy_of_the_same_prompt_takes_nothing_away(tiny):
     same = ablate(tiny, TEXTS[:1] * 2, ANSWERS[:1].expand(2), Part(Site(1), 3)).query("way in ('mean', 'resample')")
     assert same.total.abs().max() < 1e-4
@@ -113,7 +104,7 @@ def test_ablation_of_last_tokens_equals_a_whole_forward_pass(tiny, part):
     for text, answer in zip(TEXTS, ANSWERS, strict=True):
         ids = torch.tensor([tiny.token_ids(text)])
         before = tiny.module(ids).logits[0, -1, answer]
-        with replacing(module, zero):
+        with hooked(before={module: zero}):
             after = tiny.module(ids).logits[0, -1, answer]
         assert table[text] == pytest.approx(float(after - before), abs=1e-4)
     assert table.abs().max() > 1e-3, "there is something to take away"
@@ -152,7 +143,8 @@ def test_a_sweep_cell_equals_a_plain_patched_run(organism, planted):
             logits = organism.module(torch.tensor([organism.token_ids(text)])).logits[0, -1]
             return float(logits[pair[0]] - logits[pair[1]])
 
-        with reading([module]) as seen:
+        seen: list[torch.Tensor] = []
+        with hooked(before={module: seen.append}):
             control = margin(good[i])
         z = seen[0].reshape(-1, seen[0].shape[-1])[-1, 2 * d : 3 * d]
         failing = margin(bad[i])
@@ -162,7 +154,7 @@ def test_a_sweep_cell_equals_a_plain_patched_run(organism, planted):
             y.view(-1, x.shape[-1])[-1, 2 * d : 3 * d] = z
             return y
 
-        with replacing(module, patch):
+        with hooked(before={module: patch}):
             patched = margin(bad[i])
         assert float(cell[i]) == pytest.approx((patched - failing) / (control - failing), abs=1e-4)
 
@@ -204,7 +196,7 @@ def test_agreed_counts_tools_that_answer():
 
 
 def test_suppressors_are_empty_where_there_is_none(organism, planted, monkeypatch):
-    monkeypatch.setattr(peers, "prescribe", lambda *a: type("V", (), {"suppressor": None})())
+    monkeypatch.setattr(cross_validation, "prescribe", lambda *a: type("V", (), {"suppressor": None})())
     table = cross_validation.suppressors(organism, load_cases("organism"))
     assert table.empty and "nothing to take away" in cross_validation.suppressor_words(table)
 
@@ -214,7 +206,7 @@ def test_captum_equality_can_fail(organism, monkeypatch):
     sample = cross_validation.large_prompts(organism, case, templates=1).head(3)
     assert cross_validation.same_as_captum(organism, sample, [7])["largest difference"].max() < 1e-5
     off = attribute_neurons(organism, list(sample.prompt), torch.tensor(sample.answer_token.to_numpy()), [6])
-    monkeypatch.setattr(peers, "neurons", lambda *a, **k: off)
+    monkeypatch.setattr(cross_validation, "attribute_neurons", lambda *a, **k: off)
     with pytest.raises(DataError, match="differs from Captum's"):
         cross_validation.same_as_captum(organism, sample, [7])
 

@@ -90,9 +90,9 @@ def ablate_all(
 ) -> pd.DataFrame:
     """An `ablate` table of all parts, `part` being the kind: several random parts are averaged prompt by prompt."""
     tables, lowest = [], min(part.site.layer for some in parts.values() for part in some)
-    kept = prefill(model, texts, lowest)
+    prefilled = prefill(model, texts, lowest)
     for kind, some in parts.items():
-        rows = pd.concat([ablate(model, texts, answers, part, kept=kept) for part in some])
+        rows = pd.concat([ablate(model, texts, answers, part, prefilled=prefilled) for part in some])
         means = rows.groupby(["way", "prompt"], sort=False)[["direct", "total"]].mean().reset_index()
         tables.append(means.assign(part=kind))
     return pd.concat(tables, ignore_index=True)
@@ -114,8 +114,8 @@ def strongest_head(model: Model, texts: Sequence[str], answers: Int[Tensor, " pr
 def _costliest(
     model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], candidates: Sequence[Part], way: str
 ) -> Part:
-    kept = prefill(model, texts, min(part.site.layer for part in candidates))
-    found = [ablate(model, texts, answers, part, kept=kept) for part in candidates]
+    prefilled = prefill(model, texts, min(part.site.layer for part in candidates))
+    found = [ablate(model, texts, answers, part, prefilled=prefilled) for part in candidates]
     return candidates[int(np.argmin([table[table.way == way].total.mean() for table in found]))]
 
 
