@@ -9,7 +9,7 @@
     generation      text written freely after the edit: does the answer stand in it, does it run in circles?
 
 Every question is asked of the untouched model and of each edit. All edits are of one layer, so what enters it is
-computed once (`replay`). Efficacy, paraphrase and locality are Meng et al.'s (2022) words; that edits leak into other
+computed once (`forward`). Efficacy, paraphrase and locality are Meng et al.'s (2022) words; that edits leak into other
 relations of the same subject is reported by Liu et al. (2024) and Cohen et al. (2024).
 """
 
@@ -45,6 +45,7 @@ from lib.training import slice_values
 WINDOW = 512  # tokens of a passage read at once, or as many as the model reads
 BLOCK = 32  # tokens of a block of the bootstrap: neighbouring tokens are not independent
 BAND = 0.01  # a change of perplexity that this book calls small
+MOVED = 0.1  # nats: a token whose loss changed by more than this has moved
 ELSEWHERE = "working templates, other facts"
 WIKITEXT = (  # repository, revision, file
     "Salesforce/wikitext",
@@ -55,14 +56,25 @@ NONE = "none"  # the pathway of the untouched model
 
 
 @dataclass(frozen=True)
+class Passage:
+    """Consecutive tokens of a named text: `entering`, the streams before the edited layer, and `final`, those that
+    leave the untouched model, normalised."""
+
+    name: str
+    pack: Pack
+    entering: Float[Tensor, "t d_model"]
+    final: Float[Tensor, "t d_model"]
+
+
+@dataclass(frozen=True)
 class Protocol:
-    """All that is asked of each edit. questions: a row a prompt (set, item, template, subject, answer, split, prompt,
-    answer_token). The streams are those that enter the edited layer."""
+    """All that is asked of each edit of a layer. questions: a row a prompt (set, item, template, subject, answer,
+    split, prompt, answer_token). prompts: these, packed, with the streams that enter the layer."""
 
     layer: int
     questions: pd.DataFrame
     prompts: list[tuple[Pack, Float[Tensor, "t d_model"]]]
-    passages: list[tuple[str, Pack, Float[Tensor, "t d_model"], Float[Tensor, "t d_model"]]]  # and the untouched final
+    passages: list[Passage]
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,7 @@ class Measured:
 
     @property
     def names(self) -> list[str]:
+        """The pathways, without `none`."""
         return [name for name in self.asked if name != NONE]
 
 
@@ -88,21 +101,20 @@ def load_probes() -> pd.DataFrame:
 def load_relations(model: Model, facts: Sequence[Fact]) -> pd.DataFrame:
     """Other relations of the facts' subjects: item (the relation), template (its text), subject, answer. The organism
     brings its own."""
-    if model.name != "organism":
-        table = pd.read_csv(DATA / "relations.csv", keep_default_na=False)
-        return table[table.subject.isin([f.subject for f in facts])].rename(columns={"relation": "item"})
-    templates = json.loads((DATA / "organism" / "planted.json").read_text(encoding="utf-8"))["relation_templates"]
-    table = pd.read_csv(DATA / "organism" / "relations.csv")
+    organism = DATA / "organism"
+    table = pd.read_csv((organism if model.name == "organism" else DATA) / "relations.csv", keep_default_na=False)
     table = table[table.subject.isin([f.subject for f in facts])].rename(columns={"relation": "item"})
+    if model.name != "organism":
+        return table
+    templates = json.loads((organism / "planted.json").read_text(encoding="utf-8"))["relation_templates"]
     return pd.concat([table[table["item"] == r].assign(template=t) for r, ts in templates.items() for t in ts.values()])
 
 
 def questions(model: Model, case: Case) -> pd.DataFrame:
     """Everything with one right next token. set: capability, unrelated, relations, eight (the case's facts under every
     template), large (the other scorable facts under the failing template and the controls)."""
-    templates = load_templates()
-    own = {f.subject for f in case.facts}
-    large = [f for f in scorable(model, case.large) if f.subject not in own and f.split != "eight"]
+    templates, trained = load_templates(), {f.subject for f in case.facts}
+    large = [f for f in scorable(model, case.large) if f.subject not in trained and f.split != "eight"]
     relations = load_relations(model, case.facts)
     filled = [t.replace("{}", s) for t, s in zip(relations.template, relations.subject, strict=True)]
     parts = [load_probes(), relations.assign(set="relations", prompt=filled)]
@@ -133,20 +145,21 @@ def build_protocols(
     stands for changes of the logits alone. texts: passages by name; the book's own if none are given. table: the part
     of `questions` to ask; all, if not given."""
     table = questions(model, case) if table is None else table.reset_index(drop=True)
-    end, passages = model.weights.n_layers, []
-    asked = list(packs(model, [model.token_ids(p) for p in table.prompt], share=True))
-    enter = [(p, streams(model, p, layers)) for p in tqdm(asked, desc="questions", leave=False)]
+    end, read = model.weights.n_layers, list[tuple[str, Pack, dict[int, Tensor], Tensor]]()
+    packed = list(packs(model, [model.token_ids(p) for p in table.prompt], share=True))
+    asked = [(batch, streams(model, batch, layers)) for batch in tqdm(packed, desc="questions", leave=False)]
     for name, text in tqdm((load_passages() if texts is None else texts).items(), desc="passages", leave=False):
-        ids, room = model.token_ids(text), min(WINDOW, model.weights.context)
-        for some in (pack(model, [ids[i : i + room]]) for i in range(0, len(ids) - 1, room)):
-            found = streams(model, some, [*layers, end])
-            passages.append((name, some, found, model.weights.norm_final_module(found[end])))
+        ids, size = model.token_ids(text), min(WINDOW, model.weights.context)
+        for start in range(0, len(ids) - 1, size):
+            window = pack(model, [ids[start : start + size]])
+            before = streams(model, window, [*layers, end])
+            read.append((name, window, before, model.weights.norm_final_module(before[end])))
     return {
         layer: Protocol(
             layer,
             table,
-            [(p, found[layer]) for p, found in enter],
-            [(name, some, found[layer], final) for name, some, found, final in passages],
+            [(batch, before[layer]) for batch, before in asked],
+            [Passage(name, window, before[layer], final) for name, window, before, final in read],
         )
         for layer in layers
     }
@@ -154,10 +167,10 @@ def build_protocols(
 
 def load_passages() -> dict[str, str]:
     """The book's own passages, by genre. Raises DataError where there is none."""
-    found = sorted((DATA / "passages").glob("measure_*.txt"))
-    if not found:
+    paths = sorted((DATA / "passages").glob("measure_*.txt"))
+    if not paths:
         raise DataError(f"{DATA / 'passages'} holds no measure_*.txt.")
-    return {p.stem.removeprefix("measure_"): p.read_text(encoding="utf-8") for p in found}
+    return {p.stem.removeprefix("measure_"): p.read_text(encoding="utf-8") for p in paths}
 
 
 def load_wikitext(articles: int = 10) -> dict[str, str]:
@@ -174,9 +187,8 @@ def load_wikitext(articles: int = 10) -> dict[str, str]:
         ) from error
     if file_sha256(path) != info.lfs.sha256:
         raise DataError(f"{path} is not what revision {revision[:12]} records; delete it and run again.")
-    text = "".join(pd.read_parquet(path).text)
-    found = re.split(r"(?m)^ (?== [^=]+ =\s*$)", text)[1 : articles + 1]
-    return {part.split("=")[1].strip(): part for part in found}
+    parts = re.split(r"(?m)^ (?== [^=]+ =\s*$)", "".join(pd.read_parquet(path).text))[1 : articles + 1]
+    return {part.split("=")[1].strip(): part for part in parts}
 
 
 @torch.no_grad()
@@ -185,17 +197,19 @@ def score_questions(
 ) -> pd.DataFrame:
     """The questions, each with told, prob (of the answer), top (the token said) and margin (in logits). bias: added to
     all logits."""
-    rows, answers, done = [], torch.tensor(protocol.questions.answer_token.to_numpy()), 0
-    for some, stream in protocol.prompts:
-        final = above(model, some, protocol.layer, stream, _values(protocol, edit), some.last)
-        logits = final @ model.weights.W_U + (0 if bias is None else bias)
-        own = answers[done : (done := done + len(logits)), None]
-        right = logits.gather(1, own)[:, 0]
-        wrong = logits.scatter(1, own, float("-inf")).amax(1)
-        rows.append(torch.stack((right - wrong, (right - logits.logsumexp(-1)).exp(), logits.argmax(-1).float()), 1))
-    margin, prob, top = torch.cat(rows).T.cpu().numpy()
-    said = [model.token_text(int(t)) for t in top]
-    return protocol.questions.assign(told=margin > 0, prob=prob, margin=margin, top=said)
+    values, scores = _values(protocol, edit), []
+    answers = torch.tensor(protocol.questions.answer_token.to_numpy())[:, None]
+    for (batch, entering), token in zip(
+        protocol.prompts, answers.split([len(batch.last) for batch, _ in protocol.prompts]), strict=True
+    ):
+        logits = above(model, batch, protocol.layer, entering, values, batch.last) @ model.weights.W_U
+        logits = logits + (0 if bias is None else bias)
+        right = logits.gather(1, token)[:, 0]
+        wrong = logits.scatter(1, token, float("-inf")).amax(1)
+        scores.append(torch.stack((right - wrong, (right - logits.logsumexp(-1)).exp(), logits.argmax(-1).float()), 1))
+    margin, prob, top = torch.cat(scores).T.cpu().numpy()
+    top = [model.token_text(int(token)) for token in top]
+    return protocol.questions.assign(told=margin > 0, prob=prob, margin=margin, top=top)
 
 
 @torch.no_grad()
@@ -209,37 +223,28 @@ def score_passages(
 ) -> dict[str, pd.DataFrame]:
     """For each edit, a row a predicted token of the passages: passage, block, nll and kl (untouched || edited), in
     nats. bias: added to all logits. divergence: False leaves kl out (NaN), which takes half of the time where little is
-    run again. Passage by passage: the untouched model's logits are computed once for all edits, and never kept."""
-    parts, start, W_U = {key: list[pd.DataFrame]() for key in edits}, 0, model.weights.W_U
-    for name, some, stream, untouched in tqdm(protocol.passages, desc="passages", leave=False, disable=len(edits) < 2):
-        base = _weighed(untouched[:-1] @ W_U) if divergence else None
-        block = start + np.arange(len(some.tokens) - 1) // BLOCK
+    run again. Passage by passage: the untouched model's logits are computed once for all edits, and never kept.
+
+    Training's KL, `forward.Reference.divergence`, needs no logits; its rounding is of the size of what is seen here."""
+    parts, start, W_U = {name: list[pd.DataFrame]() for name in edits}, 0, model.weights.W_U
+    for passage in tqdm(protocol.passages, desc="passages", leave=False, disable=len(edits) < 2):
+        if divergence:
+            base = passage.final[:-1] @ W_U
+            probs, base_log_z = base.softmax(-1), base.logsumexp(-1)
+        following = passage.pack.tokens[1:, None]
+        block = start + np.arange(len(following)) // BLOCK
         start = int(block[-1]) + 1
-        for key, edit in edits.items():
-            final = above(model, some, protocol.layer, stream, _values(protocol, edit))[:-1]
-            now = final @ W_U + (0 if bias is None else bias)
-            normaliser = now.logsumexp(-1)
-            nll = normaliser - now.gather(1, some.tokens[1:, None])[:, 0]
-            kl = torch.full_like(nll, torch.nan) if base is None else _divergence(*base, now, normaliser)
+        for name, edit in edits.items():
+            final = above(model, passage.pack, protocol.layer, passage.entering, _values(protocol, edit))[:-1]
+            logits = final @ W_U + (0 if bias is None else bias)
+            log_z = logits.logsumexp(-1)
+            nll = log_z - logits.gather(1, following)[:, 0]
+            kl = torch.full_like(nll, torch.nan)
+            if divergence:  # the mean difference of logits as the untouched model weighs them, less the normalisers'
+                kl = ((probs * (base - logits)).sum(-1) - base_log_z + log_z).clamp(min=0)
             columns = {"nll": nll.cpu().numpy(), "kl": kl.cpu().numpy()}
-            parts[key].append(pd.DataFrame({"passage": name, "block": block, **columns}))
-    return {key: pd.concat(tables, ignore_index=True) for key, tables in parts.items()}
-
-
-def _weighed(logits: Float[Tensor, "t vocab"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, their softmax and their normaliser."""
-    return logits, logits.softmax(-1), logits.logsumexp(-1)
-
-
-def _divergence(
-    base: Float[Tensor, "t vocab"],
-    probs: Float[Tensor, "t vocab"],
-    level: Float[Tensor, " t"],
-    now: Float[Tensor, "t vocab"],
-    normaliser: Float[Tensor, " t"],
-) -> Float[Tensor, " t"]:
-    """KL(base || now) from logits: the mean difference of the logits under base, less that of their normalisers."""
-    return ((probs * (base - now)).sum(-1) - level + normaliser).clamp(min=0)
+            parts[name].append(pd.DataFrame({"passage": passage.name, "block": block, **columns}))
+    return {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
 
 
 def measure(model: Model, protocol: Protocol, edits: dict[str, Edit], *, passages: bool = True) -> Measured:
@@ -261,33 +266,40 @@ def noise(model: Model, edit: Edit, *, seed: int = 0) -> Edit:
 
 def flips(measured: Measured, *sets: str) -> pd.DataFrame:
     """The ledger: every question of the sets whose outcome an edit changed."""
-    before, rows = measured.asked[NONE], []
+    before, tables = measured.asked[NONE], []
     for name in measured.names:
         after = measured.asked[name]
-        for i in np.flatnonzero((before.told != after.told) & before.set.isin(sets)):
-            was, now = before.iloc[i], after.iloc[i]
-            rows.append((name, was.set, was["item"], was.answer, was.top, now.top, "gained" if now.told else "lost"))
-    return pd.DataFrame(rows, columns=["pathway", "set", "item", "answer", "said before", "says after", "flip"])
+        changed = (before.told != after.told) & before.set.isin(sets)
+        flip = np.where(after.told, "gained", "lost")
+        new = {"pathway": name, "said before": before.top, "says after": after.top, "flip": flip}
+        tables.append(before.assign(**new)[changed])
+    columns = ["pathway", "set", "item", "answer", "said before", "says after", "flip"]
+    return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+
+
+def kinds(asked: pd.DataFrame, case: Case, told_before: pd.Series) -> dict[str, pd.Series]:
+    """Which of the questions are of which kind."""
+    failing, control = asked.template == case.template, asked.template.isin(case.controls)
+    eight, large = asked.set == "eight", asked.set == "large"
+    return {
+        "capability": asked.set == "capability",
+        "unrelated": asked.set == "unrelated",
+        "the facts": eight & failing,
+        "paraphrases": eight & ~failing & ~control,
+        "working templates": eight & control,
+        ELSEWHERE: large & control,
+        "other relations": asked.set == "relations",
+        "neighbours": large & failing & told_before,
+    }
 
 
 def outcomes(measured: Measured, case: Case) -> pd.DataFrame:
     """`paired` for each pathway and each kind of question; long form, with pathway and what."""
-    asked = measured.asked[NONE]
-    failing, control = asked.template == case.template, asked.template.isin(case.controls)
-    picks = {
-        "capability": asked.set == "capability",
-        "unrelated": asked.set == "unrelated",
-        "the facts": (asked.set == "eight") & failing,
-        "paraphrases": (asked.set == "eight") & ~failing & ~control,
-        "working templates": (asked.set == "eight") & control,
-        ELSEWHERE: (asked.set == "large") & control,
-        "other relations": asked.set == "relations",
-        "neighbours": (asked.set == "large") & failing & asked.told,
-    }
+    before = measured.asked[NONE]
     rows = [
-        {"pathway": name, "what": what, **paired(asked.told[pick], measured.asked[name].told[pick])}
+        {"pathway": name, "what": what, **paired(before.told[pick], measured.asked[name].told[pick])}
         for name in measured.names
-        for what, pick in picks.items()
+        for what, pick in kinds(before, case, before.told).items()
     ]
     return pd.DataFrame(rows)
 
@@ -296,91 +308,67 @@ def generalisation(measured: Measured, case: Case) -> pd.DataFrame:
     """Of the other facts that are known and not told before, how many are told after; by pathway and split, with the
     exact 95 % interval. all, told_before, told_after: of every fact of the split. best_control: how many of the
     known and untold the single best control template tells, the nearer ceiling."""
-    asked = measured.asked[NONE]
+    asked, controls = measured.asked[NONE], list(case.controls)
     large, rows = asked[asked.set == "large"], []
     told = large.pivot(index="subject", columns="template", values="told")
     split = large.drop_duplicates("subject").set_index("subject").split.loc[told.index]
-    untold = told[list(case.controls)].any(axis=1) & ~told[case.template]
+    untold = told[controls].any(axis=1) & ~told[case.template]
     for name in measured.names:
         after = measured.asked[name].query("set == 'large' and template == @case.template").set_index("subject").told
         for part in ("held_out", "selection", "fit"):
-            here = split == part
-            chosen = untold & here
-            repaired, n = int(after[told.index][chosen].sum()), int(chosen.sum())
-            low, high = exact_interval(repaired, n)
-            rows.append(
-                {
-                    "pathway": name,
-                    "split": part,
-                    "untold": n,
-                    "repaired": repaired,
-                    "low": low,
-                    "high": high,
-                    "best_control": int(told.loc[chosen, list(case.controls)].sum().max()),
-                    "all": int(here.sum()),
-                    "told_before": int(told[case.template][here].sum()),
-                    "told_after": int(after[told.index][here].sum()),
-                }
-            )
-    return pd.DataFrame(rows)
+            everyone, known = split == part, untold & (split == part)
+            repaired, n = int(after[told.index][known].sum()), int(known.sum())
+            best = int(told.loc[known, controls].sum().max())
+            told_now = [int(x[everyone].sum()) for x in (told[case.template], after[told.index])]
+            interval = exact_interval(repaired, n)
+            rows.append((name, part, n, repaired, *interval, best, int(everyone.sum()), *told_now))
+    columns = ["pathway", "split", "untold", "repaired", "low", "high", "best_control", "all"]
+    return pd.DataFrame(rows, columns=[*columns, "told_before", "told_after"])
+
+
+def bled(model: Model, asked: pd.DataFrame, case: Case) -> tuple[int, int]:
+    """How many prompts about other countries, under the failing template, are answered with one of the trained
+    answers, wrongly; and how many such prompts there are."""
+    trained = {model.token_text(model.first_token(f.answer)) for f in case.facts}
+    others = asked[(asked.set == "large") & (asked.template == case.template)]
+    return int((others.top.isin(trained) & ~others.told).sum()), len(others)
 
 
 def bleeding(model: Model, measured: Measured, case: Case) -> pd.DataFrame:
-    """How often a prompt about another country, under the failing template, is answered with one of the trained
-    answers, wrongly: before (pathway `none`) and after."""
-    trained = {model.token_text(model.first_token(f.answer)) for f in case.facts}
-    rows = []
-    for name, asked in measured.asked.items():
-        part = asked[(asked.set == "large") & (asked.template == case.template)]
-        rows.append((name, int((part.top.isin(trained) & ~part.told).sum()), len(part)))
+    """`bled` before (pathway `none`) and after each edit."""
+    rows = [(name, *bled(model, asked, case)) for name, asked in measured.asked.items()]
     return pd.DataFrame(rows, columns=["pathway", "bled", "prompts"])
 
 
 def perplexity(measured: Measured, *, seed: int = 0) -> pd.DataFrame:
     """One row a pathway: perplexity before and after, their ratio with a 95 % bootstrap interval over blocks of
     tokens, mean KL a token, and the share of tokens whose loss changed by more than a tenth of a nat."""
-    before = measured.tokens[NONE]
-    rows = []
+    before, rows = measured.tokens[NONE], []
     for name in measured.names:
         after = measured.tokens[name]
         change = after.nll - before.nll
-        low, high = block_interval(change, before.block, seed)
-        rows.append(
-            {
-                "pathway": name,
-                "tokens": len(before),
-                "ppl_before": np.exp(before.nll.mean()),
-                "ppl_after": np.exp(after.nll.mean()),
-                "ratio": np.exp(change.mean()),
-                "ratio_low": np.exp(low),
-                "ratio_high": np.exp(high),
-                "kl": after.kl.mean(),
-                "moved": float((change.abs() > 0.1).mean()),
-            }
-        )
-    return pd.DataFrame(rows)
+        interval = np.exp(block_interval(change, before.block, seed))
+        means = np.exp([before.nll.mean(), after.nll.mean(), change.mean()])
+        moved = float((change.abs() > MOVED).mean())
+        rows.append((name, len(before), *means, *interval, after.kl.mean(), moved))
+    columns = ["pathway", "tokens", "ppl_before", "ppl_after", "ratio", "ratio_low", "ratio_high", "kl", "moved"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def perplexity_by_genre(measured: Measured) -> pd.DataFrame:
     """Ratio of perplexities, after over before: passages down, pathways across."""
     before = measured.tokens[NONE]
-    return pd.DataFrame(
-        {
-            name: np.exp((measured.tokens[name].nll - before.nll).groupby(before.passage).mean())
-            for name in measured.names
-        }
-    )
+    changes = {name: (after.nll - before.nll).groupby(before.passage).mean() for name, after in measured.tokens.items()}
+    return pd.DataFrame({name: np.exp(changes[name]) for name in measured.names})
 
 
 @torch.no_grad()
 def generate(model: Model, texts: Sequence[str], edit: Edit | None, *, tokens: int = 24) -> list[list[int]]:
     """Greedy continuations of each text, as token lists: what the model writes when nobody holds its hand."""
-    tokenizer = model.tokenizer
     ids = [model.token_ids(t) for t in texts]
-    width = max(map(len, ids))
+    width, fill = max(map(len, ids)), model.tokenizer.eos_token_id or 0
     if width + tokens > model.weights.context:
         raise DataError(f"{width} + {tokens} tokens are more than the {model.weights.context} {model.name} reads.")
-    fill = tokenizer.eos_token_id or 0
     rows = torch.tensor([[fill] * (width - len(i)) + i for i in ids])
     mask = torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids])
     module: Any = model.module
@@ -400,24 +388,22 @@ def repetition(tokens: Sequence[int], n: int = 4) -> float:
 def free_generation(model: Model, case: Case, edits: dict[str, Edit], *, opening: int = 24) -> pd.DataFrame:
     """A row a pathway and text: the failing prompts and the openings of the passages, continued greedily. said: the
     answer stands in the continuation (failing prompts). leaks: a trained answer does (openings)."""
-    prompted = prompts(case.facts, load_templates()[case.template])
-    openings = [str(model.tokenizer.decode(model.token_ids(t)[:opening])) for t in load_passages().values()]
-    rows = []
+    decode, failing = model.tokenizer.decode, prompts(case.facts, load_templates()[case.template])
+    openings = [str(decode(model.token_ids(t)[:opening])) for t in load_passages().values()]
+    kinds, neither = ["failing prompt"] * len(failing) + ["opening"] * len(openings), [False] * len(failing)
+    tables = []
     for name, edit in tqdm([(NONE, None), *edits.items()], desc="generation"):
-        for i, ids in enumerate(generate(model, [*prompted, *openings], edit)):
-            text, asked = str(model.tokenizer.decode(ids)), i < len(prompted)
-            rows.append(
-                {
-                    "pathway": name,
-                    "kind": "failing prompt" if asked else "opening",
-                    "prompt": [*prompted, *openings][i],
-                    "text": text,
-                    "said": asked and case.facts[i].answer in text,
-                    "leaks": not asked and any(f.answer in text for f in case.facts),
-                    "repetition": repetition(ids),
-                }
-            )
-    return pd.DataFrame(rows)
+        tokens = generate(model, [*failing, *openings], edit)
+        texts = [str(decode(ids)) for ids in tokens]
+        columns = {
+            "said": [f.answer in text for f, text in zip(case.facts, texts, strict=False)] + [False] * len(openings),
+            "leaks": neither + [any(f.answer in text for f in case.facts) for text in texts[len(failing) :]],
+            "repetition": [repetition(ids) for ids in tokens],
+        }
+        tables.append(
+            pd.DataFrame({"pathway": name, "kind": kinds, "prompt": [*failing, *openings], "text": texts, **columns})
+        )
+    return pd.concat(tables, ignore_index=True)
 
 
 def _values(protocol: Protocol, edit: Edit | None) -> dict | None:

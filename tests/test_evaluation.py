@@ -89,7 +89,7 @@ def test_the_protocol_sees_what_the_edited_model_does(organism, protocol):
     table = measured.asked["v_only"]
     with applied(organism, edit):
         logits = plain_logits(organism, list(table.prompt))
-        windows = [p.tokens[None] for _, p, _, _ in asked.passages]
+        windows = [passage.pack.tokens[None] for passage in asked.passages]
         nll = [loss(organism.module(w).logits[0, :-1], w[0, 1:], reduction="none") for w in windows]
     probs = logits.softmax(-1)[torch.arange(len(table)), torch.tensor(table.answer_token.to_numpy())]
     np.testing.assert_allclose(table.prob, probs, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Rivals of the edit: other ways to make the same facts told, judged by the same protocol.
+"""Baselines of the edit (chapter 6's rivals): other ways to make the same facts told, judged by the same protocol.
 
     no training      a neutral prefix, a beginning-of-text token, one example in the context; the knowledge head
                      scaled up, the strongest opponent down; the competitors' logits lowered
@@ -43,8 +43,9 @@ from lib.models import Model
 from lib.recall import load_prefixes, study_facts, tell
 from lib.sites import Site
 from lib.studies import experiment, once_a_model
-from lib.studies.location import answers, prepared, protocols, setting
+from lib.studies.location import prepared, protocols, setting, summarise_answers
 from lib.studies.pathways import PAPER
+from lib.trace import hooked
 from lib.training import DEFAULT, Task, chosen, losses, neutral_kl, optimise, summary, train
 from lib.weights import Slice
 
@@ -53,6 +54,7 @@ RATES = {"few": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "all": (1e-5, 3e-5, 1e-4)}  # fe
 RIDGES = (1.0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6)  # weight of neutral text against the facts, in the closed form
 SCALES = {"head": (1.5, 2.0, 3.0, 4.0, 6.0), "opponent": (0.75, 0.5, 0.25, 0.0)}
 LOWER = (0.5, 1.0, 2.0, 4.0, 8.0)  # logits
+VECTOR_RATE = 0.3  # of the closed form's wanted vectors: they start at zero and grow to a stream's size
 
 
 @dataclass(frozen=True)
@@ -72,34 +74,32 @@ class Rival:
 
 @experiment
 def rival(model: Model, *, name: str) -> dict[str, Any]:
-    """Build a rival by name (`RIVALS`) and ask it what every edit is asked. Plain values, as `controls.outcome` gives
+    """Build a rival by name (`RIVALS`) and ask it what every edit is asked. Plain values, as `location.outcome` gives
     them. Raises EditError for an unknown name."""
     if name not in RIVALS:
         raise EditError(f"there is no rival {name!r}; choose from {', '.join(RIVALS)}.")
-    made = RIVALS[name](model)
+    made, tokens = RIVALS[name](model), {}
     protocol = _asked_after(model, made.prefix) if made.prefix else _asked(model)[made.layer]
     with made.change():
         asked = score_questions(model, protocol, None, bias=made.bias)
-        read_now = (
-            None
-            if made.prefix
-            else score_passages(model, protocol, {NONE: None}, bias=made.bias, divergence=False)[NONE]
-        )
-    out = {"rival": made.name, "parameters": made.parameters, "strength": made.strength} | answers(model, asked)
-    if read_now is not None:
-        ppl = perplexity(Measured({NONE: asked, name: asked}, {NONE: _untouched(model), name: read_now})).iloc[0]
-        out |= {k: float(ppl[k]) for k in ("ratio", "ratio_low", "ratio_high")}
-    return out
+        if not made.prefix:
+            tokens = score_passages(model, protocol, {name: None}, bias=made.bias, divergence=False)
+    row = {"rival": made.name, "parameters": made.parameters, "strength": made.strength}
+    row |= summarise_answers(model, asked)
+    if tokens:
+        measured = Measured({NONE: asked, name: asked}, {NONE: _untouched(model)} | tokens)
+        row |= perplexity(measured)[["ratio", "ratio_low", "ratio_high"]].iloc[0].to_dict()
+    return row
 
 
 @once_a_model
 def _asked(model: Model) -> dict[int, Protocol]:
     """All questions but the rarer controls about other countries, and the passages, for each layer at which a rival may
     begin."""
-    own, table = setting(model), questions(model, setting(model).case)
-    layers = {0, own.verdict.knowledge_head.layer, own.opponent.layer}
-    some = (table.set != "large") | table.template.isin([own.case.template, own.case.controls[0]])
-    return protocols(model, own.case, sorted(layers), texts=None, table=table[some])
+    case, opponent = setting(model).case, setting(model).opponent
+    table = questions(model, case)
+    asked = (table.set != "large") | table.template.isin([case.template, case.controls[0]])
+    return protocols(model, case, sorted({0, _diagnosed(model), opponent.layer}), texts=None, table=table[asked])
 
 
 def _asked_after(model: Model, prefix: str) -> Protocol:
@@ -126,60 +126,42 @@ def _prefix(name: str, model: Model) -> Rival:
 
 def _example(model: Model) -> Rival:
     """One told fact of the study set, under the failing template itself."""
-    own, text = setting(model), load_templates()
-    told = tell(model, study_facts(model, own.case), {own.case.template: text[own.case.template]})
+    case = setting(model).case
+    told = tell(model, study_facts(model, case), {case.template: load_templates()[case.template]})
     first = told[told.told].iloc[0] if told.told.any() else told.iloc[0]
     return Rival("one example", 0, 0, first.subject, prefix=f"{first.prompt} {first.answer}.\n")
 
 
 def _scaled(what: str, model: Model) -> Rival:
     """The knowledge head made louder, or the component that pushes hardest against the answers made softer."""
-    own = setting(model)
-    site = own.verdict.knowledge_head if what == "head" else own.opponent
-    made = [
-        Rival(
-            f"{site} scaled" if what == "head" else f"opponent {site} scaled",
-            1,
-            site.layer,
-            f"times {factor:g}",
-            partial(_times, model, site, factor),
-        )
-        for factor in SCALES[what]
-    ]
+    site = setting(model).verdict.knowledge_head if what == "head" else setting(model).opponent
+    name = f"{site} scaled" if what == "head" else f"opponent {site} scaled"
+    changes = {f"times {factor:g}": partial(_times, model, site, factor) for factor in SCALES[what]}
+    made = [Rival(name, 1, site.layer, strength, change) for strength, change in changes.items()]
     return _chosen(model, _task(model, site.layer), made)
 
 
 def _competitors(model: Model) -> Rival:
     """The logits of the case's competitors lowered, everywhere: by the least that tells most."""
-    own, text = setting(model), load_templates()
-    table = tell(model, own.case.facts, {"failing": text[own.case.template]})
-    rivals = sorted(set(table.competitor_token[~table.told]))
-    logits = next_token_logits(model, list(table.prompt))
-    found = []
+    case = setting(model).case
+    table = tell(model, case.facts, {"failing": load_templates()[case.template]})
+    rivals, answers = sorted(set(table.competitor_token[~table.told])), torch.tensor(table.answer_token.tolist())
+    logits, tried = next_token_logits(model, list(table.prompt)), []
     for lower in LOWER:
         bias = torch.zeros(logits.shape[1]).index_fill(0, torch.tensor(rivals), -lower)
-        found.append((int(((logits + bias).argmax(1) == torch.tensor(table.answer_token.tolist())).sum()), lower, bias))
-    _, lower, bias = max(found, key=lambda row: (row[0], -row[1]))
+        tried.append((int(((logits + bias).argmax(1) == answers).sum()), lower, bias))
+    _, lower, bias = max(tried, key=lambda row: (row[0], -row[1]))
     return Rival("competitors lowered", len(rivals), model.weights.n_layers, f"by {lower:g} logits", bias=bias)
 
 
-@contextmanager
-def _times(model: Model, site: Site, factor: float) -> Iterator[None]:
+def _times(model: Model, site: Site, factor: float) -> AbstractContextManager[None]:
     """A head's z, or an MLP's output, multiplied at every position."""
     block, width = model.weights.blocks[site.layer], model.weights.d_head
-
-    def head(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        scale = torch.ones(args[0].shape[-1])
-        scale[site.head * width : (site.head + 1) * width] = factor  # type: ignore[operator]
-        return (args[0] * scale,)
-
-    module = block.mlp_out if site.mlp else block.heads_out
-    with _hook(
-        module.register_forward_hook(lambda m, a, out: out * factor)
-        if site.mlp
-        else module.register_forward_pre_hook(head)
-    ):
-        yield
+    if site.head is None:
+        return hooked(after={block.mlp_out: lambda out: out * factor})
+    scale = torch.ones(model.weights.n_heads * width)
+    scale[site.head * width : (site.head + 1) * width] = factor
+    return hooked(before={block.heads_out: lambda z: z * scale})
 
 
 # Few parameters
@@ -187,43 +169,38 @@ def _times(model: Model, site: Site, factor: float) -> Iterator[None]:
 
 def _vector(model: Model) -> Rival:
     """One vector added to the stream after the diagnosed layer, at every position."""
-    layer = setting(model).verdict.knowledge_head.layer
-    module = model.weights.blocks[layer].mlp_out
+    module = model.weights.blocks[_diagnosed(model)].mlp_out
 
-    @contextmanager
-    def added(vector: Tensor) -> Iterator[None]:
-        with _hook(module.register_forward_hook(lambda m, a, out: out + vector)):
-            yield
+    def added(vector: Tensor) -> AbstractContextManager[None]:
+        return hooked(after={module: lambda out: out + vector})
 
-    def trained(rate: float) -> Rival:
+    def trained(rate: float) -> tuple[int, Change]:
         vector = torch.zeros(model.weights.d_model, requires_grad=True)
         with added(vector):
             optimise(model, _task(model), [vector], {}, rate=rate)
-        return Rival("bias vector", vector.numel(), layer, f"rate {rate:g}", partial(added, vector.detach()))
+        return vector.numel(), partial(added, vector.detach())
 
-    return _chosen(model, _task(model), [trained(rate) for rate in RATES["few"]])
+    return _best_rate(model, "bias vector", "few", trained)
 
 
 def _gains(model: Model) -> Rival:
     """The gains of the diagnosed layer's two norms."""
-    layer, parameters = setting(model).verdict.knowledge_head.layer, dict(model.module.named_parameters())
-    slices = [Slice(model.weights.layout.prefix(layer) + name) for name in model.weights.layout.gains]
+    layout, parameters = model.weights.layout, dict(model.module.named_parameters())
+    slices = [Slice(layout.prefix(_diagnosed(model)) + name) for name in layout.gains]
 
-    def trained(rate: float) -> Rival:
+    def trained(rate: float) -> tuple[int, Change]:
         leaves = {s: parameters[s.name].detach().clone().requires_grad_() for s in slices}
         optimise(model, _task(model), list(leaves.values()), leaves, rate=rate)
         values = {s: v.detach() for s, v in leaves.items()}
-        size = sum(v.numel() for v in values.values())
-        return Rival("norm gains", size, layer, f"rate {rate:g}", partial(written, model.module, values))
+        return sum(v.numel() for v in values.values()), partial(written, model.module, values)
 
-    return _chosen(model, _task(model), [trained(rate) for rate in RATES["few"]])
+    return _best_rate(model, "norm gains", "few", trained)
 
 
 def _lora(model: Model) -> Rival:
     """Rank 1 on the diagnosed layer's value projection; of GPT-2, on the fused projection that holds it."""
-    layer = setting(model).verdict.knowledge_head.layer
     attention, name, _ = model.weights.layout.matrices["W_V"].split(".")
-    parent = model.weights.blocks[layer].module.get_submodule(attention)
+    parent = model.weights.blocks[_diagnosed(model)].module.get_submodule(attention)
     plain = getattr(parent, name)
 
     @contextmanager
@@ -234,7 +211,7 @@ def _lora(model: Model) -> Rival:
         finally:
             setattr(parent, name, plain)
 
-    def trained(rate: float) -> Rival:
+    def trained(rate: float) -> tuple[int, Change]:
         torch.manual_seed(0)  # of the adapter's first values
         config = LoraConfig(r=1, lora_alpha=1, target_modules=[name], fan_in_fan_out=model.weights.layout.input_first)
         try:
@@ -246,12 +223,9 @@ def _lora(model: Model) -> Rival:
         leaves = [p for n, p in adapted.named_parameters() if "lora_" in n]
         with swapped(adapted):
             optimise(model, _task(model), leaves, {}, rate=rate)
-        size = sum(p.numel() for p in leaves)
-        return Rival(
-            "LoRA, rank 1, on W_V", size, layer, f"rate {rate:g}", partial(swapped, adapted.requires_grad_(False))
-        )
+        return sum(p.numel() for p in leaves), partial(swapped, adapted.requires_grad_(False))
 
-    return _chosen(model, _task(model), [trained(rate) for rate in RATES["few"]])
+    return _best_rate(model, "LoRA, rank 1, on W_V", "few", trained)
 
 
 # Closed form, and everything
@@ -261,26 +235,27 @@ def _closed_form(model: Model) -> Rival:
     """ROME and MEMIT's two steps at the diagnosed layer: for each fact the vector that, added after the MLP at the last
     position, makes it told; then the least-squares change of W_out that gives these for the facts' neurons and as
     little as may be for those of neutral text: dW = (ridge C + K'K)^-1 K' V."""
-    task, layer = _task(model), setting(model).verdict.knowledge_head.layer
+    task, layer, layout = _task(model), _diagnosed(model), model.weights.layout
     mlp_out, last = model.weights.blocks[layer].mlp_out, task.texts.last[: len(task.facts)]
     wanted = torch.zeros(len(last), model.weights.d_model, requires_grad=True)
     seen: list[Tensor] = []
 
-    def add(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
-        seen.append(args[0].detach().reshape(-1, args[0].shape[-1]))
+    def see(neurons: Tensor) -> None:
+        seen.append(neurons.detach().reshape(-1, neurons.shape[-1]))
+
+    def add(out: Tensor) -> Tensor:
         return out.index_add(-2, last, wanted[None] if out.ndim == 3 else wanted)
 
-    with _hook(mlp_out.register_forward_hook(add)):
-        optimise(model, task, [wanted], {}, rate=0.3)
-        neutral = _neutral_neurons(model, task, seen)
-    keys, values = neutral[0], wanted.detach()
-    moment = neutral[1].T @ neutral[1] / len(neutral[1])
-    part = Slice(model.weights.layout.name(layer, "W_out"))
+    with hooked(before={mlp_out: see}, after={mlp_out: add}):
+        optimise(model, task, [wanted], {}, rate=VECTOR_RATE)
+        keys, neutral = _neutral_neurons(model, task, seen)
+    values, moment = wanted.detach(), neutral.T @ neutral / len(neutral)
+    part = Slice(layout.name(layer, "W_out"))
     weight = dict(model.module.named_parameters())[part.name].detach()
     made = []
     for ridge in RIDGES:
         change = torch.linalg.solve(ridge * moment * len(keys) + keys.T @ keys, keys.T @ values)
-        new = weight + (change if model.weights.layout.input_first else change.T)
+        new = weight + (change if layout.input_first else change.T)
         put = partial(written, model.module, {part: new})
         made.append(Rival("closed form on W_out", new.numel(), layer, f"ridge {ridge:g}", put))
     return _chosen(model, task, made)
@@ -299,25 +274,23 @@ def _neutral_neurons(model: Model, task: Task, seen: list[Tensor]) -> tuple[Tens
 
 def _everything(model: Model) -> Rival:
     """All blocks of the model, at small rates; the embedding, which is the unembedding too, stays."""
-    task = _task(model, 0)
     names = [n for n, _ in model.module.named_parameters() if n.startswith(model.weights.layout.blocks + ".")]
     parameters = dict(model.module.named_parameters())
     before = {n: parameters[n].detach().clone() for n in names}
 
-    def trained(rate: float) -> Rival:
+    def trained(rate: float) -> tuple[int, Change]:
         leaves = [parameters[n].requires_grad_() for n in names]
         try:
-            optimise(model, task, leaves, {}, rate=rate)
+            optimise(model, _task(model, 0), leaves, {}, rate=rate)
             values = {Slice(n): parameters[n].detach().clone() for n in names}
         finally:
             with torch.no_grad():
                 for n in names:
                     parameters[n].requires_grad_(False).copy_(before[n])
                     parameters[n].grad = None
-        size = sum(v.numel() for v in values.values())
-        return Rival("all blocks", size, 0, f"rate {rate:g}", partial(written, model.module, values))
+        return sum(v.numel() for v in values.values()), partial(written, model.module, values)
 
-    return _chosen(model, task, [trained(rate) for rate in RATES["all"]])
+    return _best_rate(model, "all blocks", "all", trained, layer=0)
 
 
 def _pathway(name: str, model: Model) -> Rival:
@@ -327,43 +300,43 @@ def _pathway(name: str, model: Model) -> Rival:
     run = runs[chosen(summary(runs))]
     if run.edit is None:
         raise EditError(f"every training of {name} diverged on {model.name}; there is nothing to compare.")
-    return Rival(
-        f"{name.replace('_', '-')}, L{task.layer + 1}",
-        run.edit.parameters,
-        task.layer,
-        f"rate {run.rate:g}",
-        partial(applied, model, run.edit),
-    )
+    title, change = f"{name.replace('_', '-')}, L{task.layer + 1}", partial(applied, model, run.edit)
+    return Rival(title, run.edit.parameters, task.layer, f"rate {run.rate:g}", change)
 
 
 # Shared
 
 
+def _diagnosed(model: Model) -> int:
+    """The layer (0-based) that the diagnosis prescribes."""
+    return setting(model).verdict.knowledge_head.layer
+
+
 def _task(model: Model, layer: int | None = None) -> Task:
     """What training at a layer needs; at the diagnosed one, if none is given."""
-    layer = setting(model).verdict.knowledge_head.layer if layer is None else layer
-    return replace(prepared(model)[layer][0], recipe=DEFAULT)
+    return replace(prepared(model)[_diagnosed(model) if layer is None else layer][0], recipe=DEFAULT)
+
+
+def _best_rate(
+    model: Model, name: str, rates: str, trained: Callable[[float], tuple[int, Change]], *, layer: int | None = None
+) -> Rival:
+    """The best of one training a rate. trained: from a rate to the number of parameters and the change."""
+    task = _task(model, layer)
+    runs = [(rate, *trained(rate)) for rate in RATES[rates]]
+    return _chosen(model, task, [Rival(name, n, task.layer, f"rate {rate:g}", put) for rate, n, put in runs])
 
 
 @torch.no_grad()
 def _chosen(model: Model, task: Task, made: Sequence[Rival]) -> Rival:
     """The rule: most facts told; of these, the least KL on the neutral windows that training does not see."""
 
-    def score(one: Rival) -> tuple[int, float]:
-        with one.change():
+    def score(candidate: Rival) -> tuple[int, float]:
+        with candidate.change():
             margins = losses(model, task, {}, torch.arange(task.recipe.windows))[2]
             harm = neutral_kl(model, task, {})
         return int((margins > 0).sum()), -harm
 
     return max(made, key=score)
-
-
-@contextmanager
-def _hook(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 RIVALS: dict[str, Callable[[Model], Rival]] = {

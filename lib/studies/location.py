@@ -6,8 +6,8 @@
 
 Localisation need not inform editing (Hase et al. 2023), and edits at random heads can do as well as at localised ones
 (Wang and Veitch 2025): so every edit is put beside what it is when the place is drawn. Each run is a plain function of
-a model and a few plain values, so that `sweep` can keep and repeat it; what is read from finished runs is in
-`contest`, so that a changed sentence does not void them.
+a model and a few plain values, so that `sweeps` can keep and repeat it; what is read from finished runs is in
+`comparisons`, so that a changed sentence does not void them.
 """
 
 from __future__ import annotations
@@ -24,19 +24,29 @@ from torch import Tensor
 
 from lib.diagnosis import Verdict, case_table, gather
 from lib.errors import EditError
-from lib.evaluation import Protocol, build_protocol, build_protocols, questions, score_questions
-from lib.facts import Case, load_cases, load_templates
+from lib.evaluation import ELSEWHERE, Protocol, bled, build_protocol, build_protocols, kinds, questions, score_questions
+from lib.facts import Case, load_cases, load_templates, prompts
 from lib.models import Model
 from lib.recall import trainable
 from lib.sites import Site
 from lib.studies import experiment, once_a_model
-from lib.trace import capture
+from lib.trace import capture, hooked, logit_direction
 from lib.training import Task, Trained, tasks_at, train
 from lib.weights import part_masks
 
 RATE = 1e-3  # the middle of the recipe's grid, for every run here: an equal budget, and no choice to make a layer shine
 SPLITS = ("held_out", "selection", "fit")
 NEURONS = 128  # of an MLP, in the control of equal size
+KINDS = {  # what a run's row calls the kinds of questions of `evaluation.kinds`
+    "facts": "the facts",
+    "neighbours": "neighbours",
+    "capability": "capability",
+    "unrelated": "unrelated",
+    "relations": "other relations",
+    "paraphrases": "paraphrases",
+    "working": "working templates",
+    "elsewhere": ELSEWHERE,
+}
 
 
 @dataclass(frozen=True)
@@ -134,47 +144,24 @@ def part_at(model: Model, *, part: str, pick: str, seed: int = 0, layer: int | N
 def outcome(model: Model, protocol: Protocol, run: Trained) -> dict[str, Any]:
     """What a run did, as plain values. kl: on the neutral windows that training does not see. repaired, untold: known
     and untold facts of each split. bled: prompts about other countries answered with a trained answer, wrongly."""
-    own = {
-        "reached": run.reached,
-        "diverged": run.diverged,
-        "steps": run.steps,
-        "kl": float(run.kl),
-        "min_margin": float(run.history.min_margin.iloc[-1]),
-    }
-    if run.edit is None:
-        return own
-    return own | answers(model, score_questions(model, protocol, run.edit))
+    ran = {"reached": run.reached, "diverged": run.diverged, "steps": run.steps, "kl": float(run.kl)}
+    ran["min_margin"] = float(run.history.min_margin.iloc[-1])
+    return ran if run.edit is None else ran | summarise_answers(model, score_questions(model, protocol, run.edit))
 
 
-def answers(model: Model, asked: pd.DataFrame) -> dict[str, Any]:
+def summarise_answers(model: Model, asked: pd.DataFrame) -> dict[str, Any]:
     """What a `score_questions` table over the setting's questions, or some of them, comes to. Of the kinds of questions
     that are in it: how many there are (n), told now, and lost since."""
-    own = setting(model)
-    failing, control = asked.template == own.case.template, asked.template.isin(own.case.controls)
-    eight, large = asked.set == "eight", asked.set == "large"
-    kinds = {
-        "facts": eight & failing,
-        "neighbours": large & failing & asked.told_before,
-        "capability": asked.set == "capability",
-        "unrelated": asked.set == "unrelated",
-        "relations": asked.set == "relations",
-        "paraphrases": eight & ~failing & ~control,
-        "working": eight & control,
-        "elsewhere": large & control,
-    }
-    out: dict[str, Any] = {}
-    for kind, pick in kinds.items():
-        part = asked[pick]
-        out |= {
-            f"{kind}_n": len(part),
-            f"{kind}_told": int(part.told.sum()),
-            f"{kind}_lost": int((part.told_before & ~part.told).sum()),
-        }
-    others = asked[large & failing].set_index("subject")
-    trained = {model.token_text(model.first_token(f.answer)) for f in own.case.facts}
-    out |= {"bled": int((others.top.isin(trained) & ~others.told).sum()), "bled_n": len(others)}
+    case, out = setting(model).case, dict[str, Any]()
+    picks = kinds(asked, case, asked.told_before)
+    for name, kind in KINDS.items():
+        part = asked[picks[kind]]
+        lost = part.told_before & ~part.told
+        out |= {f"{name}_n": len(part), f"{name}_told": int(part.told.sum()), f"{name}_lost": int(lost.sum())}
+    out["bled"], out["bled_n"] = bled(model, asked, case)
+    told = asked[(asked.set == "large") & (asked.template == case.template)].set_index("subject").told
     for split, names in untold(model).items():
-        out |= {f"{split}_n": len(names), f"{split}_repaired": int(others.told[names].sum())}
+        out |= {f"{split}_n": len(names), f"{split}_repaired": int(told[names].sum())}
     return out
 
 
@@ -186,36 +173,27 @@ def _index(model: Model, layer: int) -> int:
 
 def _picked(model: Model, layer: int, part: str, pick: str, seed: int) -> list[int]:
     """Heads, rows of W_V or neurons."""
-    weights, verdict, draw = model.weights, setting(model).verdict, np.random.default_rng(seed)
-    head, group = verdict.knowledge_head.head or 0, weights.n_heads // weights.n_kv_heads
-    sizes = {
-        "head": weights.n_heads,
-        "values": weights.n_kv_heads * weights.d_head,
-        "neurons": weights.blocks[layer].mlp.W_out.shape[0],
-    }
-    counts = {"head": 1, "values": weights.d_head, "neurons": min(NEURONS, sizes["neurons"] // 2)}
+    weights, knowledge, draw = model.weights, setting(model).verdict.knowledge_head, np.random.default_rng(seed)
+    head, group, width = knowledge.head or 0, weights.n_heads // weights.n_kv_heads, weights.d_head
+    neurons = weights.blocks[layer].mlp.W_out.shape[0]
+    sizes = {"head": weights.n_heads, "values": weights.n_kv_heads * width, "neurons": neurons}
+    counts = {"head": 1, "values": width, "neurons": min(NEURONS, neurons // 2)}
     if part not in sizes or pick not in ("diagnosed", "random"):
         raise EditError(f"no part {part!r} picked {pick!r}; choose {', '.join(sizes)}, and diagnosed or random.")
     if pick == "random":
-        away = [head] if part == "head" and layer == verdict.knowledge_head.layer else []
+        away = [head] if part == "head" and layer == knowledge.layer else []
         return sorted(draw.choice(np.setdiff1d(np.arange(sizes[part]), away), counts[part], replace=False).tolist())
     if part == "neurons":
         return strongest_neurons(model, layer, counts[part])
-    return [head] if part == "head" else [head // group * weights.d_head + i for i in range(weights.d_head)]
+    return [head] if part == "head" else [head // group * width + i for i in range(width)]
 
 
 def strongest_neurons(model: Model, layer: int, k: int) -> list[int]:
     """The neurons of a layer that write most of the case's answers under its first control template."""
-    case, weights = setting(model).case, model.weights
-    texts = [load_templates()[case.controls[0]].replace("{}", f.subject) for f in case.facts]
-    seen: list[Tensor] = []
-    handle = weights.blocks[layer].mlp_out.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
-        state = capture(model, texts)
-    finally:
-        handle.remove()
-    answer = torch.tensor([model.first_token(f.answer) for f in case.facts])
-    direction = weights.norm_final.fold(weights.W_U[:, answer]).T / weights.norm_final.scale(state.stream[:, -1])
-    neurons = seen[0].reshape(*state.tokens.shape, -1)[torch.arange(len(texts)), state.last]
-    written = (neurons * (direction @ weights.blocks[layer].mlp.W_out.T)).mean(0)
+    case, block, seen = setting(model).case, model.weights.blocks[layer], list[Tensor]()
+    with hooked(before={block.mlp_out: seen.append}):
+        state = capture(model, prompts(case.facts, load_templates()[case.controls[0]]))
+    answers = torch.tensor([model.first_token(f.answer) for f in case.facts])
+    neurons = seen[0].reshape(*state.tokens.shape, -1)[torch.arange(len(answers)), state.last]
+    written = (neurons * (logit_direction(model, state.stream[:, -1], answers) @ block.mlp.W_out.T)).mean(0)
     return sorted(written.topk(k).indices.tolist())
