@@ -174,12 +174,23 @@ def test_a_module_that_no_cell_needs_leaves_a_chapter_alone(workshop):
 
 def test_a_chapter_that_shows_a_sweep_depends_on_the_experiments_that_are_specified(workshop):
     """Their modules are found by name when the sweep runs; no import says so."""
-    for name in ("sweep", "trials", "others"):
+    for name in ("sweeps/__init__", "sweeps/runs", "studies/__init__", "studies/trials", "studies/others", "a"):
+        (workshop / "lib" / name).parent.mkdir(exist_ok=True)
         (workshop / "lib" / f"{name}.py").write_text("")
+    (workshop / "lib" / "studies" / "trials.py").write_text("def edit():\n    import lib.a\n")
     (workshop / "data" / "sweeps").mkdir()
     (workshop / "data" / "sweeps" / "s.yaml").write_text("name: s\nrun: trials.edit  # others.edit\n")
-    path = notebook(workshop / "book" / "01_a.ipynb", "from lib import sweep")
-    assert [p.stem for p in execute.sources(path)] == ["__init__", "sweep", "trials"]
+    path = notebook(workshop / "book" / "01_a.ipynb", "from lib import sweeps")
+    wanted = ["__init__", "a", "studies/__init__", "studies/trials", "sweeps/__init__"]
+    assert rooms(path) == wanted
+    path = notebook(workshop / "book" / "01_a.ipynb", "from lib.sweeps.runs import table")
+    assert rooms(path) == [*wanted, "sweeps/runs"]
+
+
+def rooms(notebook: Path) -> list[str]:
+    """The modules of lib/ that a chapter depends on."""
+    paths = [p.relative_to(execute.ROOT / "lib") for p in execute.sources(notebook) if p.suffix == ".py"]
+    return [p.with_suffix("").as_posix() for p in paths]
 
 
 LOADED = """
@@ -189,7 +200,7 @@ for lines in sys.argv[1:]:
     for name in [m for m in sys.modules if m.partition(".")[0] == "lib"]:
         del sys.modules[name]
     exec(lines)
-    print(*(m[4:] for m in sys.modules if m.startswith("lib.")))
+    print(*(m[4:].replace(".", "/") for m in sys.modules if m.startswith("lib.")))
 """
 
 
@@ -204,7 +215,7 @@ def test_every_chapter_depends_on_what_it_loads():
         [sys.executable, "-c", LOADED, *imports], capture_output=True, text=True, check=True, cwd=files.ROOT
     )
     for path, loaded in zip(notebooks, run.stdout.splitlines(), strict=True):
-        assert loaded and set(loaded.split()) <= {p.stem for p in execute.sources(path)}
+        assert loaded and set(loaded.split()) <= {name.removesuffix("/__init__") for name in rooms(path)}
 
 
 def test_other_weights_run_again(workshop, monkeypatch):
