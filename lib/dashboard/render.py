@@ -21,6 +21,7 @@ from lib.dashboard.collect import EDITS, MEASURES, ROLE_NUMBERS, TOP, VALUE_ROLE
 from lib.errors import DataError
 from lib.facts import Fact, load_templates
 from lib.show.figures import BLUE, GREEN, ORANGE, PINK, RED, SKY, visible
+from lib.show.sentences import words
 
 HERE = Path(__file__).parent
 PARTS = tuple(HERE / f"page.{kind}" for kind in ("html", "css", "js"))
@@ -31,7 +32,7 @@ PARTS = tuple(HERE / f"page.{kind}" for kind in ("html", "css", "js"))
 
 def render(data: PageData) -> str:
     """One HTML file, complete in itself."""
-    content, own = _page(data), data.provenance
+    content, made = _page(data), data.provenance
     bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub forgets the default
     scripts = {"vega": bundle, "js": PARTS[2].read_text(encoding="utf-8")}
     if odd := [name for name, script in scripts.items() if "</script" in script.lower()]:
@@ -41,10 +42,8 @@ def render(data: PageData) -> str:
     parts = {
         "policy": f"default-src 'none'; script-src {sums}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
         "form-action 'none'",
-        "name": escape(own["model"]),
-        "source": escape(own["source"]),
+        **{key: escape(str(made[key])) for key in ("model", "source", "weights_sha256", "lib", "commit", "seed")},
         "heads": f"{layers} layers of {heads} heads, {layers * heads} in all.",
-        "footer": _footer(data),
         "css": PARTS[1].read_text(encoding="utf-8"),
         # json within a script element: what could end the element is written as an escape
         "board": json.dumps(content, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c"),
@@ -58,18 +57,8 @@ def _sum(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _footer(data: PageData) -> str:
-    own = data.provenance
-    return (
-        f"Model {escape(own['model'])} ({escape(own['source'])}), weights sha256 {escape(own['weights_sha256'])}. "
-        f"Computed with lib {escape(own['lib'])} at commit {escape(own['commit'])}, seed {own['seed']}, from the "
-        "results of chapters 1, 2, 3 and 5. Every number here is this model's: figures of GPT-2 need a run on GPT-2 "
-        "(<code>make book MODEL=gpt2</code>, where the model hub is reachable)."
-    )
-
-
 def _page(data: PageData) -> dict[str, Any]:
-    """The board as JSON. Numbers are base64 of little-endian values."""
+    """The data as JSON. Numbers are base64 of little-endian values."""
     first = data.reported["01_static_diagnostics"]
     low, high = first["qk_overlap_band"]
     checked = data.reported["05_cross_validation"]
@@ -104,29 +93,29 @@ def _labels(data: PageData, role: str) -> list[str]:
 def _state(state: State, recommended: str) -> dict[str, Any]:
     if state.layer is None:
         return {"key": state.key, "title": "untouched model", "layer": None, "text": ""}
-    words, found = state.key.replace("_", " "), state.reported
-    text = f"{found['parameters']:,} parameters of L{state.layer + 1}, KL {found['kl']:.4f} on neutral text"
-    if words == recommended:
+    name, layer = words(state.key), f"L{state.layer + 1}"
+    text = f"{state.reported['parameters']:,} parameters of {layer}, KL {state.reported['kl']:.4f} on neutral text"
+    if name == recommended:
         text += ", recommended by chapter 3"
-    return {"key": state.key, "title": f"{words} of L{state.layer + 1}", "layer": state.layer, "text": text}
+    return {"key": state.key, "title": f"{name} of {layer}", "layer": state.layer, "text": text}
 
 
-def _case(shown: CaseData, sources: Sequence[Fact]) -> dict[str, Any]:
-    texts, finding = load_templates(), shown.finding
+def _case(case: CaseData, sources: Sequence[Fact]) -> dict[str, Any]:
+    texts, finding = load_templates(), case.finding
     marks = {} if finding is None else {"K": finding["knowledge_head"], "S": finding["suppressor"]}
     return {
-        "name": shown.case.name,
-        "title": shown.case.title,
-        "template": texts[shown.case.template].replace("{}", "…"),
-        "left_out": shown.left_out,
+        "name": case.case.name,
+        "title": case.case.title,
+        "template": texts[case.case.template].replace("{}", "…"),
+        "left_out": case.left_out,
         "facts": [
             {"subject": f.subject, "answer": f.answer, "competitor": visible(c), "source": sources.index(f)}
-            for f, c in zip(shown.case.facts, shown.competitors, strict=True)
+            for f, c in zip(case.case.facts, case.competitors, strict=True)
         ],
-        "failing": shown.failing,
-        "told_by": [shown.told_by(i) for i in range(len(shown.case.facts))],
-        "means": shown.means(),
-        "prompts": [asdict(p) for p in shown.prompts],
+        "failing": case.failing,
+        "told_by": [case.told_by(i) for i in range(len(case.case.facts))],
+        "means": case.means(),
+        "prompts": [asdict(p) for p in case.prompts],
         "marks": {site.replace(" ", ""): mark for mark, site in marks.items() if site and " H" in site},
         "finding": finding,
     }
@@ -135,15 +124,14 @@ def _case(shown: CaseData, sources: Sequence[Fact]) -> dict[str, Any]:
 def pack(values: NDArray) -> dict[str, Any]:
     """An array (state, layer, head, ...) as the page reads it: each layer of a state that differs from state 0 once.
     at: by state and layer, which of the stored layers it is; size: numbers a head."""
-    stored, at = list(values[0]), [list(range(len(values[0])))]
-    for state in values[1:]:
-        own = []
-        for layer, (now, before) in enumerate(zip(state, values[0], strict=True)):
-            same = np.array_equal(now, before, equal_nan=values.dtype.kind == "f")
-            own.append(layer if same else len(stored))
-            if not same:
+    untouched, *edited = values
+    stored, at = list(untouched), [list(range(len(untouched)))]
+    for state in edited:
+        at.append(list(at[0]))
+        for layer, (now, before) in enumerate(zip(state, untouched, strict=True)):
+            if not np.array_equal(now, before, equal_nan=values.dtype.kind == "f"):
+                at[-1][layer] = len(stored)
                 stored.append(now)
-        at.append(own)
     block = np.stack(stored)
     if block.dtype.kind == "i" and block.min() >= 0 and block.max() < 2**16:
         block = block.astype(np.uint16)
@@ -153,6 +141,15 @@ def pack(values: NDArray) -> dict[str, Any]:
 
 
 # Charts
+
+KINDS = ("control prompts", "failing prompt", "failing prompt, edited")
+STATES = ("untouched", "edited")
+SHAPES = ["circle", "diamond", "triangle-up"]
+BEFORE = "#3f8fce"  # as blue as figures.BLUE, readable on a dark page too
+ROWS = alt.NamedData("rows")
+FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
+ABOVE: dict[str, Any] = {"title": None, "orient": "top"}
+BELOW: dict[str, Any] = {"orient": "bottom", "direction": "horizontal"}
 
 
 def specs(data: PageData) -> dict[str, dict[str, Any]]:
@@ -174,39 +171,32 @@ def _spec(chart: alt.TopLevelMixin) -> dict[str, Any]:
 
 def _grid(measure: Measure, layout: str, labels: Sequence[str], prefix: str = "") -> alt.TopLevelMixin:
     """Layers across and heads down (wide), as in the chapters, or heads across and layers down (tall)."""
-    title = " ".join(filter(None, (prefix, measure.unit))) or measure.title
     legend = alt.Legend(
-        title=title,
-        orient="bottom",
-        direction="horizontal",
-        gradientLength=220,
-        gradientThickness=10,
-        tickCount=4,
+        title=" ".join(filter(None, (prefix, measure.unit))) or measure.title,
+        **{**BELOW, "gradientLength": 220, "gradientThickness": 10, "tickCount": 4},
         columns=5,
         symbolType="square",
         titleLimit=300,
         labelExpr="replace(datum.label, /_/g, ' ')" if labels else alt.Undefined,
     )
-    if labels:
-        colour = alt.Color("value:N", legend=legend, scale=alt.Scale(domain=list(labels), range="category"))
-    else:
-        signed = measure.kind == "signed"
-        scale = alt.Scale(
-            domain=[alt.expr("-high") if signed else 0, alt.expr("high")],
-            nice=False,
-            range="diverging" if signed else "heatmap",
-            domainMid=0 if signed else alt.Undefined,
-        )
-        colour = alt.Color("value:Q", legend=legend, scale=scale)
+    signed: dict[str, Any] = {
+        "domain": [alt.expr("-high"), alt.expr("high")],
+        "nice": False,
+        "range": "diverging",
+        "domainMid": 0,
+    }
+    shares: dict[str, Any] = {"domain": [0, alt.expr("high")], "nice": False, "range": "heatmap"}
+    roles: dict[str, Any] = {"domain": list(labels), "range": "category"}
+    scale = alt.Scale(**(roles if labels else signed if measure.kind == "signed" else shares))
     across, down = ("layer", "head") if layout == "wide" else ("head", "layer")
-    top, left = (
-        alt.Axis(labelAngle=0, labelOverlap=True, ticks=False, domain=False, orient=side) for side in ("top", "left")
-    )
-    base = alt.Chart(alt.NamedData("rows")).encode(
-        x=alt.X(f"{across}:O", title=across, axis=top), y=alt.Y(f"{down}:O", title=down, axis=left)
+    axis: dict[str, Any] = {"labelAngle": 0, "labelOverlap": True, "ticks": False, "domain": False}
+    base = alt.Chart(ROWS).encode(
+        x=alt.X(f"{across}:O", title=across, axis=alt.Axis(**axis, orient="top")),
+        y=alt.Y(f"{down}:O", title=down, axis=alt.Axis(**axis, orient="left")),
     )
     cells = base.mark_rect(strokeWidth=1, invalid=None).encode(
-        color=colour, opacity=alt.Opacity("shade:Q", scale=None, legend=None)
+        color=alt.Color("value:N" if labels else "value:Q", legend=legend, scale=scale),
+        opacity=alt.Opacity("shade:Q", scale=None, legend=None),
     )
     dark = "luminance(scale('color', datum.value)) < 0.4"
     marks = base.mark_text(fontWeight="bold", fontSize=13).encode(
@@ -215,81 +205,53 @@ def _grid(measure: Measure, layout: str, labels: Sequence[str], prefix: str = ""
     return alt.layer(cells, marks).add_params(alt.param(name="high", value=1))
 
 
-KINDS = ("control prompts", "failing prompt", "failing prompt, edited")
-STATES = ("untouched", "edited")
-SHAPES = ["circle", "diamond", "triangle-up"]
-BEFORE = "#3f8fce"  # as blue as figures.BLUE, readable on a dark page too
-FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
-
-
 def _points(kinds: Sequence[str]) -> alt.TopLevelMixin:
     """A row a fact, a mark a prompt."""
-    base, n = alt.Chart(alt.NamedData("rows")), len(kinds)
+    base, n = alt.Chart(ROWS), len(kinds)
+    colours = alt.Scale(domain=list(kinds), range=[BEFORE, RED, GREEN][:n])
+    told = alt.Tooltip("told:N", title="untouched")
     points = base.mark_point(size=70, filled=True, opacity=0.8).encode(
         x=alt.X("value:Q", axis=alt.Axis(title="logits", tickCount=6)),
         y=alt.Y("fact:N", sort=alt.EncodingSortField("order"), axis=alt.Axis(title=None, grid=True, labelLimit=150)),
-        color=alt.Color(
-            "kind:N",
-            scale=alt.Scale(domain=list(kinds), range=[BEFORE, RED, GREEN][:n]),
-            legend=alt.Legend(title=None, orient="top", columns=2, symbolOpacity=1),
-        ),
+        color=alt.Color("kind:N", scale=colours, legend=alt.Legend(**ABOVE, columns=2, symbolOpacity=1)),
         shape=alt.Shape("kind:N", scale=alt.Scale(domain=list(kinds), range=SHAPES[:n])),
         size=alt.condition(f"datum.kind == '{KINDS[0]}'", alt.value(35), alt.value(110)),
-        tooltip=[
-            alt.Tooltip("prompt:N"),
-            alt.Tooltip("value:Q", format="+.2f", title="logits"),
-            alt.Tooltip("told:N", title="untouched"),
-        ],
+        tooltip=[alt.Tooltip("prompt:N"), alt.Tooltip("value:Q", format="+.2f", title="logits"), told],
     )
     zero = base.mark_rule(strokeDash=[3, 3], opacity=0.7).encode(x=alt.datum(0))
     return alt.layer(zero, points).properties(width="container", height=200, autosize=FIT)
 
 
 def _attention() -> alt.Chart:
-    label = "slice(datum.label, indexof(datum.label, ' ') + 1)"
+    """A query a row, a key a column."""
+    axis: dict[str, Any] = {"labelExpr": "slice(datum.label, indexof(datum.label, ' ') + 1)", "labelLimit": 90}
+    keys = alt.Axis(title="looked at", **axis, labelAngle=-50, orient="top")
+    look: dict[str, Any] = {**BELOW, "gradientLength": 120, "gradientThickness": 8, "format": ".0%", "tickCount": 2}
+    weights = alt.Scale(domain=[0, 1], range="heatmap")
     return (
-        alt.Chart(alt.NamedData("rows"))
+        alt.Chart(ROWS)
         .mark_rect(strokeWidth=0.5)
         .encode(
-            x=alt.X(
-                "key:N",
-                sort=alt.EncodingSortField("k"),
-                axis=alt.Axis(title="looked at", labelExpr=label, labelAngle=-50, orient="top", labelLimit=90),
-            ),
-            y=alt.Y(
-                "query:N", sort=alt.EncodingSortField("q"), axis=alt.Axis(title="looks", labelExpr=label, labelLimit=90)
-            ),
-            color=alt.Color(
-                "weight:Q",
-                scale=alt.Scale(domain=[0, 1], range="heatmap"),
-                legend=alt.Legend(
-                    title="attention",
-                    orient="bottom",
-                    direction="horizontal",
-                    gradientLength=120,
-                    gradientThickness=8,
-                    format=".0%",
-                    tickCount=2,
-                ),
-            ),
+            x=alt.X("key:N", sort=alt.EncodingSortField("k"), axis=keys),
+            y=alt.Y("query:N", sort=alt.EncodingSortField("q"), axis=alt.Axis(title="looks", **axis)),
+            color=alt.Color("weight:Q", scale=weights, legend=alt.Legend(title="attention", **look)),
             tooltip=[alt.Tooltip("query:N"), alt.Tooltip("key:N"), alt.Tooltip("weight:Q", format=".1%")],
         )
     )
 
 
 def _norms(types: Sequence[str], states: Sequence[str]) -> alt.Chart:
+    """A row a token type, a mark a state."""
     domain, n = list(states), len(states)
+    length = alt.Axis(title="mean length of the key", tickCount=5)
+    colours = alt.Scale(domain=domain, range=[BEFORE, GREEN][:n])
     return (
-        alt.Chart(alt.NamedData("rows"))
+        alt.Chart(ROWS)
         .mark_point(filled=True, size=90, opacity=0.9)
         .encode(
-            x=alt.X("norm:Q", scale=alt.Scale(zero=False), axis=alt.Axis(title="mean length of the key", tickCount=5)),
-            y=alt.Y("type:N", sort=[t.replace("_", " ") for t in types], axis=alt.Axis(title=None, grid=True)),
-            color=alt.Color(
-                "state:N",
-                scale=alt.Scale(domain=domain, range=[BEFORE, GREEN][:n]),
-                legend=alt.Legend(title=None, orient="top") if n > 1 else None,
-            ),
+            x=alt.X("norm:Q", scale=alt.Scale(zero=False), axis=length),
+            y=alt.Y("type:N", sort=[words(t) for t in types], axis=alt.Axis(title=None, grid=True)),
+            color=alt.Color("state:N", scale=colours, legend=alt.Legend(**ABOVE) if n > 1 else None),
             shape=alt.Shape("state:N", scale=alt.Scale(domain=domain, range=SHAPES[::2][:n])),
             tooltip=[alt.Tooltip("type:N"), alt.Tooltip("state:N"), alt.Tooltip("norm:Q", format=".2f")],
         )
@@ -297,48 +259,30 @@ def _norms(types: Sequence[str], states: Sequence[str]) -> alt.Chart:
     )
 
 
-def _theme(text: str, quiet: str, line: str, none: str, diverging: Sequence[str]) -> dict[str, Any]:
+def _theme(text: str, quiet: str, line: str, none: str, diverging: str) -> dict[str, Any]:
     """Vega's configuration. Categories: grey for none, then Okabe and Ito's colours."""
-    axis = {
-        "labelColor": quiet,
-        "titleColor": quiet,
-        "gridColor": line,
-        "domainColor": line,
-        "tickColor": line,
-        "titleFontWeight": "normal",
-        "labelFontSize": 11,
-        "titleFontSize": 12,
-    }
+    small = {"titleFontWeight": "normal", "labelFontSize": 11}
+    lines = {f"{part}Color": line for part in ("grid", "domain", "tick")}
     return {
         "background": None,
         "font": "system-ui, sans-serif",
-        "axis": axis,
+        "axis": {"labelColor": quiet, "titleColor": quiet, **lines, **small, "titleFontSize": 12},
         "view": {"stroke": None},
         "aria": False,
-        "legend": {"labelColor": text, "titleColor": quiet, "titleFontWeight": "normal", "labelFontSize": 11},
+        "legend": {"labelColor": text, "titleColor": quiet, **small},
         "rule": {"color": quiet},
         "rect": {"stroke": line},
         "range": {
             "heatmap": {"scheme": "viridis"},
-            "diverging": list(diverging),
+            "diverging": diverging.split(),
             "category": [none, BLUE, RED, GREEN, ORANGE, PINK, SKY, "#8c6bb1", "#f0e442"],
         },
     }
 
 
+BLUE_TO_RED = "#2166ac #67a9cf #d1e5f0 #f7f7f7 #fddbc7 #ef8a62 #b2182b"
+BLUE_TO_RED_ON_DARK = "#8ec5f4 #3d86c6 #224765 #20252d #6a3323 #d2603a #ffb38a"
 THEMES = {
-    "light": _theme(
-        "#1b1f24",
-        "#4f5864",
-        "#d9dde3",
-        "#d5d9de",
-        ["#2166ac", "#67a9cf", "#d1e5f0", "#f7f7f7", "#fddbc7", "#ef8a62", "#b2182b"],
-    ),
-    "dark": _theme(
-        "#e8ebef",
-        "#adb6c2",
-        "#363d48",
-        "#3b424d",
-        ["#8ec5f4", "#3d86c6", "#224765", "#20252d", "#6a3323", "#d2603a", "#ffb38a"],
-    ),
+    "light": _theme("#1b1f24", "#4f5864", "#d9dde3", "#d5d9de", BLUE_TO_RED),
+    "dark": _theme("#e8ebef", "#adb6c2", "#363d48", "#3b424d", BLUE_TO_RED_ON_DARK),
 }
