@@ -37,8 +37,8 @@ def report_cases(report: Results, diagnoses: Sequence[Diagnosis]) -> None:
     for key in ("knowledge_head", "suppressor", "failure_kind", "diagnosed_layer", "confidence"):
         report.table(key, {name: summary[key] for name, summary in summaries.items()})
     report.table("diagnosis", summaries)
-    for key in ("knowledge_head", "failure_kind"):
-        report(f"{key}s", [str(summary[key]) for summary in summaries.values()])
+    report("knowledge_heads", [str(d.verdict.knowledge_head) for d in diagnoses])
+    report("failure_kinds", [d.verdict.failure_kind for d in diagnoses])
     report("confidences", [d.confidence for d in diagnoses])
 
 

@@ -77,12 +77,14 @@ def test_no_measured_decimal_is_typed_into_prose(chapter):
 
 def test_every_glued_key_is_reported(chapter):
     code = "\n".join(cells(chapter, "code"))
-    lib = re.sub(r"report\(\s+", "report(", "\n".join(p.read_text() for p in (ROOT / "lib").glob("*.py")))
+    lib, words = ("\n".join(p.read_text() for p in (ROOT / "lib").rglob(f"*.{kind}")) for kind in ("py", "yaml"))
     for text in cells(chapter, "markdown"):
         for key in re.findall(r"\{glue:text\}`(\w+)`", text):
             stem = re.sub(r"_(raw|enriched)(?=_|$)", "_{name}", key)
-            plain = "{prefix}" + key.removeprefix("organism_")
-            assert f'report("{key}"' in code + lib or any(f'report(f"{k}"' in lib for k in (stem, plain)), key
+            plain = key.removeprefix("organism_")  # a prefix is put before the key
+            assert any(f'"{n}"' in code + lib or f"\n{n}:" in words for n in (key, stem, plain, "{prefix}" + plain)), (
+                key
+            )
 
 
 def test_every_figure_has_caption_and_alt_text(chapter):
