@@ -1,4 +1,4 @@
-"""What an output depends on: the modules of lib/ that some code imports, the files of data/, and their digests."""
+"""Where things are kept, how a file is written, and what an output depends on: files of lib/, of data/, digests."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from platformdirs import user_cache_path
 from lib.errors import BookError, ChapterError
 
 ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "data"
+BUILD = ROOT / "_build"
+BENCH = "bench.json"  # in data/: the record of a benchmark
 
 
 def cache_folder() -> Path:
@@ -24,12 +27,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("QKV_CACHE") or user_cache_path("qkv-decomposition"))
 
 
-DATA = ROOT / "data"
-BUILD = ROOT / "_build"
-
-
 def slug(name: str) -> str:
-    """A subject's name as a folder name."""
+    """A model's name as a folder name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
 
 
@@ -82,9 +81,6 @@ def commit() -> str:
         return "unknown"
 
 
-BENCH = "bench.json"
-
-
 def imports(code: str) -> set[str]:
     """Modules of lib/ that some code imports, as paths below lib/ (`trace`, `show/tables`); a name that is no
     module has no file and does no harm."""
@@ -102,36 +98,30 @@ def modules(names: Iterable[str], root: Path) -> list[Path]:
     """The files of lib/ with these names (as `imports` gives them), those that they import, and so on, imports inside
     functions included, and the data beside them (words of sentences, columns of tables). What imports `sweeps` also
     depends on the studies that the specifications in data/sweeps name; what imports `studies/costs`, on its record."""
-    todo, found = set(names), {root / "lib" / "__init__.py"}
+    lib, todo, seen = root / "lib", set(names), set[str]()
+    found = {lib / "__init__.py"}
     while todo:
         name = todo.pop()
-        for path in (
-            root / "lib" / f"{name}.py",
-            root / "lib" / name / "__init__.py",
-            root / "lib" / name.split("/")[0] / "__init__.py",
-        ):
-            if path.is_file() and path not in found:
+        seen.add(name)
+        for path in (lib / f"{name}.py", lib / name / "__init__.py", lib / name.split("/")[0] / "__init__.py"):
+            if path.is_file():
                 found |= {path, *path.parent.glob("*.yaml"), *path.parent.glob("words/*.yaml")}
                 todo |= imports(path.read_text(encoding="utf-8"))
         if name.startswith("sweeps"):
-            todo |= _studies(root) - {p.relative_to(root / "lib").with_suffix("").as_posix() for p in found}
+            todo |= _studies(root)
         if name == "studies/costs":
             found.add(root / "data" / BENCH)
+        todo -= seen
     return sorted(found)
 
 
 def data_files(root: Path) -> list[Path]:
     """The files of data/ that a computed number can depend on: not what is expected of it, nor the record of a
     benchmark, nor the weights, which have a sum of their own."""
-    apart, folder = ("claims.yaml", BENCH), root / "data"
-    return sorted(
-        p
-        for p in folder.rglob("*")
-        if p.is_file()
-        and p.suffix != ".safetensors"
-        and p.name not in apart
-        and not {"expected", "record", "__pycache__"} & {*p.relative_to(folder).parts}
-    )
+    folder = root / "data"
+    paths = (p for p in folder.rglob("*") if p.is_file() and p.suffix != ".safetensors")
+    apart = {"claims.yaml", BENCH, "expected", "record", "__pycache__"}
+    return sorted(p for p in paths if not apart & {*p.relative_to(folder).parts})
 
 
 def digest(files: Iterable[Path], extra: str, base: Path) -> str:
