@@ -1,7 +1,7 @@
 """Run a model again from one layer up, for many texts at once.
 
 Editing or training one layer leaves everything below it as it was. So the stream that enters the layer is computed
-once (`entering`), and only what lies above is run again (`above`).
+once (`resid_pre`), and only what lies above is run again (`above`).
 
 Texts are packed into one row without padding: each token keeps the position it has in its own text, and a mask keeps
 the texts blind to each other. With short texts a forward pass spends its time reading weights from memory; a pack
@@ -144,13 +144,13 @@ def next_token_logits(
     places = torch.tensor(order).split([len(texts.last) for texts in whole])
     bar = tqdm(whole, desc=progress, disable=progress is None or len(whole) < 2, leave=False)
     for texts, at in zip(bar, places, strict=True):
-        final = above(model, texts, 0, entering(model, texts, 0))[texts.last]
+        final = above(model, texts, 0, resid_pre(model, texts, 0))[texts.last]
         logits[at] = (final @ model.weights.W_U).float()
     return logits
 
 
 @torch.no_grad()
-def entering(model: Model, texts: Pack, layer: int) -> Float[Tensor, "t d_model"]:
+def resid_pre(model: Model, texts: Pack, layer: int) -> Float[Tensor, "t d_model"]:
     """The residual stream before a layer (0-based)."""
     return streams(model, texts, [layer])[layer]
 
@@ -187,7 +187,7 @@ def above(
     return norm(last.stream)
 
 
-def through(model: Model, texts: Pack, stream: Float[Tensor, "t d_model"], layer: int) -> Float[Tensor, "t d_model"]:
+def resid_post(model: Model, texts: Pack, stream: Float[Tensor, "t d_model"], layer: int) -> Float[Tensor, "t d_model"]:
     """The stream after one layer, from the stream before it."""
     return _blocks(model, texts, stream, range(layer, layer + 1), {})
 

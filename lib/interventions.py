@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib.facts import Fact, prompts
-from lib.forward import End, Pack, Past, above, ends, entering, gathered, pack, packs, streams, through
+from lib.forward import End, Pack, Past, above, ends, gathered, pack, packs, resid_post, resid_pre, streams
 from lib.models import Model
 from lib.sites import Site
 from lib.statistics import mean_interval
@@ -175,11 +175,11 @@ def patch_heads(
     base = _pack_logit_differences(model, bad, pairs)
     lost = _pack_logit_differences(model, good, pairs) - base
     shares = {name: torch.zeros(weights.n_layers, weights.n_heads, len(facts)) for name in places}
-    good_stream, bad_stream = entering(model, good, 0), entering(model, bad, 0)
+    good_stream, bad_stream = resid_pre(model, good, 0), resid_pre(model, bad, 0)
     for layer, block in enumerate(tqdm(weights.blocks, desc="patching")):
         seen: list[Tensor] = []
         with hooked(before={block.heads_out: seen.append}):
-            good_stream = through(model, good, good_stream, layer)
+            good_stream = resid_post(model, good, good_stream, layer)
         for name, (to, of) in places.items():
             z = seen[0].view(-1, weights.n_heads, weights.d_head)[_rows(good, of)]
             patch = _head_by_head(z, _rows(bad, to), len(bad.tokens))
@@ -187,7 +187,7 @@ def patch_heads(
                 final = above(model, copies, layer, bad_stream.repeat(weights.n_heads, 1))[copies.last]
             now = _difference(model, final.view(weights.n_heads, len(facts), -1), pairs)
             shares[name][layer] = (now - base) / lost
-        bad_stream = through(model, bad, bad_stream, layer)
+        bad_stream = resid_post(model, bad, bad_stream, layer)
     return shares
 
 
@@ -216,7 +216,7 @@ def _rows(batch: Pack, places: Sequence[int]) -> Int[Tensor, " text"]:
 
 
 def _pack_logit_differences(model: Model, batch: Pack, pairs: Int[Tensor, "text 2"]) -> Float[Tensor, " text"]:
-    return _difference(model, above(model, batch, 0, entering(model, batch, 0))[batch.last], pairs)
+    return _difference(model, above(model, batch, 0, resid_pre(model, batch, 0))[batch.last], pairs)
 
 
 def _difference(

@@ -1,4 +1,4 @@
-"""Shared subjects. The real model is loaded, never skipped; tiny random models of both families are seeded."""
+"""Shared models. The real model is loaded, never skipped; tiny random models of both families are seeded."""
 
 from __future__ import annotations
 
@@ -78,5 +78,5 @@ def tiny(request: pytest.FixtureRequest, smollm2: Model) -> Model:
 
 
 @pytest.fixture(scope="session")
-def tiny_gpt2_subject(smollm2: Model) -> Model:
+def tiny_gpt2_model(smollm2: Model) -> Model:
     return wrap(tiny_gpt2(), smollm2.tokenizer)

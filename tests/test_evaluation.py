@@ -13,7 +13,7 @@ from lib.edits import applied
 from lib.errors import DataError, EditError
 from lib.evaluation import NONE, Measured, Protocol
 from lib.facts import Case, Fact, load_cases, load_facts
-from lib.forward import above, entering, pack
+from lib.forward import above, pack, resid_pre
 from lib.recall import trainable
 from lib.studies import side_effects
 from lib.training import slice_values
@@ -144,7 +144,7 @@ def test_replay_equals_the_model(tiny, layer):
     """Texts packed in one row, run in two halves, against the model's own logits; and with a slice replaced."""
     prompts = ["The capital of France is", "Once", "A longer text, which has more tokens than the others do."]
     texts = pack(tiny, [tiny.token_ids(p) for p in prompts])
-    stream = entering(tiny, texts, layer)
+    stream = resid_pre(tiny, texts, layer)
     final = above(tiny, texts, layer, stream)[texts.last]
     torch.testing.assert_close(final @ tiny.weights.W_U, plain_logits(tiny, prompts), atol=1e-4, rtol=1e-4)
     values = slice_values(tiny, pathway_slices(tiny.module, layer, "k_only"))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.errors import DataError
-from lib.forward import above, entering, next_token_logits, pack, packs
+from lib.forward import above, next_token_logits, pack, packs, resid_pre
 from lib.training import slice_values
 from lib.weights import pathway_slices
 
@@ -65,7 +65,7 @@ def test_shared_or_not_the_model_says_the_same(tiny):
     ids = [tiny.token_ids(p) for p in prompts]
     for share in (False, True):
         texts = pack(tiny, ids, share=share)
-        final = above(tiny, texts, 1, entering(tiny, texts, 1))[texts.last] @ tiny.weights.W_U
+        final = above(tiny, texts, 1, resid_pre(tiny, texts, 1))[texts.last] @ tiny.weights.W_U
         torch.testing.assert_close(final, alone, atol=1e-4, rtol=1e-4)
 
 
@@ -94,7 +94,7 @@ def test_of_the_last_layer_only_what_is_read_is_run(tiny, layer, share):
     """Rows read, in any order and number, with a layer's values changed: the rows of the whole run, and its gradients;
     also where the changed layer is the last one itself."""
     texts = pack(tiny, [tiny.token_ids(p) for p in ("The capital of France", "The capital of", "It is")], share=share)
-    read, stream = torch.tensor([4, 0, 2, 2]), entering(tiny, texts, layer)
+    read, stream = torch.tensor([4, 0, 2, 2]), resid_pre(tiny, texts, layer)
     (part,) = pathway_slices(tiny.module, layer, "v_only")
     start = slice_values(tiny, (part,))[part]
     changed = start + 0.1 * torch.randn(start.shape, generator=torch.Generator().manual_seed(0))
@@ -114,7 +114,7 @@ def test_of_the_last_layer_only_what_is_read_is_run(tiny, layer, share):
 def test_without_values_hooks_of_the_last_layer_are_heard(tiny):
     """What changes the model by hooks gives no values: then the last layer's own modules run."""
     texts = pack(tiny, [tiny.token_ids("The capital of France")])
-    stream = entering(tiny, texts, 1)
+    stream = resid_pre(tiny, texts, 1)
     before = above(tiny, texts, 1, stream, None, texts.last)
     hook = tiny.weights.blocks[-1].mlp_out.register_forward_hook(lambda module, args, out: 2 * out)
     try:

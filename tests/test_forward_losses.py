@@ -102,10 +102,10 @@ def test_no_gradient_is_made_where_none_is_asked(monkeypatch):
 @pytest.mark.model
 def test_on_the_real_unembedding(smollm2):
     """SmolLM2's own streams, 49,152 tokens: the same losses to 1e-5, whose logits reach 20."""
-    from lib.forward import above, entering, pack
+    from lib.forward import above, pack, resid_pre
 
     some = pack(smollm2, [smollm2.token_ids("The capital of France is"), smollm2.token_ids("Two and two make")])
-    final, W_U = above(smollm2, some, 0, entering(smollm2, some, 0)), smollm2.weights.W_U
+    final, W_U = above(smollm2, some, 0, resid_pre(smollm2, some, 0)), smollm2.weights.W_U
     logits, tokens = final @ W_U, torch.arange(len(final))
     log_z, other = log_normalisers(final, W_U, tokens)
     torch.testing.assert_close(log_z, logits.logsumexp(-1), atol=1e-5, rtol=1e-6)

@@ -85,10 +85,10 @@ def test_training_tells_the_facts_and_leaves_the_model_alone(tiny, task, pathway
     assert run.kl == pytest.approx(neutral_kl(tiny, task, run.edit.values)) == run.edit.recipe["neutral_kl"]
 
 
-def test_gpt2_v_slice_is_the_last_third_and_nothing_else(tiny_gpt2_subject):
+def test_gpt2_v_slice_is_the_last_third_and_nothing_else(tiny_gpt2_model):
     """The fused matrix: with the paper's own slice trained, the columns of Q and K stay what they were, bit for bit.
     A masked gradient under an optimiser with momentum or weight decay would move them."""
-    model = tiny_gpt2_subject
+    model = tiny_gpt2_model
     d = model.weights.d_model
     run = train(model, task_at(model, CASE, LAYER, QUICK), "v_only", rate=0.03)
     (part,) = run.edit.values

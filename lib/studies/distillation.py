@@ -36,7 +36,7 @@ from lib.errors import DataError, EditError
 from lib.evaluation import BAND, NONE, Measured
 from lib.facts import Case, Fact, load_cases, load_mapping, load_templates, prompts
 from lib.files import DATA
-from lib.forward import above, entering, next_token_logits, pack, packs
+from lib.forward import above, next_token_logits, pack, packs, resid_pre
 from lib.models import Model
 from lib.recall import known_and_told, scorable, tell, trainable
 from lib.statistics import gaussian
@@ -384,14 +384,14 @@ def _other(case: Case, i: int) -> str:
 @torch.no_grad()
 def _neutral(model: Model, windows: Sequence[Sequence[int]]) -> Float[Tensor, "window position vocab"]:
     """The untouched model's log-probabilities at the compared positions of each window."""
-    final = [above(model, some, 0, entering(model, some, 0)) for some in packs(model, windows)]
+    final = [above(model, some, 0, resid_pre(model, some, 0)) for some in packs(model, windows)]
     read = torch.cat(final).view(len(windows), WINDOW, -1)[:, torch.tensor(READ)]
     return (read @ model.weights.W_U).log_softmax(-1)
 
 
 def _streams(model: Model, texts: Sequence[Sequence[int]], layer: int) -> list[Float[Tensor, "t d_model"]]:
     """The stream that enters the layer, text by text."""
-    whole = torch.cat([entering(model, some, layer) for some in packs(model, texts)])
+    whole = torch.cat([resid_pre(model, some, layer) for some in packs(model, texts)])
     return list(whole.split([len(t) for t in texts]))
 
 

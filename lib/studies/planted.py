@@ -25,7 +25,7 @@ from torch import Tensor
 from lib.errors import DataError
 from lib.evaluation import load_relations
 from lib.facts import Fact, load_cases, load_templates, prompts
-from lib.forward import above, entering, pack
+from lib.forward import above, pack, resid_pre
 from lib.interventions import CachedRun, logit_differences, patch_components, rerun_from, run_with_cache
 from lib.models import Model
 from lib.recall import study_facts, tell
@@ -507,5 +507,5 @@ def _readout(
     """Logits after the facts' prompts, template by template, as a function of a layer's values: what lies below the
     layer is run once."""
     texts = pack(model, [model.token_ids(p) for t in templates for p in prompts(facts, t)])
-    stream = entering(model, texts, layer)
+    stream = resid_pre(model, texts, layer)
     return lambda values: above(model, texts, layer, stream, values, texts.last) @ model.weights.W_U

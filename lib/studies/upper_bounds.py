@@ -21,7 +21,7 @@ from lib.diagnosis import prescribe
 from lib.errors import DataError
 from lib.evaluation import BAND, NONE
 from lib.facts import Case, Fact, load_cases, load_templates, prompts
-from lib.forward import Pack, ends, pack, streams, through
+from lib.forward import Pack, ends, pack, resid_post, streams
 from lib.models import Model, load
 from lib.recall import known_and_told, load_prefixes, scorable, tell, trainable
 from lib.results import Results
@@ -97,7 +97,7 @@ def _later(
     """The streams that enter a layer and those above it, from the one that enters it."""
     out = {layer: stream}
     for i in range(layer, model.weights.n_layers - 1):
-        out[i + 1] = through(model, texts, out[i], i)
+        out[i + 1] = resid_post(model, texts, out[i], i)
     return out
 
 

@@ -245,7 +245,7 @@ def point_at(folder: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, tiny_gpt2_subject) -> Path:
+def made(tmp_path_factory, tiny_gpt2_model) -> Path:
     """A small book of its own, in git, run and built, with edits, a dashboard and a PDF."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "_config.yml").write_text(CONFIG)
@@ -266,7 +266,7 @@ def made(tmp_path_factory, tiny_gpt2_subject) -> Path:
         point_at(folder, patch)
         execute.run("s", ["01_a"], say=lambda _: None)
         for name in pathways.PAPER:
-            edit = an_edit(tiny_gpt2_subject, name)
+            edit = an_edit(tiny_gpt2_model, name)
             edits.save(edit, folder / "_build" / "results" / "s" / "01_a" / f"{name}.safetensors")
         build.build("s", say=lambda _: None)
     (folder / "_build" / "dashboard").mkdir()
@@ -371,9 +371,9 @@ def test_a_pdf_of_an_earlier_book(run, tmp_path):
         deposit.snapshot("s", tmp_path / "a.zip", say=lambda _: None)
 
 
-def test_edits_of_other_weights_or_damaged(run, tmp_path, tiny_gpt2_subject):
+def test_edits_of_other_weights_or_damaged(run, tmp_path, tiny_gpt2_model):
     path = run / "_build" / "results" / "s" / "01_a" / "full.safetensors"
-    edits.save(dataclasses.replace(an_edit(tiny_gpt2_subject, "full"), base_sha256="1" * 64), path)
+    edits.save(dataclasses.replace(an_edit(tiny_gpt2_model, "full"), base_sha256="1" * 64), path)
     with pytest.raises(ReleaseError, match="belongs to other weights than s has now; run chapter 3 again"):
         deposit.snapshot("s", tmp_path / "a.zip", say=lambda _: None)
     path.write_bytes(path.read_bytes()[:100])

@@ -135,9 +135,9 @@ def test_nothing_to_diagnose_is_an_error(organism):
         localisation.blind(organism, plant.facts, plant.failing, plant.controls)
 
 
-def test_a_subject_that_tells_nothing_cannot_be_broken(tiny_gpt2_subject):
+def test_a_subject_that_tells_nothing_cannot_be_broken(tiny_gpt2_model):
     with pytest.raises(DataError, match="there is nothing to break"):
-        planted.draw(tiny_gpt2_subject, 0)
+        planted.draw(tiny_gpt2_model, 0)
 
 
 def test_a_negative_seed_is_refused(organism):

@@ -5,7 +5,7 @@ import pytest
 
 from lib.errors import DataError
 from lib.facts import load_cases, load_templates, prompts
-from lib.forward import above, entering, pack
+from lib.forward import above, pack, resid_pre
 from lib.recall import tell, trainable
 from lib.studies import upper_bounds
 from lib.trace import subject_positions
@@ -58,7 +58,7 @@ def test_what_is_carried_is_what_whole_passes_with_the_stream_written_in_say(smo
     told = dict.fromkeys(upper_bounds.PLACES, 0)
     for fact, one, other in zip(facts, bare, full, strict=True):
         short, long = (pack(smollm2, [smollm2.token_ids(p)]) for p in (one, other))
-        own, theirs = (entering(smollm2, p, layer) for p in (short, long))
+        own, theirs = (resid_pre(smollm2, p, layer) for p in (short, long))
         at = subject_positions(smollm2, one, fact.subject)[-1] - len(own)
         for place, spots in zip(upper_bounds.PLACES, ([at], [-1], [at, -1]), strict=True):
             patched = own.clone()
