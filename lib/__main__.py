@@ -72,7 +72,7 @@ def run(
     from lib.press import execute
 
     chosen, values = execute.choose_chapters(chapters or []), dict(map(_parameter, parameter or []))
-    execute.run(model_name, chosen, values, force=force, jobs=jobs, say=typer.echo)
+    execute.run(model_name, chosen, values, force=force, jobs=jobs, say=typer.echo, bars=sys.stdout.isatty())
 
 
 @app.command()

@@ -1,4 +1,11 @@
-"""press.build."""
+"""Build the dashboard and the HTML book, from what the chapters of one model gave.
+
+1. The dashboard is made from the results and the edits, and kept while these are the same, as
+   _build/dashboard/<model>.html.
+2. The book is staged from the executed copies, the pages of book/ and the page of claims, which is made from the
+   results. Jupyter Book builds it with warnings as errors into a new folder, which gets the dashboard and is put in
+   place of _build/html in one step. What Jupyter Book said stands in _build/logs/<model>/book.log.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +24,10 @@ import yaml
 
 from lib.errors import ChapterError
 from lib.files import BUILD, ROOT, digest, file_sha256, make_folder, modules, slug, write_atomically
-from lib.models import canonical, load, use_device_of, weights_sha256
+from lib.models import canonical, load, weights_sha256
 from lib.press import claims, colophon
 from lib.press.check import judged
-from lib.press.execute import _ANSI, BOOK, _everyones, chapter_names, executed_path, is_current
+from lib.press.execute import BOOK, chapter_names, executed_path, is_current, log_path, shared_inputs, without_colours
 from lib.results import PACKAGES, chapter_folder, results_path
 
 _JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"  # this environment's, whatever the PATH says
@@ -28,8 +35,8 @@ _JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"  # this environ
 
 def provenances(model_name: str) -> dict[str, dict[str, Any]]:
     """Where each chapter's results come from, by chapter."""
-    read = {c: results_path(model_name, c).read_text(encoding="utf-8") for c in chapter_names()}
-    return {chapter: json.loads(text)["provenance"] for chapter, text in read.items()}
+    texts = {c: results_path(model_name, c).read_text(encoding="utf-8") for c in chapter_names()}
+    return {chapter: json.loads(text)["provenance"] for chapter, text in texts.items()}
 
 
 def dashboard_path(model_name: str) -> Path:
@@ -52,7 +59,7 @@ def dashboard(
         for old in (path.with_suffix(".key"), path):
             old.unlink(missing_ok=True)
         start = time.perf_counter()
-        write_atomically(path, render(collect(use_device_of(load(model_name)))))
+        write_atomically(path, render(collect(load(model_name))))
         write_atomically(path.with_suffix(".key"), _dashboard_key(model_name, weights))
         size, seconds = path.stat().st_size / 1e6, time.perf_counter() - start
         say(f"dashboard: made {path}, {size:.1f} MB, in {seconds:.0f} s")
@@ -73,7 +80,7 @@ def _dashboard_key(model_name: str, weights: str) -> str:
     from lib.dashboard.collect import EDITS, TAKEN
     from lib.dashboard.render import PARTS
 
-    files = [*_everyones(), *modules({"dashboard/collect", "dashboard/render"}, ROOT), *PARTS]
+    files = [*shared_inputs(), *modules({"dashboard/collect", "dashboard/render"}, ROOT), *PARTS]
     files += [results_path(model_name, chapter) for chapter in TAKEN]
     files += sorted(chapter_folder(model_name, EDITS).glob("*.safetensors"))
     packages = {p: version(p) for p in (*PACKAGES, "altair", "vl-convert-python")}
@@ -84,6 +91,34 @@ def build(model_name: str, *, force: bool = False, say: Callable[[str], None] = 
     """Stage the executed chapters with the pages of book/ and build the HTML. Raises ChapterError where a chapter
     was not executed for this model or where the build warns."""
     model_name = canonical(model_name)
+    page = _require_inputs(model_name)
+    html, stamp = make_folder(BUILD) / "html", BUILD / "html.key"
+    with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
+        stage = Path(temporary) / "stage"
+        _stage(model_name, stage)
+        beside = [
+            Path(__file__).with_name("mathml.py"),
+            Path(__file__).with_name("theme.py"),
+            *([page] if page else []),
+        ]
+        files = sorted(p for p in stage.rglob("*") if p.is_file())
+        key = digest(files, f"{model_name} {version('jupyter-book')} {' '.join(map(file_sha256, beside))}", stage)
+        if not force and html.is_dir() and stamp.exists() and stamp.read_text() == key:
+            say("book: nothing changed, kept")
+            return html / "index.html"
+        stamp.unlink(missing_ok=True)
+        built = _html(stage, Path(temporary), log_path(model_name, "book"))
+        if page:
+            shutil.copy(page, built / "dashboard.html")
+        shutil.rmtree(html, ignore_errors=True)
+        built.rename(html)
+    write_atomically(stamp, key)
+    say(f"book: built {html / 'index.html'}")
+    return html / "index.html"
+
+
+def _require_inputs(model_name: str) -> Path | None:
+    """The dashboard, if the book has a page that shows it. Raises ChapterError where it or a chapter is not current."""
     weights = weights_sha256(model_name)
     missing = [c for c in chapter_names() if not is_current(model_name, c, None, weights)]
     if missing:
@@ -91,74 +126,51 @@ def build(model_name: str, *, force: bool = False, say: Callable[[str], None] = 
             f"not executed on {model_name} since its inputs changed: {', '.join(missing)}. "
             f"Run `python -m lib run --model {model_name}` first."
         )
-    page = dashboard_path(model_name) if (BOOK / "dashboard.md").is_file() else None  # the book's page that shows it
-    if page and not dashboard_is_current(model_name, weights):
+    if not (BOOK / "dashboard.md").is_file():
+        return None
+    if not dashboard_is_current(model_name, weights):
         raise ChapterError(
             f"there is no dashboard of the present results of {model_name}. "
             f"Run `python -m lib dashboard --model {model_name}` first."
         )
-    make_folder(BUILD)
-    html, stamp = BUILD / "html", BUILD / "html.key"
-    with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
-        stage = Path(temporary) / "stage"
-        shutil.copytree(BOOK, stage / "book", ignore=shutil.ignore_patterns("*.ipynb", ".ipynb_checkpoints"))
-        for chapter in chapter_names():
-            shutil.copy(executed_path(model_name, chapter), stage / "book")
-            colophon.add(stage / "book" / f"{chapter}.ipynb", results_path(model_name, chapter))
-        for name in ("_config.yml", "_toc.yml"):
-            shutil.copy(ROOT / name, stage)
-        if (ROOT / "data" / "claims.yaml").is_file():
-            text = claims.page(judged(model_name), model_name)
-            (stage / "book" / "reproduction.md").write_text(text, encoding="utf-8")
-        for path in stage.glob("book/verify.md"):
-            expected = ROOT / "data" / "expected" / f"{slug(model_name)}.json"
-            wanted = json.loads(expected.read_text(encoding="utf-8")) if expected.is_file() else {}
-            text = path.read_text(encoding="utf-8").replace(colophon.MARK, colophon.tolerances(model_name, wanted))
-            text = text.replace(colophon.TIMES, colophon.times(provenances(model_name)))
-            path.write_text(text, encoding="utf-8")
-        ways = "".join(Path(__file__).with_name(f"{name}.py").read_text("utf-8") for name in ("mathml", "theme"))
-        shown = file_sha256(page) if page else ""
-        files = sorted(p for p in stage.rglob("*") if p.is_file())
-        key = digest(files, model_name + version("jupyter-book") + ways + shown, stage)
-        if not force and html.is_dir() and stamp.exists() and stamp.read_text() == key:
-            say("book: nothing changed, kept")
-            return html / "index.html"
-        stamp.unlink(missing_ok=True)
-        command = [
-            sys.executable,
-            "-c",
-            _JUPYTER_BOOK,
-            "build",
-            str(stage),
-            "--path-output",
-            temporary,
-            "-W",
-            "-n",
-            "--keep-going",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        output = _ANSI.sub("", done.stdout + done.stderr).replace(str(stage), "")
-        if done.returncode:
-            trouble = [line for line in output.splitlines() if "WARNING" in line or "ERROR" in line]
-            raise ChapterError(
-                "the book does not build without warnings:\n" + "\n".join(trouble or output.splitlines()[-30:])
-            )
-        fresh = Path(temporary) / "_build" / "html"
-        if page:
-            shutil.copy(page, fresh / "dashboard.html")
-        if html.exists():
-            shutil.rmtree(html)
-        fresh.rename(html)
-    write_atomically(stamp, key)
-    say(f"book: built {html / 'index.html'}")
-    return html / "index.html"
+    return dashboard_path(model_name)
+
+
+def _stage(model_name: str, stage: Path) -> None:
+    """The sources of the book in a new folder: pages, executed chapters, and what is made from the results."""
+    shutil.copytree(BOOK, stage / "book", ignore=shutil.ignore_patterns("*.ipynb", ".ipynb_checkpoints"))
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(ROOT / name, stage)
+    for chapter in chapter_names():
+        shutil.copy(executed_path(model_name, chapter), stage / "book")
+        colophon.add(stage / "book" / f"{chapter}.ipynb", results_path(model_name, chapter))
+    if (ROOT / "data" / "claims.yaml").is_file():
+        text = claims.page(judged(model_name), model_name)
+        (stage / "book" / "reproduction.md").write_text(text, encoding="utf-8")
+    if (path := stage / "book" / "verify.md").is_file():
+        expected = ROOT / "data" / "expected" / f"{slug(model_name)}.json"
+        wanted = json.loads(expected.read_text(encoding="utf-8")) if expected.is_file() else {}
+        text = path.read_text(encoding="utf-8").replace(colophon.MARK, colophon.tolerances(model_name, wanted))
+        path.write_text(text.replace(colophon.TIMES, colophon.times(provenances(model_name))), encoding="utf-8")
+
+
+def _html(stage: Path, output: Path, log: Path) -> Path:
+    """The folder that Jupyter Book makes of the stage. Raises ChapterError with its warnings where it has any."""
+    options = ["build", str(stage), "--path-output", str(output), "-W", "-n", "--keep-going"]
+    ended = subprocess.run([sys.executable, "-c", _JUPYTER_BOOK, *options], capture_output=True, text=True)
+    said = without_colours(ended.stdout + ended.stderr).replace(str(stage), "")
+    write_atomically(log, said)
+    if ended.returncode:
+        trouble = [line for line in said.splitlines() if "WARNING" in line or "ERROR" in line]
+        lines = "\n".join(trouble or said.splitlines()[-30:])
+        raise ChapterError(f"the book does not build without warnings:\n{lines}\nAll that was said stands in {log}.")
+    return output / "_build" / "html"
 
 
 def imprint(model_name: str) -> dict[str, str]:
     """What the title page of a built book says: title and author, of which runs it is, and the date of the last."""
     model_name = canonical(model_name)
-    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
-    runs = [json.loads(results_path(model_name, c).read_text(encoding="utf-8"))["provenance"] for c in chapter_names()]
+    config, runs = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8")), list(provenances(model_name).values())
     commits = ", ".join(dict.fromkeys(run["commit"] for run in runs))
     weights, version_ = runs[0]["weights_sha256"], runs[0]["lib"]
     about = f"Made on {model_name}, weights sha256 {weights}, by version {version_}, commit {commits}."

@@ -1,4 +1,9 @@
-"""press.check."""
+"""The numbers of the current results, and whether they are as expected and as the paper claims.
+
+1. Only the results of chapters that belong to their present inputs count; all others are `not run`.
+2. data/expected/<model>.json is a regression test: a value with a tolerance, or with bounds, under chapter and key.
+3. data/claims.yaml holds the paper's claims; `claims` judges them by the same values.
+"""
 
 from __future__ import annotations
 
@@ -41,23 +46,21 @@ def judged(model_name: str) -> list[claims.Judged]:
 
 
 def current_values(model_name: str) -> dict[str, dict[str, Any]]:
-    """What a subject's chapters reported, of those whose results belong to their present inputs."""
-    weights = weights_sha256(model_name)
-    current = [c for c in chapter_names() if is_current(model_name, c, None, weights)]
-    return {c: _own_values(model_name, c, weights) for c in current}
-
-
-def _own_values(model_name: str, chapter: str, weights: str) -> dict[str, Any]:
-    """Raises ChapterError for a results file that another subject's run, or another model's, has left there."""
-    path = results_path(model_name, chapter)
-    content = json.loads(path.read_text(encoding="utf-8"))
-    own = content["provenance"]
-    if (own["model"], own["weights_sha256"]) != (model_name, weights):
-        raise ChapterError(
-            f"{path} was made by {own['subject']} ({own['weights_sha256'][:12]}...), not by {model_name} "
-            f"({weights[:12]}...). Run `python -m lib run {chapter} --model {model_name} --force`."
-        )
-    return content["values"]
+    """What a model's chapters reported, of those whose results belong to their present inputs. Raises ChapterError for
+    a results file that the run of another model has left there."""
+    weights, values = weights_sha256(model_name), {}
+    for chapter in chapter_names():
+        if is_current(model_name, chapter, None, weights):
+            path = results_path(model_name, chapter)
+            content = json.loads(path.read_text(encoding="utf-8"))
+            maker, sum_ = content["provenance"]["model"], content["provenance"]["weights_sha256"]
+            if (maker, sum_) != (model_name, weights):
+                raise ChapterError(
+                    f"{path} was made by {maker} ({sum_[:12]}...), not by {model_name} ({weights[:12]}...). "
+                    f"Run `python -m lib run {chapter} --model {model_name} --force`."
+                )
+            values[chapter] = content["values"]
+    return values
 
 
 def _holds(wanted: dict[str, Any], value: Any) -> bool:
@@ -73,6 +76,5 @@ def _holds(wanted: dict[str, Any], value: Any) -> bool:
 def _wish(wanted: dict[str, Any]) -> str:
     if "value" in wanted:
         return str(wanted["value"]) + (f" ± {wanted['tolerance']}" if "tolerance" in wanted else "")
-    return " and ".join(
-        f"{word} {wanted[end]}" for end, word in (("min", "at least"), ("max", "at most")) if end in wanted
-    )
+    words = {"min": "at least", "max": "at most"}
+    return " and ".join(f"{words[end]} {wanted[end]}" for end in words if end in wanted)

@@ -1,14 +1,12 @@
-"""Execute chapters with papermill, build the book with Jupyter Book, check its numbers against expectation.
+"""Execute chapters with papermill, each in a kernel of its own, two at a time.
 
 1. Each chapter has a fingerprint: its notebook, every module of lib/ that it imports, directly or through others, all
-   of data/, the pins and the installed packages, the subject's weights. A chapter whose fingerprint is unchanged is not
-   executed again. Beside these copies only sweeps keep anything, run by run (`sweep`).
+   of data/, the pins and the installed packages, the model's weights. A chapter whose fingerprint is unchanged is not
+   executed again. Beside these copies only sweeps keep anything, run by run (`lib.sweeps`).
 2. Executed copies go to _build/executed/<model>/, numbers to _build/results/<model>/. A chapter that reads what
    another one makes has that one executed before it, and is executed anew when it changes.
-3. The dashboard is made from the results and the edits, and kept by the same rule, as _build/dashboard/<model>.html.
-4. The book is staged from the executed copies, the pages of book/ and the page of claims, which is made from the
-   results; it is built with warnings as errors into a new folder, gets the dashboard beside it, and is put in place of
-   _build/html in one step.
+3. A terminal shows one bar a chapter. All that kernels say, warnings and bars of their own, goes to
+   _build/logs/<model>/<chapter>.log, which errors name.
 """
 
 from __future__ import annotations
@@ -19,21 +17,25 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import papermill
 import psutil
+from jupyter_client.manager import AsyncKernelManager
 from papermill.exceptions import PapermillExecutionError
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from lib.errors import ChapterError
 from lib.files import BUILD, ROOT, data_files, digest, imports, make_folder, modules, slug, write_atomically
-from lib.models import canonical, load, use_device_of, weights_sha256
+from lib.models import canonical, load, weights_sha256
 from lib.results import PACKAGES, chapter_folder, results_path
 from lib.studies import known_answers
 
@@ -41,7 +43,8 @@ BOOK = ROOT / "book"
 PINS = ("requirements.txt", "constraints.txt", "pyproject.toml")
 NEEDS = {"04_side_effects": "03_four_pathways"}  # a chapter that reads files which another one makes
 LONGEST = ("03_four_pathways", "08_generalisation", "04_side_effects", "02_knowledge_path", "05_cross_validation")
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+SOCKET_NAME = 103  # bytes that the path of a Unix socket may have, on the system that allows the fewest
+logging.getLogger("papermill").setLevel(logging.ERROR)
 
 
 def chapter_names() -> list[str]:
@@ -52,8 +55,7 @@ def chapter_names() -> list[str]:
 def choose_chapters(words: Sequence[str]) -> list[str]:
     """Full names for what a user typed (`1`, `01`, `01_static_diagnostics`); all of them for nothing.
     Raises ChapterError for a word that fits no chapter."""
-    names = chapter_names()
-    chosen = []
+    names, chosen = chapter_names(), []
     for word in words:
         fits = [n for n in names if n == word or n.startswith(f"{word.zfill(2)}_")]
         if not fits:
@@ -68,37 +70,46 @@ def run(
     parameters: dict[str, Any] | None = None,
     *,
     force: bool = False,
-    jobs: int | None = None,
+    jobs: int = 2,
     say: Callable[[str], None] = print,
+    bars: bool = False,
 ) -> None:
     """Execute the chapters whose inputs changed. jobs: how many at a time, each with its share of the cores; two by
     default, where there are two cores: much of a chapter is not done in matrices, and a second core is idle meanwhile.
-    Raises ChapterError for an unknown parameter, or with the failing cell and its traceback; the chapters before it
-    keep their results, the failing one leaves nothing, and none is begun after it."""
-    model_name = canonical(model_name)
-    chapters, values = list(dict.fromkeys(chapters)), {"model_name": model_name, **(parameters or {})}
+    bars: show a bar a chapter on the terminal, instead of saying a line when it ends. Raises ChapterError for an
+    unknown parameter, or with the failing cell and its traceback; the chapters before it keep their results, the
+    failing one leaves nothing, and none is begun after it."""
+    model_name, chapters = canonical(model_name), list(dict.fromkeys(chapters))
+    values = {"model_name": model_name, **(parameters or {})}
     for chapter in chapters:
         check_parameters(BOOK / f"{chapter}.ipynb", values)
     make_folder(executed_path(model_name, "").parent)
     weights = weights_sha256(model_name)
     if model_name == "gpt2":  # numbers of a wrong tokenizer or a broken forward pass would look like any others
-        known_answers.require(use_device_of(load(model_name)))
+        known_answers.require(load(model_name))
     for chapter, needed in NEEDS.items():
         if chapter in chapters and needed not in chapters and not is_current(model_name, needed, None, weights):
             say(f"{chapter} needs {needed}, which is executed first")
-            run(model_name, [needed], say=say)
-    cores = os.cpu_count() or 1
+            run(model_name, [needed], say=say, bars=bars)
     due = [c for c in chapters if force or not is_current(model_name, c, values, weights)]
-    jobs = max(1, min(jobs or 2, cores, len(due)))
-    waiting, running = sorted(chapters, key=_rank), dict[Future[None], str]()
-    with _threads_each(cores // jobs), ThreadPoolExecutor(jobs) as pool:
+    jobs = max(1, min(jobs, os.cpu_count() or 1, len(due)))
+    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), "cells", TimeElapsedColumn()
+    with Progress(*columns, disable=not bars) as progress, _threads_each((os.cpu_count() or 1) // jobs):
+        _in_order(chapters, jobs, _Press(model_name, values, weights, force, say, progress))
+
+
+def _in_order(chapters: Sequence[str], jobs: int, press: _Press) -> None:
+    """Every chapter, so many at a time: the longest first, so that none of them runs alone at the end, the others in
+    the order of the book, and each after the one that it needs."""
+    waiting = sorted(chapters, key=lambda c: (LONGEST.index(c) if c in LONGEST else len(LONGEST), c))
+    running: dict[Future[None], str] = {}
+    with ThreadPoolExecutor(jobs) as pool:
         try:
             while waiting or running:
                 unready = {*waiting, *running.values()}
                 for chapter in [c for c in waiting if NEEDS.get(c) not in unready][: jobs - len(running)]:
                     waiting.remove(chapter)
-                    future = pool.submit(_bring_up, model_name, chapter, values, weights, force=force, say=say)
-                    running[future] = chapter
+                    running[pool.submit(press.bring_up, chapter)] = chapter
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     del running[future]
                     future.result()
@@ -108,30 +119,44 @@ def run(
             raise
 
 
-def _rank(chapter: str) -> tuple[int, str]:
-    """The longest first, so that none of them runs alone at the end; the others in the order of the book."""
-    return LONGEST.index(chapter) if chapter in LONGEST else len(LONGEST), chapter
+@dataclass(frozen=True)
+class _Press:
+    """What all chapters of one call of `run` have in common."""
 
+    model_name: str
+    values: dict[str, Any]
+    weights: str
+    force: bool
+    say: Callable[[str], None]
+    progress: Progress
 
-def _bring_up(
-    model_name: str, chapter: str, values: dict[str, Any], weights: str, *, force: bool, say: Callable[[str], None]
-) -> None:
-    """Execute one chapter, unless it is current."""
-    if not force and is_current(model_name, chapter, values, weights):
-        say(f"{chapter}: nothing changed, kept")
-        return
-    done, found = executed_path(model_name, chapter), results_path(model_name, chapter)
-    for old in (done.with_suffix(".key"), done, found):  # a failing chapter must not leave older figures standing
-        old.unlink(missing_ok=True)
-    shutil.rmtree(chapter_folder(model_name, chapter), ignore_errors=True)
-    start = time.perf_counter()
-    execute(BOOK / f"{chapter}.ipynb", done, values)
-    if not found.exists():
-        done.unlink()
-        raise ChapterError(f"{chapter} ran, but saved no results; its last cell must call report.save().")
-    stamp = {"values": values, "fingerprint": fingerprint(model_name, chapter, values, weights)}
-    write_atomically(done.with_suffix(".key"), json.dumps(stamp))
-    say(f"{chapter}: executed on {model_name} in {time.perf_counter() - start:.0f} s")
+    def bring_up(self, chapter: str) -> None:
+        """Execute one chapter, unless it is current."""
+        cells = len(json.loads((BOOK / f"{chapter}.ipynb").read_text(encoding="utf-8"))["cells"]) + 1  # the parameters'
+        bar = self.progress.add_task(chapter, total=cells)
+        if not self.force and is_current(self.model_name, chapter, self.values, self.weights):
+            return self._end(bar, f"{chapter}: nothing changed, kept")
+        executed, results = executed_path(self.model_name, chapter), results_path(self.model_name, chapter)
+        for old in (executed.with_suffix(".key"), executed, results):  # a failing chapter must not leave older figures
+            old.unlink(missing_ok=True)
+        shutil.rmtree(chapter_folder(self.model_name, chapter), ignore_errors=True)
+        start, log = time.perf_counter(), log_path(self.model_name, chapter)
+
+        def tick(cell: Any, cell_index: int) -> None:
+            self.progress.update(bar, completed=cell_index)
+
+        execute(BOOK / f"{chapter}.ipynb", executed, self.values, log=log, tick=tick)
+        if not results.exists():
+            executed.unlink()
+            raise ChapterError(f"{chapter} ran, but saved no results; its last cell must call report.save().")
+        stamp = fingerprint(self.model_name, chapter, self.values, self.weights)
+        write_atomically(executed.with_suffix(".key"), json.dumps({"values": self.values, "fingerprint": stamp}))
+        self._end(bar, f"{chapter}: executed on {self.model_name} in {time.perf_counter() - start:.0f} s")
+
+    def _end(self, bar: Any, line: str) -> None:
+        self.progress.update(bar, completed=self.progress.tasks[bar].total)
+        if self.progress.disable:
+            self.say(line)
 
 
 @contextmanager
@@ -148,22 +173,25 @@ def _threads_each(threads: int) -> Iterator[None]:
 def is_current(model_name: str, chapter: str, values: dict[str, Any] | None, weights: str) -> bool:
     """Whether the executed copy and the results of a chapter belong to its present inputs. values: the parameters it
     should have been run with; None: whichever it was run with."""
-    stamp = executed_path(model_name, chapter).with_suffix(".key")
-    if not (
-        stamp.exists() and executed_path(model_name, chapter).exists() and results_path(model_name, chapter).exists()
-    ):
+    executed = executed_path(model_name, chapter)
+    if not (executed.exists() and results_path(model_name, chapter).exists()):
         return False
     try:
-        kept = json.loads(stamp.read_text(encoding="utf-8"))
-    except ValueError:  # a stamp that cannot be read vouches for nothing
+        stamp = json.loads(executed.with_suffix(".key").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a stamp that is missing or cannot be read vouches for nothing
         return False
-    if values is not None and kept["values"] != values:
+    if values is not None and stamp["values"] != values:
         return False
-    return kept["fingerprint"] == fingerprint(model_name, chapter, kept["values"], weights)
+    return stamp["fingerprint"] == fingerprint(model_name, chapter, stamp["values"], weights)
 
 
 def executed_path(model_name: str, chapter: str) -> Path:
     return BUILD / "executed" / slug(model_name) / f"{chapter}.ipynb"
+
+
+def log_path(model_name: str, name: str) -> Path:
+    """Where all is kept that a chapter, or another program, said while it ran."""
+    return BUILD / "logs" / slug(model_name) / f"{name}.log"
 
 
 def check_parameters(notebook: Path, values: dict[str, Any]) -> None:
@@ -176,37 +204,67 @@ def check_parameters(notebook: Path, values: dict[str, Any]) -> None:
         )
 
 
-def execute(notebook: Path, output: Path, values: dict[str, Any]) -> None:
-    """Run one notebook; its executed copy appears only if every cell succeeded."""
+def execute(
+    notebook: Path, output: Path, values: dict[str, Any], *, log: Path, tick: Callable[..., None] | None = None
+) -> None:
+    """Run one notebook; its executed copy appears only if every cell succeeded. log: for all that its kernel says.
+    tick: called with each cell and its index, before it is run."""
     partial = output.with_suffix(".part.ipynb")
+    write_atomically(log, "")
     try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(partial),
-            values,
-            kernel_name="python3",
-            resources={"metadata": {"path": str(notebook.parent)}},  # `cwd` would move this process, under the others
-            progress_bar={"desc": notebook.stem, "leave": False},
-            log_output=False,
-        )
+        with log.open("a", encoding="utf-8") as stream, tempfile.TemporaryDirectory(prefix="qkv-") as folder:
+            papermill.execute_notebook(
+                str(notebook),
+                str(partial),
+                values,
+                kernel_name="python3",
+                resources={"metadata": {"path": str(notebook.parent)}},  # `cwd` would move this process too
+                progress_bar=False,
+                stdout_file=stream,
+                stderr_file=stream,
+                kernel_manager_class=_kernel_manager(Path(folder), stream),
+                on_cell_start=tick,
+            )
         text = partial.read_text(encoding="utf-8")
-        for folder in (ROOT, sys.prefix):  # a published notebook names no folder of this machine
-            text = text.replace(f"{folder}/", "")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(output)
+        for place in (ROOT, sys.prefix):  # a published notebook names no folder of this machine
+            text = text.replace(f"{place}/", "")
+        write_atomically(output, text)
     except PapermillExecutionError as error:
-        trace = _ANSI.sub("", "\n".join(error.traceback))
+        trace = without_colours("\n".join(error.traceback))
         raise ChapterError(
             f"{notebook.name}, cell {error.cell_index + 1}, raised {error.ename}: {error.evalue}\n\n"
-            f"{error.source}\n\n{trace}"
+            f"{error.source}\n\n{trace}\n\nAll that it said before stands in {log}."
         ) from error
+    except RuntimeError as error:  # the kernel died, or never came up
+        raise ChapterError(f"{notebook.name}: {error}. What it said before stands in {log}.") from error
     finally:
         partial.unlink(missing_ok=True)
 
 
+def _kernel_manager(folder: Path, stream: TextIO) -> type[AsyncKernelManager]:
+    """For a kernel that writes into a stream whatever it does not send, and that is reached through sockets in a folder
+    that nobody else may read; through TCP where there are none, or where their names would be too long."""
+    sockets = os.name == "posix" and len(os.fsencode(folder / "k-ipc-1")) <= SOCKET_NAME
+    connection = {"transport": "ipc", "connection_file": str(folder / "k.json")} if sockets else {}
+
+    class Manager(AsyncKernelManager):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options, **connection)
+
+        async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
+            await super().start_kernel(stdout=stream, stderr=stream, **options)
+
+    return Manager
+
+
+def without_colours(text: str) -> str:
+    """A text without the escapes of a terminal."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
 def fingerprint(model_name: str, chapter: str, values: dict[str, Any], weights: str) -> str:
     """sha256 over everything that a chapter's output can depend on."""
-    files = [BOOK / f"{chapter}.ipynb", *_everyones(), *sources(BOOK / f"{chapter}.ipynb")]
+    files = [BOOK / f"{chapter}.ipynb", *shared_inputs(), *sources(BOOK / f"{chapter}.ipynb")]
     facts = {"values": values, "weights": weights, "python": sys.version, "packages": {p: version(p) for p in PACKAGES}}
     if needed := NEEDS.get(chapter):
         stamp = executed_path(model_name, needed).with_suffix(".key")
@@ -214,7 +272,7 @@ def fingerprint(model_name: str, chapter: str, values: dict[str, Any], weights: 
     return digest(files, json.dumps(facts, sort_keys=True, default=str), ROOT)
 
 
-def _everyones() -> list[Path]:
+def shared_inputs() -> list[Path]:
     """The pins and the data, on which every output depends."""
     return [*(ROOT / p for p in PINS), *data_files(ROOT)]
 
@@ -225,6 +283,3 @@ def sources(notebook: Path) -> list[Path]:
     lines = [line for cell in cells if cell["cell_type"] == "code" for line in "".join(cell["source"]).splitlines()]
     named = imports("\n".join(line for line in lines if not line.startswith(("%", "!"))))
     return modules(named, ROOT)
-
-
-logging.getLogger("papermill").setLevel(logging.ERROR)
