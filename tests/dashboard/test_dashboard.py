@@ -357,7 +357,7 @@ def test_the_page_is_kept_until_something_changes(board, build_folder, monkeypat
     monkeypatch.setattr(render, "render", lambda data: "the page")
     monkeypatch.setattr(render, "PARTS", ())
     monkeypatch.setattr(build, "ROOT", build_folder.parent)  # sources are taken from there
-    monkeypatch.setattr(build, "_everyones", list)
+    monkeypatch.setattr(build, "shared_inputs", list)
     said: list[str] = []
 
     def run(**options) -> bool:
