@@ -125,9 +125,7 @@ class Diagnosis:
     case: Case
     evidence: Evidence
     verdict: Verdict
-    same_head: float
-    same_kind: float
-    same_suppressor: float
+    agreement: dict[str, float]  # share of resamples that agree on knowledge_head, failure_kind, suppressor
     static_score: float
     static_p: float
     static_rank: int
@@ -139,7 +137,7 @@ class Diagnosis:
 
     @property
     def stability(self) -> float:
-        return min(self.same_head, self.same_kind, self.same_suppressor)
+        return min(self.agreement.values())
 
     @property
     def confidence(self) -> str:
@@ -250,22 +248,13 @@ def diagnose(evidence: Evidence, case: Case, static: JointMap, *, seed: int = 0)
     rng, n = np.random.default_rng(seed), len(evidence.facts)
     verdict = evidence.verdict()
     resampled = [evidence.verdict(rng.integers(n, size=n)) for _ in range(RESAMPLES)]
-
-    def agreement(part: str) -> float:
-        return float(np.mean([getattr(v, part) == getattr(verdict, part) for v in resampled]))
-
+    agreement = {
+        part: float(np.mean([getattr(v, part) == getattr(verdict, part) for v in resampled]))
+        for part in ("knowledge_head", "failure_kind", "suppressor")
+    }
     at = (verdict.knowledge_head.layer, verdict.knowledge_head.head)
-    return Diagnosis(
-        case,
-        evidence,
-        verdict,
-        same_head=agreement("knowledge_head"),
-        same_kind=agreement("failure_kind"),
-        same_suppressor=agreement("suppressor"),
-        static_score=float(static.score[at]),
-        static_p=float(static.p[at]),
-        static_rank=static.rank(verdict.knowledge_head),
-    )
+    score, p, rank = float(static.score[at]), float(static.p[at]), static.rank(verdict.knowledge_head)
+    return Diagnosis(case, evidence, verdict, agreement, static_score=score, static_p=p, static_rank=rank)
 
 
 def prescribe(model: Model, case: Case) -> Verdict:

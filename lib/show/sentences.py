@@ -2,13 +2,14 @@
 
     say("pathways", "verdict", reached=3, paths=4)     # the entry `verdict` of words/pathways.yaml
 
-A file of words maps keys to templates. A value that a template needs and is not given is an error, never a gap.
+A file of words maps keys to templates; one may say another of its file: `{{ say("goal", reached=3) }}`. A value that a
+template needs and is not given is an error, never a gap.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import yaml
@@ -37,5 +38,6 @@ def say(study: str, key: str, **values: object) -> str:
 def _templates(study: str) -> dict[str, Template]:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"listed": listed, "format": lambda value, form: format(value, form)}
+    environment.globals["say"] = partial(say, study)
     words = yaml.safe_load((WORDS / f"{study}.yaml").read_text(encoding="utf-8"))
     return {key: environment.from_string(text) for key, text in words.items()}

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -252,33 +253,20 @@ def smallest(X: Float[Tensor, "n d"], Y: Float[Tensor, "n k"], keep: Float[Tenso
     return D * ((Y * Y).sum() / (reached * Y).sum().clamp(min=1e-9))
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What the unplanted model does with a plant's prompts. runs: of the failing template first. places: by template
-    and fact, the positions of the subject."""
-
-    runs: list[CachedRun]
-    answers: Int[Tensor, " fact"]
-    places: list[list[list[int]]]
-
-
 @torch.no_grad()
-def inputs_of(model: Model, plant: Plant) -> Inputs:
-    """Run the unplanted model on the plant's prompts."""
-    runs = [run_with_cache(model, prompts(plant.facts, template)) for template in (plant.failing, *plant.controls)]
-    subjects = [f.subject for f in plant.facts]
-    places = [[subject_positions(model, p, s) for p, s in zip(r.prompts, subjects, strict=True)] for r in runs]
-    return Inputs(runs, first_tokens(model, plant.facts), places)
+def run_on(model: Model, plant: Plant) -> list[CachedRun]:
+    """Runs of the model on the plant's prompts, of the failing template first."""
+    return [run_with_cache(model, prompts(plant.facts, template)) for template in (plant.failing, *plant.controls)]
 
 
 @contextmanager
-def applied(model: Model, plant: Plant, inputs: Inputs | None = None) -> Iterator[Model]:
+def applied(model: Model, plant: Plant, runs: Sequence[CachedRun] | None = None) -> Iterator[Model]:
     """The model with the plant in its weights; restored afterwards bit for bit, also after an exception.
-    inputs: what the unplanted model did with the plant's prompts, if it is at hand."""
+    runs: the unplanted model's (`run_on`), if they are at hand."""
     with torch.no_grad():
-        inputs = inputs or inputs_of(model, plant)
-        change = {True: _turn, False: _write}
-        changes = [c for d in plant.damages for c in change[d.matrix in TURNS](model, inputs, d)]
+        runs = runs or run_on(model, plant)
+        by_damage = [(_turn if d.matrix in TURNS else _write)(model, plant.facts, runs, d) for d in plant.damages]
+    changes = list(chain.from_iterable(by_damage))
     before = [matrix.clone() for matrix, _ in changes]
     try:
         with torch.no_grad():
@@ -294,7 +282,7 @@ def applied(model: Model, plant: Plant, inputs: Inputs | None = None) -> Iterato
 Change = tuple[Tensor, Tensor]  # a view of one of the model's own matrices, and what to add to it
 
 
-def _turn(model: Model, inputs: Inputs, damage: Damage) -> list[Change]:
+def _turn(model: Model, facts: Sequence[Fact], runs: Sequence[CachedRun], damage: Damage) -> list[Change]:
     """A head's query at the last position, or its key or value at the subject, turned away: multiplied by 1 - strength
     (`negate`); the query made the position's own key (`self`); the value moved towards the next fact's (`swap`)."""
     block, strength = model.weights.blocks[damage.site.layer], damage.strength
@@ -302,7 +290,10 @@ def _turn(model: Model, inputs: Inputs, damage: Damage) -> list[Change]:
     kv_head = head // (len(attn.W_Q) // len(attn.W_K))
     maps = {"q": (attn.W_Q, attn.b_Q, head), "k": (attn.W_K, attn.b_K, kv_head), "v": (attn.W_V, attn.b_V, kv_head)}
     (W, b, index), W_K, b_K = maps[damage.matrix], attn.W_K[kv_head], attn.b_K
-    X, keep, ends = _places(block, damage.site.layer, inputs, subject_too=damage.matrix != "q")
+    places = [[[last] for last in seen.last.tolist()] for seen in runs]
+    if damage.matrix != "q":
+        places = [[subject_positions(model, p, f.subject) for p, f in zip(r.prompts, facts, strict=True)] for r in runs]
+    X, keep, ends = _inputs(block, damage.site.layer, runs, places)
     output = X @ W[index] + (0 if b is None else b[index])
     Y = -strength * output
     if damage.how == "self":
@@ -314,30 +305,28 @@ def _turn(model: Model, inputs: Inputs, damage: Damage) -> list[Change]:
     return [(W[index], smallest(X, Y, keep))]
 
 
-def _places(
-    block: Block, layer: int, inputs: Inputs, *, subject_too: bool
+def _inputs(
+    block: Block, layer: int, runs: Sequence[CachedRun], places: Sequence[Sequence[list[int]]]
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "m d"], Int[Tensor, " fact"]]:
-    """The normalised streams of the failing prompts at the last position (or at the subject); those that must be left
-    alone, the same of the controls and all other positions of the failing prompts; and the last row of each fact."""
-    X, keep, counts = [], [], []
-    for t, seen in enumerate(inputs.runs):
+    """The normalised streams of the failing prompts at some places of each; those that must be left alone, the same of
+    the controls and all other positions of the failing prompts; and the last row of each fact."""
+    X: list[Tensor] = []
+    keep: list[Tensor] = []
+    for template, seen in enumerate(runs):
         for i, last in enumerate(seen.last.tolist()):
-            x = block.norm_attn(seen.layers[layer].stream[i, : last + 1])
-            places = inputs.places[t][i] if subject_too else [last]
-            if t > 0:
-                keep.append(x[places])
-                continue
-            X.append(x[places])
-            counts.append(len(places))
-            keep.append(x[[j for j in range(last + 1) if j not in places]])
-    return torch.cat(X), torch.cat(keep), torch.tensor(counts).cumsum(0) - 1
+            x, chosen = block.norm_attn(seen.layers[layer].stream[i, : last + 1]), places[template][i]
+            if template == 0:
+                X.append(x[chosen])
+                chosen = [j for j in range(last + 1) if j not in chosen]
+            keep.append(x[chosen])
+    return torch.cat(X), torch.cat(keep), torch.tensor([len(x) for x in X]).cumsum(0) - 1
 
 
-def _write(model: Model, inputs: Inputs, damage: Damage) -> list[Change]:
+def _write(model: Model, facts: Sequence[Fact], runs: Sequence[CachedRun], damage: Damage) -> list[Change]:
     """A head or MLP made to write against the answers at the last position."""
     block, head = model.weights.blocks[damage.site.layer], damage.site.head
-    layers = [r.layers[damage.site.layer] for r in inputs.runs]
-    wanted = _against(model, inputs.runs[0], inputs.answers, damage)
+    layers = [r.layers[damage.site.layer] for r in runs]
+    wanted = _against(model, runs[0], first_tokens(model, facts), damage)
     if head is None:
         neurons = [block.mlp.neurons(block.norm_mlp(layer.middle)) for layer in layers]
         return [(block.mlp.W_out, smallest(neurons[0], wanted, torch.cat(neurons[1:])))]
@@ -398,15 +387,14 @@ def truth(model: Model, plant: Plant) -> tuple[Site, ...]:
 def plant_run(model: Model, *, seed: int, repair: bool = False) -> dict[str, Any]:
     """One planted failure, diagnosed by every rule without a look at the plant: flat values, the same at every call.
     Damage that does not break the template, or breaks others, is drawn again, `ATTEMPTS` times at most."""
-    inputs: Inputs | None = None
+    runs: list[CachedRun] = []
     for attempt in range(ATTEMPTS):
         plant = draw(model, seed, attempt)
-        inputs = inputs or inputs_of(model, plant)
-        with applied(model, plant, inputs):
-            runs = [rerun_from(model, before, plant.lowest) for before in inputs.runs]
-            told = told_by(inputs.runs, inputs.answers), told_by(runs, inputs.answers)
-            broken, kept, good = accepted(*told)
-            look = localisation.look(model, plant.facts, runs) if good else None
+        runs, answers = runs or run_on(model, plant), first_tokens(model, plant.facts)
+        with applied(model, plant, runs):
+            damaged = [rerun_from(model, before, plant.lowest) for before in runs]
+            broken, kept, good = accepted(told_by(runs, answers), told_by(damaged, answers))
+            look = localisation.look(model, plant.facts, damaged) if good else None
             if look is None:
                 continue
             row = _describe(model, plant, look) | {"broken": broken, "kept": kept}

@@ -19,18 +19,16 @@ from lib.results import Results
 from lib.show.sentences import say
 from lib.sites import Site
 from lib.statistics import exact_interval, paired
-from lib.studies.localisation import NOT_RETRIEVED, RULES, strongest_wrong
-from lib.studies.planted import KINDS, applied, from_row, inputs_of
+from lib.studies.localisation import NOT_RETRIEVED, RULES, first_tokens, strongest_wrong
+from lib.studies.planted import KINDS, applied, from_row, run_on
 from lib.trace import logit_trace
 
 GOALS = {"kind": 0.95, "layer": 0.90}  # set before the scored run
-GOAL_LABELS = {"kind": "failure kind", "layer": "exact layer"}
 ALONE = ("static alone", "dynamic alone")
 REPORTED = ("joined", *ALONE, "chapter 2")  # rules and
 SHARES = ("kind", "layer", "within one", "site", "kind and site")  # shares that the prose may quote
 SIMPLE = ("most negative attribution", "largest fall", "largest patching effect")
 TRAINED = {"named": "the named layer", "knowledge": "the knowledge head's layer", "random": "a random layer"}
-CLEAR = 0.05  # McNemar's p below which the prose speaks of a difference
 
 
 def _hits(kind: pd.Series, off: pd.Series, site: pd.Series) -> pd.DataFrame:
@@ -157,15 +155,15 @@ def close_up(model: Model, row: Mapping[str, Any]) -> pd.DataFrame:
     token once planted), summed up to each layer, before and after planting, and under the controls after it; long
     form."""
     plant = from_row(model, row)
-    inputs = inputs_of(model, plant)
-    with applied(model, plant, inputs):  # a trace reads the weights: it is taken while they are in place
-        after = [rerun_from(model, before, plant.lowest) for before in inputs.runs]
-        pairs = torch.stack((inputs.answers, strongest_wrong(after[0].logits, inputs.answers)), 1)
+    before, answers = run_on(model, plant), first_tokens(model, plant.facts)
+    with applied(model, plant, before):  # a trace reads the weights: it is taken while they are in place
+        after = [rerun_from(model, run, plant.lowest) for run in before]
+        pairs = torch.stack((answers, strongest_wrong(after[0].logits, answers)), 1)
         failing, *controls = (_curve(model, run, pairs) for run in after)
-    fails = after[0].logits.argmax(-1) != inputs.answers
+    fails = after[0].logits.argmax(-1) != answers
     curves = {
         "controls, planted": torch.stack(controls).mean(0),
-        "failing template, before": _curve(model, inputs.runs[0], pairs),
+        "failing template, before": _curve(model, before[0], pairs),
         "failing template, planted": failing,
     }
     subjects = [fact.subject for fact, failed in zip(plant.facts, fails.tolist(), strict=True) if failed]
@@ -189,49 +187,28 @@ def key(rule: str, what: str) -> str:
 
 def report_scores(report: Results, runs: pd.DataFrame, prefix: str = "") -> None:
     """Shares of the rules with their exact intervals, and a sentence for each question. runs: of one model."""
-    table, beside = summarise(runs).set_index("rule"), against(runs).set_index("rule")
+    table, beside, counted = summarise(runs).set_index("rule"), against(runs).set_index("rule"), runs[runs.accepted]
     joined, best = table.loc["joined"], max(SIMPLE, key=lambda rule: table["kind and site"][rule])
-    accepted = runs[runs.accepted]
-    values: dict[str, Any] = {"accepted": len(accepted), "rejected": len(runs) - len(accepted)}
-    values["redrawn"] = (float(runs.rejected.mean()), ".1f")
-    values |= {key(rule, what): (table[what][rule], ".1%") for rule, what in product(REPORTED, SHARES)}
-    values |= {f"joined_{what}_interval": ((joined[f"{what} low"], joined[f"{what} high"]), ".1%") for what in GOALS}
-    values |= {
-        "goals_verdict": " ".join(_goal(joined, what) for what in GOALS),
-        "joined_verdict": " ".join(_beside(beside.loc[rule]) for rule in ALONE),
+    constant = next(rule for rule in table.index if rule.startswith("always"))
+    site, truths = constant.removeprefix("always "), counted.truth[counted.kind == NOT_RETRIEVED].str.split(", ")
+    there, chance = sum(site in sites for sites in truths), table["kind and site"]["chance"]
+    values = {
+        "accepted": len(counted),
+        "rejected": len(runs) - len(counted),
+        "redrawn": (float(runs.rejected.mean()), ".1f"),
+        **{key(rule, what): (table[what][rule], ".1%") for rule, what in product(REPORTED, SHARES)},
+        **{f"joined_{what}_interval": ((joined[f"{what} low"], joined[f"{what} high"]), ".1%") for what in GOALS},
+        "goals_verdict": " ".join(say("scoring", "goal", row=joined, what=w, goal=goal) for w, goal in GOALS.items()),
+        "joined_verdict": " ".join(say("scoring", "beside", row=beside.loc[rule]) for rule in ALONE),
         "simple_rule": best,
         "simple_share": (table["kind and site"][best], ".1%"),
+        "simple_verdict": say("scoring", "simple", row=table.loc[best], beside=beside.loc[best]),
+        "chapter_2_verdict": say("scoring", "chapter_2", row=table.loc["chapter 2"], beside=beside.loc["chapter 2"]),
+        "constant_verdict": say(
+            "scoring", "constant", site=site, row=table.loc[constant], chance=chance, n=len(truths), there=there
+        ),
     }
-    for name, rule in (("simple", best), ("chapter_2", "chapter 2")):
-        right, other = _right(table.loc[rule]), _beside(beside.loc[rule])
-        values[f"{name}_verdict"] = say("scoring", name, rule=rule, right=right, beside=other)
-    constant = next(rule for rule in table.index if rule.startswith("always"))
-    site, truths = constant.removeprefix("always "), accepted.truth[accepted.kind == NOT_RETRIEVED]
-    values["constant_verdict"] = say(
-        "scoring",
-        "constant",
-        site=site,
-        right=_right(table.loc[constant]),
-        chance=table["kind and site"]["chance"],
-        n=len(truths),
-        there=sum(site in text.split(", ") for text in truths),
-    )
     report.many({prefix + name: value for name, value in values.items()})
-
-
-def _right(row: pd.Series, what: str = "kind and site") -> str:
-    return say("scoring", "right", share=row[what], n=int(row.n), low=row[f"{what} low"], high=row[f"{what} high"])
-
-
-def _goal(row: pd.Series, what: str) -> str:
-    shares = {"share": row[what], "low": row[f"{what} low"], "goal": GOALS[what]}
-    return say("scoring", "goal", label=GOAL_LABELS[what], right=_right(row, what), **shares)
-
-
-def _beside(row: pd.Series) -> str:
-    """In words, how the joined rule does beside another, plant by plant."""
-    counts = {"ours": int(row["only joined"]), "theirs": int(row["only it"]), "test": say("scoring", "test", p=row.p)}
-    return say("scoring", "beside", rule=row.name, clear=row.p < CLEAR, **counts)
 
 
 def report_repairs(report: Results, runs: pd.DataFrame, prefix: str = "") -> None:
@@ -243,11 +220,8 @@ def report_repairs(report: Results, runs: pd.DataFrame, prefix: str = "") -> Non
         low, high = exact_interval(told, len(whole))
         values |= {f"repaired_{name}": told, f"repair_kept_{name}": (kept, ".1%")}
         trained.append(say("scoring", "trained", layer=layer, repaired=told, low=low, high=high, kept=kept))
-        counts = {"ours": tests[name]["gained"], "theirs": tests[name]["lost"]}
-        beside.append(
-            say("scoring", "repairs_beside", layer=layer, test=say("scoring", "test", p=tests[name]["p"]), **counts)
-        )
-    clear = tests["random"]["p"] < CLEAR
-    values["repairs"] = len(whole)
-    values["repair_verdict"] = say("scoring", "repair", n=len(whole), trained=trained, beside=beside[1:], clear=clear)
-    report.many({prefix + name: value for name, value in values.items()})
+        if name != "named":
+            beside.append(say("scoring", "repairs_beside", layer=layer, **tests[name]))
+    values["repairs"] = n = len(whole)
+    verdict = say("scoring", "repair", n=n, trained=trained, beside=beside, random=tests["random"])
+    report.many({prefix + name: value for name, value in (values | {"repair_verdict": verdict}).items()})

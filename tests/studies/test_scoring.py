@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
+from lib.show.sentences import say
 from lib.studies import planted, scoring
 from lib.studies.localisation import NOT_RETRIEVED, OVERRIDDEN
 
@@ -80,14 +81,15 @@ def test_repaired_counts_plants_of_which_every_lost_fact_is_told(run, table):
 )
 def test_no_word_without_its_number(ours, theirs, p, says):
     row = pd.Series({"only joined": ours, "only it": theirs, "p": p}, name="other")
-    assert says in scoring._beside(row)
+    assert says in say("scoring", "beside", row=row)
 
 
 @pytest.mark.parametrize(
     ("share", "low", "says"), [(0.94, 0.9, "missed"), (0.96, 0.9, "reaches below it"), (1, 0.96, "is reached.")]
 )
 def test_a_goal_is_reached_or_missed(share, low, says):
-    assert says in scoring._goal(pd.Series({"kind": share, "kind low": low, "kind high": 1.0, "n": 100}), "kind")
+    row = pd.Series({"kind": share, "kind low": low, "kind high": 1.0, "n": 100})
+    assert says in say("scoring", "goal", row=row, what="kind", goal=0.95)
 
 
 def test_a_close_up_shows_the_fall_at_the_planted_layer(organism, table):
