@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from lib.facts import Fact, prompts
 from lib.forward import End, Pack, Past, above, ends, gathered, pack, packs, resid_post, resid_pre, streams
 from lib.models import Model
+from lib.recall import first_tokens
 from lib.sites import Site
 from lib.statistics import mean_interval
 from lib.trace import Capture, Hook, before_norm, hooked, logit_direction, subject_positions
@@ -165,7 +166,7 @@ def patch_heads(
     """Every head of the failing prompt, one at a time, made to do what it does under the control template: at the last
     position, and at the last token of the subject. The share of the lost logit difference (answer minus competitor)
     that comes back; 1 is all of it."""
-    weights, answers = model.weights, torch.tensor([model.first_token(f.answer) for f in facts])
+    weights, answers = model.weights, first_tokens(model, facts)
     texts = [prompts(facts, template) for template in (failing, control)]
     places = {name: [_places(model, t, facts, name) for t in texts] for name in ("last", "subject")}
     failing_ids, control_ids = ([model.token_ids(t) for t in some] for some in texts)

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from lib.errors import DataError
 from lib.facts import Case, Fact, load_mapping, prompts
@@ -47,16 +50,20 @@ def screen(model: Model, facts: Sequence[Fact]) -> pd.DataFrame:
     table = pd.DataFrame(map(astuple, facts), columns=["subject", "answer", "split"])
     table["token"] = [model.first_token(answer) for answer in table.answer]
     table["token_text"] = [model.token_text(token) for token in table.token]
+    before = model.token_ids("is")
     reasons = {
         "odd split": [sum(c.isalpha() for c in text) < 2 for text in table.token_text],
-        "merged": [
-            model.token_ids(f"is {a}") != model.token_ids("is") + model.token_ids(f" {a}") for a in table.answer
-        ],
+        "merged": [model.token_ids(f"is {a}") != before + model.token_ids(f" {a}") for a in table.answer],
         "echo": [t.strip().lower() in s.lower() for t, s in zip(table.token_text, table.subject, strict=True)],
         "shared": table.groupby("token").answer.transform("nunique") > 1,
     }
     table["left_out"] = np.select(list(reasons.values()), list(reasons), "").tolist()
     return table
+
+
+def first_tokens(model: Model, facts: Sequence[Fact]) -> Int[Tensor, " fact"]:
+    """The token by which each fact's answer is judged."""
+    return torch.tensor([model.first_token(f.answer) for f in facts])
 
 
 def left_out_words(screened: pd.DataFrame) -> str:
@@ -107,17 +114,8 @@ def tell(
         other = wrong[strongest].item()
         prob = (row[answer] - row.logsumexp(-1)).exp().item()
         top, competitor = model.token_text(int(row.argmax())), model.token_text(strongest)
-        measured = (
-            logit > other,
-            int((row > logit).sum()) + 1,
-            prob,
-            top,
-            answer,
-            strongest,
-            competitor,
-            logit - other,
-        )
-        rows.append((name, *astuple(fact), prompt, *measured))
+        numbers, tokens = (logit > other, int((row > logit).sum()) + 1, prob), (top, answer, strongest, competitor)
+        rows.append((name, *astuple(fact), prompt, *numbers, *tokens, logit - other))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

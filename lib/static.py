@@ -35,6 +35,7 @@ from lib.errors import DataError
 from lib.facts import Fact, load_mapping
 from lib.files import DATA
 from lib.models import Model
+from lib.recall import first_tokens
 from lib.sites import Site
 from lib.weights import Weights
 
@@ -168,10 +169,10 @@ class RelationMap:
 
     def table(self, **options: int) -> pd.DataFrame:
         """All heads, best first: site, score, p (family-wise)."""
-        layer, head = np.indices(self.score.shape).reshape(2, -1)
-        score, p = (values.flatten().tolist() for values in (self.score, self.p_values(**options)))
-        columns = {"site": _sites(layer, head), "layer": layer, "head": head, "score": score, "p": p}
-        return pd.DataFrame(columns).sort_values("score", ascending=False, kind="stable")
+        table = pd.DataFrame(product(*map(range, self.score.shape)), columns=["layer", "head"])
+        table.insert(0, "site", [str(Site(*at)) for at in zip(table.layer, table["head"], strict=True)])
+        table["score"], table["p"] = (x.flatten().tolist() for x in (self.score, self.p_values(**options)))
+        return table.sort_values("score", ascending=False, kind="stable")
 
 
 @dataclass(frozen=True)
@@ -211,22 +212,20 @@ def relation_numbers(name: str, relation: RelationMap, *, seed: int = 0) -> dict
     }
 
 
-def _relation(model: Model, facts: Sequence[Fact]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a relation map starts from: each subject's embedding (of its last token), raw and enriched, both [subject,
-    d_model]; the answers' first tokens [subject]; and the unembedding, final gain folded in [d_model, vocab]."""
-    weights = model.weights
-    raw = weights.W_E[[model.token_ids(f" {f.subject}")[-1] for f in facts]]
-    answers = torch.tensor([model.first_token(f.answer) for f in facts])
-    return raw, enrich(weights, raw), answers, weights.norm_final.fold(weights.W_U)
+@torch.no_grad()
+def subject_embeddings(model: Model, facts: Sequence[Fact]) -> dict[str, Float[Tensor, "subject d_model"]]:
+    """Each subject's embedding, of its last token: `raw`, and `enriched` by the first MLP."""
+    raw = model.weights.W_E[[model.token_ids(f" {f.subject}")[-1] for f in facts]]
+    return {"raw": raw, "enriched": enrich(model.weights, raw)}
 
 
 @torch.no_grad()
 def unembedding_hits(model: Model, facts: Sequence[Fact]) -> int:
     """How many answers the unembedding alone puts among the TOP of a subject's raw or enriched embedding, with no head
     in between: what the relation map would find if embeddings already held the relation."""
-    raw, enriched, answers, W_U = _relation(model, facts)
-    by_raw, by_enriched = (_in_top(e @ W_U, answers).diagonal() for e in (raw, enriched))
-    return int((by_raw | by_enriched).sum())
+    W_U = model.weights.norm_final.fold(model.weights.W_U)
+    hits = [_in_top(e @ W_U, first_tokens(model, facts)).diagonal() for e in subject_embeddings(model, facts).values()]
+    return int(torch.stack(hits).any(0).sum())
 
 
 @torch.no_grad()
@@ -238,8 +237,8 @@ def relation_maps(
     vocabulary. A subject of several tokens is read at its last one. Compare MAPS (Elhelo and Geva 2025). layers: only
     these (0-based), all if not given."""
     weights = model.weights
-    raw, enriched, answers, W_U = _relation(model, facts)
-    e = torch.cat((raw, enriched))
+    W_U, answers = weights.norm_final.fold(weights.W_U), first_tokens(model, facts)
+    e = torch.cat([*subject_embeddings(model, facts).values()])
     part = W_U[:, :: max(1, W_U.shape[1] // PART)].contiguous()
     hits = []
     chosen = range(weights.n_layers) if layers is None else layers
@@ -322,7 +321,7 @@ def _with_value_roles(table: pd.DataFrame, maps: Sequence[RelationMap], **option
     copies = (table.copy_p <= ROLE_P) & (table.copy_score.abs() >= COPY) & (table.copy_score * table.gap > 0)
     named = np.where(table.copy_score > 0, "copies", "suppresses")
     role = np.select([relates, copies], ["maps relation", named], "neither")
-    table.insert(0, "site", _sites(*heads))
+    table.insert(0, "site", [str(Site(*at)) for at in zip(*heads, strict=True)])
     table.insert(table.columns.get_loc("copy_score"), "value", role.tolist())
     return table.drop(columns="gap")
 
@@ -385,10 +384,6 @@ def _copy_columns(
 def _product(a: NDArray, b: NDArray) -> NDArray:
     """a @ b by PyTorch: NumPy's threads would go on waiting for work where PyTorch's have some."""
     return (torch.from_numpy(a) @ torch.from_numpy(np.ascontiguousarray(b))).numpy()
-
-
-def _sites(layers: Iterable[int], heads: Iterable[int]) -> list[str]:
-    return [str(Site(layer, head)) for layer, head in zip(layers, heads, strict=True)]
 
 
 def _top_mask(norms: Float[Tensor, "n d_model"], k: int) -> Bool[Tensor, "n d_model"]:

@@ -95,7 +95,7 @@ def gaussian(shape: Sequence[int], generator: torch.Generator) -> Float[Tensor, 
     return torch.randn(tuple(shape), generator=generator, device="cpu").to(torch.get_default_device())
 
 
-def rho(a: pd.Series, b: pd.Series, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+def rho_interval(a: pd.Series, b: pd.Series, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """Spearman's rank correlation with its bootstrap interval; NaN where one of them is constant. Resamples in which
     one is constant are left out."""
     if a.nunique() < 2 or b.nunique() < 2:

@@ -95,23 +95,21 @@ def hooked(
 def capture(model: Model, prompts: Sequence[str], *, everywhere: bool = False) -> Capture:
     """One forward pass over a batch of prompts. Raises DataError for an empty or too long prompt."""
     tokens, last = model.encode(prompts)
-    rows, weights = torch.arange(len(prompts)), model.weights
-    streams: list[Tensor] = []  # (b, t, d_model) each, or (b, d_model) of the last positions alone
-    z: list[Tensor] = []
-    mlps: list[Tensor] = []
+    rows, blocks = torch.arange(len(prompts)), model.weights.blocks
+    seen: dict[str, list[Tensor]] = {"stream": [], "z": [], "mlps": []}
 
-    def at_last(kept: list[Tensor]) -> Hook:
-        return lambda x: kept.append(x[rows, last])
+    def keep(name: str) -> Hook:
+        whole = everywhere and name == "stream"
+        return lambda x: seen[name].append(x if whole else x[rows, last])
 
-    stream = streams.append if everywhere else at_last(streams)
-    modules = [*(b.module for b in weights.blocks), weights.norm_final_module]
-    before = dict.fromkeys(modules, stream) | {b.heads_out: at_last(z) for b in weights.blocks}
-    with hooked(before=before, after={b.mlp_out: at_last(mlps) for b in weights.blocks}):
+    before = dict.fromkeys([*(b.module for b in blocks), model.weights.norm_final_module], keep("stream"))
+    before |= dict.fromkeys((b.heads_out for b in blocks), keep("z"))
+    with hooked(before=before, after=dict.fromkeys((b.mlp_out for b in blocks), keep("mlps"))):
         logits = model.module(tokens, use_cache=False).logits[rows, last]
-    whole = torch.stack(streams, 1) if everywhere else None
-    stack = torch.stack(streams, 1) if whole is None else whole[rows, :, last]
-    heads = rearrange(torch.stack(z, 1), "b l (n h) -> b l n h", n=weights.n_heads)
-    return Capture(tuple(prompts), tokens, last, stack, heads, torch.stack(mlps, 1), logits, whole)
+    stream, z, mlps = (torch.stack(values, 1) for values in seen.values())
+    z = rearrange(z, "b l (n h) -> b l n h", n=model.weights.n_heads)
+    at_last = stream[rows, :, last] if everywhere else stream
+    return Capture(tuple(prompts), tokens, last, at_last, z, mlps, logits, stream if everywhere else None)
 
 
 @dataclass(frozen=True)

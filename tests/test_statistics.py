@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.statistics import block_interval, exact_interval, paired, rank_correlation, rho, top_overlap
+from lib.statistics import block_interval, exact_interval, paired, rank_correlation, rho_interval, top_overlap
 
 
 def test_exact_interval_is_the_textbooks():
@@ -50,7 +50,7 @@ def test_rank_correlation_and_its_control():
 
 def test_rho_of_noise_has_a_wide_interval():
     draw = np.random.default_rng(0)
-    value, low, high = rho(pd.Series(draw.normal(size=10)), pd.Series(draw.normal(size=10)))
+    value, low, high = rho_interval(pd.Series(draw.normal(size=10)), pd.Series(draw.normal(size=10)))
     assert low < 0 < high and low <= value <= high and high - low > 0.5
 
 

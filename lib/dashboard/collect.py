@@ -40,7 +40,15 @@ from lib.models import Model
 from lib.recall import study_facts, tell, trainable
 from lib.results import Results, chapter_folder, reach, results_path
 from lib.show.figures import visible
-from lib.static import RelationMap, enrich, head_roles, k_norms_by_head, load_token_types, qk_overlap, relation_maps
+from lib.static import (
+    RelationMap,
+    head_roles,
+    k_norms_by_head,
+    load_token_types,
+    qk_overlap,
+    relation_maps,
+    subject_embeddings,
+)
 
 EDITS = "03_four_pathways"
 TAKEN = {  # what is read from the chapters' results
@@ -462,7 +470,7 @@ def _value_channels(
     norm, W_V, W_O and the unembedding, as logits in standard deviations over the vocabulary: the TOP highest and the
     TOP lowest tokens of each subject and of each case's mean; and the rank of each subject's answer."""
     weights = model.weights
-    e = enrich(weights, weights.W_E[[model.token_ids(f" {f.subject}")[-1] for f in sources]])
+    e = subject_embeddings(model, sources)["enriched"]
     answers = torch.tensor([[model.first_token(f.answer)] for f in sources])
     W_U, ids, scores, ranks = weights.norm_final.fold(weights.W_U), [], [], []
     for block in (weights.blocks[i] for i in layers):

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from lib.diagnosis import Diagnosis
 from lib.facts import Case, Fact, load_templates, prompts
 from lib.forward import next_token_logits
 from lib.models import Model
-from lib.recall import load_prefixes, scorable, study_facts, tell
+from lib.recall import first_tokens, load_prefixes, scorable, study_facts, tell
 from lib.static import load_token_types
 from lib.trace import capture, subject_stream_norm
 
@@ -83,7 +82,7 @@ def any_word(model: Model, case: Case, *, words: int = 40, seed: int = 0, progre
     facts = scorable(model, case.facts)
     lines = [p for word in chosen for p in prompts(facts, text[case.template], f"{word} ")]
     top = next_token_logits(model, lines, progress=progress).argmax(-1).view(len(chosen), len(facts))
-    answers = torch.tensor([model.first_token(f.answer) for f in facts])
+    answers = first_tokens(model, facts)
     return pd.DataFrame({"word": chosen, "told": (top == answers).sum(1).cpu().numpy(), "n": len(facts)})
 
 

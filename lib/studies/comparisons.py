@@ -24,7 +24,7 @@ from lib.errors import EditError
 from lib.models import Model
 from lib.results import Results
 from lib.show.sentences import listed, say
-from lib.statistics import exact_interval, rho
+from lib.statistics import exact_interval, rho_interval
 from lib.studies.location import setting
 from lib.studies.pathways import PAPER, by_seed
 
@@ -121,7 +121,7 @@ def correlations(means: pd.DataFrame, scores: pd.DataFrame, *, seed: int = 0) ->
         for score in scores.columns.drop("layer"):
             for measure, more in SUCCESS.items():
                 success = joined[measure] if more else -joined[measure]
-                rows.append((pathway, score, measure, len(joined), *rho(joined[score], success, seed=seed)))
+                rows.append((pathway, score, measure, len(joined), *rho_interval(joined[score], success, seed=seed)))
     return pd.DataFrame(rows, columns=["pathway", "score", "measure", "layers", "rho", "low", "high"])
 
 

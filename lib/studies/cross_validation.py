@@ -24,7 +24,7 @@ from lib.peers import (
     captum_attributions,
     routing_layer,
 )
-from lib.recall import tell, trainable
+from lib.recall import first_tokens, tell, trainable
 from lib.sites import Site
 
 
@@ -194,7 +194,7 @@ def organism_through_transformerlens() -> dict[str, pd.DataFrame]:
     """The table of `against_transformerlens` for the organism, the other model family."""
     model = load("organism")
     case = trainable(model, load_cases("organism")[0])
-    answers = torch.tensor([model.first_token(f.answer) for f in case.facts])
+    answers = first_tokens(model, case.facts)
     texts = prompts(case.facts, load_templates()[case.controls[0]])
     return {"organism": against_transformerlens(model, texts, answers).table}
 

@@ -38,7 +38,7 @@ from lib.facts import Case, Fact, load_cases, load_mapping, load_templates, prom
 from lib.files import DATA
 from lib.forward import above, next_token_logits, pack, packs, resid_pre
 from lib.models import Model
-from lib.recall import known_and_told, scorable, tell, trainable
+from lib.recall import first_tokens, known_and_told, scorable, tell, trainable
 from lib.statistics import gaussian
 from lib.studies import experiment, once_a_model
 from lib.training import neutral_windows, slice_values
@@ -171,7 +171,7 @@ def lesson(model: Model, case: Case, facts: Sequence[Fact], places: Sequence[str
         next_token_logits(model, texts, progress=bar).log_softmax(-1)
         for texts, bar in ((prompts(names, template, prefix), "teacher"), (others, "other prompts"))
     )
-    answers = torch.tensor([model.first_token(f.answer) for f in facts])
+    answers = first_tokens(model, facts)
     return Lesson(
         tuple(facts),
         answers,

@@ -21,7 +21,7 @@ from lib.diagnosis import Diagnosis, diagnose_cases
 from lib.facts import Case, load_cases, load_templates, prompts
 from lib.files import DATA
 from lib.models import Model
-from lib.recall import study_facts
+from lib.recall import first_tokens, study_facts
 from lib.results import Results
 from lib.sites import Site
 from lib.static import TOP, JointMap, RelationMap, join, qk_overlap, relation_maps
@@ -109,7 +109,7 @@ def lens_by_case(model: Model, diagnoses: Sequence[Diagnosis]) -> dict[str, Floa
     ranks = {}
     for kind, d in [("control", diagnoses[0]), *(("failing", d) for d in diagnoses)]:
         facts, text = d.evidence.facts, _templates(d.case)[kind]
-        answers = torch.tensor([[model.first_token(f.answer)] for f in facts])
+        answers = first_tokens(model, facts)[:, None]
         ranks[f"{kind}: {text}"] = logit_lens(model, capture(model, prompts(facts, text)), answers)[1][..., 0]
     return ranks
 

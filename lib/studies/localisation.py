@@ -42,8 +42,9 @@ from lib.errors import DataError
 from lib.facts import Fact, prompts
 from lib.interventions import CachedRun, logit_differences, patch_components, run_with_cache
 from lib.models import Model
+from lib.recall import first_tokens
 from lib.sites import Site
-from lib.static import enrich
+from lib.static import subject_embeddings
 from lib.trace import components, subject_attention
 
 LOWER = 3  # the lowest third of the layers is neither patched nor suspected: there is little of the answer yet
@@ -128,11 +129,6 @@ def look(model: Model, facts: Sequence[Fact], runs: Sequence[CachedRun]) -> Look
     )
 
 
-def first_tokens(model: Model, facts: Sequence[Fact]) -> Int[Tensor, " fact"]:
-    """Of each fact's answer."""
-    return torch.tensor([model.first_token(f.answer) for f in facts])
-
-
 def strongest_wrong(logits: Float[Tensor, "n vocab"], answers: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     """The token of each row that is on top where the answer is not counted."""
     return logits.scatter(1, answers[:, None], float("-inf")).argmax(1)
@@ -146,7 +142,7 @@ def maps(model: Model, facts: Sequence[Fact]) -> Float[Tensor, "n_layers n_heads
     """Each head's OV circuit on the subjects' embeddings (enriched by the first MLP): what it writes of the right
     answer, minus the mean of the other answers, in standard deviations over all pairs of subject and answer."""
     weights = model.weights
-    e = enrich(weights, weights.W_E[[model.token_ids(f" {f.subject}")[-1] for f in facts]])
+    e = subject_embeddings(model, facts)["enriched"]
     W_U = weights.norm_final.fold(weights.W_U[:, first_tokens(model, facts)])
     scores = []
     for block in weights.blocks:

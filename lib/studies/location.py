@@ -27,7 +27,7 @@ from lib.errors import EditError
 from lib.evaluation import ELSEWHERE, Protocol, bled, build_protocol, build_protocols, kinds, questions, score_questions
 from lib.facts import Case, load_cases, load_templates, prompts
 from lib.models import Model
-from lib.recall import trainable
+from lib.recall import first_tokens, trainable
 from lib.sites import Site
 from lib.studies import experiment, once_a_model
 from lib.trace import capture, hooked, logit_direction
@@ -193,7 +193,7 @@ def strongest_neurons(model: Model, layer: int, k: int) -> list[int]:
     case, block, seen = setting(model).case, model.weights.blocks[layer], list[Tensor]()
     with hooked(before={block.mlp_out: seen.append}):
         state = capture(model, prompts(case.facts, load_templates()[case.controls[0]]))
-    answers = torch.tensor([model.first_token(f.answer) for f in case.facts])
+    answers = first_tokens(model, case.facts)
     neurons = seen[0].reshape(*state.tokens.shape, -1)[torch.arange(len(answers)), state.last]
     written = (neurons * (logit_direction(model, state.stream[:, -1], answers) @ block.mlp.W_out.T)).mean(0)
     return sorted(written.topk(k).indices.tolist())

@@ -29,10 +29,10 @@ from lib.facts import Fact, load_cases, load_templates, prompts
 from lib.forward import above, pack, resid_pre
 from lib.interventions import CachedRun, logit_differences, patch_components, rerun_from, run_with_cache
 from lib.models import Model
-from lib.recall import study_facts, tell
+from lib.recall import first_tokens, study_facts, tell
 from lib.sites import Site
 from lib.studies import experiment, localisation, once_a_model
-from lib.studies.localisation import Look, Named, first_tokens, strongest_wrong, told_by
+from lib.studies.localisation import Look, Named, strongest_wrong, told_by
 from lib.trace import subject_positions
 from lib.training import slice_values
 from lib.weights import Block, Slice, pathway_slices

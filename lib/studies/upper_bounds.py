@@ -23,7 +23,7 @@ from lib.evaluation import BAND, NONE
 from lib.facts import Case, Fact, load_cases, load_templates, prompts
 from lib.forward import Pack, ends, pack, resid_post, streams
 from lib.models import Model, load
-from lib.recall import known_and_told, load_prefixes, scorable, tell, trainable
+from lib.recall import first_tokens, known_and_told, load_prefixes, scorable, tell, trainable
 from lib.results import Results
 from lib.studies.distillation import again, choose, harmless, learn_at
 from lib.trace import subject_positions
@@ -74,7 +74,7 @@ def carried(
     short, long = pack(model, bare), pack(model, full)
     at = [subject_positions(model, p, f.subject)[-1] for p, f in zip(prompts(facts, template), facts, strict=True)]
     back = short.last.diff(prepend=torch.tensor([-1])) - 1 - torch.tensor(at)  # tokens after the subject's last one
-    answers = torch.tensor([model.first_token(f.answer) for f in facts])
+    answers = first_tokens(model, facts)
     layers = range(model.weights.n_layers) if layers is None else layers
     own, other = (streams(model, p, range(min(layers), model.weights.n_layers)) for p in (short, long))
     rows = []
