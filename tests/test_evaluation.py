@@ -105,7 +105,7 @@ def test_summaries_of_a_real_run_hold_together(organism, protocol):
     outcome, texts = evaluation.outcomes(measured, case), evaluation.perplexity(measured)
     general = evaluation.generalisation(measured, case)
     bled = evaluation.bleeding(organism, measured, case)
-    entry = side_effects.entry("v_only", outcome, texts, general, bled)
+    entry = side_effects.pathway_entry("v_only", outcome, texts, general, bled)
     assert bled.prompts.tolist() == [52, 52] and entry["bled_after"] == bled.bled[1]
     ledger = evaluation.flips(measured, "capability", "unrelated")
     assert len(ledger) == entry["flips"]

@@ -1,8 +1,12 @@
-"""studies.side_effects."""
+"""What chapter 4 says of the edits' side effects, and the same question where the truth is known.
+
+pathway_entry     what results keep of one pathway
+report_effects    the numbers of the chapter's prose
+planted_edit      on the organism, whose failures are failures of routing because they were planted as such
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
@@ -14,6 +18,7 @@ from lib.evaluation import BAND, ELSEWHERE, NONE, build_protocol, generalisation
 from lib.facts import load_cases
 from lib.models import Model
 from lib.recall import trainable
+from lib.results import Results
 from lib.statistics import exact_interval
 from lib.studies import experiment, pathways
 from lib.training import task_at
@@ -23,99 +28,74 @@ BLED = (
     "be followed by one of these answers. No probe about ice or kittens can see it."
 )
 LEFT_OUT = ("the facts", "paraphrases", "working templates", ELSEWHERE, "other relations", "neighbours")
+PROBES = ["capability", "unrelated"]
 
 
-def report_planted(report: Callable[..., None], table: pd.DataFrame) -> None:
+def report_planted(report: Results, table: pd.DataFrame) -> None:
     """What the chapter's prose says of the planted control."""
     told = table[table.told_after == table.facts]
     whole, part = told[told.repaired == told.untold], told[told.repaired < told.untold]
-    report("planted_cases", table.case.nunique())
-    report("planted_untold", int(table.untold.min()))
-    report("planted_whole", [f"{row.pathway.replace('_', ' ')} ({row.case})" for row in whole.itertuples()] or "none")
-    report("planted_told", len(told))
-    report("planted_part", len(part))
+    names = [f"{row.pathway.replace('_', ' ')} ({row.case})" for row in whole.itertuples()]
+    report.many({"planted_cases": table.case.nunique(), "planted_untold": int(table.untold.min())})
+    report.many({"planted_whole": names or "none", "planted_told": len(told), "planted_part": len(part)})
     report("planted_part_most", int(part.repaired.max()) if len(part) else 0)
 
 
-def entry(
-    name: str, outcome: pd.DataFrame, texts: pd.DataFrame, general: pd.DataFrame, bled: pd.DataFrame
+def pathway_entry(
+    name: str, outcome: pd.DataFrame, texts: pd.DataFrame, general: pd.DataFrame, bleeding: pd.DataFrame
 ) -> dict[str, Any]:
-    """What results keep of a pathway (design, section 7)."""
-    by = outcome[outcome.pathway == name].set_index("what")
-    ppl = texts[texts.pathway == name].iloc[0]
+    """What results keep of a pathway, from `evaluation`'s tables: outcomes, perplexity, generalisation, bleeding."""
+    by, texts = outcome[outcome.pathway == name].set_index("what"), texts.set_index("pathway").loc[name]
     held = general[(general.pathway == name) & (general.split == "held_out")].iloc[0]
-    probes = by.loc[["capability", "unrelated"]]
-    return {
-        "capability_before": by.before["capability"],
-        "capability_after": by.after["capability"],
-        "unrelated_before": by.before["unrelated"],
-        "unrelated_after": by.after["unrelated"],
-        "flips": (probes.gained + probes.lost).sum(),
-        "capability_flips": (probes.gained + probes.lost)["capability"],
-        "ppl_before": ppl.ppl_before,
-        "ppl_after": ppl.ppl_after,
-        "ppl_ratio": ppl.ratio,
-        "kl": ppl.kl,
-        "held_out_facts": held["all"],
-        "held_out_told_before": held.told_before,
-        "held_out_told_after": held.told_after,
-        "held_out_untold": held.untold,
-        "held_out_repaired": held.repaired,
-        "bled_after": bled.set_index("pathway").bled[name],
-        **{f"{key.replace(' ', '_').replace(',', '')}_after": by.after[key] for key in LEFT_OUT},
-    }
+    flips = by.gained + by.lost
+    entry = {f"{probe}_{when}": by[when][probe] for probe in PROBES for when in ("before", "after")}
+    entry |= {"flips": flips[PROBES].sum(), "capability_flips": flips["capability"]}
+    entry |= {"ppl_before": texts.ppl_before, "ppl_after": texts.ppl_after, "ppl_ratio": texts.ratio, "kl": texts.kl}
+    entry |= {"held_out_facts": held["all"]}
+    entry |= {f"held_out_{key}": held[key] for key in ("told_before", "told_after", "untold", "repaired")}
+    entry["bled_after"] = bleeding.set_index("pathway").bled[name]
+    return entry | {f"{kind.replace(' ', '_').replace(',', '')}_after": by.after[kind] for kind in LEFT_OUT}
 
 
 def report_effects(
-    report: Callable[..., None],
+    report: Results,
     best: str,
     outcome: pd.DataFrame,
     texts: pd.DataFrame,
     general: pd.DataFrame,
-    bled: pd.DataFrame,
+    bleeding: pd.DataFrame,
 ) -> None:
-    """What the chapter's prose says of the recommended pathway and of all."""
-    by = outcome.set_index(["pathway", "what"])
-    ppl, held = texts.set_index("pathway"), general[general.split == "held_out"].set_index("pathway")
-    probes = outcome[outcome.what.isin(["capability", "unrelated"])]
-    own = by.loc[best]
-    report("capability_before", int(own.before["capability"]))
-    report("capability_after", int(own.after["capability"]))
-    report("capability_n", int(own.n["capability"]))
-    report("unrelated_before", int(own.before["unrelated"]))
-    report("unrelated_after", int(own.after["unrelated"]))
-    report("unrelated_n", int(own.n["unrelated"]))
-    report("own_flips", int((own.gained + own.lost)[["capability", "unrelated"]].sum()))
-    report("all_flips", int((probes.gained + probes.lost).sum()))
-    right = int(own.before[["capability", "unrelated"]].sum())
-    report("resolution", exact_interval(0, right)[1], ".0%")
-    report("probes_right", right)
-    report("ppl_before", ppl.ppl_before[best], ".2f")
-    report("ppl_after", ppl.ppl_after[best], ".2f")
-    report("ppl_change", ppl.ratio[best] - 1, "+.2%")
-    report("ppl_interval", (float(ppl.ratio_low[best] - 1), float(ppl.ratio_high[best] - 1)), "+.2%")
-    report("ppl_within", "within" if abs(ppl.ratio[best] - 1) <= BAND else "not within")
-    report("ppl_tokens", int(ppl.tokens[best]), ",")
-    report("untold", int(held.untold[best]))
-    report("repaired", int(held.repaired[best]))
-    report("repaired_share", held.repaired[best] / max(1, held.untold[best]), ".0%")
-    report("repaired_interval", (float(held.low[best]), float(held.high[best])), ".0%")
-    report("repaired_most", int(held.repaired.max()))
-    report("repaired_most_by", str(held.repaired.idxmax()).replace("_", " "))
-    report("repaired_verdict", "most" if 2 * held.repaired.max() >= held.untold.max() else "a minority")
-    report("best_control", int(held.best_control[best]))
-    spilt = bled.set_index("pathway").bled
-    report("bled_before", int(spilt[NONE]))
-    report("bled_after", int(spilt[best]))
-    report("bled_prompts", int(bled.prompts.iloc[0]))
-    bleeds = bool(spilt[best] > 2 * max(1, spilt[NONE]))
-    report("bleeds", bleeds)
-    report("bled_lesson", BLED if bleeds else "The trained answers stay where they belong.")
-    report("other_relations", [int(own.gained["other relations"]), int(own.lost["other relations"])])
-    report("elsewhere", [int(own.gained[ELSEWHERE]), int(own.lost[ELSEWHERE])])
-    report("elsewhere_n", int(own.n[ELSEWHERE]))
-    report("neighbours_lost", int(own.lost["neighbours"]))
-    report("neighbours", int(own.n["neighbours"]))
+    """What the chapter's prose says of the recommended pathway, and of all."""
+    by, probes = outcome.set_index(["pathway", "what"]).loc[best], outcome[outcome.what.isin(PROBES)]
+    changed = {kind: [int(by.gained[kind]), int(by.lost[kind])] for kind in ("other relations", ELSEWHERE)}
+    right = int(by.before[PROBES].sum())
+    report.many({f"{probe}_{key}": int(by[key][probe]) for probe in PROBES for key in ("before", "after", "n")})
+    report.many({"own_flips": int((by.gained + by.lost)[PROBES].sum()), "probes_right": right})
+    report.many({"all_flips": int((probes.gained + probes.lost).sum())})
+    report.many({"resolution": (exact_interval(0, right)[1], ".0%")})
+    report.many({"other_relations": changed["other relations"], "elsewhere": changed[ELSEWHERE]})
+    report.many({"elsewhere_n": int(by.n[ELSEWHERE]), "neighbours": int(by.n["neighbours"])})
+    report.many({"neighbours_lost": int(by.lost["neighbours"])})
+    ppl = texts.set_index("pathway").loc[best]
+    report.many({"ppl_before": (ppl.ppl_before, ".2f"), "ppl_after": (ppl.ppl_after, ".2f")})
+    report.many({"ppl_change": (ppl.ratio - 1, "+.2%"), "ppl_tokens": (int(ppl.tokens), ",")})
+    report.many({"ppl_interval": ((float(ppl.ratio_low - 1), float(ppl.ratio_high - 1)), "+.2%")})
+    report.many({"ppl_within": "within" if abs(ppl.ratio - 1) <= BAND else "not within"})
+    _report_reach(report, best, general[general.split == "held_out"].set_index("pathway"), bleeding)
+
+
+def _report_reach(report: Results, best: str, held: pd.DataFrame, bleeding: pd.DataFrame) -> None:
+    """How far the edit carries over: to held-out facts, and to countries where it is wrong."""
+    row, most, bled = held.loc[best], held.repaired.max(), bleeding.set_index("pathway").bled
+    bleeds = bool(bled[best] > 2 * max(1, bled[NONE]))  # more than twice as often as without an edit
+    report.many({key: int(row[key]) for key in ("untold", "repaired", "best_control")})
+    report.many({"repaired_share": (row.repaired / max(1, row.untold), ".0%")})
+    report.many({"repaired_interval": ((float(row.low), float(row.high)), ".0%"), "repaired_most": int(most)})
+    report.many({"repaired_most_by": str(held.repaired.idxmax()).replace("_", " ")})
+    report.many({"repaired_verdict": "most" if 2 * most >= held.untold.max() else "a minority"})
+    report.many({"bled_before": int(bled[NONE]), "bled_after": int(bled[best])})
+    report.many({"bled_prompts": int(bleeding.prompts.iloc[0]), "bleeds": bleeds})
+    report.many({"bled_lesson": BLED if bleeds else "The trained answers stay where they belong."})
 
 
 @experiment
@@ -126,14 +106,14 @@ def planted_edit(model: Model, *, case: int, pathway: str, seed: int = 0) -> dic
     listed = load_cases(model.name)
     if not 1 <= case <= len(listed):
         raise EditError(f"there is no case {case}: {model.name} has {len(listed)}, from 1.")
-    own = trainable(model, listed[case - 1])
-    task = task_at(model, own, prescribe(model, own).knowledge_head.layer)
+    planted = trainable(model, listed[case - 1])
+    task = task_at(model, planted, prescribe(model, planted).knowledge_head.layer)
     found = training.compare(model, task, seed=seed, pathways=[pathway], progress=False)
     (lie,) = pathways.repeat(model, training.false_facts(task), found).itertuples()
-    asked = measure(model, build_protocol(model, own, task.layer, texts={}), found.edits, passages=False)
-    held = generalisation(asked, own).query("split == 'held_out'").iloc[0] if found.edits else None
+    asked = measure(model, build_protocol(model, planted, task.layer, texts={}), found.edits, passages=False)
+    held = generalisation(asked, planted).query("split == 'held_out'").iloc[0] if found.edits else None
     return {
-        "title": own.title,
+        "title": planted.title,
         "facts": len(task.facts),
         "told_before": sum(task.told_before),
         "told_after": sum(found.edits[pathway].told_after) if found.edits else 0,  # a diverged training leaves none
