@@ -4,8 +4,11 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import reduce
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,59 +35,35 @@ from lib.weights import PATHWAYS, pathway_slices
 def chapters(model: Model, share: float, pathways: Sequence[str] = PATHWAYS) -> None:
     """Results and edits as the chapters leave them, without their work: an edit scales its slices a little. share: the
     best head's patching effect, as chapter 5 has it."""
-    cases = [trainable(model, c) for c in load_cases(model.name)]
+    cases, texts = [trainable(model, c) for c in load_cases(model.name)], load_templates()
     verdicts = {c.name: diagnosis.prescribe(model, c) for c in cases}
-    first = verdicts[cases[0].name]
-    layer, parameters = first.knowledge_head.layer, dict(model.module.named_parameters())
-    told = (False,) * len(cases[0].facts)
+    knowledge_head = verdicts[cases[0].name].knowledge_head
+    layer, parameters = knowledge_head.layer, dict(model.module.named_parameters())
     listed, made = [], {}
     for name in pathways:
-        slices = pathway_slices(model.module, layer, name)
-        edit = Edit(
-            model.name,
-            model.weights_sha256,
-            name,
-            layer,
-            cases[0].facts,
-            load_templates()[cases[0].template],
-            told,
-            told,
-            0,
-            {},
-            {s: s.of(parameters[s.name]).detach() * 1.1 for s in slices},
-        )
+        values = {s: s.of(parameters[s.name]).detach() * 1.1 for s in pathway_slices(model.module, layer, name)}
+        told = (False,) * len(cases[0].facts)
+        origin = (model.name, model.weights_sha256, name, layer, cases[0].facts, texts[cases[0].template])
+        edit = Edit(*origin, told, told, 0, {}, values)
         path = save(edit, chapter_folder(model.name, "03_four_pathways") / f"{name}.safetensors")
         listed.append({"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
         made[name] = {"parameters": edit.parameters, "kl": 0.01, "told_before": 2, "told_after": 8}
-    told_by = {c.name: recall.tell(model, c.facts, {"": load_templates()[c.template]}).told for c in cases}
     mean, low, high = static.qk_overlap_chance(model.weights.d_model)
-    found = {
-        c.name: {
-            "knowledge_head": v.knowledge_head,
-            "suppressor": v.suppressor,
-            "failure_kind": v.failure_kind,
-            "confidence": "high",
-        }
-        for c, v in zip(cases, verdicts.values(), strict=True)
-    }
-    values = {
-        "01_static_diagnostics": {
-            "qk_overlap_chance": mean,
-            "qk_overlap_band": [low, high],
-            "qk_overlap_mean": static.qk_overlap(model.weights).mean(),
+    overlap = {"qk_overlap_chance": mean, "qk_overlap_band": [low, high]}
+    parts = ("knowledge_head", "suppressor", "failure_kind")
+    reported = {
+        "01_static_diagnostics": overlap | {"qk_overlap_mean": static.qk_overlap(model.weights).mean()},
+        "02_knowledge_path": {
+            "told": {c.name: int(recall.tell(model, c.facts, {"": texts[c.template]}).told.sum()) for c in cases},
+            "diagnosis": {n: {p: getattr(v, p) for p in parts} | {"confidence": "high"} for n, v in verdicts.items()},
         },
-        "02_knowledge_path": {"told": {name: int(told.sum()) for name, told in told_by.items()}, "diagnosis": found},
         "03_four_pathways": {"pathways": made, "edits": listed, "recommended": "v only"},
-        "05_cross_validation": {
-            "knowledge_head": first.knowledge_head,
-            "head_effect": -3.3,
-            "head_interval": [-3.9, -2.9],
-            "sweep_last_share": share,
-        },
+        "05_cross_validation": {"knowledge_head": knowledge_head, "head_effect": -3.3, "head_interval": [-3.9, -2.9]}
+        | {"sweep_last_share": share},
     }
-    for chapter, entries in values.items():
+    for chapter, values in reported.items():
         report = Results(chapter, model)
-        for key, value in entries.items():
+        for key, value in values.items():
             report.table(key, value)
         report.save()
 
@@ -115,6 +94,16 @@ def edit_of(board, model, name) -> tuple[int, Edit]:
     return state, load(chapter_folder(model.name, "03_four_pathways") / f"{name}.safetensors")
 
 
+@contextmanager
+def restored(path: Path) -> Iterator[bytes]:
+    """What a file holds, and holds again afterwards."""
+    content = path.read_bytes()
+    try:
+        yield content
+    finally:
+        path.write_bytes(content)
+
+
 def signed(value: float) -> str:
     """A number as the page writes it: three decimals where two would hide it, a true minus, no signed zero."""
     text = f"{value:+.{3 if abs(value) < 0.095 else 2}f}"
@@ -130,13 +119,10 @@ def test_contributions_are_those_of_the_diagnosis(board, organism):
         evidence = diagnosis.gather(organism, case, diagnosis.case_table(organism, case))
         assert [case.facts[i] for i in shown.failing] == list(evidence.facts)
         means = {name: np.array(weights) for name, weights in shown.means().items()}
-        for key, control, failing in (
-            ("writes", evidence.control.attribution, evidence.failing.attribution),
-            ("pushes", evidence.control.difference, evidence.failing.difference),
-        ):
-            own = arrays[f"{key}/{case.name}"][0]
-            np.testing.assert_allclose(own @ means["control"], evidence.grid(control.mean(0)), atol=1e-4)
-            np.testing.assert_allclose(own @ means["failing"], evidence.grid(failing.mean(0)), atol=1e-4)
+        for key, part in (("writes", "attribution"), ("pushes", "difference")):
+            for name, traced in (("control", evidence.control), ("failing", evidence.failing)):
+                mean = arrays[f"{key}/{case.name}"][0] @ means[name]
+                np.testing.assert_allclose(mean, evidence.grid(getattr(traced, part).mean(0)), atol=1e-4)
         assert [p.told[0] for p in shown.prompts].count(True) > 8, "controls tell"
 
 
@@ -154,9 +140,8 @@ def test_patching_of_an_edit_is_a_share_of_the_same_margin(board, organism):
     shown, (state, edit) = board.cases[0], edit_of(board, organism, "attention")
     case, templates = shown.case, load_templates()
     fact = shown.failing[0]
-    pair = torch.tensor([[organism.first_token(case.facts[fact].answer)]])
     table = recall.tell(organism, case.facts, {"failing": templates[case.template]})
-    pair = torch.cat((pair, torch.tensor([[int(table.competitor_token[fact])]])), 1)
+    pair = torch.tensor(table[["answer_token", "competitor_token"]].iloc[[fact]].to_numpy())
     texts = [prompts([case.facts[fact]], templates[t])[0] for t in (case.template, case.controls[0])]
 
     def lost() -> float:
@@ -166,9 +151,8 @@ def test_patching_of_an_edit_is_a_share_of_the_same_margin(board, organism):
     before = lost()
     with applied(organism, edit):
         after = lost()
-        swept = interventions.patch_heads(
-            organism, [case.facts[fact]], templates[case.template], templates[case.controls[0]], pair[:, 1]
-        )["last"]
+        lines = (templates[case.template], templates[case.controls[0]])
+        swept = interventions.patch_heads(organism, [case.facts[fact]], *lines, pair[:, 1])["last"]
     own = board.arrays[f"patching/{case.name}"][state, ..., fact]
     np.testing.assert_allclose(own, swept[..., 0] * after / before, atol=1e-3)
     assert abs(after / before - 1) > 1e-3, "the edit changes what is lost"
@@ -184,14 +168,12 @@ def test_static_numbers_are_chapter_1s(board, organism):
             overlap, norms = static.qk_overlap(organism.weights), static.k_norms(organism.weights, types["verb"])
         arrays = {key: value[state] for key, value in board.arrays.items()}
         np.testing.assert_allclose(arrays["qk_overlap"], overlap, atol=1e-6)
-        np.testing.assert_allclose(
-            arrays["k_norm_by_type"][..., list(types).index("verb")].mean(1), norms.mean(1), rtol=1e-5
-        )
+        verbs = arrays["k_norm_by_type"][..., list(types).index("verb")]
+        np.testing.assert_allclose(verbs.mean(1), norms.mean(1), rtol=1e-5)
         for i, name in enumerate(("raw", "enriched")):
             np.testing.assert_allclose(arrays["relation"][..., i], maps[name].score)
-        np.testing.assert_allclose(
-            arrays["role_numbers"].reshape(len(roles), -1), roles[list(render.ROLE_NUMBERS)], atol=1e-5
-        )
+        numbers = arrays["role_numbers"].reshape(len(roles), -1)
+        np.testing.assert_allclose(numbers, roles[list(render.ROLE_NUMBERS)], atol=1e-5)
         for key in ("seeks", "advertises"):
             labels = ["none", *board.types]
             assert [labels[i + 1] for i in arrays[key].ravel()] == roles[key].tolist()
@@ -278,22 +260,17 @@ def test_packing_loses_nothing_and_shares_layers(board):
 def test_results_that_do_not_belong_are_refused(board, organism, chapter, key, value, message):
     """A value of None takes the key away."""
     path = results_path("organism", chapter)
-    kept = path.read_text()
-    content = json.loads(kept)
-    *way, last = key.split(".")
-    place = content
-    for step in way:
-        place = place[step]
-    place.pop(last)
-    if value is not None:
-        place[last] = value
-    try:
+    with restored(path) as kept:
+        content = json.loads(kept)
+        *way, last = key.split(".")
+        place = reduce(dict.__getitem__, way, content)
+        place.pop(last)
+        if value is not None:
+            place[last] = value
         path.write_text(json.dumps(content))
         with pytest.raises(ChapterError, match=message) as error:
             collect.collect(organism, progress=False)
         assert f"python -m lib run {chapter}" in str(error.value), "it says what to do"
-    finally:
-        path.write_text(kept)
 
 
 @pytest.mark.parametrize(
@@ -311,19 +288,15 @@ def test_results_that_the_model_contradicts_are_refused(board, chapter, key):
 @pytest.mark.parametrize(("content", "message"), [(None, "there is no .*05_cross"), ("{", "is no results file")])
 def test_results_that_cannot_be_read_are_refused(board, organism, content, message):
     path = results_path("organism", "05_cross_validation")
-    kept = path.read_text()
-    try:
+    with restored(path), pytest.raises(ChapterError, match=message):
         path.write_text(content) if content else path.unlink()
-        with pytest.raises(ChapterError, match=message):
-            collect.taken(organism)
-    finally:
-        path.write_text(kept)
+        collect.taken(organism)
 
 
 def test_edits_that_are_not_chapter_3s_are_refused(board, organism):
     path = chapter_folder("organism", "03_four_pathways") / "v_only.safetensors"
-    kept, edit = path.read_bytes(), load(path)
-    try:
+    edit = load(path)
+    with restored(path):
         save(replace(edit, seed=1), path)
         with pytest.raises(EditError, match=r"v_only.safetensors is not the file that chapter 3 reports"):
             collect.collect(organism, progress=False)
@@ -331,14 +304,10 @@ def test_edits_that_are_not_chapter_3s_are_refused(board, organism):
         with pytest.raises(EditError, match=r"lacks v_only.safetensors"):
             collect.collect(organism, progress=False)
         save(replace(edit, template="Of {} it is"), path)
-        listed = [
-            {"file": p.name, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
-            for p in path.parent.glob("*.safetensors")
-        ]
+        files = path.parent.glob("*.safetensors")
+        listed = [{"file": p.name, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in files]
         with pytest.raises(EditError, match=r"'Of \{\} it is', which is the template of no case"):
             collect.made_edits(organism, [c.case for c in board.cases], listed)
-    finally:
-        path.write_bytes(kept)
 
 
 def test_a_case_of_many_facts_is_cut_and_said(board, organism, monkeypatch):
@@ -366,9 +335,8 @@ def test_the_page_is_kept_until_something_changes(board, build_folder, monkeypat
         return bool(made)
 
     assert run() and not run() and run(force=True) and not run()
-    results_path("organism", "02_knowledge_path").write_text(
-        results_path("organism", "02_knowledge_path").read_text() + "\n"
-    )
+    path = results_path("organism", "02_knowledge_path")
+    path.write_text(path.read_text() + "\n")
     assert run() and not run()
     source = build_folder.parent / "lib" / "dashboard" / "collect.py"
     source.parent.mkdir(parents=True)
@@ -577,10 +545,8 @@ def test_colours_are_those_of_the_values(opened, board):
     view = opened("#L1H1&measure=relation")
     best = board.arrays["relation"][0].max(-1)
     assert best[7, 5] == best.max()
-    top, none = (
-        view.colour("L8H5"),
-        view.colour(f"L{1 + int(best.min(1).argmin())}H{int(best[best.min(1).argmin()].argmin())}"),
-    )
+    least = int(best.min(1).argmin())
+    top, none = view.colour("L8H5"), view.colour(f"L{1 + least}H{int(best[least].argmin())}")
     numbers = [int(x) for x in re.findall(r"\d+", top)]
     assert top != none and numbers[0] > 200 and numbers[2] < 80, "viridis ends in yellow"
     view.page.select_option("#measure", "value")
@@ -594,21 +560,14 @@ def test_no_text_is_ever_run(opened, board, tmp_path):
     first = board.cases[0]
     facts = tuple(replace(f, subject=f.subject + evil, answer=evil) for f in first.case.facts)
     case = replace(first.case, title="title" + evil, facts=facts)
-    cases = (
-        replace(
-            first,
-            case=case,
-            competitors=(evil,) * len(facts),
-            prompts=tuple(replace(p, top=(evil,) * len(p.top)) for p in first.prompts),
-        ),
-        *board.cases[1:],
-    )
+    shown = tuple(replace(p, top=(evil,) * len(p.top)) for p in first.prompts)
+    first = replace(first, case=case, competitors=(evil,) * len(facts), prompts=shown)
     sources = tuple(facts[i] if i < len(facts) else f for i, f in enumerate(board.sources))
     other = replace(board.cases[1], case=replace(board.cases[1].case, facts=sources[: len(board.cases[1].case.facts)]))
     texts = {text + evil: (evil,) * len(tokens) for text, tokens in board.texts.items()}
     bad = replace(
         board,
-        cases=(cases[0], other),
+        cases=(first, other),
         texts=texts,
         sources=sources,
         words=(evil,) * len(board.words),
@@ -665,9 +624,7 @@ def test_accessible(opened, theme, address):
     view = opened(address, color_scheme=theme)
     assert view.page.evaluate("document.documentElement.dataset.theme") == theme
     found = Axe().run(view.page).response["violations"]
-    serious = [
-        (v["id"], [n["html"][:120] for n in v["nodes"][:3]]) for v in found if v["impact"] in ("serious", "critical")
-    ]
+    serious = [(v["id"], v["nodes"][:3]) for v in found if v["impact"] in ("serious", "critical")]
     assert not serious
     view.page.click("#theme")
     view.settle()
@@ -687,13 +644,7 @@ def test_a_phone_has_no_sideways_overflow(opened, address):
 def test_footer_says_whose_numbers_these_are(opened, board):
     text = opened().page.locator("footer").inner_text()
     own = board.provenance
-    for part in (
-        own["model"],
-        own["weights_sha256"],
-        own["lib"],
-        own["commit"],
-        "figures of GPT-2 need a run on GPT-2",
-    ):
+    for part in (*(own[key] for key in ("model", "weights_sha256", "lib", "commit")), "figures of GPT-2 need a run"):
         assert part in text
 
 
@@ -716,9 +667,8 @@ def test_smollm2s_270_heads_fit_and_read(build_folder, smollm2, browser, tmp_pat
     writes = board.arrays[f"writes/{first.case.name}"][0] @ np.array(first.means()["control"])
     assert writes.shape == (30, 9) and np.unravel_index(writes.argmax(), writes.shape) == (23, 4)
     patched = np.nanmean(board.arrays[f"patching/{first.case.name}"][0], -1)
-    assert np.unravel_index(patched.argmax(), patched.shape) == (23, 4) and patched.max() == pytest.approx(
-        0.83, abs=0.01
-    )
+    assert np.unravel_index(patched.argmax(), patched.shape) == (23, 4)
+    assert patched.max() == pytest.approx(0.83, abs=0.01)
     file = tmp_path / "smollm2.html"
     file.write_text(page, encoding="utf-8")
     for options in ({}, {"viewport": {"width": 390, "height": 844}}):
