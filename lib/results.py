@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from IPython import get_ipython
 from matplotlib.figure import Figure
 
 from lib import __version__
@@ -42,9 +43,7 @@ class Results:
         self.provenance: dict[str, Any] = {
             "chapter": chapter,
             "model": model.name,
-            "source": model.source,
-            "licence": model.licence,
-            "weights_sha256": model.weights_sha256,
+            **{key: getattr(model, key) for key in ("source", "licence", "weights_sha256")},
             "lib": __version__,
             "commit": commit(),
             "python": platform.python_version(),
@@ -89,16 +88,22 @@ class Results:
 
     def save(self) -> Path:
         """Write the file in one step and return its path. Raises ChapterError where that is impossible."""
-        unit = 1024**2 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
-        provenance = {**self.provenance, "seconds": round(time.perf_counter() - self._start, 1), "peak_mb": peak}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS, otherwise in kB
+        peak_mb = peak // (1024**2 if sys.platform == "darwin" else 1024)
+        provenance = {**self.provenance, "seconds": round(time.perf_counter() - self._start, 1), "peak_mb": peak_mb}
         content = json.dumps({"provenance": provenance, "values": self.values}, indent=1, ensure_ascii=False)
         write_atomically(self.path, content + "\n")
         return self.path
 
 
 def results_path(model_name: str, chapter: str) -> Path:
+    """Where a chapter's results stand."""
     return BUILD / "results" / slug(model_name) / f"{chapter}.json"
+
+
+def chapter_folder(model_name: str, chapter: str) -> Path:
+    """Where a chapter puts files that others use."""
+    return results_path(model_name, chapter).with_suffix("")
 
 
 def reach(values: Any, key: str) -> Any:
@@ -111,11 +116,6 @@ def reach(values: Any, key: str) -> Any:
         else:
             return NOT_RUN
     return values
-
-
-def chapter_folder(model_name: str, chapter: str) -> Path:
-    """Where a chapter puts files that others use."""
-    return results_path(model_name, chapter).with_suffix("")
 
 
 def _plain(value: Any) -> Any:
@@ -142,10 +142,8 @@ def as_text(value: Any, form: str = "") -> str:
 
 
 def _glue(key: str, text: str) -> None:
-    from IPython import get_ipython
+    """Within a notebook only: there, myst_nb is loaded."""
+    if get_ipython() is not None:
+        from myst_nb import glue
 
-    if get_ipython() is None:
-        return
-    from myst_nb import glue
-
-    glue(key, text, display=False)
+        glue(key, text, display=False)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -229,16 +229,19 @@ def collect(model: Model, *, progress: bool = True) -> PageData:
     asked = [_case_prompts(model, replace(c, facts=c.facts[:MOST])) for c in cases]
     static = _StaticDiagnostics.of(model, study_facts(model, whole[0]), asked, seed)
     maps = relation_maps(model, static.study, progress="relation maps" if progress else None)
-    by_state = [static.arrays(model, range(model.weights.n_layers), maps)]
+    static_arrays = [static.arrays(model, range(model.weights.n_layers), maps)]  # by state
     first_runs, baselines = zip(*(_run_case(model, case) for case in asked), strict=True)
     runs = [first_runs]  # by state, then by case
     for edit in tqdm(edits.values(), desc="edits", disable=not progress):
         with applied(model, edit):
-            by_state.append(static.edited(model, by_state[0], maps, edit))
+            static_arrays.append(static.edited(model, static_arrays[0], maps, edit))
             pairs = zip(asked, baselines, strict=True)
             runs.append(tuple(_run_case(model, case, before, edit.layer)[0] for case, before in pairs))
     texts = {text: i for i, text in enumerate(dict.fromkeys(text for case in asked for text in case.texts))}
-    arrays = _stacked(by_state, asked, runs, texts)
+    by_state = [
+        _arrays_of_state(weighed, asked, by_case, texts) for weighed, by_case in zip(static_arrays, runs, strict=True)
+    ]
+    arrays = {key: np.stack([state[key] for state in by_state]) for key in by_state[0]}
     ids, arrays["tokens"] = np.unique(arrays["tokens"], return_inverse=True)
     states = [State(name, edit.layer, reported[EDITS]["pathways"][name]) for name, edit in edits.items()]
     findings = reported["02_knowledge_path"]["diagnosis"]
@@ -261,20 +264,14 @@ def collect(model: Model, *, progress: bool = True) -> PageData:
     return data
 
 
-def _stacked(
-    static: Sequence[dict[str, NDArray]],
-    asked: Sequence[_CasePrompts],
-    runs: Sequence[Sequence[_CaseRun]],
-    texts: dict[str, int],
+def _arrays_of_state(
+    static: dict[str, NDArray], asked: Sequence[_CasePrompts], runs: Sequence[_CaseRun], texts: Iterable[str]
 ) -> dict[str, NDArray]:
-    """The arrays of all states, as PageData holds them. runs: by state, then by case."""
-    arrays = {key: np.stack([state[key] for state in static]) for key in static[0]}
-    for case, by_state in zip(asked, zip(*runs, strict=True), strict=True):
-        for key in by_state[0].arrays:
-            arrays[f"{key}/{case.case.name}"] = np.stack([run.arrays[key] for run in by_state])
-    patterns = [dict(chain.from_iterable(run.patterns.items() for run in by_case)) for by_case in runs]
-    arrays["patterns"] = np.stack([np.concatenate([by_text[text] for text in texts], -1) for by_text in patterns])
-    return arrays
+    """The arrays of PageData for one state. runs: by case."""
+    by_case = zip(asked, runs, strict=True)
+    dynamic = {f"{key}/{case.case.name}": values for case, run in by_case for key, values in run.arrays.items()}
+    patterns = dict(chain.from_iterable(run.patterns.items() for run in runs))
+    return static | dynamic | {"patterns": np.concatenate([patterns[text] for text in texts], -1)}
 
 
 def agree(data: PageData) -> None:

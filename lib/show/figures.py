@@ -38,19 +38,12 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 GREY, BLACK = "#777777", "#000000"
 TYPE_COLOURS = (RED, BLUE, GREEN, ORANGE, GREY, PINK, SKY, BLACK)
 PATHWAY_COLOURS = {"full": BLACK, "attention": BLUE, "ffn": ORANGE, "v_only": GREEN, "q_only": PINK, "k_only": RED}
-KIND_COLOURS = {
-    "no training": GREY,
-    "few parameters": BLUE,
-    "closed form": PINK,
-    "pathway": ORANGE,
-    "everything": RED,
-    "general": GREEN,
-}
+KINDS = ("no training", "few parameters", "closed form", "pathway", "everything", "general")
+KIND_COLOURS = dict(zip(KINDS, (GREY, BLUE, PINK, ORANGE, RED, GREEN), strict=True))
 MEASURES = {
-    "facts_told": "facts told",
-    "steps": "fewer steps",
     "held_out_repaired": "held-out repaired",
     "kl": "less harm (KL)",
+    "steps": "fewer steps",
     "bled": "less bleeding",
 }
 WIDE = 16  # a model of more layers gets wide panels, one below another, and every third layer a number
@@ -554,7 +547,7 @@ def correlations(table: pd.DataFrame) -> Figure:
                 ax.plot([row.low, row.high], [y, y], color=colour, lw=1)
                 ax.plot(row.rho, y, "o", color=colour, mfc=colour if row.low > 0 or row.high < 0 else "white", ms=5)
         ax.set(title=score, xlabel="rank correlation", xlim=(-1.05, 1.05), ylim=(len(measures) - 0.5, -0.5), yticks=[])
-    fig.axes[0].set_yticks(range(len(measures)), [MEASURES[name] for name in measures])
+    fig.axes[0].set_yticks(range(len(measures)), [MEASURES.get(name, words(name)) for name in measures])
     return _legend(fig, ncols=6, handles=_dots({name: PATHWAY_COLOURS[name] for name in table.pathway.unique()}))
 
 
