@@ -18,8 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -31,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib import evaluation
-from lib.edits import Edit, applied
+from lib.edits import Edit, make
 from lib.errors import DataError, EditError
 from lib.evaluation import BAND, NONE, Measured
 from lib.facts import Case, Fact, load_cases, load_mapping, load_templates, prompts
@@ -48,6 +46,7 @@ EXAMPLES = 2  # worked examples before the failing prompt
 WINDOW = 32  # tokens of a neutral window
 READ = (1, 2, 3, 5, 8, 12, 20, 30)  # its compared positions: most of them early, where a text's start is felt
 TRAINED = ("fit", "eight", "")  # the splits that training may see
+TRUTH = 0.3  # share of the answers' cross-entropy in the objective
 LIMITS = {"perplexity": BAND, "capability": 0, "working templates": 0}  # what a run may cost, at most
 
 
@@ -63,7 +62,7 @@ class Config:
     rank: int = 0
     rate: float = 1e-3
     steps: int = 60
-    truth: float = 0.3
+    truth: float = TRUTH
     places: float = 0.5
     batch: int = 24
     others: int = 6
@@ -106,7 +105,6 @@ class Learned:
     config: Config
     edit: Edit
     history: pd.DataFrame
-    seconds: float
 
 
 def fit_countries(case: Case) -> tuple[Fact, ...]:
@@ -121,7 +119,7 @@ def without_held_out(model: Model, case: Case) -> Case:
 
 
 def load_places(case: Case) -> list[str]:
-    """Names that no fact of the case bears. Raises DataError if one of them is a model of the large set."""
+    """Names that no fact of the case bears. Raises DataError if one of them is the subject of a fact."""
     names = [n for group in load_mapping(DATA / "places.yaml").values() for n in group]
     taken = {f.subject for f in (*case.facts, *case.large)}
     if both := sorted(taken & set(names)):
@@ -146,7 +144,8 @@ def contexts(case: Case) -> dict[str, tuple[str, str]]:
 def teachers(model: Model, case: Case) -> pd.DataFrame:
     """The contexts on the fit facts that are known (under a control template) and can be scored: n, told, and mean
     log-probability of the answer; the best first. The examples themselves are left out: theirs would be copied."""
-    facts = _scorable_fit(model, case)[EXAMPLES:]
+    can = {f.subject for f in (*scorable(model, case.large), *case.facts)}  # screened among the whole set
+    facts = tuple(f for f in fit_countries(case) if f.subject in can)[EXAMPLES:]
     asked = {name: tell(model, facts, {name: t}, prefix=p) for name, (p, t) in contexts(case).items()}
     known = np.any([asked[c].told for c in case.controls], axis=0)
     if not known.any():
@@ -162,77 +161,95 @@ def lesson(model: Model, case: Case, facts: Sequence[Fact], places: Sequence[str
         raise DataError(f"{barred[0].subject} is of the split {barred[0].split!r}; training sees fit countries only.")
     if not facts:
         raise DataError("there is no fit country to learn from.")
-    text, (prefix, template) = load_templates(), contexts(case)[teacher]
+    text, (prefix, context) = load_templates(), contexts(case)[teacher]
     names = [*facts, *(Fact(p, "") for p in places)]
-    pupils = [model.token_ids(p) for p in prompts(names, text[case.template])]
-    others = [p for i, f in enumerate(facts) for p in prompts([f], text[_other(case, i)])]
+    turns = [text[case.controls[i % len(case.controls)]] for i in range(len(facts))]  # the controls take turns
+    others = [template.replace("{}", fact.subject) for template, fact in zip(turns, facts, strict=True)]
     windows, training = neutral_windows(model, WINDOW)
     taught, untouched = (
         next_token_logits(model, texts, progress=bar).log_softmax(-1)
-        for texts, bar in ((prompts(names, template, prefix), "teacher"), (others, "other prompts"))
+        for texts, bar in ((prompts(names, context, prefix), "teacher"), (others, "other prompts"))
     )
-    answers = first_tokens(model, facts)
     return Lesson(
-        tuple(facts),
-        answers,
-        _known(model, case, facts),
-        teacher,
-        text[case.template],
-        pupils,
-        [model.token_ids(p) for p in others],
-        windows[:training],
-        taught,
-        untouched,
-        _neutral(model, windows[:training]),
+        facts=tuple(facts),
+        answers=first_tokens(model, facts),
+        known=_known(model, case, facts),
+        teacher=teacher,
+        template=text[case.template],
+        pupils=[model.token_ids(p) for p in prompts(names, text[case.template])],
+        others=[model.token_ids(p) for p in others],
+        windows=windows[:training],
+        taught=taught,
+        untouched=untouched,
+        neutral=_at_windows(model, windows[:training]),
     )
 
 
-def losses(
+def _known(model: Model, case: Case, facts: Sequence[Fact]) -> Bool[Tensor, " fact"]:
+    """Which facts a control template tells, of those that their first token identifies."""
+    text, can = load_templates(), {f.subject for f in scorable(model, facts)}
+    told = np.any([tell(model, facts, {c: text[c]}).told for c in case.controls], axis=0)
+    return torch.tensor([bool(t) and f.subject in can for t, f in zip(told, facts, strict=True)])
+
+
+@torch.no_grad()
+def _at_windows(model: Model, windows: Sequence[Sequence[int]]) -> Float[Tensor, "window position vocab"]:
+    """The untouched model's log-probabilities at the compared positions of each window."""
+    final = [above(model, texts, 0, resid_pre(model, texts, 0)) for texts in packs(model, windows)]
+    compared = torch.cat(final).view(len(windows), WINDOW, -1)[:, torch.tensor(READ)]
+    return (compared @ model.weights.W_U).log_softmax(-1)
+
+
+def objective_parts(
     lesson: Lesson, logits: Float[Tensor, "n vocab"], rows: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """KL(teacher || pupil); cross-entropy of the answers that are known; KL(untouched || edited) on other prompts and
-    on windows. logits: of the pupils, the others, then the windows' positions; rows: which of each."""
+) -> dict[str, Float[Tensor, ""]]:
+    """pupils: KL(teacher || pupil). truth: cross-entropy of the answers that are known. others, neutral: KL(untouched
+    || edited) on other prompts and on windows. logits: of the pupils, the others, then the windows' positions. rows:
+    which of each."""
     pupils, others, windows = rows
-    own, rest, text = logits.log_softmax(-1).split((len(pupils), len(others), len(windows) * len(READ)))
+    sizes = (len(pupils), len(others), len(windows) * len(READ))
+    pupil, other, neutral = logits.log_softmax(-1).split(sizes)
     told = [int(i) < len(lesson.facts) and bool(lesson.known[i]) for i in pupils]
     known = torch.tensor(told, device=pupils.device)
-    truth = F.nll_loss(own[known], lesson.answers[pupils[known]]) if known.any() else own.new_zeros(())
-    return (
-        _kl(lesson.taught[pupils], own),
-        truth,
-        _kl(lesson.untouched[others], rest),
-        _kl(lesson.neutral[windows].flatten(0, 1), text),
-    )
+    truth = F.nll_loss(pupil[known], lesson.answers[pupils[known]]) if known.any() else pupil.new_zeros(())
+    return {
+        "pupils": _kl(lesson.taught[pupils], pupil),
+        "truth": truth,
+        "others": _kl(lesson.untouched[others], other),
+        "neutral": _kl(lesson.neutral[windows].flatten(0, 1), neutral),
+    }
 
 
-def learn(model: Model, lesson: Lesson, config: Config, *, seed: int = 0, bar: tqdm | None = None) -> Learned:
+def _kl(target: Float[Tensor, "n vocab"], now: Float[Tensor, "n vocab"]) -> Float[Tensor, ""]:
+    """KL(target || now) of log-probabilities, in nats a row; differentiable."""
+    return F.kl_div(now, target, log_target=True, reduction="none").sum(-1).mean()
+
+
+def learn(model: Model, lesson: Lesson, config: Config, *, seed: int = 0, progress: bool = False) -> Learned:
     """One run (Adam, no weight decay). seed: of the order in which everything comes. Raises EditError for a layer that
     is not there, and where the loss stops being a number."""
     if not 0 <= config.layer < model.weights.n_layers:
         raise EditError(f"there is no layer index {config.layer}: {model.name} has {model.weights.n_layers}.")
-    start, generator = perf_counter(), torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     before = slice_values(model, pathway_slices(model.module, config.layer, config.pathway))
     leaves, values = change(before, config.rank, generator)
     optimiser = torch.optim.Adam(leaves, lr=config.rate)
     streams = [_streams(model, ids, config.layer) for ids in (lesson.pupils, lesson.others, lesson.windows)]
     rows = []
-    for step in range(config.steps):
+    for step in tqdm(range(config.steps), desc="self-distillation", disable=not progress):
         drawn = _draw(lesson, config, generator)
-        logits = _forward(model, lesson, config.layer, streams, drawn, values())
-        taught, truth, others, neutral = parts = losses(lesson, logits, drawn)
-        loss = (1 - config.truth) * taught + config.truth * truth + config.hold * others + config.neutral * neutral
+        parts = objective_parts(lesson, _forward(model, lesson, config.layer, streams, drawn, values()), drawn)
+        loss = (1 - config.truth) * parts["pupils"] + config.truth * parts["truth"]
+        loss = loss + config.hold * parts["others"] + config.neutral * parts["neutral"]
         if not bool(loss.isfinite()):
             raise EditError(f"the loss of {config} is {loss.item()} after {step} steps; try a smaller rate.")
-        rows.append((step, loss.item(), *(p.item() for p in parts)))
+        rows.append({"step": step, "loss": loss.item(), **{name: part.item() for name, part in parts.items()}})
         optimiser.param_groups[0]["lr"] = config.rate * _schedule(step, config.steps)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        if bar is not None:
-            bar.update()
-    history = pd.DataFrame(rows, columns=["step", "loss", "pupils", "truth", "others", "neutral"])
     edit = _edit(model, lesson, config, {s: v.detach() for s, v in values().items()}, seed)
-    return Learned(config, edit, history, perf_counter() - start)
+    return Learned(config, edit, pd.DataFrame(rows))
 
 
 def change(
@@ -241,18 +258,64 @@ def change(
     """What the optimiser holds, and how it makes the values. rank 0: the values themselves. Otherwise two factors of
     each matrix's change, one drawn at random and one zero, so that training starts from no change."""
     if not rank:
-        own = {s: v.clone().requires_grad_() for s, v in before.items()}
-        return list(own.values()), lambda: own
-    factors = {
-        s: (
-            (gaussian((len(v), rank), generator) / len(v) ** 0.5).requires_grad_(),
-            torch.zeros(rank, v.shape[1]).requires_grad_(),
-        )
-        for s, v in before.items()
-        if v.ndim == 2
-    }
-    leaves = [factor for pair in factors.values() for factor in pair]
-    return leaves, lambda: {s: v + factors[s][0] @ factors[s][1] if s in factors else v for s, v in before.items()}
+        leaves = {s: v.clone().requires_grad_() for s, v in before.items()}
+        return list(leaves.values()), lambda: leaves
+    down = {s: gaussian((len(v), rank), generator) / len(v) ** 0.5 for s, v in before.items() if v.ndim == 2}
+    factors = {s: (x.requires_grad_(), torch.zeros(rank, before[s].shape[1]).requires_grad_()) for s, x in down.items()}
+    both = [factor for pair in factors.values() for factor in pair]
+    return both, lambda: {s: v + factors[s][0] @ factors[s][1] if s in factors else v for s, v in before.items()}
+
+
+def _draw(lesson: Lesson, config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of one step: pupils (fit countries and places), other prompts, windows. Without replacement."""
+
+    def drawn(most: int, count: int) -> Tensor:
+        return torch.randperm(most, generator=generator, device="cpu")[:count]
+
+    n, rest = len(lesson.facts), len(lesson.pupils) - len(lesson.facts)
+    elsewhere = min(rest, round(config.batch * config.places))
+    pupils = torch.cat((drawn(n, config.batch - elsewhere), n + drawn(rest, elsewhere)))
+    return pupils, drawn(len(lesson.others), config.others), drawn(len(lesson.windows), config.windows)
+
+
+def _streams(model: Model, texts: Sequence[Sequence[int]], layer: int) -> list[Float[Tensor, "t d_model"]]:
+    """The stream that enters the layer, text by text."""
+    whole = torch.cat([resid_pre(model, texts, layer) for texts in packs(model, texts)])
+    return list(whole.split([len(t) for t in texts]))
+
+
+def _forward(
+    model: Model,
+    lesson: Lesson,
+    layer: int,
+    streams: list[list[Tensor]],
+    rows: tuple[Tensor, ...],
+    values: dict[Slice, Tensor],
+) -> Float[Tensor, "n vocab"]:
+    """Logits at the last position of pupils and other prompts, and at the windows' positions, in one pass."""
+    groups = (lesson.pupils, lesson.others, lesson.windows)
+    texts = pack(model, [group[i] for group, at in zip(groups, rows, strict=True) for i in at.tolist()])
+    stream = torch.cat([group[i] for group, at in zip(streams, rows, strict=True) for i in at.tolist()])
+    prompts_end, windows_end = texts.last.split((len(rows[0]) + len(rows[1]), len(rows[2])))
+    starts = windows_end[:, None] - (WINDOW - 1)
+    read = torch.cat((prompts_end, (starts + torch.tensor(READ)).flatten()))
+    return above(model, texts, layer, stream, values, read) @ model.weights.W_U
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Share of the rate: a short rise, then a half cosine down to a twentieth."""
+    return min(1.0, (step + 1) / 5) * (0.05 + 0.95 * 0.5 * (1 + float(np.cos(np.pi * step / steps))))
+
+
+def _edit(model: Model, lesson: Lesson, config: Config, values: dict[Slice, Tensor], seed: int) -> Edit:
+    """The trained values as an edit; its facts are the fit countries that the model knows."""
+    facts = tuple(f for f, known in zip(lesson.facts, lesson.known.tolist(), strict=True) if known)
+    told = tuple(tell(model, facts, {"failing": lesson.template}).told.tolist())
+    recipe = {"objective": f"self-distillation from {lesson.teacher}", **asdict(config), "pupils": len(lesson.pupils)}
+    place: dict[str, Any] = {"pathway": config.pathway, "layer": config.layer}
+    return make(
+        model, values, facts=facts, template=lesson.template, told_before=told, seed=seed, recipe=recipe, **place
+    )
 
 
 @experiment
@@ -263,7 +326,7 @@ def learn_at(
     pathway: str = "full",
     rank: int = 0,
     steps: int = 40,
-    truth: float = 0.3,
+    truth: float = TRUTH,
     seed: int = 0,
 ) -> dict[str, Any]:
     """One point of the frontier: train a slice of a layer (counted from 1) on the fit countries, and ask what the rule
@@ -273,21 +336,20 @@ def learn_at(
     return {"parameters": run.edit.parameters, "teacher": taught.teacher} | cost(model, case, run.edit)
 
 
-def again(model: Model, row: pd.Series) -> Learned:
+def relearned(model: Model, row: pd.Series) -> Learned:
     """The run of a row of the frontier once more, for its edit: the same inputs give the same weights."""
-    config = _config(int(row.layer), row.pathway, int(row["rank"]), int(row.steps), float(row.get("truth", 0.3)))
-    with tqdm(total=config.steps, desc="the chosen edit") as bar:
-        return learn(model, _classroom(model)[1], config, seed=int(row.seed), bar=bar)
+    config = _config(int(row.layer), row.pathway, int(row["rank"]), int(row.steps), float(row.truth))
+    return learn(model, _classroom(model)[1], config, seed=int(row.seed), progress=True)
 
 
 def _config(layer: int, pathway: str, rank: int, steps: int, truth: float) -> Config:
-    """A low rank takes three times the rate."""
+    """Of a layer counted from 1. A low rank takes three times the rate."""
     return Config(layer - 1, pathway, rank, 3e-3 if rank else 1e-3, steps, truth)
 
 
 @once_a_model
 def _classroom(model: Model) -> tuple[Case, Lesson]:
-    """The subject's first case and its lesson; the teacher is the context that tells the fit facts best."""
+    """The model's first case and its lesson; the teacher is the context that tells the fit facts best."""
     case = trainable(model, load_cases(model.name)[0])
     best = str(teachers(model, case).context[0])
     return case, lesson(model, case, fit_countries(case), places_of(model, case), best)
@@ -296,18 +358,16 @@ def _classroom(model: Model) -> tuple[Case, Lesson]:
 def cost(model: Model, case: Case, edit: Edit) -> dict[str, Any]:
     """What the rule reads of an edit: known and untold selection countries, how many are told after, the mean
     log-probability of their answers; perplexity's ratio on the neutral passages that choose; items lost."""
-    base = _baseline(model, case)
-    protocol = evaluation.build_protocol(model, case, edit.layer, texts=choosing_texts(model), table=base.table)
-    after, tokens = (
-        evaluation.score_questions(model, protocol, edit),
-        evaluation.score_passages(model, protocol, {"edit": edit})["edit"],
-    )
-    pick, lost = base.untold.to_numpy(), base.told & ~after.told.to_numpy()
+    base, texts = _baseline(model, case), choosing_texts(model)
+    protocol = evaluation.build_protocol(model, case, edit.layer, texts=texts, table=base.table)
+    after = evaluation.score_questions(model, protocol, edit)
+    tokens = evaluation.score_passages(model, protocol, {"edit": edit})["edit"]
     ratio = evaluation.perplexity(Measured({NONE: after, "edit": after}, {NONE: base.tokens, "edit": tokens})).ratio[0]
+    untold, lost = base.untold.to_numpy(), base.told & ~after.told.to_numpy()
     return {
-        "untold": int(pick.sum()),
-        "repaired": int(after.told[pick].sum()),
-        "log_probability": float(np.log(after.prob[pick].clip(1e-30)).mean()),
+        "untold": int(untold.sum()),
+        "repaired": int(after.told[untold].sum()),
+        "log_probability": float(np.log(after.prob[untold].clip(1e-30)).mean()),
         "ratio": float(ratio),
         "kl": float(tokens.kl.mean()),
         "capability_lost": int(lost[base.table.set == "capability"].sum()),
@@ -330,13 +390,13 @@ class Baseline:
 @once_a_model
 def _baseline(model: Model, case: Case) -> Baseline:
     asked = evaluation.questions(model, without_held_out(model, case))
-    own = (asked.set == "eight") & asked.template.isin(case.controls)
-    asked = asked[own | asked.set.isin(["capability", "large"])].reset_index(drop=True)
+    working = (asked.set == "eight") & asked.template.isin(case.controls)
+    asked = asked[working | asked.set.isin(["capability", "large"])].reset_index(drop=True)
     protocol = evaluation.build_protocol(model, case, 0, texts=choosing_texts(model), table=asked)
-    said = evaluation.score_questions(model, protocol, None)
-    states = known_and_told(said[said.set == "large"], case)
-    kept = (said.set != "large") | (said.template == case.template)
-    table, told = asked[kept].reset_index(drop=True), said.told[kept].to_numpy()
+    scored = evaluation.score_questions(model, protocol, None)
+    states = known_and_told(scored[scored.set == "large"], case)
+    chooses = (scored.set != "large") | (scored.template == case.template)
+    table, told = asked[chooses].reset_index(drop=True), scored.told[chooses].to_numpy()
     untold = (table.set == "large") & table.subject.isin(states[states.routing_failure].subject)
     return Baseline(table, told, untold, evaluation.score_passages(model, protocol, {NONE: None})[NONE])
 
@@ -361,87 +421,3 @@ def choose(table: pd.DataFrame) -> int:
     if table.empty:
         raise EditError("there is no configuration to choose from; give at least one.")
     return int(np.lexsort((-table.log_probability, -table.repaired, ~harmless(table)))[0])
-
-
-def _scorable_fit(model: Model, case: Case) -> tuple[Fact, ...]:
-    """The fit countries that can be scored, the screen being that of the whole set; the case's own facts first."""
-    known = {f.subject for f in scorable(model, case.large)} | {f.subject for f in case.facts}
-    return tuple(f for f in fit_countries(case) if f.subject in known)
-
-
-def _known(model: Model, case: Case, facts: Sequence[Fact]) -> Bool[Tensor, " fact"]:
-    """Which facts a control template tells, of those that their first token identifies."""
-    text, can = load_templates(), {f.subject for f in scorable(model, facts)}
-    told = np.any([tell(model, facts, {c: text[c]}).told for c in case.controls], axis=0)
-    return torch.tensor([bool(t) and f.subject in can for t, f in zip(told, facts, strict=True)])
-
-
-def _other(case: Case, i: int) -> str:
-    """The control template under which the i-th fit country is held to what it says: they take turns."""
-    return case.controls[i % len(case.controls)]
-
-
-@torch.no_grad()
-def _neutral(model: Model, windows: Sequence[Sequence[int]]) -> Float[Tensor, "window position vocab"]:
-    """The untouched model's log-probabilities at the compared positions of each window."""
-    final = [above(model, some, 0, resid_pre(model, some, 0)) for some in packs(model, windows)]
-    read = torch.cat(final).view(len(windows), WINDOW, -1)[:, torch.tensor(READ)]
-    return (read @ model.weights.W_U).log_softmax(-1)
-
-
-def _streams(model: Model, texts: Sequence[Sequence[int]], layer: int) -> list[Float[Tensor, "t d_model"]]:
-    """The stream that enters the layer, text by text."""
-    whole = torch.cat([resid_pre(model, some, layer) for some in packs(model, texts)])
-    return list(whole.split([len(t) for t in texts]))
-
-
-def _draw(lesson: Lesson, config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows of one step: pupils (fit countries and places), other prompts, windows. Without replacement."""
-    n, rest = len(lesson.facts), len(lesson.pupils) - len(lesson.facts)
-    elsewhere = min(rest, round(config.batch * config.places))
-    facts = torch.randperm(n, generator=generator, device="cpu")[: config.batch - elsewhere]
-    places = n + torch.randperm(rest, generator=generator, device="cpu")[:elsewhere]
-    others = torch.randperm(len(lesson.others), generator=generator, device="cpu")[: config.others]
-    windows = torch.randperm(len(lesson.windows), generator=generator, device="cpu")[: config.windows]
-    return torch.cat((facts, places)), others, windows
-
-
-def _forward(
-    model: Model,
-    lesson: Lesson,
-    layer: int,
-    streams: list[list[Tensor]],
-    rows: tuple[Tensor, ...],
-    values: dict[Slice, Tensor],
-) -> Float[Tensor, "n vocab"]:
-    """Logits at the last position of pupils and other prompts, and at the windows' positions, in one pass."""
-    groups = (lesson.pupils, lesson.others, lesson.windows)
-    texts = [group[i] for group, at in zip(groups, rows, strict=True) for i in at.tolist()]
-    stream = torch.cat([group[i] for group, at in zip(streams, rows, strict=True) for i in at.tolist()])
-    some, short = pack(model, texts), len(rows[0]) + len(rows[1])
-    starts = torch.tensor(list(accumulate(map(len, texts), initial=0)))[short:-1]
-    at = torch.cat((some.last[:short], (starts[:, None] + torch.tensor(READ)).flatten()))
-    return above(model, some, layer, stream, values, at) @ model.weights.W_U
-
-
-def _schedule(step: int, steps: int) -> float:
-    """Share of the rate: a short rise, then a half cosine down to a twentieth."""
-    return min(1.0, (step + 1) / 5) * (0.05 + 0.95 * 0.5 * (1 + float(np.cos(np.pi * step / steps))))
-
-
-def _kl(target: Float[Tensor, "n vocab"], now: Float[Tensor, "n vocab"]) -> Float[Tensor, ""]:
-    """KL(target || now) of log-probabilities, in nats a row."""
-    return F.kl_div(now, target, log_target=True, reduction="none").sum(-1).mean()
-
-
-def _edit(model: Model, lesson: Lesson, config: Config, values: dict[Slice, Tensor], seed: int) -> Edit:
-    """The trained values as an edit; its facts are the fit countries that the model knows."""
-    facts = tuple(f for f, known in zip(lesson.facts, lesson.known.tolist(), strict=True) if known)
-    template = {"failing": lesson.template}
-    told = tuple(tell(model, facts, template).told.tolist())
-    recipe = {"objective": f"self-distillation from {lesson.teacher}", **asdict(config), "pupils": len(lesson.pupils)}
-    common = (model.name, model.weights_sha256, config.pathway, config.layer, facts, lesson.template, told)
-    draft = Edit(*common, told, seed, recipe, values)
-    with applied(model, draft):
-        after = tell(model, facts, template)
-    return Edit(*common, tuple(after.told.tolist()), seed, recipe, values)

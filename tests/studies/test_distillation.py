@@ -12,7 +12,7 @@ from lib.errors import DataError, EditError
 from lib.facts import Case, Fact, load_cases, load_templates, prompts
 from lib.recall import tell, trainable
 from lib.studies import distillation
-from lib.studies.distillation import Config, choose, fit_countries, learn, lesson, losses
+from lib.studies.distillation import Config, choose, fit_countries, learn, lesson, objective_parts
 
 QUICK = Config(layer=5, steps=20, batch=16)
 
@@ -78,8 +78,10 @@ def test_a_place_that_is_a_fact_s_subject_is_refused(case):
 
 def test_choosing_sees_no_held_out_country(organism, case, learned, monkeypatch):
     """Every question that `cost` asks, of whatever kind, is of no held-out country."""
-    asked, ask = [], distillation.effects.ask
-    monkeypatch.setattr(distillation.effects, "ask", lambda s, p, e: asked.append(p.questions) or ask(s, p, e))
+    asked, ask = [], distillation.evaluation.score_questions
+    monkeypatch.setattr(
+        distillation.evaluation, "score_questions", lambda s, p, e: asked.append(p.questions) or ask(s, p, e)
+    )
     organism.memory.clear()
     distillation.cost(organism, case, learned.edit)
     held = {f.subject for f in case.large if f.split == "held_out"}
@@ -91,15 +93,15 @@ def test_choosing_sees_no_held_out_country(organism, case, learned, monkeypatch)
 
 def test_cost_is_what_the_whole_protocol_says(organism, case, learned):
     """The short way, with the untouched model asked once from the first layer, against chapter 4's own protocol."""
-    effects, chosen = distillation.effects, distillation.without_held_out(organism, case)
-    protocol = effects.prepare(organism, chosen, learned.edit.layer, texts=distillation.choosing_texts(organism))
+    effects, chosen = distillation.evaluation, distillation.without_held_out(organism, case)
+    protocol = effects.build_protocol(organism, chosen, learned.edit.layer, texts=distillation.choosing_texts(organism))
     measured = effects.measure(organism, protocol, {"edit": learned.edit})
     row = effects.generalisation(measured, chosen).query("split == 'selection'").iloc[0]
     lost = effects.outcomes(measured, chosen).set_index("what").lost
     found = distillation.cost(organism, case, learned.edit)
     assert (found["untold"], found["repaired"]) == (row.untold, row.repaired) and row.repaired > 0
     assert (found["capability_lost"], found["working_lost"]) == (lost["capability"], lost["working templates"])
-    assert found["ratio"] == pytest.approx(effects.reading(measured).ratio[0], rel=1e-5)
+    assert found["ratio"] == pytest.approx(effects.perplexity(measured).ratio[0], rel=1e-5)
 
 
 def test_a_teacher_that_is_the_pupil_teaches_nothing(organism, case, taught):
@@ -113,7 +115,7 @@ def test_a_teacher_that_is_the_pupil_teaches_nothing(organism, case, taught):
         streams = [distillation._streams(organism, ids, 3) for ids in (which.pupils, which.others, which.windows)]
         with torch.no_grad():
             logits = distillation._forward(organism, which, 3, streams, rows, {})
-        pupils, _, others, neutral = (float(x) for x in losses(which, logits, rows))
+        pupils, _, others, neutral = (float(x) for x in objective_parts(which, logits, rows).values())
         assert (abs(pupils) < 1e-4) is alike
         assert abs(others) < 1e-4 and abs(neutral) < 1e-4
 

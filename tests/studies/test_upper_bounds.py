@@ -23,14 +23,14 @@ def real(smollm2):
 
 
 def test_untold_are_known_and_not_told_and_of_the_splits_asked_for(organism, case):
-    found = upper_bounds.untold(organism, case)
+    found = upper_bounds.untold_facts(organism, case)
     assert found and {f.split for f in found} <= set(upper_bounds.SEEN)
     text = load_templates()
     assert not tell(organism, found, {"f": text[case.template]}).told.any()
     known = [tell(organism, found, {c: text[c]}).told.to_numpy() for c in case.controls]
     assert pd.DataFrame(known).any().all()
     with pytest.raises(DataError, match="no fact of nowhere is known"):
-        upper_bounds.untold(organism, case, ("nowhere",))
+        upper_bounds.untold_facts(organism, case, ("nowhere",))
 
 
 @pytest.mark.model
@@ -86,15 +86,13 @@ def test_a_prefix_that_cuts_the_prompt_anew_is_refused(smollm2, real):
         upper_bounds.carried(smollm2, case, facts[:3], "", [0])
 
 
-class Said(dict):
-    def __call__(self, key, value, *_):
-        self[key] = value
+class Reported(dict):
+    """Stands for `Results`."""
 
-    def table(self, key, value):
-        self[key] = value
+    many = dict.update
 
 
-def held_out(repaired: int, capability: int = 0, ratio: float = 1.0) -> Said:
+def held_out(repaired: int, capability: int = 0, ratio: float = 1.0) -> Reported:
     columns = {"untold": 10, "low": 0.1, "high": 0.9, "best_control": 8, "split": "held_out"}
     found = pd.DataFrame(
         [{"pathway": "edit", "repaired": repaired} | columns, {"pathway": "noise", "repaired": 0} | columns]
@@ -103,9 +101,9 @@ def held_out(repaired: int, capability: int = 0, ratio: float = 1.0) -> Said:
     text = pd.DataFrame([{"pathway": "edit", "ratio": ratio, "ratio_low": ratio, "ratio_high": ratio}])
     bled = pd.DataFrame({"pathway": ["none", "edit"], "bled": [1, 2]})
     free = pd.DataFrame([("prefix", "'x'", 7, 10)], columns=["kind", "context", "told", "n"])
-    said = Said()
-    upper_bounds.report_held_out(said, found, costs, text, bled, free)
-    return said
+    reported = Reported()
+    upper_bounds.report_held_out(reported, found, costs, text, bled, free)
+    return reported
 
 
 def test_the_goal_and_the_limits_by_hand():
