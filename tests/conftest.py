@@ -17,10 +17,10 @@ from lib.models import Model
 from lib.weights import view
 
 
-def wrap(model: PreTrainedModel, tokenizer) -> Model:
-    model = model.eval().requires_grad_(False)
-    parameters = sum(p.numel() for p in model.parameters())
-    return Model("tiny", "random", "none", "0" * 64, parameters, model, tokenizer, view(model))
+def wrap(module: PreTrainedModel, tokenizer) -> Model:
+    module = module.eval().requires_grad_(False)
+    parameters = sum(p.numel() for p in module.parameters())
+    return Model("tiny", "random", "none", "0" * 64, parameters, module, tokenizer, view(module))
 
 
 def plain_logits(model: Model, prompts: Sequence[str]) -> torch.Tensor:
@@ -47,17 +47,9 @@ def tiny_gpt2(seed: int = 0, **options: int) -> GPT2LMHeadModel:
 
 def tiny_llama(seed: int = 0, **options: object) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    sizes = {
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "vocab_size": 49152,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.3,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **options}))
+    heads = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
+    sizes = {"intermediate_size": 48, "vocab_size": 49152, "max_position_embeddings": 64, "initializer_range": 0.3}
+    return LlamaForCausalLM(LlamaConfig(**{**heads, **sizes, **options}))
 
 
 @pytest.fixture(scope="session", params=["gpt2", "llama", "llama with biases"])

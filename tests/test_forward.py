@@ -1,16 +1,21 @@
-"""Packs: whatever they share, each text is read as if it stood alone."""
+"""Packs: whatever they share, each text is read as if it stood alone. Losses over the vocabulary, from one reading of
+it: worked out by hand; PyTorch's own, gradients too."""
 
-from contextlib import contextmanager
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib import forward
 from lib.errors import DataError
-from lib.forward import above, next_token_logits, pack, packs, resid_pre
+from lib.forward import above, log_normalisers, next_token_logits, pack, packs, reference, resid_pre
+from lib.trace import hooked
 from lib.training import slice_values
 from lib.weights import pathway_slices
+from tests.conftest import plain_logits
 
 TEXTS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=8)
 
@@ -53,31 +58,14 @@ def test_packs_keep_to_their_room_and_order(organism, lists, room):
 
 def test_shared_or_not_the_model_says_the_same(tiny):
     """Prompts of a template, one the beginning of another, one twice: against each alone through the model itself."""
-    prompts = [
-        "The capital of France is",
-        "The capital of",
-        "The capital of Peru is",
-        "Peru",
-        "The capital of France is",
-    ]
-    alone = torch.cat([tiny.module(tiny.encode([p])[0]).logits[:, -1] for p in prompts])
+    prompts = [f"The capital of{rest}" for rest in (" France is", "", " Peru is", " France is")] + ["Peru"]
+    alone = plain_logits(tiny, prompts)
     torch.testing.assert_close(next_token_logits(tiny, prompts), alone, atol=1e-4, rtol=1e-4)
     ids = [tiny.token_ids(p) for p in prompts]
     for share in (False, True):
         texts = pack(tiny, ids, share=share)
         final = above(tiny, texts, 1, resid_pre(tiny, texts, 1))[texts.last] @ tiny.weights.W_U
         torch.testing.assert_close(final, alone, atol=1e-4, rtol=1e-4)
-
-
-@contextmanager
-def counting(module):
-    """A list that grows by one with each call of a module."""
-    calls: list[int] = []
-    handle = module.register_forward_hook(lambda *_: calls.append(1))
-    try:
-        yield calls
-    finally:
-        handle.remove()
 
 
 def test_nothing_to_run(tiny):
@@ -101,7 +89,8 @@ def test_of_the_last_layer_only_what_is_read_is_run(tiny, layer, share):
     found = []
     for rows in (read, None):
         leaf = changed.clone().requires_grad_()
-        with counting(tiny.weights.blocks[-1].module) as calls:
+        calls: list[int] = []
+        with hooked(after={tiny.weights.blocks[-1].module: lambda out, calls=calls: calls.append(1)}):
             final = above(tiny, texts, layer, stream, {part: leaf}, rows)
         assert len(calls) == (rows is None or layer == 2), "the last layer as a whole"
         final = final[read] if rows is None else final
@@ -116,9 +105,109 @@ def test_without_values_hooks_of_the_last_layer_are_heard(tiny):
     texts = pack(tiny, [tiny.token_ids("The capital of France")])
     stream = resid_pre(tiny, texts, 1)
     before = above(tiny, texts, 1, stream, None, texts.last)
-    hook = tiny.weights.blocks[-1].mlp_out.register_forward_hook(lambda module, args, out: 2 * out)
-    try:
+    with hooked(after={tiny.weights.blocks[-1].mlp_out: lambda out: 2 * out}):
         assert not torch.equal(above(tiny, texts, 1, stream, None, texts.last), before)
-    finally:
-        hook.remove()
     assert torch.equal(above(tiny, texts, 1, stream, {}, texts.last), before)
+
+
+N, D, VOCAB = 5, 7, 101  # a vocabulary that no chunk divides
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(forward, "CHUNK", 16)
+
+
+def draw(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(VOCAB, D, generator=generator)
+    return torch.randn(N, D, generator=generator), weight.T  # as a model keeps it: (vocab, d) in memory
+
+
+def test_by_hand():
+    """Two tokens with logits 0 and log 3: log_z log 4, said with shares 1/4 and 3/4."""
+    W_U = torch.tensor([[0.0, math.log(3)]])
+    found = reference(torch.ones(1, 1), W_U)
+    assert float(found.log_z) == pytest.approx(math.log(4))
+    assert float(found.mean_unembedding) == pytest.approx(0.75 * math.log(3))
+    log_z, other = log_normalisers(torch.ones(1, 1), W_U, torch.tensor([1]))
+    assert float(log_z) == pytest.approx(math.log(4)) and float(other) == 0
+    # from shares 1/4, 3/4 to halves: KL = 1/4 log 1/2 + 3/4 log 3/2
+    halves = torch.zeros(1, 1)
+    kl = float(found.divergence(halves, log_normalisers(halves, W_U)[0]))
+    assert kl == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5), abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_cross_entropy_margin_and_divergence_are_the_plain_ones(scale):
+    """Values and gradients to fp32's rounding, also where one token has all probability (scale 30)."""
+    x, W_U = draw()
+    y, tokens = draw(1)[0] * scale, torch.tensor([0, 15, 16, 100, 50])
+    ours, plain = (x * scale).requires_grad_(), (x * scale).requires_grad_()
+    log_z, other = log_normalisers(ours, W_U, tokens)
+    cross_entropy = log_z - (ours * W_U[:, tokens].T).sum(-1)
+    kl = reference(y, W_U).divergence(ours, log_z)
+    logits = plain @ W_U
+    expected = F.cross_entropy(logits, tokens, reduction="none")
+    expected_kl = F.kl_div(logits.log_softmax(-1), (y @ W_U).log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    tight = {"rtol": 1e-4, "atol": 1e-5 * max(1.0, scale)}
+    torch.testing.assert_close(cross_entropy, expected, **tight)
+    torch.testing.assert_close(kl, expected_kl, **tight)
+    torch.testing.assert_close(other, logits.detach().scatter(1, tokens[:, None], float("-inf")).amax(1))
+    (cross_entropy + 2 * kl).sum().backward()
+    (expected + 2 * expected_kl).sum().backward()
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_a_small_divergence_is_right_to_what_is_promised(scale):
+    """Of neighbouring streams, against fp64: within some 1e-5 nats, with logits up to 60."""
+    x, W_U = draw()
+    x, y = x * scale, x * scale + 1e-3 * draw(1)[0]
+    exact, now = ((z.double() @ W_U.double()).log_softmax(-1) for z in (y, x))
+    kl = (exact.exp() * (exact - now)).sum(-1)
+    found = reference(y, W_U).divergence(x, log_normalisers(x, W_U)[0])
+    assert float(kl.max()) > 1e-7 and float((found - kl).abs().max()) < 3e-5
+
+
+def test_a_model_in_bf16_is_summed_in_fp32():
+    """Its gradient comes back in its own precision."""
+    x, W_U = (t.bfloat16() for t in draw())
+    x.requires_grad_()
+    log_z, other = log_normalisers(x, W_U, torch.arange(N))
+    assert log_z.dtype == other.dtype == torch.float32
+    torch.testing.assert_close(log_z, (x.float() @ W_U.float()).logsumexp(-1), atol=1e-5, rtol=1e-5)
+    log_z.sum().backward()
+    assert x.grad.dtype == torch.bfloat16
+
+
+def test_only_the_first_rows_have_a_token_apart():
+    x, W_U = draw()
+    best = (x @ W_U).argmax(1)
+    log_z, other = log_normalisers(x, W_U, best[:2])
+    assert log_z.shape == (N,) and other.shape == (2,)
+    assert (other < (x @ W_U).amax(1)[:2]).all(), "the best token is set apart, so another one is the largest"
+    assert log_normalisers(x, W_U)[1].shape == (0,)
+
+
+def test_no_gradient_is_made_where_none_is_asked(monkeypatch):
+    """The mean unembedding costs as much as the logits; without a gradient it is left out."""
+    asked, own = [], forward._swept
+    monkeypatch.setattr(forward, "_swept", lambda *a, mean: asked.append(mean) or own(*a, mean=mean))
+    x, W_U = draw()
+    log_normalisers(x, W_U)
+    log_normalisers(x.requires_grad_(), W_U)
+    assert asked == [False, True]
+
+
+@pytest.mark.model
+def test_on_the_real_unembedding(smollm2):
+    """SmolLM2's own streams, 49,152 tokens: the same losses to 1e-5, whose logits reach 20."""
+    some = pack(smollm2, [smollm2.token_ids("The capital of France is"), smollm2.token_ids("Two and two make")])
+    final, W_U = above(smollm2, some, 0, resid_pre(smollm2, some, 0)), smollm2.weights.W_U
+    logits, tokens = final @ W_U, torch.arange(len(final))
+    log_z, other = log_normalisers(final, W_U, tokens)
+    torch.testing.assert_close(log_z, logits.logsumexp(-1), atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(other, logits.scatter(1, tokens[:, None], float("-inf")).amax(1), atol=1e-5, rtol=1e-5)
+    shares = logits.softmax(-1)
+    torch.testing.assert_close(reference(final, W_U).mean_unembedding, shares @ W_U.T, atol=1e-5, rtol=1e-4)

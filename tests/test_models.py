@@ -24,7 +24,7 @@ def folder(tmp_path, smollm2):
 
 
 @pytest.mark.model
-def test_smollm2_is_what_the_design_says(smollm2):
+def test_smollm2_is_what_it_should_be(smollm2):
     assert smollm2.parameters == 134_515_008
     assert (smollm2.weights.n_layers, smollm2.weights.n_heads, smollm2.weights.n_kv_heads) == (30, 9, 3)
     assert smollm2.weights.d_model == 576
@@ -130,9 +130,10 @@ def test_cache_that_cannot_be_made(tmp_path, monkeypatch):
         models.fetch_smollm2()
 
 
-def test_gguf_cut_short(tmp_path):
-    # a header that promises more than the file holds
-    (tmp_path / "cut.gguf").write_bytes(b"GGUF" + (3).to_bytes(4, "little") + (5).to_bytes(8, "little"))
+@pytest.mark.parametrize("content", [b"not a model", b"GGUF" + (3).to_bytes(4, "little") + (5).to_bytes(8, "little")])
+def test_gguf_that_is_none_or_cut_short(tmp_path, content):
+    """The header of the second promises more than the file holds."""
+    (tmp_path / "cut.gguf").write_bytes(content)
     with pytest.raises(ModelError, match=r"cannot be read from .*Check the files"):
         models.load(str(tmp_path / "cut.gguf"))
 
@@ -200,12 +201,6 @@ def test_gguf_of_another_architecture(tmp_path):
     writer.close()
     with pytest.raises(ModelError, match=r"other\.gguf is of the family 'mamba'; the book reads gpt2 and llama"):
         models.load(str(tmp_path / "other.gguf"))
-
-
-def test_gguf_that_is_none(tmp_path):
-    (tmp_path / "empty.gguf").write_bytes(b"not a model")
-    with pytest.raises(ModelError, match="cannot be read from"):
-        models.load(str(tmp_path / "empty.gguf"))
 
 
 def test_prompt_longer_than_the_context(tiny):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import lib
-from lib.files import ROOT, imports
+from lib.files import ROOT, imports, modules
 
 LIB = ROOT / "lib"
 CORE = [p for p in LIB.glob("*.py") if not p.stem.startswith("__")]
@@ -49,6 +49,13 @@ def test_a_folder_imports_only_what_stands_above_it(folder):
     for path in (LIB / folder).glob("*.py"):
         wrong = rooms_of(path) & set(FOLDERS) - ABOVE[folder] - {folder}
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_an_experiment_depends_on_nothing_that_only_shows():
+    """Its runs are kept by a digest of the files it imports."""
+    rooms = [f"studies/{p.stem}" for p in (LIB / "studies").glob("*.py") if "\n@experiment" in p.read_text("utf-8")]
+    reached = {p.relative_to(LIB).parts[0] for p in modules(rooms, ROOT)}
+    assert len(rooms) > 4 and not reached & {"show", "press", "dashboard"}
 
 
 def test_a_wrong_import_would_be_seen(tmp_path):

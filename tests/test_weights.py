@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from lib.errors import ModelError
 from lib.weights import MLP, PATHWAYS, Norm, Slice, check_view, count_parameters, pathway_slices, view
 from tests.conftest import tiny_gpt2, tiny_llama
 
-DESIGN = {  # the design's table, section 5, exactly
+DESIGN = {  # how many parameters each pathway has
     "gpt2": {"full": 7_087_872, "attention": 2_362_368, "ffn": 4_722_432, "v_only": 589_824},
     "smollm2": {"full": 3_540_096, "attention": 884_736, "ffn": 2_654_208, "v_only": 110_592},
 }
@@ -124,38 +124,14 @@ def test_gated_mlp_by_hand():
 
 
 def test_another_family_is_refused_with_a_remedy():
-    from transformers import OPTConfig, OPTForCausalLM
-
-    model = OPTForCausalLM(
-        OPTConfig(
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            ffn_dim=16,
-            vocab_size=50,
-            word_embed_proj_dim=16,
-        )
-    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    model = OPTForCausalLM(OPTConfig(ffn_dim=16, word_embed_proj_dim=16, **sizes))
     with pytest.raises(ModelError, match=r"family 'opt'; the book reads gpt2 and llama.*add a builder"):
         view(model)
 
 
 def test_grouped_heads_read_their_own_key_head():
-    attn = (
-        view(
-            LlamaForCausalLM(
-                LlamaConfig(
-                    hidden_size=16,
-                    num_attention_heads=4,
-                    num_key_value_heads=2,
-                    num_hidden_layers=1,
-                    intermediate_size=8,
-                    vocab_size=10,
-                )
-            )
-        )
-        .blocks[0]
-        .attn
-    )
-    repeated = attn.per_head(attn.W_K)
-    assert [torch.equal(repeated[h], attn.W_K[h // 2]) for h in range(4)] == [True] * 4
+    attn = view(tiny_llama()).blocks[0].attn  # 4 heads, 2 key/value heads
+    repeated, batched = attn.per_head(attn.W_K), attn.per_head(attn.W_K[None], batched=True)
+    assert all(torch.equal(repeated[h], attn.W_K[h // 2]) for h in range(4))
+    assert torch.equal(batched[0], repeated)
