@@ -6,7 +6,6 @@
     other templates of the same facts: those that fail too (paraphrases), and those that worked
     neighbours      countries that no edit was trained on, told before: still told?
     generalisation  countries known and not told, on which no edit was trained: how many does an edit make told?
-    generation      text written freely after the edit: does the answer stand in it, does it run in circles?
 
 Every question is asked of the untouched model and of each edit. All edits are of one layer, so what enters it is
 computed once (`forward`). Efficacy, paraphrase and locality are Meng et al.'s (2022) words; that edits leak into other
@@ -18,7 +17,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib.edits import Edit, applied
+from lib.edits import Edit
 from lib.errors import DataError, EditError
 from lib.facts import Case, Fact, load_templates, prompts
 from lib.files import DATA, file_sha256
@@ -145,24 +143,21 @@ def build_protocols(
     stands for changes of the logits alone. texts: passages by name; the book's own if none are given. table: the part
     of `questions` to ask; all, if not given."""
     table = questions(model, case) if table is None else table.reset_index(drop=True)
-    end, read = model.weights.n_layers, list[tuple[str, Pack, dict[int, Tensor], Tensor]]()
-    packed = list(packs(model, [model.token_ids(p) for p in table.prompt], share=True))
-    asked = [(batch, streams(model, batch, layers)) for batch in tqdm(packed, desc="questions", leave=False)]
+    protocols = {layer: Protocol(layer, table, [], []) for layer in layers}
+    for batch in packs(model, [model.token_ids(p) for p in table.prompt], share=True):
+        before = streams(model, batch, layers)
+        for layer, protocol in protocols.items():
+            protocol.prompts.append((batch, before[layer]))
+    end, size = model.weights.n_layers, min(WINDOW, model.weights.context)
     for name, text in tqdm((load_passages() if texts is None else texts).items(), desc="passages", leave=False):
-        ids, size = model.token_ids(text), min(WINDOW, model.weights.context)
+        ids = model.token_ids(text)
         for start in range(0, len(ids) - 1, size):
             window = pack(model, [ids[start : start + size]])
             before = streams(model, window, [*layers, end])
-            read.append((name, window, before, model.weights.norm_final_module(before[end])))
-    return {
-        layer: Protocol(
-            layer,
-            table,
-            [(batch, before[layer]) for batch, before in asked],
-            [Passage(name, window, before[layer], final) for name, window, before, final in read],
-        )
-        for layer in layers
-    }
+            final = model.weights.norm_final_module(before[end])
+            for layer, protocol in protocols.items():
+                protocol.passages.append(Passage(name, window, before[layer], final))
+    return protocols
 
 
 def load_passages() -> dict[str, str]:
@@ -199,11 +194,10 @@ def score_questions(
     all logits."""
     values, scores = _values(protocol, edit), []
     answers = torch.tensor(protocol.questions.answer_token.to_numpy())[:, None]
-    for (batch, entering), token in zip(
-        protocol.prompts, answers.split([len(batch.last) for batch, _ in protocol.prompts]), strict=True
-    ):
-        logits = above(model, batch, protocol.layer, entering, values, batch.last) @ model.weights.W_U
-        logits = logits + (0 if bias is None else bias)
+    sizes = [len(batch.last) for batch, _ in protocol.prompts]
+    for (batch, entering), token in zip(protocol.prompts, answers.split(sizes), strict=True):
+        final = above(model, batch, protocol.layer, entering, values, batch.last)
+        logits = final @ model.weights.W_U + (0 if bias is None else bias)
         right = logits.gather(1, token)[:, 0]
         wrong = logits.scatter(1, token, float("-inf")).amax(1)
         scores.append(torch.stack((right - wrong, (right - logits.logsumexp(-1)).exp(), logits.argmax(-1).float()), 1))
@@ -360,50 +354,6 @@ def perplexity_by_genre(measured: Measured) -> pd.DataFrame:
     before = measured.tokens[NONE]
     changes = {name: (after.nll - before.nll).groupby(before.passage).mean() for name, after in measured.tokens.items()}
     return pd.DataFrame({name: np.exp(changes[name]) for name in measured.names})
-
-
-@torch.no_grad()
-def generate(model: Model, texts: Sequence[str], edit: Edit | None, *, tokens: int = 24) -> list[list[int]]:
-    """Greedy continuations of each text, as token lists: what the model writes when nobody holds its hand."""
-    ids = [model.token_ids(t) for t in texts]
-    width, fill = max(map(len, ids)), model.tokenizer.eos_token_id or 0
-    if width + tokens > model.weights.context:
-        raise DataError(f"{width} + {tokens} tokens are more than the {model.weights.context} {model.name} reads.")
-    rows = torch.tensor([[fill] * (width - len(i)) + i for i in ids])
-    mask = torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids])
-    module: Any = model.module
-    with nullcontext() if edit is None else applied(model, edit):
-        out = module.generate(
-            rows, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=fill
-        )
-    return out[:, width:].tolist()
-
-
-def repetition(tokens: Sequence[int], n: int = 4) -> float:
-    """Share of a text's n-grams that it has had before: 0 for none, near 1 for a text that runs in circles."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def free_generation(model: Model, case: Case, edits: dict[str, Edit], *, opening: int = 24) -> pd.DataFrame:
-    """A row a pathway and text: the failing prompts and the openings of the passages, continued greedily. said: the
-    answer stands in the continuation (failing prompts). leaks: a trained answer does (openings)."""
-    decode, failing = model.tokenizer.decode, prompts(case.facts, load_templates()[case.template])
-    openings = [str(decode(model.token_ids(t)[:opening])) for t in load_passages().values()]
-    kinds, neither = ["failing prompt"] * len(failing) + ["opening"] * len(openings), [False] * len(failing)
-    tables = []
-    for name, edit in tqdm([(NONE, None), *edits.items()], desc="generation"):
-        tokens = generate(model, [*failing, *openings], edit)
-        texts = [str(decode(ids)) for ids in tokens]
-        columns = {
-            "said": [f.answer in text for f, text in zip(case.facts, texts, strict=False)] + [False] * len(openings),
-            "leaks": neither + [any(f.answer in text for f in case.facts) for text in texts[len(failing) :]],
-            "repetition": [repetition(ids) for ids in tokens],
-        }
-        tables.append(
-            pd.DataFrame({"pathway": name, "kind": kinds, "prompt": [*failing, *openings], "text": texts, **columns})
-        )
-    return pd.concat(tables, ignore_index=True)
 
 
 def _values(protocol: Protocol, edit: Edit | None) -> dict | None:

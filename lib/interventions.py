@@ -11,9 +11,9 @@ No token stands after a last one, so no other token notices a change there. Ther
                   (`patched_streams`).
     4. Compare    the answer's logit, or the logit difference of answer and competitor, with that of the run as it was.
 
-`patch_heads` patches by whole forward passes of the model's own blocks, and at the subject's last token too; a test
-holds it and `patch_components` against each other. Activation patching as in Meng et al. (2022); later layers may
-repair what an ablation takes away (Rushing and Nanda 2024), so `ablate` gives the direct and the total effect.
+Activation patching as in Meng et al. (2022); later layers may repair what an ablation takes away (Rushing and Nanda
+2024), so `ablate` gives the direct and the total effect. `studies.cross_validation` patches heads by whole forward
+passes of the model's own blocks; a test holds the two against each other.
 """
 
 from __future__ import annotations
@@ -27,15 +27,12 @@ import torch
 from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from lib.facts import Fact, prompts
-from lib.forward import End, Pack, Past, above, ends, gathered, pack, packs, resid_post, resid_pre, streams
+from lib.forward import End, Pack, Past, ends, gathered, packs, streams
 from lib.models import Model
-from lib.recall import first_tokens
 from lib.sites import Site
 from lib.statistics import mean_interval
-from lib.trace import Capture, Hook, before_norm, hooked, logit_direction, subject_positions
+from lib.trace import Capture, before_norm, logit_direction
 from lib.weights import Block
 
 # Ablation: what the answer loses when a part is taken away
@@ -45,8 +42,8 @@ Prefilled = list[tuple[Pack, dict[int, Float[Tensor, "t d_model"]]]]  # packs, a
 
 def prefill(model: Model, texts: Sequence[str], lowest: int) -> Prefilled:
     """Prompts run once, with what questions about their last tokens look back on, from the layer `lowest` up."""
-    together = packs(model, [model.token_ids(t) for t in texts], share=True)
-    return [(texts, streams(model, texts, range(lowest, model.weights.n_layers))) for texts in together]
+    batches = packs(model, [model.token_ids(t) for t in texts], share=True)
+    return [(batch, streams(model, batch, range(lowest, model.weights.n_layers))) for batch in batches]
 
 
 @dataclass(frozen=True)
@@ -154,78 +151,6 @@ def summarise_ablations(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
         for (part, way), group in table.groupby(["part", "way"], sort=False)
     ]
     return pd.DataFrame(rows, columns=["part", "way", "n", "direct", "total", "low", "high"])
-
-
-# Patching by whole forward passes
-
-
-@torch.no_grad()
-def patch_heads(
-    model: Model, facts: Sequence[Fact], failing: str, control: str, competitors: Int[Tensor, " fact"]
-) -> dict[str, Float[Tensor, "n_layers n_heads fact"]]:
-    """Every head of the failing prompt, one at a time, made to do what it does under the control template: at the last
-    position, and at the last token of the subject. The share of the lost logit difference (answer minus competitor)
-    that comes back; 1 is all of it."""
-    weights, answers = model.weights, first_tokens(model, facts)
-    texts = [prompts(facts, template) for template in (failing, control)]
-    places = {name: [_places(model, t, facts, name) for t in texts] for name in ("last", "subject")}
-    failing_ids, control_ids = ([model.token_ids(t) for t in some] for some in texts)
-    bad, good = pack(model, failing_ids), pack(model, control_ids)
-    copies = pack(model, failing_ids * weights.n_heads)  # one for each head that is patched
-    pairs = torch.stack((answers, competitors), 1)
-    base = _pack_logit_differences(model, bad, pairs)
-    lost = _pack_logit_differences(model, good, pairs) - base
-    shares = {name: torch.zeros(weights.n_layers, weights.n_heads, len(facts)) for name in places}
-    good_stream, bad_stream = resid_pre(model, good, 0), resid_pre(model, bad, 0)
-    for layer, block in enumerate(tqdm(weights.blocks, desc="patching")):
-        seen: list[Tensor] = []
-        with hooked(before={block.heads_out: seen.append}):
-            good_stream = resid_post(model, good, good_stream, layer)
-        for name, (to, of) in places.items():
-            z = seen[0].view(-1, weights.n_heads, weights.d_head)[_rows(good, of)]
-            patch = _head_by_head(z, _rows(bad, to), len(bad.tokens))
-            with hooked(before={block.heads_out: patch}):
-                final = above(model, copies, layer, bad_stream.repeat(weights.n_heads, 1))[copies.last]
-            now = _difference(model, final.view(weights.n_heads, len(facts), -1), pairs)
-            shares[name][layer] = (now - base) / lost
-        bad_stream = resid_post(model, bad, bad_stream, layer)
-    return shares
-
-
-def _head_by_head(z: Float[Tensor, "fact n_heads d_head"], rows: Int[Tensor, " fact"], length: int) -> Hook:
-    """For a pack that holds the texts, of `length` tokens, once for each head: in the h-th copy, head h gets z."""
-
-    def change(x: Tensor) -> Tensor:
-        copies = x.reshape(z.shape[1], length, z.shape[1], -1).clone()  # (copy, token, head, d_head)
-        for head in range(z.shape[1]):
-            copies[head, rows, head] = z[:, head]
-        return copies.view(x.shape)
-
-    return change
-
-
-def _places(model: Model, texts: Sequence[str], facts: Sequence[Fact], name: str) -> list[int]:
-    """Where to patch each text: its last token, or the last token of its subject."""
-    if name == "last":
-        return [len(model.token_ids(t)) - 1 for t in texts]
-    return [subject_positions(model, t, f.subject)[-1] for t, f in zip(texts, facts, strict=True)]
-
-
-def _rows(batch: Pack, places: Sequence[int]) -> Int[Tensor, " text"]:
-    """Rows of a pack for a position in each of its texts."""
-    return torch.cat((torch.zeros(1, dtype=torch.long), batch.last[:-1] + 1)) + torch.tensor(places)
-
-
-def _pack_logit_differences(model: Model, batch: Pack, pairs: Int[Tensor, "text 2"]) -> Float[Tensor, " text"]:
-    return _difference(model, above(model, batch, 0, resid_pre(model, batch, 0))[batch.last], pairs)
-
-
-def _difference(
-    model: Model, final: Float[Tensor, "*b text d_model"], pairs: Int[Tensor, "text 2"]
-) -> Float[Tensor, "*b text"]:
-    """First token's logit minus the second's, of a normalised stream."""
-    directions = model.weights.W_U[:, pairs[:, 0]] - model.weights.W_U[:, pairs[:, 1]]
-    return (final * directions.T).sum(-1)
 
 
 # Patching of last positions alone
@@ -377,4 +302,12 @@ def patched_logit_differences(
     model: Model, rows: Float[Tensor, "m d_model"], pairs: Int[Tensor, "n 2"]
 ) -> Float[Tensor, "copy n"]:
     """Logit differences of patched rows that left the last layer."""
-    return _difference(model, model.weights.norm_final(rows).view(-1, len(pairs), rows.shape[1]), pairs)
+    return read_logit_differences(model, model.weights.norm_final(rows).view(-1, len(pairs), rows.shape[1]), pairs)
+
+
+def read_logit_differences(
+    model: Model, final: Float[Tensor, "*b text d_model"], pairs: Int[Tensor, "text 2"]
+) -> Float[Tensor, "*b text"]:
+    """First token's logit minus the second's, of a normalised stream."""
+    directions = model.weights.W_U[:, pairs[:, 0]] - model.weights.W_U[:, pairs[:, 1]]
+    return (final * directions.T).sum(-1)

@@ -23,9 +23,9 @@ from tests.test_edits import an_edit
 
 
 def test_repetition_by_hand():
-    assert evaluation.repetition([1, 2, 3, 4, 5, 6]) == 0
-    assert evaluation.repetition([1, 2, 1, 2, 1, 2, 1]) == pytest.approx(1 - 2 / 4)  # four 4-grams, two different
-    assert evaluation.repetition([1, 2]) == 0
+    assert side_effects.repetition([1, 2, 3, 4, 5, 6]) == 0
+    assert side_effects.repetition([1, 2, 1, 2, 1, 2, 1]) == pytest.approx(1 - 2 / 4)  # four 4-grams, two different
+    assert side_effects.repetition([1, 2]) == 0
 
 
 def world(told_after: dict[str, bool]) -> Measured:
@@ -133,10 +133,10 @@ def test_edits_of_another_layer_are_refused(organism, protocol):
 def test_generation_equals_one_at_a_time(organism):
     """Left padding must not change what is written."""
     texts = ["The capital of Zorland is", "Zorland"]
-    together = evaluation.generate(organism, texts, None, tokens=8)
-    assert together == [evaluation.generate(organism, [t], None, tokens=8)[0] for t in texts]
+    together = side_effects.generate(organism, texts, None, tokens=8)
+    assert together == [side_effects.generate(organism, [t], None, tokens=8)[0] for t in texts]
     with pytest.raises(DataError, match="more than the 64"):
-        evaluation.generate(organism, texts, None, tokens=80)
+        side_effects.generate(organism, texts, None, tokens=80)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])

@@ -5,6 +5,7 @@ import torch
 
 from lib import interventions
 from lib.facts import Fact, prompts
+from lib.studies import cross_validation
 from lib.trace import capture
 
 FACTS = (Fact("France", "Paris"), Fact("Japan", "Tokyo"))
@@ -39,7 +40,7 @@ def test_patched_heads_are_those_of_whole_passes(tiny, pairs):
         interventions.logit_differences(good, pairs) - interventions.logit_differences(bad, pairs),
     )
     mine = (interventions.patch_components(tiny, bad, good.z, good.mlps, pairs) - base) / lost
-    theirs = interventions.patch_heads(tiny, FACTS, FAILING, CONTROL, pairs[:, 1])["last"]
+    theirs = cross_validation.patch_heads(tiny, FACTS, FAILING, CONTROL, pairs[:, 1])["last"]
     assert torch.allclose(mine[: theirs[..., 0].numel()].view_as(theirs), theirs, atol=1e-3, rtol=1e-3)
     assert theirs.abs().max() > 0.05, "nothing was patched"
 

@@ -10,7 +10,7 @@ import torch
 from lib import diagnosis, interventions, peers
 from lib.errors import DataError
 from lib.facts import load_cases, load_templates, prompts
-from lib.interventions import Part, ablate, patch_heads
+from lib.interventions import Part, ablate
 from lib.peers import agreement, attribute_neurons, captum_attributions
 from lib.recall import trainable
 from lib.sites import Site
@@ -132,9 +132,9 @@ def test_a_sweep_cell_equals_a_plain_patched_run(organism, planted):
     facts, templates = case.facts[:2], load_templates()
     bad, good = (prompts(facts, templates[t]) for t in (case.template, case.controls[0]))
     competitors = torch.tensor([5, 6])
-    cell = patch_heads(organism, facts, templates[case.template], templates[case.controls[0]], competitors)["last"][
-        10, 2
-    ]
+    cell = cross_validation.patch_heads(
+        organism, facts, templates[case.template], templates[case.controls[0]], competitors
+    )["last"][10, 2]
     d, module = organism.weights.d_head, organism.weights.blocks[10].heads_out
     for i, fact in enumerate(facts):
         pair = [organism.first_token(fact.answer), int(competitors[i])]

@@ -9,11 +9,13 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from lib.diagnosis import Verdict, prescribe
 from lib.errors import DataError
-from lib.facts import Case, load_cases, load_templates, prompts
-from lib.interventions import Part, ablate, patch_heads, prefill, summarise_ablations
+from lib.facts import Case, Fact, load_cases, load_templates, prompts
+from lib.forward import Pack, above, pack, resid_post, resid_pre
+from lib.interventions import Part, ablate, prefill, read_logit_differences, summarise_ablations
 from lib.models import Model, load
 from lib.peers import (
     Lenses,
@@ -26,6 +28,7 @@ from lib.peers import (
 )
 from lib.recall import first_tokens, tell, trainable
 from lib.sites import Site
+from lib.trace import Hook, hooked, subject_positions
 
 
 def agreement_by_layer(found: NeuronAttributions, *, seed: int = 0) -> pd.DataFrame:
@@ -254,6 +257,67 @@ def suppressor_words(table: pd.DataFrame) -> str:
         for name, r in zip(names, some.itertuples(), strict=True)
     ]
     return "Without it (zero), the margin changes by: " + "; ".join(words) + "."
+
+
+@torch.no_grad()
+def patch_heads(
+    model: Model, facts: Sequence[Fact], failing: str, control: str, competitors: Int[Tensor, " fact"]
+) -> dict[str, Float[Tensor, "n_layers n_heads fact"]]:
+    """Every head of the failing prompt, one at a time, made to do what it does under the control template: at the last
+    position, and at the last token of the subject. The share of the lost logit difference (answer minus competitor)
+    that comes back; 1 is all of it."""
+    weights, answers = model.weights, first_tokens(model, facts)
+    texts = [prompts(facts, template) for template in (failing, control)]
+    places = {name: [_places(model, t, facts, name) for t in texts] for name in ("last", "subject")}
+    failing_ids, control_ids = ([model.token_ids(t) for t in some] for some in texts)
+    bad, good = pack(model, failing_ids), pack(model, control_ids)
+    copies = pack(model, failing_ids * weights.n_heads)  # one for each head that is patched
+    pairs = torch.stack((answers, competitors), 1)
+    base = _pack_logit_differences(model, bad, pairs)
+    lost = _pack_logit_differences(model, good, pairs) - base
+    shares = {name: torch.zeros(weights.n_layers, weights.n_heads, len(facts)) for name in places}
+    good_stream, bad_stream = resid_pre(model, good, 0), resid_pre(model, bad, 0)
+    for layer, block in enumerate(tqdm(weights.blocks, desc="patching")):
+        seen: list[Tensor] = []
+        with hooked(before={block.heads_out: seen.append}):
+            good_stream = resid_post(model, good, good_stream, layer)
+        for name, (to, of) in places.items():
+            z = seen[0].view(-1, weights.n_heads, weights.d_head)[_rows(good, of)]
+            patch = _head_by_head(z, _rows(bad, to), len(bad.tokens))
+            with hooked(before={block.heads_out: patch}):
+                final = above(model, copies, layer, bad_stream.repeat(weights.n_heads, 1))[copies.last]
+            now = read_logit_differences(model, final.view(weights.n_heads, len(facts), -1), pairs)
+            shares[name][layer] = (now - base) / lost
+        bad_stream = resid_post(model, bad, bad_stream, layer)
+    return shares
+
+
+def _head_by_head(z: Float[Tensor, "fact n_heads d_head"], rows: Int[Tensor, " fact"], length: int) -> Hook:
+    """For a pack that holds the texts, of `length` tokens, once for each head: in the h-th copy, head h gets z."""
+
+    def change(x: Tensor) -> Tensor:
+        copies = x.reshape(z.shape[1], length, z.shape[1], -1).clone()  # (copy, token, head, d_head)
+        for head in range(z.shape[1]):
+            copies[head, rows, head] = z[:, head]
+        return copies.view(x.shape)
+
+    return change
+
+
+def _places(model: Model, texts: Sequence[str], facts: Sequence[Fact], name: str) -> list[int]:
+    """Where to patch each text: its last token, or the last token of its subject."""
+    if name == "last":
+        return [len(model.token_ids(t)) - 1 for t in texts]
+    return [subject_positions(model, t, f.subject)[-1] for t, f in zip(texts, facts, strict=True)]
+
+
+def _rows(batch: Pack, places: Sequence[int]) -> Int[Tensor, " text"]:
+    """Rows of a pack for a position in each of its texts."""
+    return torch.cat((torch.zeros(1, dtype=torch.long), batch.last[:-1] + 1)) + torch.tensor(places)
+
+
+def _pack_logit_differences(model: Model, batch: Pack, pairs: Int[Tensor, "text 2"]) -> Float[Tensor, " text"]:
+    return read_logit_differences(model, above(model, batch, 0, resid_pre(model, batch, 0))[batch.last], pairs)
 
 
 def patch_case_heads(model: Model, case: Case) -> dict[str, Float[Tensor, "n_layers n_heads fact"]]:

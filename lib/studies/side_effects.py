@@ -7,15 +7,20 @@ planted_edit      on the organism, whose failures are failures of routing becaus
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pandas as pd
+import torch
+from tqdm.auto import tqdm
 
 from lib import training
 from lib.diagnosis import prescribe
-from lib.errors import EditError
-from lib.evaluation import BAND, ELSEWHERE, NONE, build_protocol, generalisation, measure
-from lib.facts import load_cases
+from lib.edits import Edit, applied
+from lib.errors import DataError, EditError
+from lib.evaluation import BAND, ELSEWHERE, NONE, build_protocol, generalisation, load_passages, measure
+from lib.facts import Case, load_cases, load_templates, prompts
 from lib.models import Model
 from lib.recall import trainable
 from lib.results import Results
@@ -96,6 +101,50 @@ def _report_reach(report: Results, best: str, held: pd.DataFrame, bleeding: pd.D
     report.many({"bled_before": int(bled[NONE]), "bled_after": int(bled[best])})
     report.many({"bled_prompts": int(bleeding.prompts.iloc[0]), "bleeds": bleeds})
     report.many({"bled_lesson": BLED if bleeds else "The trained answers stay where they belong."})
+
+
+@torch.no_grad()
+def generate(model: Model, texts: Sequence[str], edit: Edit | None, *, tokens: int = 24) -> list[list[int]]:
+    """Greedy continuations of each text, as token lists: what the model writes when nobody holds its hand."""
+    ids = [model.token_ids(t) for t in texts]
+    width, fill = max(map(len, ids)), model.tokenizer.eos_token_id or 0
+    if width + tokens > model.weights.context:
+        raise DataError(f"{width} + {tokens} tokens are more than the {model.weights.context} {model.name} reads.")
+    rows = torch.tensor([[fill] * (width - len(i)) + i for i in ids])
+    mask = torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids])
+    module: Any = model.module
+    with nullcontext() if edit is None else applied(model, edit):
+        out = module.generate(
+            rows, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=fill
+        )
+    return out[:, width:].tolist()
+
+
+def repetition(tokens: Sequence[int], n: int = 4) -> float:
+    """Share of a text's n-grams that it has had before: 0 for none, near 1 for a text that runs in circles."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def free_generation(model: Model, case: Case, edits: dict[str, Edit], *, opening: int = 24) -> pd.DataFrame:
+    """A row a pathway and text: the failing prompts and the openings of the passages, continued greedily. said: the
+    answer stands in the continuation (failing prompts). leaks: a trained answer does (openings)."""
+    decode, failing = model.tokenizer.decode, prompts(case.facts, load_templates()[case.template])
+    openings = [str(decode(model.token_ids(t)[:opening])) for t in load_passages().values()]
+    kinds, neither = ["failing prompt"] * len(failing) + ["opening"] * len(openings), [False] * len(failing)
+    tables = []
+    for name, edit in tqdm([(NONE, None), *edits.items()], desc="generation"):
+        tokens = generate(model, [*failing, *openings], edit)
+        texts = [str(decode(ids)) for ids in tokens]
+        columns = {
+            "said": [f.answer in text for f, text in zip(case.facts, texts, strict=False)] + [False] * len(openings),
+            "leaks": neither + [any(f.answer in text for f in case.facts) for text in texts[len(failing) :]],
+            "repetition": [repetition(ids) for ids in tokens],
+        }
+        tables.append(
+            pd.DataFrame({"pathway": name, "kind": kinds, "prompt": [*failing, *openings], "text": texts, **columns})
+        )
+    return pd.concat(tables, ignore_index=True)
 
 
 @experiment

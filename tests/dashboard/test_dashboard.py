@@ -16,7 +16,7 @@ import torch
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page
 
-from lib import diagnosis, interventions, recall, results, static
+from lib import diagnosis, recall, results, static
 from lib.dashboard import collect, render
 from lib.edits import Edit, applied, load, save
 from lib.errors import BookError, ChapterError, EditError
@@ -152,7 +152,7 @@ def test_patching_of_an_edit_is_a_share_of_the_same_margin(board, organism):
     with applied(organism, edit):
         after = lost()
         lines = (templates[case.template], templates[case.controls[0]])
-        swept = interventions.patch_heads(organism, [case.facts[fact]], *lines, pair[:, 1])["last"]
+        swept = cross_validation.patch_heads(organism, [case.facts[fact]], *lines, pair[:, 1])["last"]
     own = board.arrays[f"patching/{case.name}"][state, ..., fact]
     np.testing.assert_allclose(own, swept[..., 0] * after / before, atol=1e-3)
     assert abs(after / before - 1) > 1e-3, "the edit changes what is lost"
