@@ -267,8 +267,8 @@ def patch_components(
     a_layer, n = model.weights.n_heads + 1, len(run.prompts)  # its heads, and its MLP
     (rows,) = deque(patched_streams(model, run, z, mlps, start=lowest), maxlen=1)  # what leaves the last layer
     unpatched = logit_differences(run, pairs).expand(lowest, a_layer, n)
-    found = torch.cat((unpatched, patched_logit_differences(model, rows, pairs).view(-1, a_layer, n)))
-    return torch.cat((found[:, :-1].flatten(0, 1), found[:, -1]))
+    patched = torch.cat((unpatched, patched_logit_differences(model, rows, pairs).view(-1, a_layer, n)))
+    return torch.cat((patched[:, :-1].flatten(0, 1), patched[:, -1]))
 
 
 @torch.no_grad()

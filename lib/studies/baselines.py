@@ -25,18 +25,10 @@ from jaxtyping import Float
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from lib import evaluation
 from lib.edits import applied, written
 from lib.errors import EditError
-from lib.evaluation import (
-    NONE,
-    Measured,
-    Protocol,
-    build_protocol,
-    perplexity,
-    questions,
-    score_passages,
-    score_questions,
-)
+from lib.evaluation import NONE, Measured, Protocol
 from lib.facts import load_templates
 from lib.forward import next_token_logits
 from lib.models import Model
@@ -81,14 +73,14 @@ def rival(model: Model, *, name: str) -> dict[str, Any]:
     made, tokens = RIVALS[name](model), {}
     protocol = _asked_after(model, made.prefix) if made.prefix else _asked(model)[made.layer]
     with made.change():
-        asked = score_questions(model, protocol, None, bias=made.bias)
+        asked = evaluation.score_questions(model, protocol, None, bias=made.bias)
         if not made.prefix:
-            tokens = score_passages(model, protocol, {name: None}, bias=made.bias, divergence=False)
+            tokens = evaluation.score_passages(model, protocol, {name: None}, bias=made.bias, divergence=False)
     row = {"rival": made.name, "parameters": made.parameters, "strength": made.strength}
     row |= summarise_answers(model, asked)
     if tokens:
         measured = Measured({NONE: asked, name: asked}, {NONE: _untouched(model)} | tokens)
-        row |= perplexity(measured)[["ratio", "ratio_low", "ratio_high"]].iloc[0].to_dict()
+        row |= evaluation.perplexity(measured)[["ratio", "ratio_low", "ratio_high"]].iloc[0].to_dict()
     return row
 
 
@@ -97,7 +89,7 @@ def _asked(model: Model) -> dict[int, Protocol]:
     """All questions but the rarer controls about other countries, and the passages, for each layer at which a rival may
     begin."""
     case, opponent = setting(model).case, setting(model).opponent
-    table = questions(model, case)
+    table = evaluation.questions(model, case)
     asked = (table.set != "large") | table.template.isin([case.template, case.controls[0]])
     return protocols(model, case, sorted({0, _diagnosed(model), opponent.layer}), texts=None, table=table[asked])
 
@@ -106,12 +98,12 @@ def _asked_after(model: Model, prefix: str) -> Protocol:
     """The same questions, each with a prefix before its prompt."""
     table = _asked(model)[0].questions
     table = table.assign(prompt=[prefix + p for p in table.prompt])
-    return build_protocol(model, setting(model).case, 0, texts={}, table=table)
+    return evaluation.build_protocol(model, setting(model).case, 0, texts={}, table=table)
 
 
 @once_a_model
 def _untouched(model: Model) -> pd.DataFrame:
-    return score_passages(model, _asked(model)[model.weights.n_layers], {NONE: None}, divergence=False)[NONE]
+    return evaluation.score_passages(model, _asked(model)[model.weights.n_layers], {NONE: None}, divergence=False)[NONE]
 
 
 # Without training

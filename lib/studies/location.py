@@ -103,10 +103,10 @@ def protocols(
 ) -> dict[int, Protocol]:
     """As `build_protocols`, with what the untouched model tells among the questions (told_before)."""
     end = model.weights.n_layers
-    found = build_protocols(model, case, [*layers, end], texts=texts, table=table)
-    before = score_questions(model, found[end], None)
-    table = found[end].questions.assign(told_before=before.told)
-    return {layer: replace(one, questions=table) for layer, one in found.items()}
+    built = build_protocols(model, case, [*layers, end], texts=texts, table=table)
+    before = score_questions(model, built[end], None)
+    table = built[end].questions.assign(told_before=before.told)
+    return {layer: replace(protocol, questions=table) for layer, protocol in built.items()}
 
 
 @experiment
