@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
@@ -34,26 +33,8 @@ _NUMBER = r"(?:nan|–|<? ?[-+]?\d[\d.,]*(?:e[-+]\d+)?%?(?:[\s(/].*)?)"
 SHORT_NAME = 12  # characters: a shorter name of a row is a site or a number, and stays on one line
 ROW_NAMES = "row names"  # the label in columns.yaml under which the rows' names stand
 
-WORDS: dict[str, dict[Any, str]] = {  # formats that put words for values; a value that is not listed stands as it is
-    "yes": {True: "yes", False: "no"},
-    "chosen": {True: "chosen", False: ""},
-    "reached": {True: "reached", False: "missed"},
-    "unchanged": {True: "unchanged", False: "CHANGED"},
-    "context": {"''": "none"},
-    "rank": {0: "any"},
-    "part": {"fit": "fit (trained on)", "selection": "selection (chosen on)", "held_out": "held out"},
-    "edit": {"edit": "chosen edit", "noise": "noise of its size"},
-    "goal": {"whole": "all trained facts told", "general": "half of the held-out facts told"},
-    "trained": {"knowledge": "knowledge head's"},
-    "damage": {
-        "q": "query",
-        "k": "key",
-        "v": "value",
-        "o": "a head's output",
-        "ov": "a head's value and output",
-        "mlp": "an MLP's output",
-    },
-}
+COLUMNS: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("columns.yaml").read_text("utf-8"))
+WORDS: dict[str, dict[Any, str]] = COLUMNS.pop("words")  # type: ignore[assignment]  # formats: words for values
 UNTOUCHED = {"none": "untouched"}  # the model without an edit, where tables have pathways
 FORMATS: dict[str, Callable[[Any], str]] = {
     "words": words,
@@ -86,18 +67,13 @@ def arranged(name: str, table: pd.DataFrame) -> pd.DataFrame:
     for a name, or a column of the table, that is not there."""
     rows = table.rename_axis("index").reset_index().to_dict("records")
     columns = {}
-    for label, template in _columns()[name].items():
+    for label, template in COLUMNS[name].items():
         if "{" in template:
             columns[label] = [_text(template, {"#": i, **row}) for i, row in enumerate(rows, 1)]
         else:
             columns[label] = table[template].tolist()
     names = columns.pop(ROW_NAMES, table.index)
     return pd.DataFrame(columns, index=names)
-
-
-@cache
-def _columns() -> dict[str, dict[str, str]]:
-    return yaml.safe_load(Path(__file__).with_name("columns.yaml").read_text(encoding="utf-8"))
 
 
 def _text(template: str, row: dict[str, Any]) -> str:
@@ -112,7 +88,7 @@ def _text(template: str, row: dict[str, Any]) -> str:
 
 def show(name: str, table: pd.DataFrame, *, digits: int = 2) -> HTML:
     """A table with the columns of a name in columns.yaml, as `plain` shows it."""
-    return plain(arranged(name, table), digits=digits, index=ROW_NAMES in _columns()[name])
+    return plain(arranged(name, table), digits=digits, index=ROW_NAMES in COLUMNS[name])
 
 
 def sortable(table: pd.DataFrame, *, rows: int = 12) -> HTML:
