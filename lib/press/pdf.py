@@ -25,6 +25,7 @@ from bs4 import BeautifulSoup, Tag
 from lib.errors import ChapterError
 from lib.files import write_atomically
 from lib.press.browser import built_pages, chromium
+from lib.press.texts import fill
 
 DROPPED = ".headerlink, button, script[src], noscript, details.hide, a:has(> img[alt='Open in Colab'])"
 _SHRINK = """() => {
@@ -68,30 +69,25 @@ def assemble(html: Path, *, title: str, author: str, about: str) -> str:
     pages = reading_order(html)
     soups = [BeautifulSoup(p.read_text(encoding="utf-8"), "html.parser") for p in pages]
     articles = [_article(soup, page) for soup, page in zip(soups, pages, strict=True)]
-    shared = {
-        name for name, n in Counter(i for a in articles for i in {str(t["id"]) for t in _named(a)}).items() if n > 1
-    }
+    ids = Counter(name for article in articles for name in {str(tag["id"]) for tag in _named(article)})
+    shared = {name for name, n in ids.items() if n > 1}
     for article, page in zip(articles, pages, strict=True):
         _relink(article, page, shared, {p.name: p.stem for p in pages})
-    styles = "".join(str(link) for link in soups[0].find_all("link", rel="stylesheet"))
-    contents = "".join(
-        f'<li><a href="#{p.stem}--page">{_heading(a)}</a></li>' for p, a in zip(pages, articles, strict=True)
-    )
-    return _DOCUMENT.format(
+    return fill(
+        "print.html",
         title=escape(title),
         author=escape(author),
         about=escape(about),
-        styles=styles,
-        contents=contents,
+        styles="".join(str(link) for link in soups[0].find_all("link", rel="stylesheet")),
+        contents={page.stem: _heading(article) for page, article in zip(pages, articles, strict=True)},
         articles="\n".join(map(str, articles)),
-        css=_CSS,
     )
 
 
 def headings(document: str) -> list[str]:
     """The texts of all headings, in order."""
-    found = BeautifulSoup(document, "html.parser").find_all(re.compile(r"^h[1-6]$"))
-    return [" ".join(heading.get_text().split()) for heading in found]
+    tags = BeautifulSoup(document, "html.parser").find_all(re.compile(r"^h[1-6]$"))
+    return [" ".join(tag.get_text().split()) for tag in tags]
 
 
 def tidy(printed: bytes, bookmarks: list[str], *, title: str, author: str, date: str) -> bytes:
@@ -109,13 +105,8 @@ def tidy(printed: bytes, bookmarks: list[str], *, title: str, author: str, date:
     _rename_elements(writer.root_object)
     _join_links(writer)
     day = "D:" + "".join(c for c in date if c.isdigit())[:14] + "Z"
-    writer.metadata = {
-        "/Title": title,
-        "/Author": author,
-        "/CreationDate": day,
-        "/ModDate": day,
-        "/Producer": "Chromium, pypdf",
-    }
+    about = {"/Title": title, "/Author": author, "/CreationDate": day, "/ModDate": day}
+    writer.metadata = about | {"/Producer": "Chromium, pypdf"}
     once, twice = io.BytesIO(), io.BytesIO()
     writer.write(once)
     PdfWriter(clone_from=PdfReader(once)).write(twice)  # leaves out, and does not number, what nothing leads to
@@ -137,55 +128,56 @@ def _rename_elements(root: Any) -> None:
     be, which differs from run to run. The names stand at the elements, in the headers of table cells, and in a tree."""
     from pypdf.generic import ArrayObject, DictionaryObject, NameObject, TextStringObject
 
-    if "/StructTreeRoot" not in root:
-        return
-    tree = root["/StructTreeRoot"]
-    elements = list(_elements(tree))
+    elements = list(_elements(root["/StructTreeRoot"])) if "/StructTreeRoot" in root else []
     named = [element for element in elements if "/ID" in element]
     names = {str(e["/ID"]): TextStringObject(f"node{i:08d}") for i, e in enumerate(named)}
     for element in named:
         element[NameObject("/ID")] = names[str(element["/ID"])]
-    for element in elements:
-        for attributes in element["/A"] if isinstance(element.get("/A"), list) else []:
-            if "/Headers" in attributes:
-                headers = ArrayObject(names[str(name)] for name in attributes["/Headers"])
-                attributes[NameObject("/Headers")] = headers
-    pairs = ArrayObject(part for e in named for part in (e["/ID"], e.indirect_reference))
+    lists = (element["/A"] for element in elements if isinstance(element.get("/A"), list))
+    for attributes in (entry for entries in lists for entry in entries if "/Headers" in entry):
+        attributes[NameObject("/Headers")] = ArrayObject(names[str(name)] for name in attributes["/Headers"])
     if named:
-        _empty(tree["/IDTree"])
-        tree[NameObject("/IDTree")] = DictionaryObject({NameObject("/Names"): pairs})
+        pairs = ArrayObject(part for e in named for part in (e["/ID"], e.indirect_reference))
+        root["/StructTreeRoot"][NameObject("/IDTree")] = DictionaryObject({NameObject("/Names"): pairs})
 
 
 def _join_links(writer: Any) -> None:
     """One area a link and line: where a link changes its type, Chromium makes one area or several, as it happens. Then
     number pages and areas anew in the tree that leads from them to their elements."""
-    from pypdf.generic import ArrayObject, DictionaryObject, FloatObject, NameObject, NumberObject
+    from pypdf.generic import ArrayObject, DictionaryObject, NameObject, NumberObject
 
     if "/ParentTree" not in writer.root_object.get("/StructTreeRoot", {}):
         return
     tree = writer.root_object["/StructTreeRoot"]
     elements = dict(_numbered(tree["/ParentTree"]))
-    led: list[Any] = []
+    numbers: list[Any] = []
     for page in writer.pages:
-        kept: list[Any] = []
-        for area in page.get("/Annots", []):
-            one, other = kept[-1].get_object() if kept else {}, area.get_object()
-            if not _touch(one, other) or elements[one["/StructParent"]] != elements[other["/StructParent"]]:
-                kept.append(area)
-                continue
-            one[NameObject("/Rect")] = ArrayObject(map(FloatObject, [*one["/Rect"][:2], *other["/Rect"][2:]]))
-            link = elements[other["/StructParent"]].get_object()
-            link[NameObject("/K")] = ArrayObject(k for k in link["/K"] if _area(k) != area)
-        if kept:
-            page[NameObject("/Annots")] = ArrayObject(kept)
-        places = [(page, "/StructParents"), *((area.get_object(), "/StructParent") for area in kept)]
-        for place, key in places:
-            if key in place:
-                led += [NumberObject(len(led) // 2), elements[place[key]]]
-                place[NameObject(key)] = led[-2]
-    entries = {NameObject("/Type"): NameObject("/ParentTree"), NameObject("/Nums"): ArrayObject(led)}
+        areas = _joined(page.get("/Annots", []), elements)
+        if areas:
+            page[NameObject("/Annots")] = ArrayObject(areas)
+        places = [(page, "/StructParents"), *((area.get_object(), "/StructParent") for area in areas)]
+        for place, key in ((place, key) for place, key in places if key in place):
+            element, place[NameObject(key)] = elements[place[key]], NumberObject(len(numbers) // 2)
+            numbers += [place[key], element]
+    entries = {NameObject("/Type"): NameObject("/ParentTree"), NameObject("/Nums"): ArrayObject(numbers)}
     tree[NameObject("/ParentTree")] = writer._add_object(DictionaryObject(entries))
-    tree[NameObject("/ParentTreeNextKey")] = NumberObject(len(led) // 2)
+    tree[NameObject("/ParentTreeNextKey")] = NumberObject(len(numbers) // 2)
+
+
+def _joined(areas: Any, elements: dict[int, Any]) -> list[Any]:
+    """References to the areas of a page, those that touch and belong to one link made one."""
+    from pypdf.generic import ArrayObject, FloatObject, NameObject
+
+    joined: list[Any] = []
+    for area in areas:
+        left, right = joined[-1].get_object() if joined else {}, area.get_object()
+        if not _touch(left, right) or elements[left["/StructParent"]] != elements[right["/StructParent"]]:
+            joined.append(area)
+            continue
+        left[NameObject("/Rect")] = ArrayObject(map(FloatObject, [*left["/Rect"][:2], *right["/Rect"][2:]]))
+        link = elements[right["/StructParent"]].get_object()
+        link[NameObject("/K")] = ArrayObject(kid for kid in link["/K"] if _area(kid) != area)
+    return joined
 
 
 def _numbered(node: Any) -> Iterator[tuple[int, Any]]:
@@ -196,11 +188,11 @@ def _numbered(node: Any) -> Iterator[tuple[int, Any]]:
         yield from _numbered(kid)
 
 
-def _touch(one: Any, other: Any) -> bool:
+def _touch(left: Any, right: Any) -> bool:
     """Whether an area begins where one before it ends, on the same line and as high."""
-    if "/StructParent" not in one or "/StructParent" not in other:
+    if "/StructParent" not in left or "/StructParent" not in right:
         return False
-    before, after = ([float(x) for x in area["/Rect"]] for area in (one, other))
+    before, after = ([float(x) for x in area["/Rect"]] for area in (left, right))
     return before[1::2] == after[1::2] and abs(before[2] - after[0]) < 0.01  # points
 
 
@@ -212,23 +204,16 @@ def _area(kid: Any) -> Any:
     return kid.raw_get("/Obj") if isinstance(kid, DictionaryObject) and "/Obj" in kid else None
 
 
-def _empty(node: Any) -> None:
-    """Clear a tree of names: its nodes stay in the file, though nothing leads to them any more."""
-    for kid in node.get("/Kids", []):
-        _empty(kid.get_object())
-    node.clear()
-
-
 def _elements(parent: Any) -> Iterator[Any]:
     """Elements of the tree of tags below one, in the order of reading."""
-    todo = [parent]
-    while todo:
-        found = todo.pop()
-        if "/S" in found:
-            yield found
-        below = found.get("/K", [])
-        below = [one.get_object() for one in (below if isinstance(below, list) else [below])]
-        todo += [one for one in reversed(below) if isinstance(one, dict) and "/S" in one]
+    waiting = [parent]
+    while waiting:
+        element = waiting.pop()
+        if "/S" in element:
+            yield element
+        below = element.get("/K", [])
+        kids = [kid.get_object() for kid in (below if isinstance(below, list) else [below])]
+        waiting += [kid for kid in reversed(kids) if isinstance(kid, dict) and "/S" in kid]
 
 
 def _article(soup: BeautifulSoup, page: Path) -> Tag:
@@ -300,44 +285,6 @@ def _print(document: str, folder: Path) -> bytes:
             footer_template='<div style="font: 8px sans-serif; width: 100%; text-align: center">'
             '<span class="pageNumber"></span></div>',
         )
-
-
-_DOCUMENT = """<!DOCTYPE html>
-<html lang="en" data-theme="light" data-mode="light">
-<head><meta charset="utf-8"><title>{title}</title>{styles}<style>{css}</style></head>
-<body>
-<section class="title-page"><p class="book-title">{title}</p><p>{author}</p><p>{about}</p>
-<p>The code of the cells is left out here; the pages on screen and the notebooks have it.</p>
-<nav><ol>{contents}</ol></nav></section>
-<main class="bd-content">{articles}</main>
-</body>
-</html>
-"""
-_CSS = """
-html { font-size: 12.5px; }
-body { background: white; display: block; }
-.title-page { break-after: page; padding-top: 45mm; }
-.title-page .book-title { font-size: 3rem; line-height: 1.2; margin-bottom: 2rem; }
-.title-page nav { margin-top: 3rem; }
-.title-page nav ol { list-style: none; padding: 0; }
-.title-page nav li { margin: 0.3rem 0; }
-main.bd-content { display: block; }
-article.bd-article { break-before: page; padding: 0; }
-article.bd-article:first-child { break-before: auto; }
-h1, h2, h3, dt { break-after: avoid; }
-h1, h2, h3 { margin-top: 1.5rem; }
-p, li { orphans: 2; widows: 2; }
-figure, .admonition, tr, .cell_input { break-inside: avoid; }
-figure.table-figure:has(tr:nth-of-type(16)) { break-inside: auto; }
-figure img { max-width: 100%; max-height: 105mm; }
-a, a:visited { color: #0b4f8a; text-decoration: none; }
-.scroll { overflow: visible !important; background: none !important; }
-.dt-scroll, .dt-scroll-head, .dt-scroll-body { overflow: visible !important; }
-.dt-search, .dt-length, .dt-paging { display: none; }
-.sd-summary-icon, .sd-summary-state-marker { display: none; }
-.colophon p + p { display: none; }
-.toggle-hidden { display: block !important; }
-"""
 
 
 logging.getLogger("pypdf").setLevel(logging.ERROR)  # Chromium counts its objects in another way
