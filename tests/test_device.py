@@ -76,16 +76,13 @@ def ablations(model: Model) -> Numbers:
 
 def trainings(model: Model) -> Numbers:
     case = asked(model)[0]
-    run = training.train(model, training.keep(model, case, LAYER), "v_only", rate=3e-3)
+    run = training.train(model, training.task_at(model, case, LAYER), "v_only", rate=3e-3)
     edits.save_all({"v_only": run.edit}, folder := Path(files.cache_folder() / "device"))
     some = {"texts": {"": evaluation.load_passages()["letter"][:800]}, "table": evaluation.questions(model, case)[::7]}
-    kept, protocol = edits.load_all(folder)["v_only"], evaluation.build_protocol(model, case, LAYER, **some)
-    said, read = (
-        evaluation.score_questions(model, protocol, kept),
-        evaluation.score_passages(model, protocol, {"": evaluation.noise(model, kept)})[""],
-    )
-    verified = edits.verify(model, kept)["as recorded"].all()
-    return [run.history.loss, said.margin, read.kl, float(verified)]
+    edit, protocol = edits.load_all(folder)["v_only"], evaluation.build_protocol(model, case, LAYER, **some)
+    margins = evaluation.score_questions(model, protocol, edit).margin
+    kl = evaluation.score_passages(model, protocol, {"": evaluation.noise(model, edit)})[""].kl
+    return [run.history.loss, margins, kl, float(edits.verify(model, edit)["as recorded"].all())]
 
 
 def sweeps(model: Model) -> Numbers:
