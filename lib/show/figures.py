@@ -243,7 +243,7 @@ def static_against_dynamic(
 def training_curves(seeds: pd.DataFrame, margin: float) -> Figure:
     """Smallest margin over the facts, and KL on the step's neutral window, by step: one thin line a seed."""
     fig, axes = _panels(1, 2, (9.8, 4))
-    (margins, kls) = axes[0]
+    margins, kls = axes[0]
     for name, runs in seeds.groupby("pathway", sort=False):
         for i, run in enumerate(runs.itertuples()):
             look = {"color": PATHWAY_COLOURS[name], "lw": 0.7 if i else 2, "alpha": 0.5 if i else 1}
@@ -413,108 +413,6 @@ def effects_of_parts(table: pd.DataFrame) -> Figure:
     return _legend(fig, ncols=2)
 
 
-def _panels(rows: int, columns: int, size: tuple[float, float], *, sharey: bool = False) -> tuple[Figure, np.ndarray]:
-    """A figure that pyplot forgets at once: a notebook shows it when a cell returns it, and not a second time."""
-    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=sharey)
-    plt.close(fig)
-    return fig, axes
-
-
-def _panel(size: tuple[float, float]) -> tuple[Figure, Axes]:
-    fig, axes = _panels(1, 1, size)
-    return fig, axes[0, 0]
-
-
-def _split(
-    table: pd.DataFrame, column: str, size: tuple[float, float], *, rows: int = 1, sharey: bool = True
-) -> tuple[Figure, list[tuple[Axes, Any, pd.DataFrame]]]:
-    """A panel a value of a column, in rows, with the value and its part of the table."""
-    parts = list(table.groupby(column, sort=False))
-    fig, axes = _panels(rows, -(-len(parts) // rows), size, sharey=sharey)
-    for ax in axes.flat[len(parts) :]:
-        ax.set_visible(False)
-    return fig, [(ax, value, part) for ax, (value, part) in zip(axes.flat, parts, strict=False)]
-
-
-def visible(token: str) -> str:
-    """A token as people can see it: leading space dropped, line ends and control tokens shown."""
-    return token.replace("\n", "↵").strip() or "␣"
-
-
-def _head_axes(ax: Axes, layers: int, heads: int) -> None:
-    step = 3 if layers > WIDE else 1
-    ax.set_xticks(range(0, layers, step), [str(i + 1) for i in range(0, layers, step)])
-    ax.set_yticks(range(0, heads, 2), [str(h) for h in range(0, heads, 2)])
-    ax.set(xlabel="layer", ylabel="head")
-
-
-def _mark_layer(ax: Axes, site: Site, colour: str, height: float) -> None:
-    """A dashed line at a site's layer, with its name at a height (a share of the axis)."""
-    ax.axvline(site.layer + 1, color=colour, lw=1.2, ls="--")
-    look = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "top" if height > 0.5 else "bottom"}
-    _name_point(ax, str(site), site.layer + 1, height, (-3, 0), color=colour, **look)
-
-
-def _name_point(ax: Axes, text: str, x: float, y: float, offset: tuple[float, float], **look: Any) -> None:
-    """Text beside a point; offset in points."""
-    ax.annotate(text, (x, y), xytext=offset, textcoords="offset points", **{"fontsize": 9, **look})
-
-
-def _pathway(name: str) -> str:
-    """A pathway's name as text; the model without an edit has one too."""
-    return "untouched" if name == "none" else words(name)
-
-
-def _colours(table: pd.DataFrame) -> list[str]:
-    """Colours of a table's pathways, row by row."""
-    return [PATHWAY_COLOURS.get(name, GREY) for name in table.pathway]
-
-
-def _curves(ax: Axes, by_layer: NDArray | pd.DataFrame, colour: str, label: str, **look: Any) -> None:
-    """Of layer x fact: one thin line a fact, and their mean bold. look: of the mean."""
-    table = pd.DataFrame(by_layer)
-    ax.plot(table, color=colour, lw=0.6, alpha=0.45)
-    ax.plot(table.mean(1), **{"color": colour, "lw": 3, "label": label, **look})
-
-
-def _intervals(ax: Axes, y: Any, low: pd.Series, middle: pd.Series, high: pd.Series, colour: Any, **look: Any) -> None:
-    """A dot and its interval a row."""
-    ax.hlines(y, low, high, color=colour, lw=2)
-    ax.scatter(middle, y, **{"color": colour, "zorder": 3, **look})
-
-
-def _matrix(
-    ax: Axes, filled: pd.DataFrame, colour: str, *, rows: Sequence[str], columns: Sequence[str], fontsize: float = 11
-) -> None:
-    """Cells, filled where true, with thin lines between them and the names at the left and on top."""
-    ax.imshow(filled.to_numpy(), aspect="auto", cmap=ListedColormap(["#ffffff", colour]), vmin=0, vmax=1)
-    ax.set_xticks(range(len(columns)), columns)
-    ax.xaxis.tick_top()
-    ax.set_yticks(range(len(rows)), rows, fontsize=fontsize)
-    ax.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
-    ax.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
-    ax.grid(which="minor", color="#cccccc", lw=0.6)
-    ax.tick_params(which="both", length=0)
-    ax.spines[:].set_visible(False)
-
-
-def _legend(fig: Figure, *, ncols: int, handles: Sequence[Artist] = ()) -> Figure:
-    """The figure with a legend above the panels: of the handles, or of what the panels label, each label once."""
-    labelled: dict[str, Artist] = {}
-    for ax in fig.axes:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            labelled.setdefault(label, handle)
-    fig.legend(handles=list(handles or labelled.values()), ncols=ncols, loc="outside upper center")
-    return fig
-
-
-def _dots(colours: dict[str, str], **look: Any) -> list[Artist]:
-    """Handles of a legend: a dot a label."""
-    return [
-        mpl.lines.Line2D([], [], **{"marker": "o", "color": c, "label": words(k), **look}) for k, c in colours.items()
-    ]
-
-
 def layer_sweep(means: pd.DataFrame, layer: int) -> Figure:
     """Told, held-out repaired and harm by layer, one line a pathway. layer: the diagnosed one, counted from 1."""
     panels = {"facts_told": "facts told", "held_out_repaired": "held-out repaired", "kl": "KL on neutral text (nats)"}
@@ -576,15 +474,14 @@ def ladder(rows: pd.DataFrame, general: float) -> Figure:
 
 def planted_curves(table: pd.DataFrame) -> Figure:
     """Answer minus competitor by layer before and after planting, a panel a plant; facts thin, means bold."""
-    dashed = {"ls": "--", "zorder": 4}  # on top
-    looks = {"controls, planted": (GREY, dashed), "failing template, before": (BLUE, {})}
-    looks["failing template, planted"] = (RED, {})
+    colours = {"controls, planted": GREY, "failing template, before": BLUE, "failing template, planted": RED}
     table = table.sort_values("seed", kind="stable")
     fig, panels = _split(table, "seed", (4.9 * table.seed.nunique(), 4), sharey=False)
     for ax, _, plant in panels:
         for name, part in plant.groupby("curve", sort=False):
-            colour, look = looks[name]
-            _curves(ax, part.pivot(index="layer", columns="fact", values="logits"), colour, name, **look)
+            lines = part.pivot(index="layer", columns="fact", values="logits")
+            look = {"ls": "--", "zorder": 4} if name.startswith("controls") else {}
+            _curves(ax, lines, colours[name], name, **look)
         ax.axhline(0, color="black", lw=0.6)
         first = plant.iloc[0]
         _mark_layer(ax, Site.parse(first.site), ORANGE, 0.97)
@@ -676,6 +573,111 @@ def cost_growth(points: pd.DataFrame) -> Figure:
         ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
     fig.axes[0].set_ylabel("seconds")
     return _legend(fig, ncols=2)
+
+
+def visible(token: str) -> str:
+    """A token as people can see it: leading space dropped, line ends and control tokens shown."""
+    return token.replace("\n", "↵").strip() or "␣"
+
+
+# How they are drawn
+
+
+def _panels(rows: int, columns: int, size: tuple[float, float], *, sharey: bool = False) -> tuple[Figure, np.ndarray]:
+    """A figure that pyplot forgets at once: a notebook shows it when a cell returns it, and not a second time."""
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=sharey)
+    plt.close(fig)
+    return fig, axes
+
+
+def _panel(size: tuple[float, float]) -> tuple[Figure, Axes]:
+    fig, axes = _panels(1, 1, size)
+    return fig, axes[0, 0]
+
+
+def _split(
+    table: pd.DataFrame, column: str, size: tuple[float, float], *, rows: int = 1, sharey: bool = True
+) -> tuple[Figure, list[tuple[Axes, Any, pd.DataFrame]]]:
+    """A panel a value of a column, in rows, with the value and its part of the table."""
+    parts = list(table.groupby(column, sort=False))
+    fig, axes = _panels(rows, -(-len(parts) // rows), size, sharey=sharey)
+    for ax in axes.flat[len(parts) :]:
+        ax.set_visible(False)
+    return fig, [(ax, value, part) for ax, (value, part) in zip(axes.flat, parts, strict=False)]
+
+
+def _head_axes(ax: Axes, layers: int, heads: int) -> None:
+    step = 3 if layers > WIDE else 1
+    ax.set_xticks(range(0, layers, step), [str(i + 1) for i in range(0, layers, step)])
+    ax.set_yticks(range(0, heads, 2), [str(h) for h in range(0, heads, 2)])
+    ax.set(xlabel="layer", ylabel="head")
+
+
+def _mark_layer(ax: Axes, site: Site, colour: str, height: float) -> None:
+    """A dashed line at a site's layer, with its name at a height (a share of the axis)."""
+    ax.axvline(site.layer + 1, color=colour, lw=1.2, ls="--")
+    look = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "top" if height > 0.5 else "bottom"}
+    _name_point(ax, str(site), site.layer + 1, height, (-3, 0), color=colour, **look)
+
+
+def _name_point(ax: Axes, text: str, x: float, y: float, offset: tuple[float, float], **look: Any) -> None:
+    """Text beside a point; offset in points."""
+    ax.annotate(text, (x, y), xytext=offset, textcoords="offset points", **{"fontsize": 9, **look})
+
+
+def _pathway(name: str) -> str:
+    """A pathway's name as text; the model without an edit has one too."""
+    return "untouched" if name == "none" else words(name)
+
+
+def _colours(table: pd.DataFrame) -> list[str]:
+    """Colours of a table's pathways, row by row."""
+    return [PATHWAY_COLOURS.get(name, GREY) for name in table.pathway]
+
+
+def _curves(ax: Axes, by_layer: NDArray | pd.DataFrame, colour: str, label: str, **look: Any) -> None:
+    """Of layer x fact: one thin line a fact, and their mean bold. look: of the mean."""
+    table = pd.DataFrame(by_layer)
+    ax.plot(table, color=colour, lw=0.6, alpha=0.45)
+    ax.plot(table.mean(1), **{"color": colour, "lw": 3, "label": label, **look})
+
+
+def _intervals(ax: Axes, y: Any, low: pd.Series, middle: pd.Series, high: pd.Series, colour: Any, **look: Any) -> None:
+    """A dot and its interval a row."""
+    ax.hlines(y, low, high, color=colour, lw=2)
+    ax.scatter(middle, y, **{"color": colour, "zorder": 3, **look})
+
+
+def _matrix(
+    ax: Axes, filled: pd.DataFrame, colour: str, *, rows: Sequence[str], columns: Sequence[str], fontsize: float = 11
+) -> None:
+    """Cells, filled where true, with thin lines between them and the names at the left and on top."""
+    ax.imshow(filled.to_numpy(), aspect="auto", cmap=ListedColormap(["#ffffff", colour]), vmin=0, vmax=1)
+    ax.set_xticks(range(len(columns)), columns)
+    ax.xaxis.tick_top()
+    ax.set_yticks(range(len(rows)), rows, fontsize=fontsize)
+    ax.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
+    ax.grid(which="minor", color="#cccccc", lw=0.6)
+    ax.tick_params(which="both", length=0)
+    ax.spines[:].set_visible(False)
+
+
+def _legend(fig: Figure, *, ncols: int, handles: Sequence[Artist] = ()) -> Figure:
+    """The figure with a legend above the panels: of the handles, or of what the panels label, each label once."""
+    labelled: dict[str, Artist] = {}
+    for ax in fig.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            labelled.setdefault(label, handle)
+    fig.legend(handles=list(handles or labelled.values()), ncols=ncols, loc="outside upper center")
+    return fig
+
+
+def _dots(colours: dict[str, str], **look: Any) -> list[Artist]:
+    """Handles of a legend: a dot a label."""
+    return [
+        mpl.lines.Line2D([], [], **{"marker": "o", "color": c, "label": words(k), **look}) for k, c in colours.items()
+    ]
 
 
 def _apart(values: Iterable[float], least: float = 1.4) -> list[float]:
