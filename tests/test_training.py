@@ -104,9 +104,9 @@ def test_gpt2_v_slice_is_the_last_third_and_nothing_else(tiny_gpt2_model):
 
 
 def test_same_seed_same_edit(tiny, task):
-    one, two, other = (train(tiny, task, "v_only", rate=0.03, seed=s).edit.values for s in (4, 4, 5))
-    assert all(torch.equal(one[s], two[s]) for s in one)
-    assert not all(torch.equal(one[s], other[s]) for s in one)
+    first, same, other = (train(tiny, task, "v_only", rate=0.03, seed=s).edit.values for s in (4, 4, 5))
+    assert all(torch.equal(first[s], same[s]) for s in first)
+    assert not all(torch.equal(first[s], other[s]) for s in first)
 
 
 def test_windows_that_choose_are_not_trained_on(tiny, task):
@@ -200,7 +200,7 @@ def _seconds(both) -> float:
 
 @pytest.mark.model
 def test_v_only_tells_all_eight_on_smollm2(smollm2):
-    """The paper's central claim, on this book's subject: 110,592 parameters of one layer, 2/8 -> 8/8."""
+    """The paper's central claim, on this book's model: 110,592 parameters of one layer, 2/8 -> 8/8."""
     assert load_templates()["subject_first"] == "{}'s capital city is"
     slices = pathway_slices(smollm2.module, 23, "v_only")
     before = outside_sha256(smollm2.module, slices)

@@ -16,20 +16,8 @@ class Reported(dict):
 
 
 def runs(**columns):
-    base = {
-        "pathway": "v_only",
-        "seed": 0,
-        "reached": True,
-        "steps": 10,
-        "kl": 0.1,
-        "bled": 0,
-        "bled_n": 9,
-        "facts_told": 8,
-        "held_out_repaired": 0,
-        "held_out_n": 19,
-        "capability_lost": 0,
-        "unrelated_lost": 0,
-    }
+    base = {"pathway": "v_only", "seed": 0, "reached": True, "steps": 10, "kl": 0.1, "bled": 0, "bled_n": 9}
+    base |= {"facts_told": 8, "held_out_repaired": 0, "held_out_n": 19, "capability_lost": 0, "unrelated_lost": 0}
     return pd.DataFrame({**{k: [v] * len(columns["layer"]) for k, v in base.items()}, **columns})
 
 

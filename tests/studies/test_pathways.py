@@ -1,6 +1,7 @@
 """The head-to-head comparison: its rule on tables made by hand, its controls, and the edits that chapter 4 takes."""
 
 import json
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -19,50 +20,39 @@ from tests.test_edits import an_edit
 QUICK = Recipe(rates=(0.003, 0.03), max_steps=25, margin=0.5, kl_weight=1.0)
 
 
-def grid(**columns) -> pd.DataFrame:
-    return pd.DataFrame({"pathway": "v_only", "rate": [1.0, 2.0, 3.0], "diverged": False, **columns})
+@pytest.mark.parametrize(
+    "reached, kl, margin, diverged, best",
+    [
+        ([True, True, False], [0.5, 0.2, 0.1], [1.5, 1.1, 0.9], [False] * 3, 1),  # in time, with the least harm
+        ([False] * 3, [0.1, 0.2, 0.3], [-1.0, 0.2, 0.1], [False] * 3, 1),  # none in time: the largest margin
+        ([False] * 3, [np.nan, 0.2, 0.3], [9.0, -2.0, -1.0], [True, False, False], 2),  # never one that diverged
+    ],
+)
+def test_the_rule_by_hand(reached, kl, margin, diverged, best):
+    assert chosen(pd.DataFrame({"reached": reached, "kl": kl, "min_margin": margin, "diverged": diverged})) == best
 
 
-def test_the_rule_prefers_what_stops_in_time_with_the_least_harm():
-    table = grid(reached=[True, True, False], kl=[0.5, 0.2, 0.1], min_margin=[1.5, 1.1, 0.9])
-    assert chosen(table) == 1
-
-
-def test_if_none_stops_in_time_the_largest_margin_counts():
-    table = grid(reached=[False] * 3, kl=[0.1, 0.2, 0.3], min_margin=[-1.0, 0.2, 0.1])
-    assert chosen(table) == 1
-
-
-def test_a_diverged_rate_is_never_chosen():
-    table = grid(reached=[False] * 3, kl=[np.nan, 0.2, 0.3], min_margin=[9.0, -2.0, -1.0])
-    assert chosen(table.assign(diverged=[True, False, False])) == 2
+def outcomes(base, **rows):
+    """Edits by pathway, from (told, reached, neutral KL)."""
+    n = len(base.facts)
+    return {
+        name: replace(base, told_after=(told,) * n, recipe={"reached": reached, "neutral_kl": kl})
+        for name, (told, reached, kl) in rows.items()
+    }
 
 
 def test_recommended_needs_its_goal(organism):
-    from dataclasses import replace
-
-    base = an_edit(organism)
-    made = {
-        name: replace(base, recipe={"reached": reached, "neutral_kl": kl})
-        for name, reached, kl in (("full", True, 0.3), ("ffn", True, 0.2), ("v_only", False, 0.1))
-    }
-    assert recommended(made) == "ffn"
-    assert recommended({"v_only": made["v_only"]}) == "none"
+    found = outcomes(an_edit(organism), full=(1, True, 0.3), ffn=(1, True, 0.2), v_only=(1, False, 0.1))
+    assert recommended(found) == "ffn"
+    assert recommended({"v_only": found["v_only"]}) == "none"
 
 
 def test_what_is_studied_when_nothing_can_be_recommended(organism):
-    from dataclasses import replace
-
-    base, n = an_edit(organism), len(an_edit(organism).facts)
-    few, all_told = (False,) * n, (True,) * n
-    made = {
-        name: replace(base, told_after=told, recipe={"reached": False, "neutral_kl": kl})
-        for name, told, kl in (("full", few, 0.1), ("ffn", all_told, 0.3), ("v_only", all_told, 0.2))
-    }
-    studied, reason = training.under_study(made)
+    base = an_edit(organism)
+    found = outcomes(base, full=(0, False, 0.1), ffn=(1, False, 0.3), v_only=(1, False, 0.2))
+    studied, reason = training.under_study(found)
     assert studied == "v_only" and "none reaches its goal" in reason
-    reached = {"full": replace(base, recipe={"reached": True, "neutral_kl": 0.1})}
-    assert training.under_study(made | reached)[0] == "full"
+    assert training.under_study(found | outcomes(base, full=(0, True, 0.1)))[0] == "full"
     with pytest.raises(EditError, match="every training diverged"):
         training.under_study({})
 
@@ -149,7 +139,7 @@ def test_head_to_head_and_spread(ran, swept, organism):
     assert (spread.seeds == 2).all()
 
 
-def test_made_takes_over_what_fits_and_trains_what_does_not(ran, organism, tmp_path, monkeypatch):
+def test_saved_edits_that_fit_are_taken_and_others_are_trained(ran, organism, tmp_path, monkeypatch):
     case, calls = trainable(organism, load_cases("organism")[0]), []
     six = {name: an_edit(organism, name) for name in weights.PATHWAYS}
     monkeypatch.setattr(training, "compare", lambda *a, **k: calls.append(1) or ran[1])
