@@ -53,11 +53,10 @@ def test_only_the_head_of_a_suppressor_changes(organism):
 def test_smallest_by_hand():
     """One row must become 2 along the second axis, the first axis must stay: only the part of the row that the kept
     one lacks can carry it."""
-    X, keep = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 0.0]])
-    found = planted.smallest(X, torch.tensor([[0.0, 2.0]]), keep)
-    assert torch.allclose(found, torch.tensor([[0.0, 0.0], [0.0, 2.0]]), atol=1e-3)
-    alike = planted.smallest(X, torch.tensor([[0.0, 2.0]]), X)
-    assert torch.allclose(X @ alike, torch.tensor([[0.0, 2.0]]), atol=1e-3), "what cannot be told apart leaks"
+    X, Y, keep = torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 0.0]])
+    change = planted.smallest(X, Y, keep)
+    assert torch.allclose(change, torch.tensor([[0.0, 0.0], [0.0, 2.0]]), atol=1e-3)
+    assert torch.allclose(X @ planted.smallest(X, Y, X), Y, atol=1e-3), "what cannot be told apart leaks"
 
 
 def test_controls_are_left_alone(organism):
@@ -99,7 +98,7 @@ def test_the_diagnosis_cannot_see_the_plant():
 
 
 def test_a_run_says_what_a_blind_diagnosis_says(organism, run):
-    """The run computes nothing below the damage again; the diagnosis computes everything, on the planted subject."""
+    """The run computes nothing below the damage again; the diagnosis computes everything, on the planted model."""
     plant = planted.draw(organism, 8, run["rejected"])
     with planted.applied(organism, plant):
         found = localisation.blind(organism, plant.facts, plant.failing, plant.controls)
@@ -135,7 +134,7 @@ def test_nothing_to_diagnose_is_an_error(organism):
         localisation.blind(organism, plant.facts, plant.failing, plant.controls)
 
 
-def test_a_subject_that_tells_nothing_cannot_be_broken(tiny_gpt2_model):
+def test_a_model_that_tells_nothing_cannot_be_broken(tiny_gpt2_model):
     with pytest.raises(DataError, match="there is nothing to break"):
         planted.draw(tiny_gpt2_model, 0)
 
@@ -180,17 +179,15 @@ def test_not_retrieved_by_hand():
 
 def test_overridden_by_hand():
     """L2 H0 never looked at the subject; it pushes 6 against an answer that L1 H1 still writes."""
-    found = evidence(
-        [0, 5, 0, 0, 0, 0], [0, 5, -6, 0, 0, 0], [0, 5, 0, 0, 0, 0], [0, 5, 0, 0, 0, 0], [0, 0, 5, 0, 0, 0]
-    )
+    writes = [0, 5, 0, 0, 0, 0]
+    found = evidence(writes, [0, 5, -6, 0, 0, 0], writes, writes, [0, 0, 5, 0, 0, 0])
     assert dynamic(found) == Named(Site(1, 0), OVERRIDDEN)
 
 
 def test_an_mlp_answers_for_what_it_says_itself():
     """L1 MLP brings back 9 without having pushed less; L2 MLP pushes 4 less than ever, and brings back 3."""
-    found = evidence(
-        [0, 5, 0, 0, 0, 0], [0, 5, 0, 0, 0, -5], [0, 5, 0, 0, 0, 0], [0, 5, 0, 0, 0, 0], [0, 0, 0, 0, 9, 3]
-    )
+    writes = [0, 5, 0, 0, 0, 0]
+    found = evidence(writes, [0, 5, 0, 0, 0, -5], writes, writes, [0, 0, 0, 0, 9, 3])
     assert dynamic(found) == Named(Site(1, mlp=True), OVERRIDDEN)
     assert localisation.RULES["largest patching effect"](found).site == Site(0, mlp=True), "the simple rule is misled"
 
@@ -206,21 +203,19 @@ def test_static_by_hand_and_what_it_adds():
     assert (dynamic(tie).site, localisation.joined(tie).site) == (Site(1, 0), Site(1, 1))
 
 
+def joined_names(model, case) -> Named:
+    """What the joined rule names of a case that nobody planted for this test."""
+    failing, *controls = (load_templates()[t] for t in (case.template, *case.controls))
+    return localisation.blind(model, scorable(model, case.facts), failing, controls)["joined"]
+
+
 @pytest.mark.parametrize("truth", knowledge_path.organism_truth(), ids=lambda c: c["kind"])
 def test_the_organisms_own_failures(organism, truth):
-    case = next(c for c in load_cases("organism") if c.template == truth["template"])
-    templates = load_templates()
-    controls = [templates[c] for c in case.controls]
-    found = localisation.blind(organism, scorable(organism, case.facts), templates[case.template], controls)["joined"]
-    assert (str(found.site), found.kind) == (truth["suppressor"] or truth["knowledge_head"], truth["kind"])
+    named = joined_names(organism, next(c for c in load_cases("organism") if c.template == truth["template"]))
+    assert (str(named.site), named.kind) == (truth["suppressor"] or truth["knowledge_head"], truth["kind"])
 
 
 @pytest.mark.model
 def test_smollm2s_own_failures(smollm2):
-    templates, found = load_templates(), []
-    for case in load_cases("smollm2"):
-        controls = [templates[c] for c in case.controls]
-        found.append(
-            localisation.blind(smollm2, scorable(smollm2, case.facts), templates[case.template], controls)["joined"]
-        )
-    assert found == [Named(Site.parse("L24 H4"), NOT_RETRIEVED), Named(Site.parse("L30 MLP"), OVERRIDDEN)]
+    named = [joined_names(smollm2, case) for case in load_cases("smollm2")]
+    assert named == [Named(Site.parse("L24 H4"), NOT_RETRIEVED), Named(Site.parse("L30 MLP"), OVERRIDDEN)]

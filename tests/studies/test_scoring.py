@@ -15,18 +15,8 @@ def run(organism) -> dict:
 
 
 def test_tables_by_hand(run):
-    wrong = {
-        **run,
-        "seed": 1,
-        "kind": OVERRIDDEN,
-        "sites": 2,
-        "truth": "L12 H2, L12 MLP",
-        "joined: kind": False,
-        "joined: off": 3,
-        "joined: site": False,
-        "dynamic alone: site": False,
-        "repair named: told": 0,
-    }
+    wrong = run | {"seed": 1, "kind": OVERRIDDEN, "sites": 2, "truth": "L12 H2, L12 MLP", "repair named: told": 0}
+    wrong |= {"joined: kind": False, "joined: off": 3, "joined: site": False, "dynamic alone: site": False}
     table = pd.DataFrame([run, {**run, "seed": 2}, wrong, {"seed": 3, "accepted": False}])
     table["accepted"] = table.accepted.astype(bool)
     summary = scoring.summarise(table).set_index("rule")
