@@ -24,7 +24,7 @@ import yaml
 
 from lib.errors import ChapterError
 from lib.files import BUILD, ROOT, digest, file_sha256, make_folder, modules, slug, write_atomically
-from lib.models import canonical, load, weights_sha256
+from lib.models import canonical, load, use_device_of, weights_sha256
 from lib.press import claims, colophon
 from lib.press.check import judged
 from lib.press.execute import BOOK, chapter_names, executed_path, is_current, log_path, shared_inputs, without_colours
@@ -59,7 +59,7 @@ def dashboard(
         for old in (path.with_suffix(".key"), path):
             old.unlink(missing_ok=True)
         start = time.perf_counter()
-        write_atomically(path, render(collect(load(model_name))))
+        write_atomically(path, render(collect(use_device_of(load(model_name)))))
         write_atomically(path.with_suffix(".key"), _dashboard_key(model_name, weights))
         size, seconds = path.stat().st_size / 1e6, time.perf_counter() - start
         say(f"dashboard: made {path}, {size:.1f} MB, in {seconds:.0f} s")

@@ -35,7 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from lib.errors import ChapterError
 from lib.files import BUILD, ROOT, data_files, digest, imports, make_folder, modules, slug, write_atomically
-from lib.models import canonical, load, weights_sha256
+from lib.models import canonical, load, use_device_of, weights_sha256
 from lib.results import PACKAGES, chapter_folder, results_path
 from lib.studies import known_answers
 
@@ -86,7 +86,7 @@ def run(
     make_folder(executed_path(model_name, "").parent)
     weights = weights_sha256(model_name)
     if model_name == "gpt2":  # numbers of a wrong tokenizer or a broken forward pass would look like any others
-        known_answers.require(load(model_name))
+        known_answers.require(use_device_of(load(model_name)))
     for chapter, needed in NEEDS.items():
         if chapter in chapters and needed not in chapters and not is_current(model_name, needed, None, weights):
             say(f"{chapter} needs {needed}, which is executed first")
