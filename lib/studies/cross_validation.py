@@ -1,8 +1,14 @@
-"""studies.cross_validation."""
+"""The book's findings, asked again with other people's tools (chapter 5; the source page's "cross-validation").
+
+neurons        agreement with Captum, by layer and by template, beside controls that should show none
+ablation       the named head and neuron taken away, beside random ones of the same layer; the suppressors
+patch_heads    every head patched by whole forward passes of the model's own blocks, at two positions
+three_tools    one table: a row a question, a column a tool
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -27,47 +33,45 @@ from lib.peers import (
     routing_layer,
 )
 from lib.recall import first_tokens, tell, trainable
+from lib.results import Results
+from lib.show.sentences import say
 from lib.sites import Site
 from lib.trace import Hook, hooked, subject_positions
 
 
-def agreement_by_layer(found: NeuronAttributions, *, seed: int = 0) -> pd.DataFrame:
+def agreement_by_layer(neurons: NeuronAttributions, *, seed: int = 0) -> pd.DataFrame:
     """A row a layer, with two controls: the gradient of another prompt, drawn at random, and that of the next layer."""
-    order = torch.randperm(len(found.trace), generator=torch.Generator().manual_seed(seed), device="cpu")
+    order = torch.randperm(len(neurons.trace), generator=torch.Generator().manual_seed(seed), device="cpu")
     rows = []
-    for i, layer in enumerate(found.layers):
-        mine, theirs = found.trace[:, i], found.gradient[:, i]
-        next_one = found.gradient[:, (i + 1) % len(found.layers)]
-        for kind, other in (("same", theirs), ("other prompt", theirs[order]), ("other layer", next_one)):
-            table = agreement(mine, other)
+    for i, layer in enumerate(neurons.layers):
+        gradient, next_layer = neurons.gradient[:, i], neurons.gradient[:, (i + 1) % len(neurons.layers)]
+        for kind, other in (("same", gradient), ("other prompt", gradient[order]), ("other layer", next_layer)):
+            table = agreement(neurons.trace[:, i], other)
             rows.append({"layer": layer + 1, "compared": kind, "n": len(table), **table.mean().to_dict()})
     return pd.DataFrame(rows)
 
 
 def agreement_by_template(
-    found: NeuronAttributions, layer: int, names: Sequence[str], *, seed: int = 0
+    neurons: NeuronAttributions, layer: int, names: Sequence[str], *, seed: int = 0
 ) -> pd.DataFrame:
     """The same at one layer (0-based), a row a template (names: of each prompt), beside the other-prompt control drawn
     from the same template."""
-    i, generator, rows = found.layers.index(layer), torch.Generator().manual_seed(seed), []
+    i, generator, rows = neurons.layers.index(layer), torch.Generator().manual_seed(seed), []
     for name in dict.fromkeys(names):
         pick = torch.tensor([n == name for n in names]).nonzero()[:, 0]
-        mine, theirs = found.trace[pick, i], found.gradient[pick, i]
-        other = theirs[torch.randperm(len(pick), generator=generator, device="cpu")]
-        same, control = agreement(mine, theirs).mean(), agreement(mine, other).mean()
+        trace, gradient = neurons.trace[pick, i], neurons.gradient[pick, i]
+        other = gradient[torch.randperm(len(pick), generator=generator, device="cpu")]
+        same, control = agreement(trace, gradient).mean(), agreement(trace, other).mean()
         rows.append({"template": name, "n": len(pick), **same.to_dict(), "other_prompt": control.top1})
     return pd.DataFrame(rows)
 
 
 def large_prompts(model: Model, case: Case, *, templates: int = 10) -> pd.DataFrame:
     """Every fact of the large set under the first templates: template, prompt, answer_token."""
-    chosen = dict(list(load_templates().items())[:templates])
-    answers = [model.first_token(f.answer) for f in case.large]
-    parts = [
-        pd.DataFrame({"template": name, "prompt": prompts(case.large, text), "answer_token": answers})
-        for name, text in chosen.items()
-    ]
-    return pd.concat(parts, ignore_index=True)
+    table = pd.DataFrame({"answer_token": first_tokens(model, case.large).tolist()})
+    chosen = list(load_templates().items())[:templates]
+    parts = [table.assign(template=name, prompt=prompts(case.large, text)) for name, text in chosen]
+    return pd.concat(parts, ignore_index=True)[["template", "prompt", "answer_token"]]
 
 
 # The agreement table
@@ -92,34 +96,22 @@ def ablate_all(
     model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], parts: dict[str, list[Part]]
 ) -> pd.DataFrame:
     """An `ablate` table of all parts, `part` being the kind: several random parts are averaged prompt by prompt."""
-    tables, lowest = [], min(part.site.layer for some in parts.values() for part in some)
-    prefilled = prefill(model, texts, lowest)
-    for kind, some in parts.items():
-        rows = pd.concat([ablate(model, texts, answers, part, prefilled=prefilled) for part in some])
+    prefilled = prefill(model, texts, min(part.site.layer for group in parts.values() for part in group))
+    tables = []
+    for kind, group in parts.items():
+        rows = pd.concat([ablate(model, texts, answers, part, prefilled=prefilled) for part in group])
         means = rows.groupby(["way", "prompt"], sort=False)[["direct", "total"]].mean().reset_index()
         tables.append(means.assign(part=kind))
     return pd.concat(tables, ignore_index=True)
 
 
-def strongest_neuron(
-    model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], candidates: Sequence[Part]
-) -> Part:
-    """Of some neurons, the one whose loss (zero ablation, total) costs the answers most."""
-    return _costliest(model, texts, answers, candidates, "zero")
-
-
-def strongest_head(model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], layers: Sequence[int]) -> Part:
-    """Of all heads of some layers, the one whose loss (resample ablation, total) costs the answers most."""
-    candidates = [Part(Site(layer, head)) for layer in layers for head in range(model.weights.n_heads)]
-    return _costliest(model, texts, answers, candidates, "resample")
-
-
-def _costliest(
+def costliest(
     model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], candidates: Sequence[Part], way: str
 ) -> Part:
+    """Of some parts, the one whose loss, by one way of ablation, costs the answers most (total)."""
     prefilled = prefill(model, texts, min(part.site.layer for part in candidates))
-    found = [ablate(model, texts, answers, part, prefilled=prefilled) for part in candidates]
-    return candidates[int(np.argmin([table[table.way == way].total.mean() for table in found]))]
+    tables = [ablate(model, texts, answers, part, prefilled=prefilled) for part in candidates]
+    return candidates[int(np.argmin([table[table.way == way].total.mean() for table in tables]))]
 
 
 def three_tools(
@@ -133,31 +125,23 @@ def three_tools(
     seed: int = 0,
 ) -> pd.DataFrame:
     """One row a question, one column a tool, on the same prompts; `-` where a tool does not answer it."""
-    layer, n = verdict.knowledge_head.layer, model.weights.n_layers
-    found = attribute_neurons(model, texts, answers, [layer])
-    ours, theirs = (x[:, 0].mean(0) for x in (found.trace, found.gradient))
-    top = [Part(Site(layer), int(i)) for i in ours.topk(10).indices]
-    neuron = strongest_neuron(model, texts, answers, top)
-    head = strongest_head(model, texts, answers, range(max(0, layer - around), min(n, layer + around + 1)))
-    lost = ablate(model, texts, answers, Part(verdict.knowledge_head)).query("way == 'resample'").total.mean()
-    their_head = lenses.table.their_head.mode()[0]
+    knowledge, weights = verdict.knowledge_head, model.weights
+    neurons = attribute_neurons(model, texts, answers, [knowledge.layer])
+    trace, gradient = (x[:, 0].mean(0) for x in (neurons.trace, neurons.gradient))
+    top = [Part(Site(knowledge.layer), int(i)) for i in trace.topk(10).indices]
+    nearby = range(max(0, knowledge.layer - around), min(weights.n_layers, knowledge.layer + around + 1))
+    heads = [Part(Site(layer, head)) for layer in nearby for head in range(weights.n_heads)]
+    neuron, head = (costliest(model, texts, answers, *x) for x in ((top, "zero"), (heads, "resample")))
+    lost = ablate(model, texts, answers, Part(knowledge)).query("way == 'resample'").total.mean()
+    without = ablate(model, texts, answers, top[0]).query("way == 'zero'").total.mean()
+    best, their_head = int(trace.argmax()), lenses.table.their_head.mode()[0]
+    lens, wrote = f"L{routing_layer(lenses.theirs) + 1} (lens)", f"L{head.site.layer + 1}"
+    helps = _sign(trace.max()), _sign(gradient[best]), "-", _sign(-without)
     rows = [
-        (
-            "Which layer writes the answer?",
-            f"L{layer + 1}",
-            "-",
-            f"L{routing_layer(lenses.theirs) + 1} (lens)",
-            f"L{head.site.layer + 1}",
-        ),
-        ("Which head?", str(verdict.knowledge_head), "-", f"{their_head} (most of the prompts)", str(head)),
-        ("Which neuron of that layer?", str(int(ours.argmax())), str(int(theirs.argmax())), "-", str(neuron.neuron)),
-        (
-            "Does that neuron help the answer?",
-            _sign(ours.max()),
-            _sign(theirs[int(ours.argmax())]),
-            "-",
-            _sign(-ablate(model, texts, answers, top[0]).query("way == 'zero'").total.mean()),
-        ),
+        ("Which layer writes the answer?", f"L{knowledge.layer + 1}", "-", lens, wrote),
+        ("Which head?", str(knowledge), "-", f"{their_head} (most of the prompts)", str(head)),
+        ("Which neuron of that layer?", str(best), str(int(gradient.argmax())), "-", str(neuron.neuron)),
+        ("Does that neuron help the answer?", *helps),
         ("Does that head help the answer?", "yes", "-", "yes", _sign(-lost)),
     ]
     return pd.DataFrame(rows, columns=["question", "this book's trace", "Captum", "TransformerLens", "patching"])
@@ -179,17 +163,14 @@ def agreed(table: pd.DataFrame) -> int:
 def same_as_captum(model: Model, sample: pd.DataFrame, layers: Sequence[int]) -> pd.DataFrame:
     """The fast path against Captum's own on the same prompts: a row a layer. Raises DataError where they differ by
     more than a thousandth of the largest attribution: rounding in another order stays far below."""
-    texts, targets = list(sample.prompt), torch.tensor(sample.answer_token.to_numpy())
-    fast, own = (
-        attribute_neurons(model, texts, targets, layers).gradient,
-        captum_attributions(model, texts, targets, layers),
-    )
+    asked = model, list(sample.prompt), torch.tensor(sample.answer_token.to_numpy()), layers
+    ours, captums = attribute_neurons(*asked).gradient, captum_attributions(*asked)
     rows = []
     for i, layer in enumerate(layers):
-        difference, largest = float((fast[:, i] - own[:, i]).abs().max()), float(own[:, i].abs().max())
+        difference, largest = float((ours[:, i] - captums[:, i]).abs().max()), float(captums[:, i].abs().max())
         if not difference <= 1e-3 * largest:
             raise DataError(f"gradient x activation of L{layer + 1} differs from Captum's by {difference:.2g}.")
-        rows.append((layer + 1, len(texts), own.shape[-1], difference, largest))
+        rows.append((layer + 1, len(sample), captums.shape[-1], difference, largest))
     return pd.DataFrame(rows, columns=["layer", "prompts", "neurons", "largest difference", "largest attribution"])
 
 
@@ -213,20 +194,16 @@ def routing_chance(
     return float((tops == layer).float().mean())
 
 
-def report_ablations(report: Callable[..., None], table: pd.DataFrame) -> None:
+def report_ablations(report: Results, table: pd.DataFrame) -> None:
     """What the chapter's prose says of the ablations."""
     by = table.set_index(["part", "way"])
-    neuron, head = by.loc[("top neuron", "zero")], by.loc[("knowledge head", "resample")]
-    report("patching_effect", float(neuron.total), "+.2f")
-    report("patching_interval", (float(neuron.low), float(neuron.high)), "+.2f")
+    named = {"patching": ("top neuron", "zero"), "head": ("knowledge head", "resample")}
+    for name, key in (named | {"own_neuron": ("each prompt's top neuron", "zero")}).items():
+        report(f"{name}_effect", float(by.total[key]), "+.2f")
+        report(f"{name}_interval", (float(by.low[key]), float(by.high[key])), "+.2f")
+    report("own_neuron_direct", float(by.direct["each prompt's top neuron", "zero"]), "+.2f")
     report("random_neuron_effect", float(by.total["random neurons", "zero"]), "+.2f")
-    report("head_effect", float(head.total), "+.2f")
-    report("head_interval", (float(head.low), float(head.high)), "+.2f")
     report("random_head_effect", float(by.total["random heads", "resample"]), "+.2f")
-    own = by.loc[("each prompt's top neuron", "zero")]
-    report("own_neuron_effect", float(own.total), "+.2f")
-    report("own_neuron_interval", (float(own.low), float(own.high)), "+.2f")
-    report("own_neuron_direct", float(own.direct), "+.2f")
 
 
 def suppressors(model: Model, cases: Sequence[Case], *, seed: int = 0) -> pd.DataFrame:
@@ -248,15 +225,13 @@ def suppressors(model: Model, cases: Sequence[Case], *, seed: int = 0) -> pd.Dat
 
 def suppressor_words(table: pd.DataFrame) -> str:
     """One sentence on what the suppressors' loss gives back, by zero ablation."""
-    some = table[(table.way == "zero") & table.part.str.contains(": suppressor")]
-    if some.empty:
-        return "No case of this subject has a suppressor, so there is nothing to take away."
-    names = some.part.str.split(": suppressor ").str[1]
-    words = [
-        f"{name} {r.total:+.2f} ({r.low:+.2f} to {r.high:+.2f})"
-        for name, r in zip(names, some.itertuples(), strict=True)
+    rows = table[(table.way == "zero") & table.part.str.contains(": suppressor")]
+    names = rows.part.str.split(": suppressor ").str[1]
+    effects = [
+        f"{name} {row.total:+.2f} ({row.low:+.2f} to {row.high:+.2f})"
+        for name, row in zip(names, rows.itertuples(), strict=True)
     ]
-    return "Without it (zero), the margin changes by: " + "; ".join(words) + "."
+    return say("cross_validation", "suppressors", effects=effects)
 
 
 @torch.no_grad()
@@ -269,7 +244,7 @@ def patch_heads(
     weights, answers = model.weights, first_tokens(model, facts)
     texts = [prompts(facts, template) for template in (failing, control)]
     places = {name: [_places(model, t, facts, name) for t in texts] for name in ("last", "subject")}
-    failing_ids, control_ids = ([model.token_ids(t) for t in some] for some in texts)
+    failing_ids, control_ids = ([model.token_ids(t) for t in batch] for batch in texts)
     bad, good = pack(model, failing_ids), pack(model, control_ids)
     copies = pack(model, failing_ids * weights.n_heads)  # one for each head that is patched
     pairs = torch.stack((answers, competitors), 1)
@@ -332,6 +307,5 @@ def patch_case_heads(model: Model, case: Case) -> dict[str, Float[Tensor, "n_lay
 
 def best_heads(grid: Float[Tensor, "n_layers n_heads fact"], k: int = 5) -> list[dict[str, object]]:
     """The heads that bring most of the margin back, on average."""
-    mean = grid.mean(-1)
-    order = mean.flatten().topk(k)
-    return [{"head": str(Site(*divmod(int(i), mean.shape[1]))), "share": float(v)} for v, i in zip(*order, strict=True)]
+    best = grid.mean(-1).flatten().topk(k)
+    return [{"head": str(Site(*divmod(int(i), grid.shape[1]))), "share": float(v)} for v, i in zip(*best, strict=True)]
