@@ -7,7 +7,6 @@ it would measure what else the machine was doing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ import pandas as pd
 
 from lib.errors import DataError
 from lib.files import BENCH, DATA
+from lib.results import Results
+from lib.show.sentences import say
 
 RECORD = DATA / BENCH
 
@@ -22,19 +23,19 @@ RECORD = DATA / BENCH
 def load_record(path: Path = RECORD) -> dict[str, Any]:
     """The record. Raises DataError where there is none, or another thing."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if {"machine", "rows", "growth", "sizes", "commit", "started"} <= set(found):
-            return found
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if {"machine", "rows", "growth", "sizes", "commit", "started"} <= set(record):
+            return record
         reason = "it has no rows"
     except (OSError, ValueError) as error:
         reason = type(error).__name__
     raise DataError(f"{path} is no record of a benchmark ({reason}); make one with `python -m tests.bench --record`.")
 
 
-def with_rows_replaced(record: dict[str, Any], found: list[dict[str, Any]]) -> dict[str, Any]:
+def with_rows_replaced(record: dict[str, Any], measured: list[dict[str, Any]]) -> dict[str, Any]:
     """The record with rows measured again in place of those of the same work and peer. Raises DataError for a row that
     it does not have."""
-    new = {(row["row"], row["peer"]): row for row in found}
+    new = {(row["row"], row["peer"]): row for row in measured}
     if unknown := new.keys() - {(row["row"], row["peer"]) for row in record["rows"]}:
         raise DataError(f"the record has no row {' / '.join(min(unknown))}; make a whole one, without naming rows.")
     return record | {"rows": [new.get((row["row"], row["peer"]), row) for row in record["rows"]]}
@@ -48,6 +49,7 @@ def rows(record: dict[str, Any]) -> pd.DataFrame:
 
 
 def growth(record: dict[str, Any]) -> pd.DataFrame:
+    """A row a point: what grows, where it stands, seconds of a trace and of a plain forward pass."""
     return pd.DataFrame(record["growth"])
 
 
@@ -56,47 +58,31 @@ def sizes(record: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(record["sizes"])
 
 
-def report_costs(
-    report: Callable[..., None], record: dict[str, Any], table: pd.DataFrame, points: pd.DataFrame
-) -> None:
-    """What the chapter's prose says of the record."""
+def report_costs(report: Results, record: dict[str, Any], table: pd.DataFrame, points: pd.DataFrame) -> None:
+    """What the chapter's prose says of the record. table, points: of `rows` and `growth`."""
     machine, judged = record["machine"], table[table.met.notna()]
+    missed = list(judged[~judged.met.astype(bool)].itertuples())
+    ends = [(name, part.iloc[0], part.iloc[-1]) for name, part in points.groupby("grows", sort=False)]
+    grown = [(name, last["at"] / first["at"], last.trace_s / first.trace_s) for name, first, last in ends]
     report("machine", f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads")
-    report("matmul", record["matmul_gflops"], ".0f")
-    report("started", record["started"])
-    report("again", _again(record))
-    report("comparisons", len(table))
-    report("largest_difference", float((table.difference / table.tolerance.where(table.tolerance > 0)).max()), ".0%")
-    report("goals", len(judged))
-    report("met", int(judged.met.sum()))
-    missed = judged[~judged.met.astype(bool)]
-    report("missed", "; ".join(_missed(r) for r in missed.itertuples()) or "none")
-    words = []
-    for name, part in points.groupby("grows", sort=False):
-        first, last = part.iloc[0], part.iloc[-1]
-        more, longer = last["at"] / first["at"], last.trace_s / first.trace_s
-        words.append(f"{more:,.0f} times the {name}, {longer:.0f} times the seconds")
-    report("growth", "; ".join(words))
+    report.many({"matmul": (record["matmul_gflops"], ".0f"), "started": record["started"]})
+    report.many({"again": measured_again(record), "comparisons": len(table)})
+    largest_difference = (table.difference / table.tolerance.where(table.tolerance > 0)).max()
+    report("largest_difference", float(largest_difference), ".0%")
+    report.many({"goals": len(judged), "met": int(judged.met.sum())})
+    report.many({"missed": say("costs", "missed", missed=missed), "growth": say("costs", "growth", growth=grown)})
     ran = [size for size in record["sizes"] if "seconds" in size]
-    report("largest", ran[-1]["shape"] if ran else "none")
-    report("largest_precision", ran[-1]["precision"] if ran else "-")
-    report("largest_gb", float((ran[-1]["peak_gb"] if ran else 0) or "nan"), ".1f")
+    largest = ran[-1] if ran else {"shape": "none", "precision": "-", "peak_gb": None}
+    report.many({"largest": largest["shape"], "largest_precision": largest["precision"]})
+    report("largest_gb", float(largest["peak_gb"] or "nan"), ".1f")
     over = points.trace_s / points.forward_s
     report("trace_over_forward", (float(over.min()), float(over.max())), ".1f")
 
 
-def _again(record: dict[str, Any]) -> str:
+def measured_again(record: dict[str, Any]) -> str:
     """Which rows are not of the record's own run, and of when they are."""
     later: dict[str, list[str]] = {}
     for row in record["rows"]:
         if (started := row.get("started", record["started"])) != record["started"]:
             later.setdefault(started, []).append(row["row"])
-    words = [f"{' and '.join(dict.fromkeys(names))} {started} (UTC)" for started, names in later.items()]
-    return f"Measured again later, with newer code: {'; '.join(words)}." if words else "All rows are of that run."
-
-
-def _missed(row: Any) -> str:
-    wanted = f"{row.goal:.3g} times" if row.goal else f"{row.limit_s:g} seconds"
-    got = f"{row.ratio:.2f} times" if row.goal else f"{row.ours_s:.2f} seconds"
-    why = f", with {row.bound:.1f} times fewer operations" if row.goal and row.bound == row.bound else ""
-    return f"{row.row} beside {row.peer}: {got}{why}, wanted {wanted}"
+    return say("costs", "again", later=later)

@@ -8,6 +8,7 @@ import torch
 from typer import BadParameter
 
 from lib.errors import DataError
+from lib.results import Results
 from lib.studies import costs
 from tests.bench import measure
 from tests.bench.__main__ import bench
@@ -71,7 +72,7 @@ def test_what_is_no_record(tmp_path, text):
         costs.load_record(path)
 
 
-def test_a_record_is_told_as_it_is(tmp_path):
+def test_a_record_is_told_as_it_is(tmp_path, organism):
     one, other = measure.run(row(), matmul=1e9), measure.run(row(goal=90.0, name="other"), matmul=1e9)
     points = [{"grows": "prompts", "at": n, "trace_s": 0.1 * n, "forward_s": 0.05 * n} for n in (1, 4)]
     sizes = [{"shape": "a", "parameters": 9}, {"shape": "b", "precision": "bfloat16", "seconds": 1.0, "peak_gb": 3.0}]
@@ -84,22 +85,23 @@ def test_a_record_is_told_as_it_is(tmp_path):
         "started": "s",
         "matmul_gflops": 100.0,
     }
-    path, said = tmp_path / "bench.json", {}
+    path, report = tmp_path / "bench.json", Results("09_what_it_costs", organism)
     path.write_text(json.dumps(record))
     record = costs.load_record(path)
-    costs.report_costs(lambda k, v, form="": said.update({k: v}), record, costs.rows(record), costs.growth(record))
+    costs.report_costs(report, record, costs.rows(record), costs.growth(record))
+    said = report.values
     assert (said["goals"], said["met"]) == (2, 1)
     assert said["missed"].startswith("other beside a slow way: ") and "wanted 90 times" in said["missed"]
     assert (said["largest"], said["largest_precision"]) == ("b", "bfloat16")
-    assert said["growth"] == "4 times the prompts, 4 times the seconds" and said["trace_over_forward"] == (2.0, 2.0)
+    assert said["growth"] == "4 times the prompts, 4 times the seconds" and said["trace_over_forward"] == [2.0, 2.0]
 
 
 def test_rows_measured_again_take_the_place_of_their_own():
     record = {"started": "then", "rows": [{"row": n, "peer": "p", "ratio": 1} for n in ("a", "b")]}
     again = costs.with_rows_replaced(record, [{"row": "b", "peer": "p", "ratio": 2, "started": "now"}])
     assert [(r["row"], r["ratio"]) for r in again["rows"]] == [("a", 1), ("b", 2)]
-    assert costs._again(record) == "All rows are of that run."
-    assert costs._again(again) == "Measured again later, with newer code: b now (UTC)."
+    assert costs.measured_again(record) == "All rows are of that run."
+    assert costs.measured_again(again) == "Measured again later, with newer code: b now (UTC)."
     with pytest.raises(DataError, match="the record has no row b / other"):
         costs.with_rows_replaced(record, [{"row": "b", "peer": "other"}])
 
