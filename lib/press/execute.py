@@ -19,10 +19,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,7 +31,7 @@ import papermill
 import psutil
 from jupyter_client.manager import AsyncKernelManager
 from papermill.exceptions import PapermillExecutionError
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
 
 from lib.errors import ChapterError
 from lib.files import BUILD, ROOT, data_files, digest, imports, make_folder, modules, slug, write_atomically
@@ -92,10 +92,11 @@ def run(
             say(f"{chapter} needs {needed}, which is executed first")
             run(model_name, [needed], say=say, bars=bars)
     due = [c for c in chapters if force or not is_current(model_name, c, values, weights)]
-    jobs = max(1, min(jobs, os.cpu_count() or 1, len(due)))
+    cores = os.cpu_count() or 1
+    jobs = max(1, min(jobs, cores, len(due)))
     columns = "{task.description}", BarColumn(), MofNCompleteColumn(), "cells", TimeElapsedColumn()
-    with Progress(*columns, disable=not bars) as progress, _threads_each((os.cpu_count() or 1) // jobs):
-        _in_order(chapters, jobs, _Press(model_name, values, weights, force, say, progress))
+    with Progress(*columns, disable=not bars) as progress:
+        _in_order(chapters, jobs, _Press(model_name, values, weights, force, cores // jobs, say, progress))
 
 
 def _in_order(chapters: Sequence[str], jobs: int, press: _Press) -> None:
@@ -127,6 +128,7 @@ class _Press:
     values: dict[str, Any]
     weights: str
     force: bool
+    threads: int  # of each kernel; more threads than cores wait for one another
     say: Callable[[str], None]
     progress: Progress
 
@@ -141,11 +143,8 @@ class _Press:
             old.unlink(missing_ok=True)
         shutil.rmtree(chapter_folder(self.model_name, chapter), ignore_errors=True)
         start, log = time.perf_counter(), log_path(self.model_name, chapter)
-
-        def tick(cell: Any, cell_index: int) -> None:
-            self.progress.update(bar, completed=cell_index)
-
-        execute(BOOK / f"{chapter}.ipynb", executed, self.values, log=log, tick=tick)
+        tick = partial(self._tick, bar)
+        execute(BOOK / f"{chapter}.ipynb", executed, self.values, log=log, threads=self.threads, tick=tick)
         if not results.exists():
             executed.unlink()
             raise ChapterError(f"{chapter} ran, but saved no results; its last cell must call report.save().")
@@ -153,21 +152,13 @@ class _Press:
         write_atomically(executed.with_suffix(".key"), json.dumps({"values": self.values, "fingerprint": stamp}))
         self._end(bar, f"{chapter}: executed on {self.model_name} in {time.perf_counter() - start:.0f} s")
 
-    def _end(self, bar: Any, line: str) -> None:
+    def _tick(self, bar: TaskID, cell: Any, cell_index: int) -> None:
+        self.progress.update(bar, completed=cell_index)
+
+    def _end(self, bar: TaskID, line: str) -> None:
         self.progress.update(bar, completed=self.progress.tasks[bar].total)
         if self.progress.disable:
             self.say(line)
-
-
-@contextmanager
-def _threads_each(threads: int) -> Iterator[None]:
-    """So many threads for each kernel that is started meanwhile; more threads than cores wait for one another."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = before or str(max(1, threads))
-    try:
-        yield
-    finally:
-        os.environ.pop("OMP_NUM_THREADS") if before is None else None
 
 
 def is_current(model_name: str, chapter: str, values: dict[str, Any] | None, weights: str) -> bool:
@@ -205,27 +196,28 @@ def check_parameters(notebook: Path, values: dict[str, Any]) -> None:
 
 
 def execute(
-    notebook: Path, output: Path, values: dict[str, Any], *, log: Path, tick: Callable[..., None] | None = None
+    notebook: Path, output: Path, values: dict[str, Any], *, log: Path, threads: int, tick: Callable[..., None]
 ) -> None:
     """Run one notebook; its executed copy appears only if every cell succeeded. log: for all that its kernel says.
-    tick: called with each cell and its index, before it is run."""
-    partial = output.with_suffix(".part.ipynb")
+    threads: of the kernel, unless $OMP_NUM_THREADS says. tick: called with each cell and its index, before it is run.
+    """
+    unfinished = output.with_suffix(".part.ipynb")
     write_atomically(log, "")
     try:
         with log.open("a", encoding="utf-8") as stream, tempfile.TemporaryDirectory(prefix="qkv-") as folder:
             papermill.execute_notebook(
                 str(notebook),
-                str(partial),
+                str(unfinished),
                 values,
                 kernel_name="python3",
                 resources={"metadata": {"path": str(notebook.parent)}},  # `cwd` would move this process too
                 progress_bar=False,
                 stdout_file=stream,
                 stderr_file=stream,
-                kernel_manager_class=_kernel_manager(Path(folder), stream),
+                kernel_manager_class=_kernel_manager(Path(folder), stream, threads),
                 on_cell_start=tick,
             )
-        text = partial.read_text(encoding="utf-8")
+        text = unfinished.read_text(encoding="utf-8")
         for place in (ROOT, sys.prefix):  # a published notebook names no folder of this machine
             text = text.replace(f"{place}/", "")
         write_atomically(output, text)
@@ -238,21 +230,22 @@ def execute(
     except RuntimeError as error:  # the kernel died, or never came up
         raise ChapterError(f"{notebook.name}: {error}. What it said before stands in {log}.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
-def _kernel_manager(folder: Path, stream: TextIO) -> type[AsyncKernelManager]:
+def _kernel_manager(folder: Path, stream: TextIO, threads: int) -> type[AsyncKernelManager]:
     """For a kernel that writes into a stream whatever it does not send, and that is reached through sockets in a folder
     that nobody else may read; through TCP where there are none, or where their names would be too long."""
     sockets = os.name == "posix" and len(os.fsencode(folder / "k-ipc-1")) <= SOCKET_NAME
     connection = {"transport": "ipc", "connection_file": str(folder / "k.json")} if sockets else {}
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
 
     class Manager(AsyncKernelManager):
         def __init__(self, **options: Any) -> None:
             super().__init__(**options, **connection)
 
         async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
-            await super().start_kernel(stdout=stream, stderr=stream, **options)
+            await super().start_kernel(stdout=stream, stderr=stream, env=environment, **options)
 
     return Manager
 

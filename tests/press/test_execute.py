@@ -91,7 +91,7 @@ def test_a_kernel_that_dies_is_told_in_a_sentence(workshop):
 
 @pytest.mark.parametrize("place, transport", [("/tmp/x", "ipc"), ("/tmp/" + "x" * 100, "tcp")])
 def test_kernels_are_reached_through_sockets_where_their_names_are_short_enough(place, transport):
-    assert execute._kernel_manager(Path(place), sys.stderr)().transport == transport
+    assert execute._kernel_manager(Path(place), sys.stderr, 1)().transport == transport
 
 
 def test_a_terminal_shows_one_bar_a_chapter_and_nothing_else(workshop, capfd, monkeypatch):
