@@ -228,19 +228,10 @@ def collect(model: Model, *, progress: bool = True) -> PageData:
     edits = made_edits(model, cases, reported[EDITS]["edits"])
     asked = [_case_prompts(model, replace(c, facts=c.facts[:MOST])) for c in cases]
     static = _StaticDiagnostics.of(model, study_facts(model, whole[0]), asked, seed)
-    maps = relation_maps(model, static.study, progress="relation maps" if progress else None)
-    static_arrays = [static.arrays(model, range(model.weights.n_layers), maps)]  # by state
-    first_runs, baselines = zip(*(_run_case(model, case) for case in asked), strict=True)
-    runs = [first_runs]  # by state, then by case
-    for edit in tqdm(edits.values(), desc="edits", disable=not progress):
-        with applied(model, edit):
-            static_arrays.append(static.edited(model, static_arrays[0], maps, edit))
-            pairs = zip(asked, baselines, strict=True)
-            runs.append(tuple(_run_case(model, case, before, edit.layer)[0] for case, before in pairs))
+    static_arrays, runs = _measure(model, static, asked, edits, progress)
     texts = {text: i for i, text in enumerate(dict.fromkeys(text for case in asked for text in case.texts))}
-    by_state = [
-        _arrays_of_state(weighed, asked, by_case, texts) for weighed, by_case in zip(static_arrays, runs, strict=True)
-    ]
+    pairs = zip(static_arrays, runs, strict=True)
+    by_state = [_arrays_of_state(weighed, asked, by_case, texts) for weighed, by_case in pairs]
     arrays = {key: np.stack([state[key] for state in by_state]) for key in by_state[0]}
     ids, arrays["tokens"] = np.unique(arrays["tokens"], return_inverse=True)
     states = [State(name, edit.layer, reported[EDITS]["pathways"][name]) for name, edit in edits.items()]
@@ -262,6 +253,22 @@ def collect(model: Model, *, progress: bool = True) -> PageData:
     )
     agree(data)
     return data
+
+
+def _measure(
+    model: Model, static: _StaticDiagnostics, asked: Sequence[_CasePrompts], edits: dict[str, Edit], progress: bool
+) -> tuple[list[dict[str, NDArray]], list[tuple[_CaseRun, ...]]]:
+    """By state, the untouched model first: what the weights say, and the runs by case."""
+    maps = relation_maps(model, static.study, progress="relation maps" if progress else None)
+    static_arrays = [static.arrays(model, range(model.weights.n_layers), maps)]
+    first_runs, baselines = zip(*(_run_case(model, case) for case in asked), strict=True)
+    runs = [first_runs]
+    for edit in tqdm(edits.values(), desc="edits", disable=not progress):
+        with applied(model, edit):
+            static_arrays.append(static.edited(model, static_arrays[0], maps, edit))
+            pairs = zip(asked, baselines, strict=True)
+            runs.append(tuple(_run_case(model, case, before, edit.layer)[0] for case, before in pairs))
+    return static_arrays, runs
 
 
 def _arrays_of_state(
