@@ -48,18 +48,9 @@ def test_a_diverged_run_tells_nothing():
 
 
 def test_random_parts_beside_the_diagnosed_one():
-    table = pd.DataFrame(
-        {
-            "part": "head",
-            "pick": ["diagnosed", "random", "random"],
-            "parameters": 5,
-            "facts_told": [7, 8, 7],
-            "min_margin": [-0.1, 0.2, -0.2],
-            "held_out_repaired": [1, 0, 2],
-            "kl": [0.1, 0.2, 0.4],
-            "facts_n": 8,
-        }
-    )
+    table = pd.DataFrame({"pick": ["diagnosed", "random", "random"], "facts_told": [7, 8, 7]})
+    table = table.assign(part="head", parameters=5, facts_n=8, held_out_repaired=[1, 0, 2])
+    table = table.assign(min_margin=[-0.1, 0.2, -0.2], kl=[0.1, 0.2, 0.4])
     (row,) = comparisons.random_parts(table).to_dict("records")
     assert row["better"] == 1 and row["random"] == 2 and row["random_told"] == 7.5
 
