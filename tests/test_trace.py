@@ -1,6 +1,7 @@
 """The exact trace: parts sum to the whole, predictions equal interventions, no hook remains, parity with peers."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -60,65 +61,53 @@ def test_conventions_differ_by_what_they_say(tiny):
     torch.testing.assert_close(raw.cumulative[..., -1], product, atol=1e-3, rtol=1e-4)
 
 
+def without(model: Model, layer: int, head: int):
+    """A hook that takes a head away."""
+    width = model.weights.d_head
+
+    def zero(z: torch.Tensor) -> torch.Tensor:
+        return z.index_fill(-1, torch.arange(head * width, (head + 1) * width), 0)
+
+    return {model.weights.blocks[layer].heads_out: zero}
+
+
 def test_prediction_equals_intervention(tiny):
-    """Zero a head inside the model, by the test's own hooks, and hold fixed what the trace holds fixed: what the
-    later MLPs and heads write, and the final norm's scale. The logits must move by what the trace predicted."""
-    layer, head, d = 1, 2, tiny.weights.d_head
-    ids = torch.tensor([tiny.token_ids(PROMPTS[0])])
+    """Zero a head inside the model, and hold fixed what the trace holds fixed: what the later MLPs and heads write,
+    and the final norm's scale. The logits must move by what the trace predicted."""
+    layer, head = 1, 2
+    ids, norm, final = (
+        torch.tensor([tiny.token_ids(PROMPTS[0])]),
+        tiny.weights.norm_final,
+        tiny.weights.norm_final_module,
+    )
     seen, tokens = capture(tiny, PROMPTS[:1]), some_tokens()[:1]
     predicted = logit_trace(tiny, seen, tokens).heads[0, :, layer, head]
-    kept: dict[object, torch.Tensor] = {}
     later = [m for b in tiny.weights.blocks[layer + 1 :] for m in (b.heads_out, b.mlp_out)]
-    frozen = [tiny.weights.blocks[layer].mlp_out, *later]
-    keep = [m.register_forward_hook(lambda m, a, o: kept.update({m: o})) for m in frozen]
-    before = tiny.module(ids).logits[0, -1]
-    for handle in keep:
-        handle.remove()
+    frozen, outputs = [tiny.weights.blocks[layer].mlp_out, *later], {}
+    with hooked(after={m: partial(outputs.__setitem__, m) for m in frozen}):
+        before = tiny.module(ids).logits[0, -1]
+    entered, scale = [], norm.scale(seen.stream[:, -1])
 
-    def zero(module, args):
-        z = args[0].clone()
-        z[..., head * d : (head + 1) * d] = 0
-        return (z,)
-
-    norm = tiny.weights.norm_final
-    scale = norm.scale(seen.stream[:, -1])
-
-    def frozen_norm(module, args, output):
-        y = norm.centre(args[0]) / scale * norm.gain
+    def frozen_norm(_: torch.Tensor) -> torch.Tensor:
+        y = norm.centre(entered[0]) / scale * norm.gain
         return y if norm.bias is None else y + norm.bias
 
-    handles = [m.register_forward_hook(lambda m, a, o: kept[m]) for m in frozen]
-    handles.append(tiny.weights.blocks[layer].heads_out.register_forward_pre_hook(zero))
-    handles.append(tiny.weights.norm_final_module.register_forward_hook(frozen_norm))
-    after = tiny.module(ids).logits[0, -1]
-    for handle in handles:
-        handle.remove()
+    held = {m: lambda _, m=m: outputs[m] for m in frozen} | {final: frozen_norm}
+    with hooked(before=without(tiny, layer, head) | {final: entered.append}, after=held):
+        after = tiny.module(ids).logits[0, -1]
     assert predicted.abs().max() > 1e-3  # the head does something
     torch.testing.assert_close((before - after)[tokens[0]], predicted, atol=2e-4, rtol=1e-3)
 
 
 def test_head_outputs_are_what_the_model_adds(tiny):
-    """Ablating a head inside the model, by a hook of the test's own, moves the stream by z W_O and nothing else."""
-    layer, head = 1, 1
+    """Ablating a head inside the model moves the stream by z W_O and nothing else."""
+    layer, head, after = 1, 1, []
     block, seen = tiny.weights.blocks[layer], capture(tiny, PROMPTS[:1])
-    d = tiny.weights.d_head
-
-    def zero(module, args):
-        z = args[0].clone()
-        z[..., head * d : (head + 1) * d] = 0
-        return (z,)
-
-    after = []
-    handles = [
-        block.heads_out.register_forward_pre_hook(zero),
-        block.heads_out.register_forward_hook(lambda m, a, o: after.append(o[0, -1])),
-    ]
-    tiny.module(torch.tensor([tiny.token_ids(PROMPTS[0])]))
-    for handle in handles:
-        handle.remove()
+    with hooked(before=without(tiny, layer, head), after={block.heads_out: after.append}):
+        tiny.module(torch.tensor([tiny.token_ids(PROMPTS[0])]))
     heads = torch.einsum("nh,nhd->nd", seen.z[0, layer], block.attn.W_O)
     bias = 0 if block.attn.b_O is None else block.attn.b_O
-    torch.testing.assert_close(after[0], heads.sum(0) - heads[head] + bias, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(after[0][0, -1], heads.sum(0) - heads[head] + bias, atol=1e-4, rtol=1e-4)
 
 
 def test_a_missing_term_is_an_error(tiny):
@@ -279,17 +268,19 @@ def test_heads_agree_with_transformerlens_on_smollm2(smollm2, tmp_path):
     assert_heads_agree(smollm2, tmp_path, "Question: What is the capital of France? Answer:", 1e-3)
 
 
-def test_heads_agree_with_transformerlens_on_full_size_gpt2(smollm2, tmp_path):
-    torch.manual_seed(0)
+def random_gpt2(tokenizer, seed: int) -> Model:
+    """Full size, so that rounding is as large as in GPT-2."""
+    torch.manual_seed(seed)
     module = GPT2LMHeadModel(GPT2Config(initializer_range=0.05)).eval().requires_grad_(False)
-    model = Model("gpt2", "random", "none", "", 124_439_808, module, smollm2.tokenizer, view(module))
-    assert_heads_agree(model, tmp_path, "The capital of France is", 1e-3)
+    return Model("gpt2", "random", "none", "", 124_439_808, module, tokenizer, view(module))
+
+
+def test_heads_agree_with_transformerlens_on_full_size_gpt2(smollm2, tmp_path):
+    assert_heads_agree(random_gpt2(smollm2.tokenizer, 0), tmp_path, "The capital of France is", 1e-3)
 
 
 def test_full_size_gpt2_is_complete(smollm2):
-    torch.manual_seed(1)
-    module = GPT2LMHeadModel(GPT2Config(initializer_range=0.05)).eval().requires_grad_(False)
-    model = Model("gpt2", "random", "none", "", 124_439_808, module, smollm2.tokenizer, view(module))
+    model = random_gpt2(smollm2.tokenizer, 1)
     for convention in CONVENTIONS:
         assert logit_trace(model, capture(model, PROMPTS), some_tokens(), convention).error <= 1e-3
 
