@@ -123,7 +123,7 @@ class LogitTrace:
     mlps: Float[Tensor, "b n n_layers"]
     biases: Float[Tensor, "b n n_layers"]
     constant: Float[Tensor, "b n"]
-    model: Float[Tensor, "b n"]  # what the terms must sum to, from the model's own forward pass
+    total: Float[Tensor, "b n"]  # what the terms must sum to, from the model's own forward pass
 
     @property
     def cumulative(self) -> Float[Tensor, "b n n_layers+1"]:
@@ -135,11 +135,11 @@ class LogitTrace:
     @property
     def error(self) -> float:
         """Largest absolute difference between the sum of the terms and the model's own value."""
-        return float((self.cumulative[..., -1] - self.model).abs().max())
+        return float((self.cumulative[..., -1] - self.total).abs().max())
 
     def difference(self) -> LogitTrace:
         """The first token's contributions minus the second's, kept as a trace of one token (answer - competitor)."""
-        parts = ("embed", "heads", "mlps", "biases", "constant", "model")
+        parts = ("embed", "heads", "mlps", "biases", "constant", "total")
         terms = {name: getattr(self, name) for name in parts}
         differences = {name: values[:, :1] - values[:, 1:2] for name, values in terms.items()}
         return replace(self, tokens=self.tokens[:, :1], **differences)
@@ -176,7 +176,7 @@ def logit_traces(
             mlps=einsum(seen.mlps - mlp_bias, directions, "b l d, b k d -> b k l"),
             biases=einsum(bias, directions, "l d, b k d -> b k l"),
             constant=constant,
-            model=total,
+            total=total,
         )
         largest = float(trace.mlps.abs().max()) if convention == "raw" else 1.0
         rounding = ROUNDINGS * torch.finfo(written.dtype).eps * float(trace.cumulative.abs().max())
@@ -285,7 +285,7 @@ def convention_terms(model: Model, row: pd.Series) -> pd.DataFrame:
     pair = torch.tensor([[row.answer_token, row.competitor_token]])
     columns: dict[tuple[str, str], list[float]] = {}
     for convention, trace in logit_traces(model, seen, pair).items():
-        answer, competitor = torch.cat((trace.heads.flatten(2), trace.mlps, trace.model[..., None]), -1)[0]
+        answer, competitor = torch.cat((trace.heads.flatten(2), trace.mlps, trace.total[..., None]), -1)[0]
         for name, terms in (("answer", answer), ("competitor", competitor), ("difference", answer - competitor)):
             columns[convention, name] = terms.tolist()
     return pd.DataFrame(columns, index=[*map(str, components(model)), "all terms"])

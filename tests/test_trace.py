@@ -48,7 +48,7 @@ def test_the_whole_is_the_models_own_logit(tiny):
     for i, prompt in enumerate(PROMPTS):  # one by one, without padding and without our code's batching
         own = tiny.module(torch.tensor([tiny.token_ids(prompt)])).logits[0, -1]
         torch.testing.assert_close(seen.logits[i], own, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(logit_trace(tiny, seen, tokens).model[i], own[tokens[i]], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logit_trace(tiny, seen, tokens).total[i], own[tokens[i]], atol=1e-4, rtol=1e-4)
 
 
 def test_conventions_differ_by_what_they_say(tiny):
