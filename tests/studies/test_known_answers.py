@@ -191,11 +191,11 @@ def test_a_run_on_gpt2_begins_with_them(monkeypatch, tmp_path, random_gpt2):
     monkeypatch.setattr("lib.results.BUILD", tmp_path)
     monkeypatch.setattr(execute, "weights_sha256", lambda name: "sum")
     monkeypatch.setattr(execute, "load", lambda name: random_gpt2)
-    monkeypatch.setattr(execute, "execute", lambda *a: executed.append(a))
+    monkeypatch.setattr(execute, "execute", lambda *a, **k: executed.append(a))
     with pytest.raises(ModelError, match="does not give the known answer 'weights'"):
         execute.run("gpt2", ["01_static_diagnostics"])
     assert not executed
     monkeypatch.setattr(execute, "load", lambda name: pytest.fail("another model is not asked"))
     with pytest.raises(BookError, match="saved no results"):
-        monkeypatch.setattr(execute, "execute", lambda book, done, values: done.write_text("ran"))
+        monkeypatch.setattr(execute, "execute", lambda book, done, values, **k: done.write_text("ran"))
         execute.run("organism", ["01_static_diagnostics"])
