@@ -1,13 +1,11 @@
-"""The book's findings, asked again with other people's tools (the source page's "cross-validation").
+"""The same questions asked of other people's tools (the source page's "cross-validation").
 
     Captum          gradient x activation of every MLP neuron, against this book's trace of the same neurons
     TransformerLens logits, logit lens and per-head contributions, against ours
-    patching        what the answer loses when a head or a neuron is really taken away, against what the trace says
 
-A trace is a decomposition: it says what a component wrote. An intervention says what the answer owes to it, later
-layers' reactions included (total effect). The two differ where later layers repair the damage (Rushing and Nanda
-2024), so both stand side by side. Every agreement is held against a control that should show none: another prompt's
-neurons, a neighbouring layer, a random neuron or head.
+A trace multiplies a neuron's activation with what it writes on the straight way to the logit; a gradient takes every
+detour through later layers. Every agreement is held against a control that should show none: another prompt's neurons,
+or a neighbouring layer's (`studies.cross_validation`, with what interventions say of the same parts).
 """
 
 from __future__ import annotations
@@ -73,16 +71,16 @@ def attribute_neurons(
 ) -> NeuronAttributions:
     """Both attributions from one pass. The gradient is taken through last tokens alone, because what a last token's
     neurons write only last tokens read: Captum's own numbers, at a fraction of its cost (`captum_attributions`)."""
-    low, weights, traces, gradients, done = min(layers), model.weights, [], [], 0
-    rows = list(packs(model, [model.token_ids(t) for t in texts], share=True))
-    for some in tqdm(rows, desc=progress, disable=progress is None):
-        before = streams(model, some, range(low, weights.n_layers))
-        own = targets[done : (done := done + len(some.last))]
-        found = list(ends(model, some, before, before[low][some.last].requires_grad_(), low))
-        seen = [found[i - low].neurons for i in layers]
-        logits = (weights.norm_final(found[-1].stream) * weights.W_U[:, own].T).sum(-1)
-        slopes = torch.stack(torch.autograd.grad(logits.sum(), seen), 1)
-        active, read = torch.stack(seen, 1).detach(), logit_direction(model, found[-1].stream.detach(), own)
+    low, weights, traces, gradients = min(layers), model.weights, [], []
+    batches = list(packs(model, [model.token_ids(t) for t in texts], share=True))
+    tokens = targets.split([len(batch.last) for batch in batches])
+    for batch, token in tqdm(list(zip(batches, tokens, strict=True)), desc=progress, disable=progress is None):
+        before = streams(model, batch, range(low, weights.n_layers))
+        above = list(ends(model, batch, before, before[low][batch.last].requires_grad_(), low))
+        neurons, final = [above[i - low].neurons for i in layers], above[-1].stream
+        logits = (weights.norm_final(final) * weights.W_U[:, token].T).sum(-1)
+        slopes = torch.stack(torch.autograd.grad(logits.sum(), neurons), 1)
+        active, read = torch.stack(neurons, 1).detach(), logit_direction(model, final.detach(), token)
         gradients.append(active * slopes)
         traces.append(active * torch.stack([read @ weights.blocks[i].mlp.W_out.T for i in layers], 1))
     return NeuronAttributions(tuple(layers), torch.cat(traces), torch.cat(gradients))
@@ -103,28 +101,28 @@ def captum_attributions(
     out = []
     for start in tqdm(range(0, len(texts), BATCH), desc=progress, disable=progress is None):
         tokens, last = model.encode(texts[start : start + BATCH])
-        rows, own = torch.arange(len(last)), targets[start : start + BATCH]
+        rows, target = torch.arange(len(last)), targets[start : start + BATCH]
 
-        def answer(embedded: Tensor, last: Tensor = last, rows: Tensor = rows, own: Tensor = own) -> Tensor:
-            return model.module(inputs_embeds=embedded, use_cache=False).logits[rows, last, own]
+        def answer(embedded: Tensor, last: Tensor = last, rows: Tensor = rows, target: Tensor = target) -> Tensor:
+            return model.module(inputs_embeds=embedded, use_cache=False).logits[rows, last, target]
 
-        method = LayerGradientXActivation(answer, modules)
         embedded = model.module.get_input_embeddings()(tokens).requires_grad_()
-        found = method.attribute(embedded, attribute_to_layer_input=True)
-        out.append(torch.stack([x.view(*tokens.shape, -1)[rows, last].detach() for x in found], 1))  # its graph may go
+        layerwise = LayerGradientXActivation(answer, modules).attribute(embedded, attribute_to_layer_input=True)
+        at_last = [x.view(*tokens.shape, -1)[rows, last].detach() for x in layerwise]  # their graph may go
+        out.append(torch.stack(at_last, 1))
     return torch.cat(out)
 
 
 def agreement(one: Float[Tensor, "prompt d_mlp"], other: Float[Tensor, "prompt d_mlp"]) -> pd.DataFrame:
     """A row a prompt: do both name the same top neuron, how many of their top five do they share, and Spearman's rank
     correlation over all neurons."""
-    a, b = one.topk(TOP, -1).indices, other.topk(TOP, -1).indices
+    ours, theirs = one.topk(TOP, -1).indices, other.topk(TOP, -1).indices
     ranks = (x.argsort(-1).argsort(-1).float() for x in (one, other))
-    mine, theirs = (r - r.mean(-1, keepdim=True) for r in ranks)
-    rho = torch.cosine_similarity(mine, theirs, dim=-1)
-    shared = (a[:, :, None] == b[:, None]).any(-1).sum(-1)
-    found = {"top1": a[:, 0] == b[:, 0], "top5": shared / TOP, "rho": rho}
-    return pd.DataFrame({name: values.cpu().numpy() for name, values in found.items()})
+    a, b = (rank - rank.mean(-1, keepdim=True) for rank in ranks)
+    rho = torch.cosine_similarity(a, b, dim=-1)
+    shared = (ours[:, :, None] == theirs[:, None]).any(-1).sum(-1)
+    columns = {"top1": ours[:, 0] == theirs[:, 0], "top5": shared / TOP, "rho": rho}
+    return pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
 
 
 def top_neuron(model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], layer: int) -> int:
@@ -136,7 +134,7 @@ def top_neuron(model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt
 
 
 def bridge(model: Model):
-    """The subject as TransformerLens' TransformerBridge. It replaces modules of the model that it is given: a copy."""
+    """The model as TransformerLens' TransformerBridge. It replaces modules of the model that it is given: a copy."""
     from transformer_lens.model_bridge import TransformerBridge
 
     with tempfile.TemporaryDirectory() as folder:
@@ -161,32 +159,25 @@ class Lenses:
 def against_transformerlens(model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"]) -> Lenses:
     """One prompt after the other through both libraries, answers[i] being the answer to texts[i]."""
     lens, weights, rows, curves = bridge(model), model.weights, [], []
-    layers = range(weights.n_layers)
+    layers, columns = range(weights.n_layers), ["prompt", "logits", "heads", "lens", "our_head", "their_head"]
+    W_O = torch.stack([b.attn.W_O.view(weights.n_heads, -1, weights.d_model) for b in lens.blocks])
     for i, text in enumerate(tqdm(texts, desc="TransformerLens")):
         seen = capture(model, [text])
-        trace = logit_trace(model, seen, answers[i].view(1, 1))
-        own = (weights.norm_final(seen.stream[0]) @ weights.W_U)[:, answers]
+        ours = logit_trace(model, seen, answers[i].view(1, 1)).heads[0, 0]
+        our_lens = (weights.norm_final(seen.stream[0]) @ weights.W_U)[:, answers]
         logits, cache = lens.run_with_cache(torch.tensor([model.token_ids(text)]), prepend_bos=False)
         z = torch.stack([cache[f"blocks.{j}.attn.hook_z"][0, -1] for j in layers])
-        W_O = torch.stack([b.attn.W_O.view(weights.n_heads, -1, weights.d_model) for b in lens.blocks])
-        written = torch.einsum("lnh,lnhd->lnd", z.reshape(W_O.shape[:3]), W_O)
         last = cache[f"blocks.{layers[-1]}.hook_resid_post"][0, -1]
-        heads = written @ logit_direction(model, last[None], answers[i : i + 1])[0]
+        written = torch.einsum("lnh,lnhd->lnd", z.reshape(W_O.shape[:3]), W_O)
+        theirs = written @ logit_direction(model, last[None], answers[i : i + 1])[0]
         stream = torch.stack([*(cache[f"blocks.{j}.hook_resid_pre"][0, -1] for j in layers), last])
-        read = lens.unembed(lens.ln_final(stream[None]))[0][:, answers]
-        curves.append([x[:, i] - (x.sum(1) - x[:, i]) / max(1, len(answers) - 1) for x in (own, read)])
-        rows.append(
-            {
-                "prompt": text,
-                "logits": float((seen.logits[0] - logits[0, -1]).abs().max()),
-                "heads": float((trace.heads[0, 0] - heads).abs().max()),
-                "lens": float((own - read).abs().max()),
-                "our_head": _strongest(trace.heads[0, 0]),
-                "their_head": _strongest(heads),
-            }
-        )
+        their_lens = lens.unembed(lens.ln_final(stream[None]))[0][:, answers]
+        lenses, others = (our_lens, their_lens), max(1, len(answers) - 1)
+        curves.append([x[:, i] - (x.sum(1) - x[:, i]) / others for x in lenses])
+        pairs = (seen.logits[0], logits[0, -1]), (ours, theirs), lenses
+        rows.append((text, *(float((a - b).abs().max()) for a, b in pairs), _strongest(ours), _strongest(theirs)))
     ours, theirs = (torch.stack(c) for c in zip(*curves, strict=True))
-    return Lenses(pd.DataFrame(rows), ours, theirs)
+    return Lenses(pd.DataFrame(rows, columns=columns), ours, theirs)
 
 
 def routing_layer(curves: Float[Tensor, "prompt n_layers+1"]) -> int:

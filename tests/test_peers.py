@@ -165,7 +165,7 @@ def test_transformerlens_agrees_on_the_organism(organism, planted):
     assert (found.our_head == found.their_head).all() and set(found.our_head) == {"L8 H5"}
 
 
-def test_the_bridge_leaves_the_subject_alone(organism):
+def test_the_bridge_leaves_the_model_alone(organism):
     before = {k: v.clone() for k, v in organism.module.state_dict().items()}
     peers.bridge(organism)
     after = organism.module.state_dict()

@@ -1,4 +1,4 @@
-"""How large a subject may be: Llama shapes with random weights, in the precision that the memory at hand allows."""
+"""How large a model may be: Llama shapes with random weights, in the precision that the memory at hand allows."""
 
 from __future__ import annotations
 

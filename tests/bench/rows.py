@@ -333,7 +333,7 @@ def _same_runs(mine: list[tuple[int, float]], theirs: list[tuple[int, float]]) -
 
 
 def plain_train(model: Model, task: training.Task, base: Tensor, pathway: str, frozen: bool) -> tuple[int, float]:
-    """Steps to the goal and KL on unseen windows; as `pathways.train`, on a whole model. frozen: no gradient is asked
+    """Steps to the goal and KL on unseen windows; as `training.train`, on a whole model. frozen: no gradient is asked
     of what stays."""
     module, recipe = copy.deepcopy(model.module).requires_grad_(not frozen), task.recipe
     parameters = dict(module.named_parameters())
@@ -398,7 +398,7 @@ def static_rows(model: Model) -> list[Row]:
 
 
 def load_rows(model: Model) -> list[Row]:
-    """A cached subject, its checksum and weight view checked, beside the plain loading of model and tokenizer."""
+    """A cached model, its checksum and weight view checked, beside the plain loading of model and tokenizer."""
     folder = models.fetch_smollm2()
 
     def plain() -> Tensor:
