@@ -3,6 +3,7 @@ import re
 import pandas as pd
 import pytest
 
+from lib.files import ROOT
 from lib.show import tables
 
 
@@ -75,3 +76,9 @@ def test_a_table_or_a_column_that_is_not_there_is_an_error():
         tables.show("no_such", pd.DataFrame())
     with pytest.raises(KeyError, match="kind"):
         tables.show("contexts", pd.DataFrame({"told": [1]}))
+
+
+def test_every_table_that_a_chapter_shows_has_columns():
+    cells = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "book").glob("*.ipynb"))
+    shown = set(re.findall(r'tables\.show\(\\"(\w+)\\"', cells))
+    assert "rivals" in shown <= set(tables.COLUMNS)
