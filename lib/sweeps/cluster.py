@@ -35,13 +35,8 @@ def connect(scheduler: str | None, *, workers: int) -> Iterator[Client]:
             with Client(scheduler, timeout=TIMEOUT, set_as_default=False) as client:
                 yield client
             return
-        options = {
-            "threads_per_worker": 1,
-            "processes": True,
-            "preload": [_LEAVE_CTRL_C_TO_US],
-            "dashboard_address": None,
-        }
-        cluster = LocalCluster(n_workers=workers, silence_logs=logging.CRITICAL, **options)
+        quiet = {"silence_logs": logging.CRITICAL, "dashboard_address": None, "preload": [_LEAVE_CTRL_C_TO_US]}
+        cluster = LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **quiet)
         with cluster, Client(cluster, set_as_default=False) as client:
             yield client
 

@@ -60,13 +60,10 @@ class Plan:
             )
         return self.store.read(self.runs)
 
-    def unfinished(self) -> list[Run]:
-        records = self.finished()
-        return [run for run in self.runs if run.key not in records]
-
     def finished_elsewhere(self) -> dict[str, dict[str, Any]]:
         """The records of unfinished runs that another checkout has shared, by key."""
-        return self.shared.read(self.unfinished()) if self.shared else {}
+        records = self.finished()
+        return self.shared.read(run for run in self.runs if run.key not in records) if self.shared else {}
 
     def count(self) -> str:
         n = len(self.finished())
@@ -77,10 +74,9 @@ def plan(spec: Spec, store: Path | None = None) -> Plan:
     """The runs of a specification with their keys, and where they are kept. Raises SweepError as `expand` does."""
     combinations = expand(spec)  # before the weights are fetched or summed
     inputs = {"experiment": spec.run, "model": spec.model, "weights_sha256": weights_sha256(spec.model)}
-    version, runs = code_sha256(spec.run), []
-    for parameters in combinations:
-        text = json.dumps({**inputs, "code": version, "parameters": parameters}, sort_keys=True)
-        runs.append(Run(hashlib.sha256(text.encode()).hexdigest(), parameters))
+    version = code_sha256(spec.run)
+    texts = [json.dumps({**inputs, "code": version, "parameters": p}, sort_keys=True) for p in combinations]
+    runs = [Run(hashlib.sha256(t.encode()).hexdigest(), p) for t, p in zip(texts, combinations, strict=True)]
     sharing = store is None and spec.model in MODELS and os.environ.get("QKV_RUNS") != "off"
     place = Store((store or default_store(spec)).resolve())
     return Plan(spec, place, shared() if sharing else None, {**inputs, "code": code(spec.run)}, tuple(runs))
@@ -155,7 +151,8 @@ def _missing(planned: Plan, locks: ExitStack, fresh: bool, say: Callable[[str], 
     planned.store.begin(planned.header)
     for key, record in planned.finished_elsewhere().items():
         planned.store.write(key, record)
-    return planned.unfinished()
+    records = planned.finished()
+    return [run for run in planned.runs if run.key not in records]
 
 
 def _do(
