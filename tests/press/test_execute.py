@@ -177,12 +177,6 @@ def test_a_chapter_waits_for_the_one_that_it_needs(workshop, monkeypatch):
     assert [line.split(":")[0] for line in said] == ["02_b", "01_a"]
 
 
-def test_a_chapter_that_saves_no_results_fails(workshop):
-    notebook(workshop / "book" / "01_a.ipynb", "x = 1")
-    with pytest.raises(ChapterError, match="saved no results"):
-        execute.run("s", ["01_a"])
-
-
 def test_only_what_changed_runs_again(workshop):
     chapter = notebook(workshop / "book" / "01_a.ipynb", "if not seed + 1:\n    from lib import new", SAVE)
     said: list[str] = []
@@ -335,9 +329,6 @@ def test_a_warning_fails_the_build_and_leaves_the_old_book(workshop):
 
 
 def test_errors_are_printed_without_a_traceback():
-    import subprocess
-    import sys
-
     done = subprocess.run([sys.executable, "-m", "lib", "run", "99"], capture_output=True, text=True)
     assert done.returncode == 1 and "error: there is no chapter '99'" in done.stderr
     assert "Traceback" not in done.stderr
