@@ -30,12 +30,6 @@ from lib.results import NOT_RUN, as_text, reach, results_path
 
 REPRODUCED, NOT_REPRODUCED, DIFFERS = "reproduced", "not reproduced", "differs"
 VERDICTS = {REPRODUCED: "reproduced", NOT_REPRODUCED: "not reproduced", DIFFERS: "differ", NOT_RUN: "not run"}
-BADGES = {REPRODUCED: "success", NOT_REPRODUCED: "danger", DIFFERS: "primary", NOT_RUN: "muted"}
-JUDGED_ON = {
-    "any": "Judged on the model of the build",
-    "gpt2": "About GPT-2's weights: judged only where GPT-2 is run",
-    "shape": "About GPT-2's shape: counted in every build, without its weights",
-}
 RELATIONS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "equals": ("is {}", operator.eq),
     "within": ("is {} ± {}", lambda value, wanted: abs(value - wanted[0]) <= wanted[1]),
@@ -83,7 +77,7 @@ class Condition(Entry):
     """At least one of the checks holds. because: what to say where none does, with `{key}` for values. In the file, a
     single check stands without `any_of`."""
 
-    any_of: Annotated[tuple[Check, ...], Field(min_length=1)]
+    any_of: Annotated[list[Check], Field(min_length=1)]
     because: str = ""
 
     @model_validator(mode="before")
@@ -108,8 +102,8 @@ class Claim(Entry):
     chapter: Text
     judged_on: Literal["any", "gpt2", "shape"]
     found: Text
-    must: Annotated[tuple[Condition, ...], Field(min_length=1)]
-    should: tuple[Condition, ...] = ()
+    must: Annotated[list[Condition], Field(min_length=1)]
+    should: list[Condition] = []
     note: str = ""
 
     @model_validator(mode="after")
@@ -212,8 +206,7 @@ def table(judged: Sequence[Judged], model_name: str) -> pd.DataFrame:
 
 def page(judged: Sequence[Judged], model_name: str) -> str:
     """The reproduction page of the book, as MyST markdown."""
-    known = {"judged_on": JUDGED_ON, "badges": BADGES, "counts": counts(judged)}
-    return fill("reproduction.md", judgements=judged, model_name=model_name, **known)
+    return fill("reproduction.md", judgements=judged, model_name=model_name, counts=counts(judged))
 
 
 class _Reader(string.Formatter):
@@ -227,25 +220,23 @@ class _Reader(string.Formatter):
         return reach(self.results.get(chapter, {}), path.replace("<case>", self.case))
 
     def holds(self, check: Check) -> bool:
-        found = self.value(check.key)
+        value = self.value(check.key)
         wanted = self.value(check.wanted[1:]) if _is_reference(check.wanted) else check.wanted
-        if not _fits(check.relation, found, wanted):
+        if not _fits(check.relation, value, wanted):
             chapter = self.claim.full(check.key).partition("/")[0]
             raise DataError(
-                f"claim {self.claim.id!r}: {check.key} in {results_path(self.model_name, chapter)} is {found!r}, which "
+                f"claim {self.claim.id!r}: {check.key} in {results_path(self.model_name, chapter)} is {value!r}, which "
                 f"cannot be compared by `{check.relation}` with {wanted!r}. Report another value in the chapter, or "
                 "mend the rule in data/claims.yaml."
             )
-        return bool(RELATIONS[check.relation][1](found, wanted))
+        return bool(RELATIONS[check.relation][1](value, wanted))
 
     def text(self, template: str) -> str:
         return self.vformat(template, (), {})
 
     def reason(self, condition: Condition) -> str:
-        if condition.because:
-            return self.text(condition.because)
-        found = "; ".join(f"{c.key} is {_shown(self.value(c.key))}" for c in condition.any_of)
-        return f"{found}. Wanted: {condition}."
+        values = "; ".join(f"{c.key} is {_shown(self.value(c.key))}" for c in condition.any_of)
+        return self.text(condition.because) if condition.because else f"{values}. Wanted: {condition}."
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
         return self.value(field_name), field_name
@@ -260,14 +251,13 @@ class _Reader(string.Formatter):
             ) from error
 
 
-def _fits(relation: str, found: Any, wanted: Any) -> bool:
+def _fits(relation: str, value: Any, wanted: Any) -> bool:
     """Whether a comparison means anything for these values."""
     if relation == "contains":
-        return isinstance(found, list)
-    if relation == "equals":
-        same = type(found) is type(wanted) or (_is_number(found) and _is_number(wanted))
-        return same or found is None  # `none` is an answer, and another one than that which is wanted
-    return _is_number(found) and all(map(_is_number, wanted if relation == "within" else [wanted]))
+        return isinstance(value, list)
+    numbers = _is_number(value) and all(map(_is_number, wanted if relation == "within" else [wanted]))
+    # of `equals`, `none` is an answer, and another one than that which is wanted
+    return numbers or (relation == "equals" and (value is None or type(value) is type(wanted)))
 
 
 def _shown(value: Any, form: str = "") -> str:

@@ -84,7 +84,7 @@ def texts_in(code: str) -> set[str]:
     }
     for text in (node.values for node in ast.walk(ast.parse(code)) if isinstance(node, ast.JoinedStr)):
         parts = [part.value if isinstance(part, ast.Constant) else None for part in text]
-        if max((len(part) for part in parts if part), default=0) > 3:  # else it would match every word
+        if max((len(part) for part in parts if part), default=0) > 1:  # else it would match every word
             out.add("".join(r"\w+" if part is None else re.escape(part) for part in parts))
     return out
 
@@ -97,7 +97,9 @@ def is_reported(key: str, chapter: str) -> bool:
     """Whether a chapter's code, or the library, has the key as a text: plain, or put together in an f-string."""
     code = "\n".join(line for line in "\n".join(cells(chapter, "code")).splitlines() if not line.startswith(("%", "!")))
     written = (key, key.removesuffix("s"), key.removeprefix("organism_"))  # of all cases, of the planted model
-    return any(re.fullmatch(pattern, name) for pattern in texts_in(code) | LIBRARY for name in written)
+    texts = texts_in(code) | LIBRARY
+    halves = ((key[: m.start()], key[m.end() :]) for m in re.finditer("_", key))  # of an f-string with two holes
+    return any(re.fullmatch(p, name) for p in texts for name in written) or any({*pair} <= texts for pair in halves)
 
 
 def test_every_glued_key_is_reported(chapter):

@@ -1,6 +1,7 @@
 """Claims: what is refused, each verdict from results made by hand, and the book's own list."""
 
 import re
+import shutil
 from itertools import product
 
 import pytest
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 from lib.__main__ import app
 from lib.errors import DataError
 from lib.files import DATA
-from lib.press import build, check, claims, execute
+from lib.press import build, check, claims, execute, texts
 from lib.results import results_path
 from lib.studies import scoring
 from tests.press.test_chapters import is_reported
@@ -50,7 +51,7 @@ def verdict(folder, values, model="s", **changes):
         ({"paper": 8}, r"paper: Input should be a valid string, not 8"),
         ({"must": [{"equals": 8}]}, r"must\.0\.any_of\.0\.key is missing"),
         ({"must": ["told"]}, r"must\.0: .*, not 'told'"),
-        ({"must": {"key": "told", "equals": 8}}, r"must: Input should be a valid tuple"),
+        ({"must": {"key": "told", "equals": 8}}, r"must: Input should be a valid list"),
         (
             {"must": [{"key": "told"}]},
             r"must\.0\.any_of\.0: a comparison needs a `key` and exactly one of equals, within",
@@ -244,7 +245,7 @@ def test_only_a_run_of_the_present_inputs_counts(small_book):
     assert [j.verdict for j in check.judged("s")] == ["not run"], "numbers of other inputs do not count"
 
 
-def test_the_page_is_built_with_the_book_and_follows_the_results(small_book):
+def test_the_page_is_built_with_the_book_and_follows_results_and_templates(small_book, monkeypatch):
     (small_book / "_config.yml").write_text(
         "title: t\nexecute: {execute_notebooks: 'off'}\nbibtex_bibfiles: [book/references.bib]\n"
         "parse: {myst_enable_extensions: [colon_fence, dollarmath, smartquotes]}\n"
@@ -260,6 +261,13 @@ def test_the_page_is_built_with_the_book_and_follows_the_results(small_book):
     said: list[str] = []
     build.build("s", say=said.append)
     assert said == ["book: nothing changed, kept"]
+    shutil.copytree(texts.TEMPLATES, small_book / "templates")
+    (small_book / "templates" / "foot.md").write_text("Another foot.\n")
+    monkeypatch.setattr(texts, "TEMPLATES", small_book / "templates")
+    chapter = build.build("s", say=said.append).parent / "book" / "01_a.html"
+    assert "Another foot." in chapter.read_text() and "built" in said[-1], (
+        "a template is part of what a book is made of"
+    )
     execute.run("s", ["01_a"], {"seed": 5}, say=lambda _: None)
     build.build("s", say=said.append)
     assert "5 and 0.50" in page.read_text() and "0 reproduced, 1 not reproduced" in page.read_text()
