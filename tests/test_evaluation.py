@@ -33,21 +33,10 @@ def world(told_after: dict[str, bool]) -> Measured:
     rows = []
     known = {"A": (1, 0), "B": (0, 1), "C": (0, 0), "D": (1, 1), "E": (1, 0)}
     for name, controls in known.items():
-        split = "fit" if name == "E" else "held_out"
+        row = {"set": "large", "item": "", "subject": name, "answer": name.lower()}
+        row["split"] = "fit" if name == "E" else "held_out"
         told = {"fail": name == "D", "c1": bool(controls[0]), "c2": bool(controls[1])}
-        rows += [
-            {
-                "set": "large",
-                "item": "",
-                "template": t,
-                "subject": name,
-                "answer": name.lower(),
-                "split": split,
-                "told": v,
-                "top": name.lower() if v else "x",
-            }
-            for t, v in told.items()
-        ]
+        rows += [row | {"template": t, "told": v, "top": name.lower() if v else "x"} for t, v in told.items()]
     before = pd.DataFrame(rows)
     after = before.copy()
     for name, told in told_after.items():

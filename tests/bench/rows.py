@@ -59,29 +59,11 @@ def trace_rows(model: Model) -> list[Row]:
         return torch.einsum("btnh,nhd->bntd", z, W_O)
 
     what = f"heads, MLPs and biases of {len(texts)} prompts, {len(CONVENTIONS)} conventions"
+    logits, heads = (lambda a, b, i=i: largest(a[i], b[i]) for i in (0, 1))
+    plain, lens_name = "one plain forward pass (Hugging Face)", "TransformerLens: run_with_cache, heads stacked"
     return [
-        Row(
-            "logit trace",
-            what,
-            "one plain forward pass (Hugging Face)",
-            ours,
-            forward,
-            lambda a, b: largest(a[0], b[0]),
-            1e-4,
-            1 / 1.3,
-            rounds=9,
-        ),
-        Row(
-            "logit trace",
-            what,
-            "TransformerLens: run_with_cache, heads stacked",
-            ours,
-            through_lens,
-            lambda a, b: largest(a[1], b[1]),
-            1e-3,
-            None,
-            rounds=5,
-        ),
+        Row("logit trace", what, plain, ours, forward, logits, 1e-4, 1 / 1.3, rounds=9),
+        Row("logit trace", what, lens_name, ours, through_lens, heads, 1e-3, None, rounds=5),
     ]
 
 
@@ -101,24 +83,15 @@ def neuron_rows(model: Model) -> list[Row]:
         return peers.captum_attributions(model, sample, targets[some], layers, progress=None)[:, AROUND]
 
     def one_by_one() -> Tensor:
-        found = [peers.captum_attributions(model, sample, targets[some], [i], progress=None) for i in layers]
-        return found[AROUND][:, 0]
+        by_layer = [peers.captum_attributions(model, sample, targets[some], [i], progress=None) for i in layers]
+        return by_layer[AROUND][:, 0]
 
-    peers = {"a call a layer": one_by_one, "one call for all": together}
+    captum, scaled = f"Captum LayerGradientXActivation, {len(layers)} layers", f"({SAMPLE} prompts, scaled)"
+    work = {f"{captum}, a call a layer {scaled}": one_by_one, f"{captum}, one call for all {scaled}": together}
+    share = SAMPLE / len(texts)
     return [
-        Row(
-            "neuron trace",
-            what,
-            f"Captum LayerGradientXActivation, {len(layers)} layers, {name} ({SAMPLE} prompts, scaled)",
-            ours,
-            peer,
-            largest,
-            1e-3,
-            10,
-            peer_of=SAMPLE / len(texts),
-            rounds=2,
-        )
-        for name, peer in peers.items()
+        Row("neuron trace", what, name, ours, peer, largest, 1e-3, 10, peer_of=share, rounds=2)
+        for name, peer in work.items()
     ]
 
 
@@ -143,32 +116,16 @@ def patching_rows(model: Model) -> list[Row]:
     def through_lens() -> Tensor:
         _, clean = lens.run_with_cache(clean_tokens, prepend_bos=False)
         metric = partial(_margin, pairs=pairs)
-        found = lens_patching.generic_activation_patch(
-            lens,
-            tokens,
-            clean,
-            metric,
-            lens_patching.layer_pos_head_vector_patch_setter,
-            "z",
-            index_df=index,
-            reduce="none",
-        )
-        return found.values
+        put = lens_patching.layer_pos_head_vector_patch_setter
+        patch = lens_patching.generic_activation_patch
+        return patch(lens, tokens, clean, metric, put, "z", index_df=index, reduce="none").values
 
-    return [
-        Row(
-            "activation patching",
-            f"{model.weights.n_layers * heads} heads, last position, {len(texts)} pairs",
-            f"TransformerLens' own helper ({len(index)} heads, scaled)",
-            ours,
-            through_lens,
-            largest,
-            1e-3,
-            20,
-            peer_of=len(LAYERS_OF_PEER) / model.weights.n_layers,
-            rounds=3,
-        )
-    ]
+    what = f"{model.weights.n_layers * heads} heads, last position, {len(texts)} pairs"
+    name, share = (
+        f"TransformerLens' own helper ({len(index)} heads, scaled)",
+        len(LAYERS_OF_PEER) / model.weights.n_layers,
+    )
+    return [Row("activation patching", what, name, ours, through_lens, largest, 1e-3, 20, peer_of=share, rounds=3)]
 
 
 def _margin(logits: Tensor, pairs: Tensor) -> Tensor:
@@ -201,7 +158,7 @@ def step_rows(model: Model) -> list[Row]:
         return _step(cross_entropy + task.recipe.kl_weight * kl, optimiser, leaf)
 
     whole = copy.deepcopy(model.module)
-    peers = {
+    ways = {
         "plain PyTorch, every parameter's gradient": plain_step(model, task, whole.requires_grad_(), part.name),
         "plain PyTorch, all else frozen": plain_step(model, task, copy.deepcopy(model.module), part.name),
         "peft: LoRA of full rank on the same matrix": peft_step(model, task),
@@ -209,7 +166,7 @@ def step_rows(model: Model) -> list[Row]:
     what = f"L{LAYER + 1}, {len(case.facts)} prompts and {task.recipe.windows} window of {task.recipe.window} tokens"
     return [
         Row("V-only step", what, name, ours, peer, _same_loss if "peft" in name else _same_step, 2e-3, 5, rounds=9)
-        for name, peer in peers.items()
+        for name, peer in ways.items()
     ]
 
 
@@ -308,20 +265,11 @@ def four_rows(model: Model) -> list[Row]:
         return [plain_train(model, task, base, name, frozen) for name in FOUR]
 
     what = f"L{LAYER + 1}, to a margin of {training.DEFAULT.margin:g} or {training.DEFAULT.max_steps} steps"
-    peers = {"plain PyTorch, every parameter's gradient": False, "plain PyTorch, all else frozen": True}
+    what = f"{what}, set-up and KL on unseen windows included"
+    ways = {"plain PyTorch, every parameter's gradient": False, "plain PyTorch, all else frozen": True}
     return [
-        Row(
-            "four pathways",
-            f"{what}, set-up and KL on unseen windows included",
-            name,
-            ours,
-            partial(plain, frozen),
-            _same_runs,
-            1e-2,
-            5,
-            rounds=3,
-        )
-        for name, frozen in peers.items()
+        Row("four pathways", what, name, ours, partial(plain, frozen), _same_runs, 1e-2, 5, rounds=3)
+        for name, frozen in ways.items()
     ]
 
 
@@ -380,21 +328,12 @@ def static_rows(model: Model) -> list[Row]:
                 hits.append(logits[:, answers] >= logits.topk(10).values[:, -1:])
         return torch.stack(hits).unflatten(0, (weights.n_layers, -1)).float()
 
-    return [
-        Row(
-            "static diagnostics",
-            f"{model.weights.n_layers * model.weights.n_heads} heads: QK overlap, K-norms, "
-            f"roles with their permutation tests, relation maps of {len(case.facts)} facts",
-            "relation maps alone, a d_model x d_model matrix a head",
-            ours,
-            plain,
-            lambda a, b: float((a - b).abs().max()),
-            0.0,
-            None,
-            rounds=5,
-            seconds=2.0,
-        )
-    ]
+    n, difference = model.weights.n_layers * model.weights.n_heads, lambda a, b: float((a - b).abs().max())
+    what = (
+        f"{n} heads: QK overlap, K-norms, roles with their permutation tests, relation maps of {len(case.facts)} facts"
+    )
+    name = "relation maps alone, a d_model x d_model matrix a head"
+    return [Row("static diagnostics", what, name, ours, plain, difference, 0.0, None, rounds=5, seconds=2.0)]
 
 
 def load_rows(model: Model) -> list[Row]:
@@ -405,20 +344,11 @@ def load_rows(model: Model) -> list[Row]:
         AutoTokenizer.from_pretrained(folder)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model.norm.weight.detach()
 
-    return [
-        Row(
-            "loading",
-            f"{model.name}, from the cache, checked",
-            "from_pretrained, unchecked",
-            lambda: models.load(model.name).module.model.norm.weight.detach(),
-            plain,
-            largest,
-            0.0,
-            None,
-            rounds=5,
-            seconds=0.5,
-        )
-    ]
+    def ours() -> Tensor:
+        return models.load(model.name).module.model.norm.weight.detach()
+
+    what, name = f"{model.name}, from the cache, checked", "from_pretrained, unchecked"
+    return [Row("loading", what, name, ours, plain, largest, 0.0, None, rounds=5, seconds=0.5)]
 
 
 ROWS = (trace_rows, neuron_rows, patching_rows, step_rows, four_rows, static_rows, load_rows)
