@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-import pandas as pd
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float, Int
@@ -276,40 +275,3 @@ def components(model: Model) -> tuple[Site, ...]:
     """All heads, layer by layer, then all MLPs: the order of every component vector."""
     layers, heads = range(model.weights.n_layers), range(model.weights.n_heads)
     return (*(Site(layer, head) for layer in layers for head in heads), *(Site(layer, mlp=True) for layer in layers))
-
-
-def convention_terms(model: Model, row: pd.Series) -> pd.DataFrame:
-    """Every component's term for a prompt (a row of a `tell` table): for its answer, its competitor and their
-    difference, in every convention; the last row sums all terms, embedding and biases included."""
-    seen = capture(model, [row.prompt])
-    pair = torch.tensor([[row.answer_token, row.competitor_token]])
-    columns: dict[tuple[str, str], list[float]] = {}
-    for convention, trace in logit_traces(model, seen, pair).items():
-        answer, competitor = torch.cat((trace.heads.flatten(2), trace.mlps, trace.total[..., None]), -1)[0]
-        for name, terms in (("answer", answer), ("competitor", competitor), ("difference", answer - competitor)):
-            columns[convention, name] = terms.tolist()
-    return pd.DataFrame(columns, index=[*map(str, components(model)), "all terms"])
-
-
-def strongest_terms(table: pd.DataFrame, *, k: int = 8) -> pd.DataFrame:
-    """Of a `convention_terms` table the k components that move the prompt most, and the sum of all."""
-    strongest = table["scaled", "difference"].iloc[:-1].abs().sort_values(ascending=False).index[:k]
-    return table.loc[[*strongest, "all terms"]]
-
-
-def terms_by_site(table: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
-    """A `convention_terms` table as results keep it: convention, then answer or competitor, then site."""
-    return {c: {what: table[c, what].to_dict() for what in ("answer", "competitor")} for c in CONVENTIONS}
-
-
-def completeness(model: Model, table: pd.DataFrame) -> dict[str, float]:
-    """Largest |sum of terms - model's own value| by convention, over every prompt of a `tell` table, for its answer
-    and its competitor; `raw` relative to the final residual stream's own product."""
-    errors: dict[str, float] = dict.fromkeys(CONVENTIONS, 0.0)
-    for start in range(0, len(table), BATCH):
-        part = table.iloc[start : start + BATCH]
-        seen = capture(model, part.prompt.tolist())
-        pairs = torch.tensor(part[["answer_token", "competitor_token"]].to_numpy())
-        for convention, trace in logit_traces(model, seen, pairs).items():
-            errors[convention] = max(errors[convention], trace.error)
-    return errors

@@ -7,24 +7,21 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lib import facts, recall
+from lib import facts
 from lib.errors import CompletenessError, DataError
 from lib.models import Model
 from lib.trace import (
     CONVENTIONS,
     capture,
-    convention_terms,
     hooked,
     last_patterns,
     logit_lens,
     logit_trace,
-    strongest_terms,
     subject_attention,
     subject_positions,
-    terms_by_site,
 )
 from lib.weights import view
-from tests.conftest import plain_logits, tiny_gpt2
+from tests.conftest import tiny_gpt2
 
 PROMPTS = ["The capital of France is", "Japan's capital city is", "One two three four five six seven"]
 
@@ -204,23 +201,6 @@ def test_subject_positions_find_every_token_of_the_subject(smollm2):
         subject_positions(smollm2, prompt, "Ghana")
     seen = capture(smollm2, [prompt], everywhere=True)
     assert 0 <= subject_attention(smollm2, last_patterns(smollm2, seen), [prompt], ["Burkina Faso"]).min() <= 1
-
-
-def test_every_term_of_the_example_is_kept_under_its_site(organism):
-    case = facts.load_cases("organism")[0]
-    row = recall.first_failing(case, recall.tell(organism, case.facts, facts.load_templates()))
-    terms = convention_terms(organism, row)
-    kept = terms_by_site(terms)
-    assert set(kept) == {"raw", "scaled", "centred"}
-    assert len(kept["raw"]["answer"]) == 12 * 12 + 12 + 1, "heads, MLPs and the sum of all"
-    scaled = kept["scaled"]
-    logits = plain_logits(organism, [row.prompt])[0]
-    assert scaled["answer"]["all terms"] == pytest.approx(float(logits[row.answer_token]), abs=1e-3)
-    assert scaled["competitor"]["all terms"] == pytest.approx(float(logits[row.competitor_token]), abs=1e-3)
-    shift = {site: scaled["answer"][site] - kept["centred"]["answer"][site] for site in scaled["answer"]}
-    other = {site: scaled["competitor"][site] - kept["centred"]["competitor"][site] for site in scaled["answer"]}
-    assert shift == pytest.approx(other, abs=1e-4), "centring takes the same from every token"
-    assert len(strongest_terms(terms, k=3)) == 4
 
 
 @pytest.mark.model

@@ -1,5 +1,6 @@
 """What chapter 2 shows beside the diagnosis itself.
 
+completeness, convention_terms         the exact trace over many prompts; one prompt's terms, by convention
 report_cases, same_findings            the findings, and whether they repeat themselves
 organism_truth, judge_rule             the rule on the organism, where the truth is known
 static_agreement                       do the weights rate the heads as the trace does?
@@ -26,9 +27,55 @@ from lib.results import Results
 from lib.sites import Site
 from lib.static import TOP, JointMap, RelationMap, join, qk_overlap, relation_maps
 from lib.statistics import rank_correlation, top_overlap
-from lib.trace import capture, last_patterns, logit_lens, subject_attention
+from lib.trace import (
+    BATCH,
+    CONVENTIONS,
+    capture,
+    components,
+    last_patterns,
+    logit_lens,
+    logit_traces,
+    subject_attention,
+)
 
 HEADS = 4  # knowledge heads whose attention is shown
+
+
+def convention_terms(model: Model, row: pd.Series) -> pd.DataFrame:
+    """Every component's term for a prompt (a row of a `tell` table): for its answer, its competitor and their
+    difference, in every convention; the last row sums all terms, embedding and biases included."""
+    seen = capture(model, [row.prompt])
+    pair = torch.tensor([[row.answer_token, row.competitor_token]])
+    columns: dict[tuple[str, str], list[float]] = {}
+    for convention, trace in logit_traces(model, seen, pair).items():
+        answer, competitor = torch.cat((trace.heads.flatten(2), trace.mlps, trace.total[..., None]), -1)[0]
+        for name, terms in (("answer", answer), ("competitor", competitor), ("difference", answer - competitor)):
+            columns[convention, name] = terms.tolist()
+    return pd.DataFrame(columns, index=[*map(str, components(model)), "all terms"])
+
+
+def strongest_terms(table: pd.DataFrame, *, k: int = 8) -> pd.DataFrame:
+    """Of a `convention_terms` table the k components that move the prompt most, and the sum of all."""
+    strongest = table["scaled", "difference"].iloc[:-1].abs().sort_values(ascending=False).index[:k]
+    return table.loc[[*strongest, "all terms"]]
+
+
+def terms_by_site(table: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
+    """A `convention_terms` table as results keep it: convention, then answer or competitor, then site."""
+    return {c: {what: table[c, what].to_dict() for what in ("answer", "competitor")} for c in CONVENTIONS}
+
+
+def completeness(model: Model, table: pd.DataFrame) -> dict[str, float]:
+    """Largest |sum of terms - model's own value| by convention, over every prompt of a `tell` table, for its answer
+    and its competitor; `raw` relative to the final residual stream's own product."""
+    errors: dict[str, float] = dict.fromkeys(CONVENTIONS, 0.0)
+    for start in range(0, len(table), BATCH):
+        part = table.iloc[start : start + BATCH]
+        seen = capture(model, part.prompt.tolist())
+        pairs = torch.tensor(part[["answer_token", "competitor_token"]].to_numpy())
+        for convention, trace in logit_traces(model, seen, pairs).items():
+            errors[convention] = max(errors[convention], trace.error)
+    return errors
 
 
 def report_cases(report: Results, diagnoses: Sequence[Diagnosis]) -> None:
