@@ -612,8 +612,11 @@ def results(store: Path) -> dict[str, int]:
 
 def workers_of(pid: int) -> list[psutil.Process]:
     """Processes that compute for a sweep: the children that multiprocessing spawned."""
-    children = psutil.Process(pid).children(recursive=True)
-    return [c for c in children if "spawn_main" in " ".join(c.cmdline())]
+    workers = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # one that has just ended
+            workers += [child] if "spawn_main" in " ".join(child.cmdline()) else []
+    return workers
 
 
 def ended(process: psutil.Process) -> bool:
