@@ -5,7 +5,7 @@
    place. Every array begins with the axes state, layer, head; state 0 is the untouched model.
 3. The page holds each layer of an array once; an edit's layer is stored only where it differs from the untouched
    one. Attention is rounded to 8 bits, everything else is fp32.
-4. Charts are Vega-Lite, made with Altair; its JavaScript comes with vl-convert and is written into the page, as is
+4. Charts are Vega-Lite (charts.yaml); its JavaScript comes with vl-convert and is written into the page, as is
    lib/dashboard/page.js, which only routes: choices, search, focus and words. A content security policy names both
    scripts by their sha256 and forbids everything else, so no text of a template, a token or a model can run.
 """

@@ -1,4 +1,4 @@
-// Choices, search, focus and words. Charts are Vega-Lite specifications that lib/dashboard.py made with Altair: here
+// Choices, search, focus and words. Charts are the Vega-Lite specifications of lib/dashboard/charts.yaml: here
 // they only get their data. Text from the board is set as text, never as HTML.
 
 const board = JSON.parse(document.getElementById("board").textContent);

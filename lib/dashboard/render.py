@@ -12,9 +12,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import altair as alt
 import numpy as np
 import vl_convert
+import yaml
 from numpy.typing import NDArray
 
 from lib.dashboard.collect import EDITS, MEASURES, ROLE_NUMBERS, TOP, VALUE_ROLES, CaseData, Measure, PageData, State
@@ -25,9 +25,6 @@ from lib.show.sentences import words
 
 HERE = Path(__file__).parent
 PARTS = tuple(HERE / f"page.{kind}" for kind in ("html", "css", "js"))
-
-
-# Rendering
 
 
 def render(data: PageData) -> str:
@@ -65,7 +62,7 @@ def _page(data: PageData) -> dict[str, Any]:
     lengths = [len(tokens) * (len(tokens) + 1) // 2 for tokens in data.texts.values()]
     return {
         "shape": data.arrays["qk_overlap"].shape[1:],
-        "measures": [asdict(m) | ({"labels": _labels(data, m.key)} if m.kind == "role" else {}) for m in MEASURES],
+        "measures": [asdict(m) | ({"labels": _labels(data, m)} if m.kind == "role" else {}) for m in MEASURES],
         "states": [_state(s, data.reported[EDITS]["recommended"]) for s in data.states],
         "cases": [_case(c, data.sources) for c in data.cases],
         "texts": [
@@ -86,8 +83,11 @@ def _page(data: PageData) -> dict[str, Any]:
     }
 
 
-def _labels(data: PageData, role: str) -> list[str]:
-    return list(VALUE_ROLES) if role == "value" else ["none", *data.types]
+def _labels(data: PageData, measure: Measure) -> list[str]:
+    """The roles that a measure tells apart."""
+    if measure.kind != "role":
+        return []
+    return list(VALUE_ROLES) if measure.key == "value" else ["none", *data.types]
 
 
 def _state(state: State, recommended: str) -> dict[str, Any]:
@@ -144,145 +144,56 @@ def pack(values: NDArray) -> dict[str, Any]:
 
 KINDS = ("control prompts", "failing prompt", "failing prompt, edited")
 STATES = ("untouched", "edited")
-SHAPES = ["circle", "diamond", "triangle-up"]
+SHAPES = ("circle", "diamond", "triangle-up")
 BEFORE = "#3f8fce"  # as blue as figures.BLUE, readable on a dark page too
-ROWS = alt.NamedData("rows")
-FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
-ABOVE: dict[str, Any] = {"title": None, "orient": "top"}
-BELOW: dict[str, Any] = {"orient": "bottom", "direction": "horizontal"}
+CATEGORIES = (BLUE, RED, GREEN, ORANGE, PINK, SKY, "#8c6bb1", "#f0e442")
+CHARTS: dict[str, Any] = yaml.safe_load((HERE / "charts.yaml").read_text(encoding="utf-8"))
+OMITTED = object()
 
 
 def specs(data: PageData) -> dict[str, dict[str, Any]]:
     """Vega-Lite specifications by name, each of the data set `rows`."""
-    out: dict[str, alt.TopLevelMixin] = {"attention": _attention()}
+    out = {"attention": CHARTS["attention"]}
     for name, n in (("", 1), (" edited", 2)):
-        out |= {f"points{name}": _points(KINDS[: n + 1]), f"norms{name}": _norms(data.types, STATES[:n])}
+        kinds = {"kinds": KINDS[: n + 1], "colours": (BEFORE, RED, GREEN)[: n + 1], "shapes": SHAPES[: n + 1]}
+        states = {"states": STATES[:n], "colours": (BEFORE, GREEN)[:n], "shapes": SHAPES[::2][:n]}
+        legend = {"orient": "top", "title": None} if n > 1 else None
+        types = {"types": [words(t) for t in data.types], "height": 22 * len(data.types)}
+        out[f"points{name}"] = filled(CHARTS["points"], **kinds)
+        out[f"norms{name}"] = filled(CHARTS["norms"], **states, **types, legend=legend)
     for m in MEASURES:
         for layout in ("wide", "tall"):
-            out[f"grid {m.key} {layout}"] = _grid(m, layout, _labels(data, m.key) if m.kind == "role" else [])
+            out[f"grid {m.key} {layout}"] = _grid(m, layout, m.unit or m.title, _labels(data, m))
             if m.kind != "role":
-                out[f"grid {m.key} change {layout}"] = _grid(replace(m, kind="signed"), layout, [], "change")
-    return {name: _spec(chart) for name, chart in out.items()}
+                title = f"change {m.unit}".strip()
+                out[f"grid {m.key} change {layout}"] = _grid(replace(m, kind="signed"), layout, title, [])
+    return out
 
 
-def _spec(chart: alt.TopLevelMixin) -> dict[str, Any]:
-    return {k: v for k, v in chart.to_dict().items() if k not in ("config", "$schema")}
-
-
-def _grid(measure: Measure, layout: str, labels: Sequence[str], prefix: str = "") -> alt.TopLevelMixin:
-    """Layers across and heads down (wide), as in the chapters, or heads across and layers down (tall)."""
-    legend = alt.Legend(
-        title=" ".join(filter(None, (prefix, measure.unit))) or measure.title,
-        **{**BELOW, "gradientLength": 220, "gradientThickness": 10, "tickCount": 4},
-        columns=5,
-        symbolType="square",
-        titleLimit=300,
-        labelExpr="replace(datum.label, /_/g, ' ')" if labels else alt.Undefined,
-    )
-    signed: dict[str, Any] = {
-        "domain": [alt.expr("-high"), alt.expr("high")],
-        "nice": False,
-        "range": "diverging",
-        "domainMid": 0,
-    }
-    shares: dict[str, Any] = {"domain": [0, alt.expr("high")], "nice": False, "range": "heatmap"}
-    roles: dict[str, Any] = {"domain": list(labels), "range": "category"}
-    scale = alt.Scale(**(roles if labels else signed if measure.kind == "signed" else shares))
+def _grid(measure: Measure, layout: str, title: str, labels: Sequence[str]) -> dict[str, Any]:
     across, down = ("layer", "head") if layout == "wide" else ("head", "layer")
-    axis: dict[str, Any] = {"labelAngle": 0, "labelOverlap": True, "ticks": False, "domain": False}
-    base = alt.Chart(ROWS).encode(
-        x=alt.X(f"{across}:O", title=across, axis=alt.Axis(**axis, orient="top")),
-        y=alt.Y(f"{down}:O", title=down, axis=alt.Axis(**axis, orient="left")),
-    )
-    cells = base.mark_rect(strokeWidth=1, invalid=None).encode(
-        color=alt.Color("value:N" if labels else "value:Q", legend=legend, scale=scale),
-        opacity=alt.Opacity("shade:Q", scale=None, legend=None),
-    )
-    dark = "luminance(scale('color', datum.value)) < 0.4"
-    marks = base.mark_text(fontWeight="bold", fontSize=13).encode(
-        text="mark:N", color=alt.condition(dark, alt.value("white"), alt.value("black"))
-    )
-    return alt.layer(cells, marks).add_params(alt.param(name="high", value=1))
-
-
-def _points(kinds: Sequence[str]) -> alt.TopLevelMixin:
-    """A row a fact, a mark a prompt."""
-    base, n = alt.Chart(ROWS), len(kinds)
-    colours = alt.Scale(domain=list(kinds), range=[BEFORE, RED, GREEN][:n])
-    told = alt.Tooltip("told:N", title="untouched")
-    points = base.mark_point(size=70, filled=True, opacity=0.8).encode(
-        x=alt.X("value:Q", axis=alt.Axis(title="logits", tickCount=6)),
-        y=alt.Y("fact:N", sort=alt.EncodingSortField("order"), axis=alt.Axis(title=None, grid=True, labelLimit=150)),
-        color=alt.Color("kind:N", scale=colours, legend=alt.Legend(**ABOVE, columns=2, symbolOpacity=1)),
-        shape=alt.Shape("kind:N", scale=alt.Scale(domain=list(kinds), range=SHAPES[:n])),
-        size=alt.condition(f"datum.kind == '{KINDS[0]}'", alt.value(35), alt.value(110)),
-        tooltip=[alt.Tooltip("prompt:N"), alt.Tooltip("value:Q", format="+.2f", title="logits"), told],
-    )
-    zero = base.mark_rule(strokeDash=[3, 3], opacity=0.7).encode(x=alt.datum(0))
-    return alt.layer(zero, points).properties(width="container", height=200, autosize=FIT)
-
-
-def _attention() -> alt.Chart:
-    """A query a row, a key a column."""
-    axis: dict[str, Any] = {"labelExpr": "slice(datum.label, indexof(datum.label, ' ') + 1)", "labelLimit": 90}
-    keys = alt.Axis(title="looked at", **axis, labelAngle=-50, orient="top")
-    look: dict[str, Any] = {**BELOW, "gradientLength": 120, "gradientThickness": 8, "format": ".0%", "tickCount": 2}
-    weights = alt.Scale(domain=[0, 1], range="heatmap")
-    return (
-        alt.Chart(ROWS)
-        .mark_rect(strokeWidth=0.5)
-        .encode(
-            x=alt.X("key:N", sort=alt.EncodingSortField("k"), axis=keys),
-            y=alt.Y("query:N", sort=alt.EncodingSortField("q"), axis=alt.Axis(title="looks", **axis)),
-            color=alt.Color("weight:Q", scale=weights, legend=alt.Legend(title="attention", **look)),
-            tooltip=[alt.Tooltip("query:N"), alt.Tooltip("key:N"), alt.Tooltip("weight:Q", format=".1%")],
-        )
+    return filled(
+        CHARTS["grid"],
+        across=across,
+        down=down,
+        title=title,
+        label="replace(datum.label, /_/g, ' ')" if labels else OMITTED,
+        scale=filled(CHARTS["scales"][measure.kind], labels=labels),
+        type="nominal" if labels else "quantitative",
     )
 
 
-def _norms(types: Sequence[str], states: Sequence[str]) -> alt.Chart:
-    """A row a token type, a mark a state."""
-    domain, n = list(states), len(states)
-    length = alt.Axis(title="mean length of the key", tickCount=5)
-    colours = alt.Scale(domain=domain, range=[BEFORE, GREEN][:n])
-    return (
-        alt.Chart(ROWS)
-        .mark_point(filled=True, size=90, opacity=0.9)
-        .encode(
-            x=alt.X("norm:Q", scale=alt.Scale(zero=False), axis=length),
-            y=alt.Y("type:N", sort=[words(t) for t in types], axis=alt.Axis(title=None, grid=True)),
-            color=alt.Color("state:N", scale=colours, legend=alt.Legend(**ABOVE) if n > 1 else None),
-            shape=alt.Shape("state:N", scale=alt.Scale(domain=domain, range=SHAPES[::2][:n])),
-            tooltip=[alt.Tooltip("type:N"), alt.Tooltip("state:N"), alt.Tooltip("norm:Q", format=".2f")],
-        )
-        .properties(width="container", height=22 * len(types), autosize=FIT)
-    )
+def filled(part: Any, **values: Any) -> Any:
+    """A specification, or a part of it, whose holes (`$name`) hold values."""
+    if isinstance(part, dict):
+        entries = {key: filled(entry, **values) for key, entry in part.items()}
+        return {key: entry for key, entry in entries.items() if entry is not OMITTED}
+    if isinstance(part, list):
+        return [filled(entry, **values) for entry in part]
+    return values[part[1:]] if isinstance(part, str) and part.startswith("$") else part
 
 
-def _theme(text: str, quiet: str, line: str, none: str, diverging: str) -> dict[str, Any]:
-    """Vega's configuration. Categories: grey for none, then Okabe and Ito's colours."""
-    small = {"titleFontWeight": "normal", "labelFontSize": 11}
-    lines = {f"{part}Color": line for part in ("grid", "domain", "tick")}
-    return {
-        "background": None,
-        "font": "system-ui, sans-serif",
-        "axis": {"labelColor": quiet, "titleColor": quiet, **lines, **small, "titleFontSize": 12},
-        "view": {"stroke": None},
-        "aria": False,
-        "legend": {"labelColor": text, "titleColor": quiet, **small},
-        "rule": {"color": quiet},
-        "rect": {"stroke": line},
-        "range": {
-            "heatmap": {"scheme": "viridis"},
-            "diverging": diverging.split(),
-            "category": [none, BLUE, RED, GREEN, ORANGE, PINK, SKY, "#8c6bb1", "#f0e442"],
-        },
-    }
-
-
-BLUE_TO_RED = "#2166ac #67a9cf #d1e5f0 #f7f7f7 #fddbc7 #ef8a62 #b2182b"
-BLUE_TO_RED_ON_DARK = "#8ec5f4 #3d86c6 #224765 #20252d #6a3323 #d2603a #ffb38a"
 THEMES = {
-    "light": _theme("#1b1f24", "#4f5864", "#d9dde3", "#d5d9de", BLUE_TO_RED),
-    "dark": _theme("#e8ebef", "#adb6c2", "#363d48", "#3b424d", BLUE_TO_RED_ON_DARK),
+    name: filled(CHARTS["theme"], **colours, category=[colours["none"], *CATEGORIES])
+    for name, colours in CHARTS["themes"].items()
 }

@@ -83,7 +83,7 @@ def _dashboard_key(model_name: str, weights: str) -> str:
     files = [*shared_inputs(), *modules({"dashboard/collect", "dashboard/render"}, ROOT), *PARTS]
     files += [results_path(model_name, chapter) for chapter in TAKEN]
     files += sorted(chapter_folder(model_name, EDITS).glob("*.safetensors"))
-    packages = {p: version(p) for p in (*PACKAGES, "altair", "vl-convert-python")}
+    packages = {p: version(p) for p in (*PACKAGES, "vl-convert-python")}
     return digest(files, json.dumps([weights, sys.version, packages], sort_keys=True), ROOT)
 
 
