@@ -17,12 +17,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from einops import einsum, rearrange, repeat
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
@@ -63,21 +61,7 @@ VALUE_ROLES = ("neither", "copies", "suppresses", "maps relation")  # the first 
 _SIZES = {"seeks": "effect", "advertises": "effect", "copy": "score", "relation": "score"}
 ROLE_NUMBERS = tuple(f"{role}_{number}" for role, size in _SIZES.items() for number in (size, "p"))
 UNTOUCHED = "none"
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A choice of colour for the grid, as measures.yaml describes them."""
-
-    key: str
-    title: str
-    unit: str
-    kind: str
-    by: str
-    text: str
-
-
-MEASURES = tuple(Measure(**row) for row in yaml.safe_load(Path(__file__).with_name("measures.yaml").read_text("utf-8")))
+STORED = {"u": np.uint8, "i": np.int32, "f": np.float32}  # by kind of number
 
 
 @dataclass(frozen=True)
@@ -249,7 +233,7 @@ def collect(model: Model, *, progress: bool = True) -> PageData:
         words=tuple(model.token_text(int(i)) for i in ids),
         studied=len(static.study),
         reported=reported,
-        arrays={key: _small(value) for key, value in arrays.items()},
+        arrays={key: value.astype(STORED[value.dtype.kind]) for key, value in arrays.items()},
     )
     agree(data)
     return data
@@ -303,13 +287,6 @@ def agree(data: PageData) -> None:
             )
 
 
-def _small(values: NDArray) -> NDArray:
-    """As the page stores it: bytes, 4-byte integers, 4-byte floats."""
-    if values.dtype == np.uint8:
-        return values
-    return values.astype(np.float32 if np.issubdtype(values.dtype, np.floating) else np.int32)
-
-
 @dataclass(frozen=True)
 class _CasePrompts:
     """What is put to the model of a case. pairs: answer and competitor of each fact, by the failing prompt. untold:
@@ -342,13 +319,12 @@ def _case_prompts(model: Model, case: Case) -> _CasePrompts:
 
 @dataclass(frozen=True)
 class _CaseRun:
-    """One state's answers to a case. arrays: (layer, head, ...). patterns: by text, (layer, head, byte)."""
+    """One state's answers to a case: by prompt whether it is told, the top token, answer minus competitor. arrays:
+    (layer, head, ...). patterns: by text, (layer, head, byte)."""
 
     arrays: dict[str, NDArray]
     patterns: dict[str, NDArray]
-    told: list[bool]
-    top: list[str]
-    margin: list[float]
+    answers: list[tuple[bool, str, float]]
 
 
 @dataclass(frozen=True)
@@ -381,14 +357,10 @@ def _run_case(
     if case.untold:
         arrays["patching"], baseline = _patch_heads(model, case, run, before, layer)
     answer, wrong = run.logits.gather(1, pairs[:, :1])[:, 0], run.logits.scatter(1, pairs[:, :1], float("-inf"))
-    case_run = _CaseRun(
-        arrays,
-        _attention_bytes(model, run),
-        told=(answer > wrong.amax(-1)).tolist(),
-        top=[visible(model.token_text(int(t))) for t in run.logits.argmax(-1)],
-        margin=interventions.logit_differences(run, pairs).tolist(),
-    )
-    return case_run, baseline
+    told = (answer > wrong.amax(-1)).tolist()
+    top = [visible(model.token_text(int(t))) for t in run.logits.argmax(-1)]
+    margin = interventions.logit_differences(run, pairs).tolist()
+    return _CaseRun(arrays, _attention_bytes(model, run), list(zip(told, top, margin, strict=True))), baseline
 
 
 def _patch_heads(
@@ -495,16 +467,8 @@ def _case_data(
 ) -> CaseData:
     n = len(case.case.facts)
     asked = tuple(
-        Prompt(
-            texts[text],
-            case.templates[i // n],
-            i >= n,
-            i % n,
-            tuple(run.told[i] for run in runs),
-            tuple(run.top[i] for run in runs),
-            tuple(run.margin[i] for run in runs),
-        )
-        for i, text in enumerate(case.texts)
+        Prompt(texts[text], case.templates[i // n], i >= n, i % n, *zip(*answers, strict=True))
+        for i, (text, *answers) in enumerate(zip(case.texts, *(run.answers for run in runs), strict=True))
     )
     known = {p.fact for p in asked if p.control and p.told[0]}
     failing = tuple(fact for fact in case.untold if fact in known) or tuple(range(n))

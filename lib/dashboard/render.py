@@ -7,8 +7,9 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from html import escape
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import vl_convert
 import yaml
 from numpy.typing import NDArray
 
-from lib.dashboard.collect import EDITS, MEASURES, ROLE_NUMBERS, TOP, VALUE_ROLES, CaseData, Measure, PageData, State
+from lib.dashboard.collect import EDITS, ROLE_NUMBERS, TOP, VALUE_ROLES, CaseData, PageData, State
 from lib.errors import DataError
 from lib.facts import Fact, load_templates
 from lib.show.figures import BLUE, GREEN, ORANGE, PINK, RED, SKY, visible
@@ -62,7 +63,7 @@ def _page(data: PageData) -> dict[str, Any]:
     lengths = [len(tokens) * (len(tokens) + 1) // 2 for tokens in data.texts.values()]
     return {
         "shape": data.arrays["qk_overlap"].shape[1:],
-        "measures": [asdict(m) | ({"labels": _labels(data, m)} if m.kind == "role" else {}) for m in MEASURES],
+        "measures": [m | ({"labels": _labels(data, m["key"])} if m["kind"] == "role" else {}) for m in MEASURES],
         "states": [_state(s, data.reported[EDITS]["recommended"]) for s in data.states],
         "cases": [_case(c, data.sources) for c in data.cases],
         "texts": [
@@ -83,11 +84,8 @@ def _page(data: PageData) -> dict[str, Any]:
     }
 
 
-def _labels(data: PageData, measure: Measure) -> list[str]:
-    """The roles that a measure tells apart."""
-    if measure.kind != "role":
-        return []
-    return list(VALUE_ROLES) if measure.key == "value" else ["none", *data.types]
+def _labels(data: PageData, role: str) -> list[str]:
+    return list(VALUE_ROLES) if role == "value" else ["none", *data.types]
 
 
 def _state(state: State, recommended: str) -> dict[str, Any]:
@@ -148,6 +146,7 @@ SHAPES = ("circle", "diamond", "triangle-up")
 BEFORE = "#3f8fce"  # as blue as figures.BLUE, readable on a dark page too
 CATEGORIES = (BLUE, RED, GREEN, ORANGE, PINK, SKY, "#8c6bb1", "#f0e442")
 CHARTS: dict[str, Any] = yaml.safe_load((HERE / "charts.yaml").read_text(encoding="utf-8"))
+MEASURES: list[dict[str, str]] = yaml.safe_load((HERE / "measures.yaml").read_text(encoding="utf-8"))
 OMITTED = object()
 
 
@@ -161,26 +160,23 @@ def specs(data: PageData) -> dict[str, dict[str, Any]]:
         types = {"types": [words(t) for t in data.types], "height": 22 * len(data.types)}
         out[f"points{name}"] = filled(CHARTS["points"], **kinds)
         out[f"norms{name}"] = filled(CHARTS["norms"], **states, **types, legend=legend)
-    for m in MEASURES:
-        for layout in ("wide", "tall"):
-            out[f"grid {m.key} {layout}"] = _grid(m, layout, m.unit or m.title, _labels(data, m))
-            if m.kind != "role":
-                title = f"change {m.unit}".strip()
-                out[f"grid {m.key} change {layout}"] = _grid(replace(m, kind="signed"), layout, title, [])
+    for measure, layout in product(MEASURES, ("wide", "tall")):
+        key, title, unit, kind = (measure[part] for part in ("key", "title", "unit", "kind"))
+        if kind == "role":
+            out[f"grid {key} {layout}"] = _grid(kind, layout, title, _labels(data, key))
+        else:
+            out[f"grid {key} {layout}"] = _grid(kind, layout, unit or title)
+            out[f"grid {key} change {layout}"] = _grid("signed", layout, f"change {unit}".strip())
     return out
 
 
-def _grid(measure: Measure, layout: str, title: str, labels: Sequence[str]) -> dict[str, Any]:
+def _grid(kind: str, layout: str, title: str, labels: Sequence[str] = ()) -> dict[str, Any]:
+    """labels: of roles. A legend shows them with blanks; a legend of numbers needs no such rule."""
     across, down = ("layer", "head") if layout == "wide" else ("head", "layer")
-    return filled(
-        CHARTS["grid"],
-        across=across,
-        down=down,
-        title=title,
-        label="replace(datum.label, /_/g, ' ')" if labels else OMITTED,
-        scale=filled(CHARTS["scales"][measure.kind], labels=labels),
-        type="nominal" if labels else "quantitative",
-    )
+    label = "replace(datum.label, /_/g, ' ')" if labels else OMITTED
+    scale = filled(CHARTS["scales"][kind], labels=labels)
+    values = "nominal" if labels else "quantitative"
+    return filled(CHARTS["grid"], across=across, down=down, title=title, label=label, scale=scale, type=values)
 
 
 def filled(part: Any, **values: Any) -> Any:

@@ -23,7 +23,6 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib_inline.backend_inline import set_matplotlib_formats
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lib.show.sentences import words
@@ -131,8 +130,8 @@ def cumulative_curves(diagnoses: Sequence[Diagnosis]) -> Figure:
     """Answer minus competitor by layer, in logits: each failing prompt thin, means bold, controls beside them."""
     fig, axes = _panels(1, len(diagnoses), (4.9 * len(diagnoses), 4))
     for ax, d in zip(axes.flat, diagnoses, strict=True):
-        _curves(ax, d.evidence.control.curve.T.cpu().numpy(), BLUE, "told under control templates")
-        _curves(ax, d.evidence.failing.curve.T.cpu().numpy(), RED, "failing template")
+        _curves(ax, d.evidence.control.curve.T.cpu().numpy(), BLUE, "told under control templates", (0.6, 0.45))
+        _curves(ax, d.evidence.failing.curve.T.cpu().numpy(), RED, "failing template", (0.6, 0.45))
         ax.axhline(0, color="black", lw=0.6)
         _mark_layer(ax, d.verdict.knowledge_head, GREEN, 0.97)
         if d.verdict.suppressor:
@@ -215,7 +214,7 @@ def subject_norms(norms: dict[str, Float[Tensor, "fact n_layers+1"]]) -> Figure:
     """Norm of the residual stream at the subject's last token, layer by layer, one thin line a fact."""
     fig, ax = _panel((8.5, 3.8))
     for (name, values), colour in zip(norms.items(), (RED, BLUE, ORANGE, PINK, GREEN), strict=False):
-        _curves(ax, values.T.cpu().numpy(), colour, name)
+        _curves(ax, values.T.cpu().numpy(), colour, name, (0.6, 0.5))
     ax.set(yscale="log", xlabel="after layer", ylabel="norm of the subject's\nresidual stream")
     ax.legend(loc="lower right")
     return fig
@@ -480,8 +479,8 @@ def planted_curves(table: pd.DataFrame) -> Figure:
     for ax, _, plant in panels:
         for name, part in plant.groupby("curve", sort=False):
             lines = part.pivot(index="layer", columns="fact", values="logits")
-            look = {"ls": "--", "zorder": 4} if name.startswith("controls") else {}
-            _curves(ax, lines, colours[name], name, **look)
+            look = {"ls": "--", "zorder": 4} if name.startswith("controls") else {"zorder": 3}
+            _curves(ax, lines, colours[name], name, (0.5, 0.35), lw=2.6, **look)
         ax.axhline(0, color="black", lw=0.6)
         first = plant.iloc[0]
         _mark_layer(ax, Site.parse(first.site), ORANGE, 0.97)
@@ -635,10 +634,10 @@ def _colours(table: pd.DataFrame) -> list[str]:
     return [PATHWAY_COLOURS.get(name, GREY) for name in table.pathway]
 
 
-def _curves(ax: Axes, by_layer: NDArray | pd.DataFrame, colour: str, label: str, **look: Any) -> None:
-    """Of layer x fact: one thin line a fact, and their mean bold. look: of the mean."""
-    table = pd.DataFrame(by_layer)
-    ax.plot(table, color=colour, lw=0.6, alpha=0.45)
+def _curves(ax: Axes, by_layer: Any, colour: str, label: str, thin: tuple[float, float], **look: Any) -> None:
+    """Of layer x fact: a line a fact, thin (width, opacity), and their mean bold (look)."""
+    table, (width, opacity) = pd.DataFrame(by_layer), thin
+    ax.plot(table, color=colour, lw=width, alpha=opacity)
     ax.plot(table.mean(1), **{"color": colour, "lw": 3, "label": label, **look})
 
 

@@ -50,7 +50,11 @@ class _Missing(Exception):
 
 
 class _Cell(Formatter):
-    """str.format with WORDS and FORMATS. Of a pair, both ends are formatted; equal ones stand once."""
+    """str.format with WORDS and FORMATS. `{low to high}` formats both values; equal ones stand once."""
+
+    def get_value(self, key: int | str, args: Any, row: Any) -> Any:
+        ends = str(key).split(" to ")
+        return tuple(row[end] for end in ends) if len(ends) > 1 else row[key]
 
     def format_field(self, value: Any, form: str) -> str:
         if isinstance(value, tuple):
@@ -221,25 +225,10 @@ def samples(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 
 def libraries(compared: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Largest differences between this book and TransformerLens, by model."""
-    rows = [
-        {
-            "model": name,
-            "prompts": len(table),
-            **table[["logits", "heads", "lens"]].max(),
-            "same": (table.our_head == table.their_head).sum(),
-        }
-        for name, table in compared.items()
-    ]
-    return arranged("libraries", pd.DataFrame(rows))
-
-
-def seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """The diagnosed layer and its neighbours over seeds."""
-    ends = {
-        name: list(zip(table[f"{name}_min"], table[f"{name}_max"], strict=True))
-        for name in ("told", "repaired", "steps", "kl")
-    }
-    return arranged("seeds", table.assign(**ends))
+    table = pd.concat(compared, names=["model"]).assign(same=lambda heads: heads.our_head == heads.their_head)
+    by_model = table.groupby("model", sort=False)
+    largest = by_model[["logits", "heads", "lens"]].max()
+    return arranged("libraries", largest.assign(prompts=by_model.size(), same=by_model.same.sum()).reset_index())
 
 
 def every_plant(runs: pd.DataFrame) -> pd.DataFrame:

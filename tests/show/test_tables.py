@@ -65,8 +65,8 @@ def test_cells_are_made_from_templates():
         "met": ["", "yes"],
         "fewer operations": ["–", "4.0x"],
     }
-    row = {"#": 7, "name": "v_only", "p": 0.0004, "ratio": 0.9876, "ends": (1.0, 1.0), "rank": 0, "gap": None}
-    text = tables._text("{#} {name:words} {p:p3} {ratio:change} {ends:.0f} {rank:rank}", row)
+    row = {"#": 7, "name": "v_only", "p": 0.0004, "ratio": 0.9876, "low": 1.0, "high": 1.0, "rank": 0, "gap": None}
+    text = tables._text("{#} {name:words} {p:p3} {ratio:change} {low to high:.0f} {rank:rank}", row)
     assert text == "7 v only < 0.001 -1.24% 1 any"
     assert tables._text("{gap:.2f} of {#}|{gap}|none of {#}", row) == "none of 7" and tables._text("{gap}", row) == "–"
 
