@@ -29,19 +29,12 @@ from lib.studies.location import setting
 from lib.studies.pathways import PAPER, by_seed
 
 sentence = partial(say, "comparisons")
-SUCCESS = {  # column of a run, and whether more is better
-    "facts_told": True,
-    "steps": False,
-    "held_out_repaired": True,
-    "kl": False,
-    "bled": False,
-}
-KINDS = {  # of rivals; any other is a pathway
-    **dict.fromkeys(("newline", "bos", "example", "head", "opponent", "competitors"), "no training"),
-    **dict.fromkeys(("vector", "gains", "lora"), "few parameters"),
-    "closed_form": "closed form",
-    "everything": "everything",
-}
+# Columns of a run, and whether more is better
+SUCCESS = {"facts_told": True, "steps": False, "held_out_repaired": True, "kl": False, "bled": False}
+# Kinds of rivals; any other is a pathway
+KINDS = dict.fromkeys(("newline", "bos", "example", "head", "opponent", "competitors"), "no training")
+KINDS |= dict.fromkeys(("vector", "gains", "lora"), "few parameters")
+KINDS |= {"closed_form": "closed form", "everything": "everything"}
 GENERAL = 0.5  # share of the held-out, known and untold, that must be told
 
 
@@ -70,13 +63,8 @@ def other_layers(means: pd.DataFrame, layer: int) -> pd.DataFrame:
         best = part.sort_values(["held_out_repaired", "facts_told", "kl"], ascending=[False, False, True]).iloc[0]
         told = others.facts_told >= diagnosed.facts_told
         repaired = others.held_out_repaired >= diagnosed.held_out_repaired
-        as_good = {
-            "told": told,
-            "repaired": repaired,
-            "as_well": told & repaired,
-            "sooner": told & (others.steps <= diagnosed.steps),
-            "gentler": told & (others.kl <= diagnosed.kl),
-        }
+        as_good = {"told": told, "repaired": repaired, "as_well": told & repaired}
+        as_good |= {"sooner": told & (others.steps <= diagnosed.steps), "gentler": told & (others.kl <= diagnosed.kl)}
         counts = {name: int(layers.sum()) for name, layers in as_good.items()}
         own = {"own_told": float(diagnosed.facts_told), "own_repaired": float(diagnosed.held_out_repaired)}
         most = {"best_layer": int(best.layer), "most_repaired": float(part.held_out_repaired.max())}
@@ -103,11 +91,8 @@ def layer_scores(model: Model, relation: Float[torch.Tensor, "n_layers n_heads"]
     writes, n_layers = setting(model).writes, model.weights.n_layers
     heads = writes[: n_layers * model.weights.n_heads].view(n_layers, -1)  # (n_layers, n_heads)
     mlps = writes[n_layers * model.weights.n_heads :]  # (n_layers,)
-    scores = {
-        "static": relation.max(1).values,
-        "writes": heads.relu().sum(1) + mlps.relu(),
-        "knowledge head": heads.max(1).values,
-    }
+    scores = {"static": relation.max(1).values, "writes": heads.relu().sum(1) + mlps.relu()}
+    scores["knowledge head"] = heads.max(1).values
     layers = {"layer": range(1, n_layers + 1)}
     return pd.DataFrame(layers | {name: score.tolist() for name, score in scores.items()})
 
@@ -151,11 +136,12 @@ def rivals(runs: pd.DataFrame) -> pd.DataFrame:
     """Of a sweep over rivals: a row a rival, by number of parameters. kind: of rival, or `pathway`. low, high: the
     exact 95 % interval of the share repaired. local_lost: of what worked before, of neighbours, of the facts under
     working wordings and of other countries under one. general: whether it repairs at least GENERAL."""
-    ends = [exact_interval(int(k), int(n)) for k, n in zip(runs.held_out_repaired, runs.held_out_n, strict=True)]
+    counts = zip(runs.held_out_repaired, runs.held_out_n, strict=True)
+    low, high = zip(*(exact_interval(int(repaired), int(n)) for repaired, n in counts), strict=True)
     out = runs.assign(
         kind=runs["name"].map(KINDS).fillna("pathway"),
-        low=[e[0] for e in ends],
-        high=[e[1] for e in ends],
+        low=low,
+        high=high,
         local_lost=runs.neighbours_lost + runs.working_lost + runs.elsewhere_lost,
         probes_lost=runs.capability_lost + runs.unrelated_lost,
         whole=runs.facts_told == runs.facts_n,
@@ -167,18 +153,14 @@ def rivals(runs: pd.DataFrame) -> pd.DataFrame:
 def ladder(rows: pd.DataFrame) -> pd.DataFrame:
     """The fewest parameters that tell all, and that generalise: with none changed (free: all that do) and with some
     (changed). `none` where no method does."""
-
-    rows_by_goal = {}
+    rows_by_goal = []
     for goal in ("whole", "general"):
         free, changed = (rows[rows[goal] & pick] for pick in (rows.parameters == 0, rows.parameters > 0))
         fewest = changed[changed.parameters == changed.parameters.min()]
         least = "none" if changed.empty else f"{fewest.parameters.iloc[0]:,}"
-        rows_by_goal[goal] = {
-            "free": "; ".join(free.rival) or "none",
-            "changed": "none" if changed.empty else f"{'; '.join(fewest.rival)} ({least})",
-            "parameters": least if free.empty else "0",
-        }
-    return pd.DataFrame.from_dict(rows_by_goal, orient="index").rename_axis("goal")
+        names = "none" if changed.empty else f"{'; '.join(fewest.rival)} ({least})"
+        rows_by_goal.append((goal, "; ".join(free.rival) or "none", names, least if free.empty else "0"))
+    return pd.DataFrame(rows_by_goal, columns=["goal", "free", "changed", "parameters"]).set_index("goal")
 
 
 # What the chapters' prose says of them
@@ -186,33 +168,22 @@ def ladder(rows: pd.DataFrame) -> pd.DataFrame:
 
 def report_pathways(report: Results, head: pd.DataFrame, seeds: pd.DataFrame, checks: pd.DataFrame) -> None:
     """Chapter 3's comparison: `pathways.head_to_head`, the runs of all seeds, and `pathways.controls`."""
-    whole = seeds.groupby("pathway", sort=False).reached.all()
+    whole, best = seeds.groupby("pathway", sort=False).reached.all(), by_seed(seeds)
     reached = [name for name in PAPER if whole.get(name, False)]
     able = head[head.pathway.map(whole)].sort_values("parameters")
-    smallest = able.iloc[0] if len(able) else None
-    false = checks[checks.control == "false facts"].set_index("pathway")
+    smallest = {"pathway": "none", "parameters": 0, "share": 0.0, "kl": 0.0} if able.empty else able.iloc[0]
+    false, true = checks[checks.control == "false facts"].set_index("pathway"), head.set_index("pathway")
     learned = [name for name in PAPER if name in false.index and false.reached[name]]
-    taken = [
-        ", ".join(str(int(steps[name])) for name in learned) for steps in (false.steps, head.set_index("pathway").steps)
-    ]
+    taken = [", ".join(str(int(steps[name])) for name in learned) for steps in (false.steps, true.steps)]
     words = {"pathways": len(PAPER), "reached": len(reached), "learned": learned, "steps": taken}
-    best = by_seed(seeds)
-    report.many(
-        {
-            "paper_pathways_reached": len(reached),
-            "paper_pathways": len(PAPER),
-            "smallest": listed([] if smallest is None else [smallest.pathway]),
-            "smallest_parameters": (0 if smallest is None else int(smallest.parameters), ","),
-            "smallest_share": (0.0 if smallest is None else float(smallest.share), ".2%"),
-            "smallest_kl": (0.0 if smallest is None else float(smallest.kl), ".4f"),
-            "least_kl": (0.0 if smallest is None else float(able.kl.min()), ".4f"),
-            "recommended": best.iloc[0].replace("_", " "),
-            "recommended_seeds": int((best == best.iloc[0]).sum()),
-            "outside_unchanged": "unchanged" if head.outside_unchanged.all() else "NOT unchanged",
-            "q_k_verdict": listed([name for name in ("q_only", "k_only") if whole.get(name, False)]),
-            "false_pathways": len(learned),
-        }
-    )
+    report.many({"paper_pathways_reached": len(reached), "paper_pathways": len(PAPER)})
+    report.many({"smallest": listed([smallest["pathway"]]), "smallest_parameters": (int(smallest["parameters"]), ",")})
+    report.many({"smallest_share": (float(smallest["share"]), ".2%"), "smallest_kl": (float(smallest["kl"]), ".4f")})
+    report("least_kl", 0.0 if able.empty else float(able.kl.min()), ".4f")
+    report.many({"recommended": listed([best.iloc[0]]), "recommended_seeds": int((best == best.iloc[0]).sum())})
+    report("outside_unchanged", "unchanged" if head.outside_unchanged.all() else "NOT unchanged")
+    report("q_k_verdict", listed([name for name in ("q_only", "k_only") if whole.get(name, False)]))
+    report("false_pathways", len(learned))
     sentences = ("paper_verdict", "false_found", "false_lesson", "false_short")
     report.many({key: sentence(key, **words) for key in sentences})
 
@@ -221,27 +192,17 @@ def report_layers(report: Results, means: pd.DataFrame, others: pd.DataFrame, la
     """The layer sweep."""
     whole = means.groupby("pathway", sort=False).apply(lambda p: int((p.reached > 0).sum()), include_groups=False)
     best, bled = others.loc[others.most_repaired.idxmax()], (float(means.bled.min()), float(means.bled.max()))
-    counts = {
-        "reached_by": ", ".join(f"{plain(name)} at {n}" for name, n in whole.items()),
-        "as_well": int(others.as_well.sum()),
-        "as_well_of": int(others.others.sum()),
-        "most_repaired_at": f"L{best.best_layer} ({plain(best.pathway)})",
-    }
-    words = counts | {
-        "layer": layer,
-        "each": ", ".join(f"{plain(r.pathway)} {r.as_well} of {r.others}" for r in others.itertuples()),
-        "best": best,
-        "best_pathway": plain(best.pathway),
-        "more": int((means.held_out_repaired == best.most_repaired).sum()) - 1,
-        "own": ", ".join(f"{r.own_repaired:.0f} ({plain(r.pathway)})" for r in others.itertuples()),
-        "lost": float(means.probes_lost.max()),
-        "bled": bled,
-        "most": means.max(numeric_only=True),
-    }
+    counts = {"reached_by": ", ".join(f"{plain(name)} at {n}" for name, n in whole.items())}
+    counts |= {"as_well": int(others.as_well.sum()), "as_well_of": int(others.others.sum())}
+    counts |= {"most_repaired_at": f"L{best.best_layer} ({plain(best.pathway)})"}
+    lost, more = float(means.probes_lost.max()), int((means.held_out_repaired == best.most_repaired).sum()) - 1
+    words = counts | {"layer": layer, "layers": means.layer.nunique(), "best": best, "more": more, "bled": bled}
+    words["each"] = ", ".join(f"{plain(r.pathway)} {r.as_well} of {r.others}" for r in others.itertuples())
+    words["own"] = ", ".join(f"{r.own_repaired:.0f} ({plain(r.pathway)})" for r in others.itertuples())
+    words |= {"best_pathway": plain(best.pathway), "lost": lost, "most": means.max(numeric_only=True)}
     report.many(counts | {"most_repaired": (best.most_repaired, ".0f"), "layers_bled": (bled, ".0f")})
-    report.many({"layers_probes_lost": (words["lost"], ".0f")})
-    sentences = ("layers_verdict", "repair_verdict", "layers_effects")
-    report.many({key: sentence(key, layers=means.layer.nunique(), **words) for key in sentences})
+    report("layers_probes_lost", lost, ".0f")
+    report.many({key: sentence(key, **words) for key in ("layers_verdict", "repair_verdict", "layers_effects")})
 
 
 def report_spread(report: Results, table: pd.DataFrame) -> None:
@@ -277,19 +238,12 @@ def report_rivals(report: Results, rows: pd.DataFrame) -> None:
     """Rivals, and the ladder."""
     steps, untrained = ladder(rows), rows.kind == "no training"
     best, trained = (part.loc[part.held_out_repaired.idxmax()] for part in (rows, rows[~untrained]))
-    counts = {
-        "rivals": len(rows),
-        "rivals_told": int(rows.whole.sum()),
-        "rivals_untrained": "; ".join(rows.rival[rows.whole & untrained]) or "none",
-        "fewest_told": steps.changed["whole"],
-        "fewest_general": steps.changed["general"],
-        "free_told": steps.free["whole"],
-        "free_general": steps.free["general"],
-        "most_general": best.rival,
-        "most_general_repaired": int(best.held_out_repaired),
-        "most_general_trained": trained.rival,
-        "most_general_trained_repaired": int(trained.held_out_repaired),
-    }
+    counts = {"rivals": len(rows), "rivals_told": int(rows.whole.sum())}
+    counts["rivals_untrained"] = "; ".join(rows.rival[rows.whole & untrained]) or "none"
+    counts |= {"fewest_told": steps.changed["whole"], "fewest_general": steps.changed["general"]}
+    counts |= {"free_told": steps.free["whole"], "free_general": steps.free["general"]}
+    for name, row in (("most_general", best), ("most_general_trained", trained)):
+        counts |= {name: row.rival, f"{name}_repaired": int(row.held_out_repaired)}
     words = counts | {"facts": int(rows.facts_n.iloc[0]), "n": int(rows.held_out_n.iloc[0]), "best": best}
     sentences = ("rivals_verdict", "ladder_verdict", "general_verdict")
     report.many(counts | {key: sentence(key, trained=trained, **words) for key in sentences})

@@ -6,7 +6,7 @@
                 distribution stands in for an answer, so that names without a fact can be learned from as well
     objective   KL(teacher || pupil) at the last position, mixed with cross-entropy of the answer where the model knows
                 it; plus KL from the untouched model on other prompts of the same countries and on neutral passages
-    rule        of the runs that cost little (`LIMITS`), the one that makes most selection countries told that are
+    rule        of the runs that cost little (`harmless`), the one that makes most selection countries told that are
                 known and untold; ties go to the higher mean log-probability of their answers
 
 Held-out countries take no part: `lesson` refuses them, `cost` does not ask them, and the chapter asks them once, after
@@ -46,8 +46,8 @@ EXAMPLES = 2  # worked examples before the failing prompt
 WINDOW = 32  # tokens of a neutral window
 READ = (1, 2, 3, 5, 8, 12, 20, 30)  # its compared positions: most of them early, where a text's start is felt
 TRAINED = ("fit", "eight", "")  # the splits that training may see
+Rows = tuple[Tensor, Tensor, Tensor]  # which pupils, other prompts and windows a step takes
 TRUTH = 0.3  # share of the answers' cross-entropy in the objective
-LIMITS = {"perplexity": BAND, "capability": 0, "working templates": 0}  # what a run may cost, at most
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class Config:
 @dataclass(frozen=True)
 class Lesson:
     """What training sees, whatever the layer: tokens of pupils, other prompts and windows, and their targets as
-    log-probabilities. facts: the fit facts, which are the first pupils; known: told by the model under a control."""
+    log-probabilities. facts: the fit facts, which are the first pupils; known: told under a control, and identified by
+    the answer's first token."""
 
     facts: tuple[Fact, ...]
     answers: Int[Tensor, " fact"]
@@ -102,7 +103,6 @@ class Lesson:
 class Learned:
     """One run: its edit, and a row a step (loss, pupils, truth, others, neutral)."""
 
-    config: Config
     edit: Edit
     history: pd.DataFrame
 
@@ -162,6 +162,8 @@ def lesson(model: Model, case: Case, facts: Sequence[Fact], places: Sequence[str
     if not facts:
         raise DataError("there is no fit country to learn from.")
     text, (prefix, context) = load_templates(), contexts(case)[teacher]
+    can = {f.subject for f in scorable(model, facts)}
+    told = np.any([tell(model, facts, {c: text[c]}).told for c in case.controls], axis=0)
     names = [*facts, *(Fact(p, "") for p in places)]
     turns = [text[case.controls[i % len(case.controls)]] for i in range(len(facts))]  # the controls take turns
     others = [template.replace("{}", fact.subject) for template, fact in zip(turns, facts, strict=True)]
@@ -173,7 +175,7 @@ def lesson(model: Model, case: Case, facts: Sequence[Fact], places: Sequence[str
     return Lesson(
         facts=tuple(facts),
         answers=first_tokens(model, facts),
-        known=_known(model, case, facts),
+        known=torch.tensor([bool(t) and f.subject in can for t, f in zip(told, facts, strict=True)]),
         teacher=teacher,
         template=text[case.template],
         pupils=[model.token_ids(p) for p in prompts(names, text[case.template])],
@@ -185,13 +187,6 @@ def lesson(model: Model, case: Case, facts: Sequence[Fact], places: Sequence[str
     )
 
 
-def _known(model: Model, case: Case, facts: Sequence[Fact]) -> Bool[Tensor, " fact"]:
-    """Which facts a control template tells, of those that their first token identifies."""
-    text, can = load_templates(), {f.subject for f in scorable(model, facts)}
-    told = np.any([tell(model, facts, {c: text[c]}).told for c in case.controls], axis=0)
-    return torch.tensor([bool(t) and f.subject in can for t, f in zip(told, facts, strict=True)])
-
-
 @torch.no_grad()
 def _at_windows(model: Model, windows: Sequence[Sequence[int]]) -> Float[Tensor, "window position vocab"]:
     """The untouched model's log-probabilities at the compared positions of each window."""
@@ -200,9 +195,7 @@ def _at_windows(model: Model, windows: Sequence[Sequence[int]]) -> Float[Tensor,
     return (compared @ model.weights.W_U).log_softmax(-1)
 
 
-def objective_parts(
-    lesson: Lesson, logits: Float[Tensor, "n vocab"], rows: tuple[Tensor, Tensor, Tensor]
-) -> dict[str, Float[Tensor, ""]]:
+def objective_parts(lesson: Lesson, logits: Float[Tensor, "n vocab"], rows: Rows) -> dict[str, Float[Tensor, ""]]:
     """pupils: KL(teacher || pupil). truth: cross-entropy of the answers that are known. others, neutral: KL(untouched
     || edited) on other prompts and on windows. logits: of the pupils, the others, then the windows' positions. rows:
     which of each."""
@@ -234,11 +227,11 @@ def learn(model: Model, lesson: Lesson, config: Config, *, seed: int = 0, progre
     before = slice_values(model, pathway_slices(model.module, config.layer, config.pathway))
     leaves, values = change(before, config.rank, generator)
     optimiser = torch.optim.Adam(leaves, lr=config.rate)
-    streams = [_streams(model, ids, config.layer) for ids in (lesson.pupils, lesson.others, lesson.windows)]
+    groups = [_with_streams(model, ids, config.layer) for ids in (lesson.pupils, lesson.others, lesson.windows)]
     rows = []
     for step in tqdm(range(config.steps), desc="self-distillation", disable=not progress):
         drawn = _draw(lesson, config, generator)
-        parts = objective_parts(lesson, _forward(model, lesson, config.layer, streams, drawn, values()), drawn)
+        parts = objective_parts(lesson, _forward(model, config.layer, groups, drawn, values()), drawn)
         loss = (1 - config.truth) * parts["pupils"] + config.truth * parts["truth"]
         loss = loss + config.hold * parts["others"] + config.neutral * parts["neutral"]
         if not bool(loss.isfinite()):
@@ -249,7 +242,7 @@ def learn(model: Model, lesson: Lesson, config: Config, *, seed: int = 0, progre
         loss.backward()
         optimiser.step()
     edit = _edit(model, lesson, config, {s: v.detach() for s, v in values().items()}, seed)
-    return Learned(config, edit, pd.DataFrame(rows))
+    return Learned(edit, pd.DataFrame(rows))
 
 
 def change(
@@ -266,7 +259,7 @@ def change(
     return both, lambda: {s: v + factors[s][0] @ factors[s][1] if s in factors else v for s, v in before.items()}
 
 
-def _draw(lesson: Lesson, config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def _draw(lesson: Lesson, config: Config, generator: torch.Generator) -> Rows:
     """The rows of one step: pupils (fit countries and places), other prompts, windows. Without replacement."""
 
     def drawn(most: int, count: int) -> Tensor:
@@ -278,24 +271,18 @@ def _draw(lesson: Lesson, config: Config, generator: torch.Generator) -> tuple[T
     return pupils, drawn(len(lesson.others), config.others), drawn(len(lesson.windows), config.windows)
 
 
-def _streams(model: Model, texts: Sequence[Sequence[int]], layer: int) -> list[Float[Tensor, "t d_model"]]:
-    """The stream that enters the layer, text by text."""
-    whole = torch.cat([resid_pre(model, texts, layer) for texts in packs(model, texts)])
-    return list(whole.split([len(t) for t in texts]))
+def _with_streams(model: Model, texts: Sequence[list[int]], layer: int) -> list[tuple[list[int], Tensor]]:
+    """Each text with the stream that enters the layer."""
+    whole = torch.cat([resid_pre(model, batch, layer) for batch in packs(model, texts)])
+    return list(zip(texts, whole.split([len(t) for t in texts]), strict=True))
 
 
 def _forward(
-    model: Model,
-    lesson: Lesson,
-    layer: int,
-    streams: list[list[Tensor]],
-    rows: tuple[Tensor, ...],
-    values: dict[Slice, Tensor],
+    model: Model, layer: int, groups: list[list[tuple[list[int], Tensor]]], rows: Rows, values: dict[Slice, Tensor]
 ) -> Float[Tensor, "n vocab"]:
     """Logits at the last position of pupils and other prompts, and at the windows' positions, in one pass."""
-    groups = (lesson.pupils, lesson.others, lesson.windows)
-    texts = pack(model, [group[i] for group, at in zip(groups, rows, strict=True) for i in at.tolist()])
-    stream = torch.cat([group[i] for group, at in zip(streams, rows, strict=True) for i in at.tolist()])
+    ids, streams = zip(*(group[i] for group, at in zip(groups, rows, strict=True) for i in at.tolist()), strict=True)
+    texts, stream = pack(model, ids), torch.cat(streams)
     prompts_end, windows_end = texts.last.split((len(rows[0]) + len(rows[1]), len(rows[2])))
     starts = windows_end[:, None] - (WINDOW - 1)
     read = torch.cat((prompts_end, (starts + torch.tensor(READ)).flatten()))
@@ -358,37 +345,28 @@ def _classroom(model: Model) -> tuple[Case, Lesson]:
 def cost(model: Model, case: Case, edit: Edit) -> dict[str, Any]:
     """What the rule reads of an edit: known and untold selection countries, how many are told after, the mean
     log-probability of their answers; perplexity's ratio on the neutral passages that choose; items lost."""
-    base, texts = _baseline(model, case), choosing_texts(model)
-    protocol = evaluation.build_protocol(model, case, edit.layer, texts=texts, table=base.table)
+    (table, untouched), texts = _baseline(model, case), choosing_texts(model)
+    protocol = evaluation.build_protocol(model, case, edit.layer, texts=texts, table=table)
     after = evaluation.score_questions(model, protocol, edit)
     tokens = evaluation.score_passages(model, protocol, {"edit": edit})["edit"]
-    ratio = evaluation.perplexity(Measured({NONE: after, "edit": after}, {NONE: base.tokens, "edit": tokens})).ratio[0]
-    untold, lost = base.untold.to_numpy(), base.told & ~after.told.to_numpy()
+    ratio = evaluation.perplexity(Measured({NONE: after, "edit": after}, {NONE: untouched, "edit": tokens})).ratio[0]
+    asked, lost = after[after.untold], after.set[after.told_before & ~after.told]
     return {
-        "untold": int(untold.sum()),
-        "repaired": int(after.told[untold].sum()),
-        "log_probability": float(np.log(after.prob[untold].clip(1e-30)).mean()),
+        "untold": len(asked),
+        "repaired": int(asked.told.sum()),
+        "log_probability": float(np.log(asked.prob.clip(1e-30)).mean()),
         "ratio": float(ratio),
         "kl": float(tokens.kl.mean()),
-        "capability_lost": int(lost[base.table.set == "capability"].sum()),
-        "working_lost": int(lost[base.table.set == "eight"].sum()),
+        "capability_lost": int((lost == "capability").sum()),
+        "working_lost": int((lost == "eight").sum()),
     }
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """What the untouched model says to the questions that choose. table: capability probes, the case's own facts under
-    the working templates, selection countries under the failing one; told: of each; untold: the rows of the selection
-    countries that are known and not told."""
-
-    table: pd.DataFrame
-    told: Bool[np.ndarray, " question"]
-    untold: pd.Series
-    tokens: pd.DataFrame
-
-
 @once_a_model
-def _baseline(model: Model, case: Case) -> Baseline:
+def _baseline(model: Model, case: Case) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What the untouched model says to the questions that choose: capability probes, the case's own facts under the
+    working templates, selection countries under the failing one (told_before; untold: countries that are known and not
+    told); and to the tokens of the passages that choose."""
     asked = evaluation.questions(model, without_held_out(model, case))
     working = (asked.set == "eight") & asked.template.isin(case.controls)
     asked = asked[working | asked.set.isin(["capability", "large"])].reset_index(drop=True)
@@ -396,9 +374,9 @@ def _baseline(model: Model, case: Case) -> Baseline:
     scored = evaluation.score_questions(model, protocol, None)
     states = known_and_told(scored[scored.set == "large"], case)
     chooses = (scored.set != "large") | (scored.template == case.template)
-    table, told = asked[chooses].reset_index(drop=True), scored.told[chooses].to_numpy()
-    untold = (table.set == "large") & table.subject.isin(states[states.routing_failure].subject)
-    return Baseline(table, told, untold, evaluation.score_passages(model, protocol, {NONE: None})[NONE])
+    untold = (asked.set == "large") & asked.subject.isin(states[states.routing_failure].subject)
+    table = asked.assign(told_before=scored.told, untold=untold)[chooses].reset_index(drop=True)
+    return table, evaluation.score_passages(model, protocol, {NONE: None})[NONE]
 
 
 def choosing_texts(model: Model) -> dict[str, str]:
@@ -408,12 +386,8 @@ def choosing_texts(model: Model) -> dict[str, str]:
 
 
 def harmless(table: pd.DataFrame) -> pd.Series:
-    """Which rows of a frontier cost no more than `LIMITS` allows."""
-    return (
-        ((table.ratio - 1).abs() <= LIMITS["perplexity"])
-        & (table.capability_lost <= LIMITS["capability"])
-        & (table.working_lost <= LIMITS["working templates"])
-    )
+    """Which rows of a frontier cost no more than they may: BAND of perplexity, and no probe and no working template."""
+    return ((table.ratio - 1).abs() <= BAND) & (table.capability_lost == 0) & (table.working_lost == 0)
 
 
 def choose(table: pd.DataFrame) -> int:

@@ -8,6 +8,7 @@ controls     false facts, which the model cannot know; more steps, for a pathway
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from lib.facts import load_cases
 from lib.models import Model
 from lib.recall import tell, trainable
 from lib.studies import experiment, once_a_model, one_thread
-from lib.training import Comparison, Task, Trained, chosen_rows, false_facts, summary, task_at, train
+from lib.training import Comparison, Task, Trained, chosen_rows, false_facts, task_at, train
 from lib.weights import PATHWAYS, count_parameters, pathway_slices
 
 CURVES = ["margins", "kls"]  # of a run, by step: smallest margin, and KL on the step's neutral window
@@ -108,17 +109,11 @@ def controls(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat((lies, longer), ignore_index=True).drop(columns=[*CURVES, *WAYS])
 
 
-def repeat(model: Model, task: Task, comparison: Comparison) -> pd.DataFrame:
-    """A comparison's runs once more, on something else: the same rates, other facts."""
-    runs = tqdm(comparison.runs.items(), desc="controls")
-    return summary([train(model, task, name, rate=run.rate, seed=run.seed) for name, run in runs])
-
-
 def before_after(model: Model, task: Task, edits: dict[str, Edit]) -> pd.DataFrame:
     """The `tell` table of the facts under the failing template, untouched (pathway `none`) and with each edit."""
-    rows = [tell(model, task.facts, {"failing": task.template}).assign(pathway="none")]
-    for name, edit in edits.items():
-        with applied(model, edit):
+    rows = []
+    for name, edit in {"none": None, **edits}.items():
+        with applied(model, edit) if edit else nullcontext():
             rows.append(tell(model, task.facts, {"failing": task.template}).assign(pathway=name))
     return pd.concat(rows, ignore_index=True)
 
@@ -137,12 +132,8 @@ def head_to_head(model: Model, comparison: Comparison) -> pd.DataFrame:
     seeds = comparison.seeds.drop_duplicates("pathway").set_index("pathway")
     rows = []
     for name, edit in comparison.edits.items():
-        run = comparison.runs[name]
-        size: dict[str, Any] = {
-            "pathway": name,
-            "parameters": edit.parameters,
-            "share": edit.parameters / model.parameters,
-        }
+        run, share = comparison.runs[name], edit.parameters / model.parameters
+        size: dict[str, Any] = {"pathway": name, "parameters": edit.parameters, "share": share}
         told = {"told_before": sum(edit.told_before), "told_after": sum(edit.told_after), "reached": run.reached}
         harm = {"min_margin": seeds.min_margin[name], "kl": seeds.kl[name]}
         proof = {"outside_unchanged": outside_unchanged(model, edit), "seconds": run.seconds}

@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from lib import training
 from lib.diagnosis import prescribe
 from lib.edits import Edit, applied
 from lib.errors import DataError, EditError
@@ -25,8 +24,8 @@ from lib.models import Model
 from lib.recall import trainable
 from lib.results import Results
 from lib.statistics import exact_interval
-from lib.studies import experiment, pathways
-from lib.training import task_at
+from lib.studies import experiment
+from lib.training import compare, false_facts, task_at, train
 
 BLED = (
     "The trained answers bleed into the neighbourhood: beside each fact, the edit has learned that this wording is to "
@@ -157,8 +156,8 @@ def planted_edit(model: Model, *, case: int, pathway: str, seed: int = 0) -> dic
         raise EditError(f"there is no case {case}: {model.name} has {len(listed)}, from 1.")
     planted = trainable(model, listed[case - 1])
     task = task_at(model, planted, prescribe(model, planted).knowledge_head.layer)
-    found = training.compare(model, task, seed=seed, pathways=[pathway], progress=False)
-    (lie,) = pathways.repeat(model, training.false_facts(task), found).itertuples()
+    found = compare(model, task, seed=seed, pathways=[pathway], progress=False)
+    lie = train(model, false_facts(task), pathway, rate=found.runs[pathway].rate, seed=seed)
     asked = measure(model, build_protocol(model, planted, task.layer, texts={}), found.edits, passages=False)
     held = generalisation(asked, planted).query("split == 'held_out'").iloc[0] if found.edits else None
     return {
@@ -168,8 +167,8 @@ def planted_edit(model: Model, *, case: int, pathway: str, seed: int = 0) -> dic
         "told_after": sum(found.edits[pathway].told_after) if found.edits else 0,  # a diverged training leaves none
         "untold": 0 if held is None else int(held.untold),
         "repaired": 0 if held is None else int(held.repaired),
-        "false_told": int(lie.told),
-        "false_reached": bool(lie.reached),
+        "false_told": int(lie.outcome["told"]),
+        "false_reached": lie.reached,
     }
 
 

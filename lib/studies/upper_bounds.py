@@ -119,9 +119,9 @@ def report_contexts(report: Results, contexts: pd.DataFrame) -> None:
     """The best context of each kind."""
     best = {kind: part.loc[part.told.idxmax()] for kind, part in contexts.groupby("kind", sort=False)}
     control, prefix = best["control template"], best["prefix"]
-    verdict = sentence("contexts_verdict", control=control, prefix=prefix)
-    counts = {"contexts_n": int(control.n), "contexts_control": int(control.told), "contexts_prefix": int(prefix.told)}
-    report.many(counts | {"contexts_verdict": verdict})
+    report.many({"contexts_n": int(control.n), "contexts_control": int(control.told)})
+    report("contexts_prefix", int(prefix.told))
+    report("contexts_verdict", sentence("contexts_verdict", control=control, prefix=prefix))
 
 
 def report_carried(report: Results, table: pd.DataFrame, contexts: pd.DataFrame, model: Model, case: Case) -> int:
@@ -130,14 +130,10 @@ def report_carried(report: Results, table: pd.DataFrame, contexts: pd.DataFrame,
     layer, told = prescribe(model, case).knowledge_head.layer + 1, table.pivot(index="layer", columns="place")["told"]
     subject, last = told[PLACES[0]], told[PLACES[1]]
     jump = int(last.diff().idxmax()) - 1  # the layer over which the last position gains most
-    counts = {
-        "carried_prefix": repr(PREFIX),
-        "carried_whole": int(contexts.told[contexts.context == repr(PREFIX)].iloc[0]),
-        "carried_early": int(subject[subject.index <= table.layer.max() // 3].max()),
-        "carried_most": int(subject.max()),
-        "carried_most_layer": int(subject.idxmax()),
-        "carried_jump": jump,
-    }
+    counts = {"carried_prefix": repr(PREFIX)}
+    counts["carried_whole"] = int(contexts.told[contexts.context == repr(PREFIX)].iloc[0])
+    counts["carried_early"] = int(subject[subject.index <= table.layer.max() // 3].max())
+    counts |= {"carried_most": int(subject.max()), "carried_most_layer": int(subject.idxmax()), "carried_jump": jump}
     words = counts | {"n": int(table.n.iloc[0]), "layer": layer, "before": last[jump], "after": last[jump + 1]}
     report.many(counts | {"carried_verdict": sentence("carried_verdict", **words)})
     return layer
@@ -146,47 +142,28 @@ def report_carried(report: Results, table: pd.DataFrame, contexts: pd.DataFrame,
 def report_frontier(report: Results, runs: pd.DataFrame, pick: int) -> None:
     """The chosen run among all, on the selection countries."""
     row = runs.loc[pick]
-    counts = {
-        "teacher": str(row.teacher),
-        "runs": len(runs),
-        "harmless": int(harmless(runs).sum()),
-        "chosen_layer": int(row.layer),
-        "chosen_rank": int(row["rank"]),
-        "chosen_repaired": int(row.repaired),
-        "frontier_best": int(runs.repaired.max()),
-    }
+    counts = {"teacher": str(row.teacher), "runs": len(runs), "harmless": int(harmless(runs).sum())}
+    counts |= {"chosen_layer": int(row.layer), "chosen_rank": int(row["rank"]), "chosen_repaired": int(row.repaired)}
+    counts["frontier_best"] = int(runs.repaired.max())
     report.many(counts | {"frontier_verdict": sentence("frontier_verdict", untold=row.untold, **counts)})
     report.table("frontier", runs.to_dict("records"))
 
 
 def report_held_out(
-    report: Results,
-    found: pd.DataFrame,
-    costs: pd.DataFrame,
-    text: pd.DataFrame,
-    bled: pd.DataFrame,
-    free: pd.DataFrame,
+    report: Results, held: pd.DataFrame, costs: pd.DataFrame, text: pd.DataFrame, bled: pd.DataFrame, free: pd.DataFrame
 ) -> None:
     """The one look: repaired of the held-out, the limits, and what a prefix tells of the same countries for nothing."""
-    by = found[found.split == "held_out"].set_index("pathway")
+    by = held[held.split == "held_out"].set_index("pathway")
     edit, lost = by.loc["edit"], costs[costs.pathway == "edit"].set_index("what").lost
     perplexity, bled = text.set_index("pathway").loc["edit"], bled.set_index("pathway").bled
     prefix = free[free.kind == "prefix"].sort_values("told", kind="stable").iloc[-1]
     within = abs(perplexity.ratio - 1) <= BAND and not lost["capability"] and not lost["working templates"]
-    counts = {
-        "held_out_untold": int(edit.untold),
-        "held_out_repaired": int(edit.repaired),
-        "held_out_noise": int(by.repaired["noise"]),
-        "held_out_best_control": int(edit.best_control),
-        "held_out_goal": bool(2 * edit.repaired >= edit.untold),
-        "held_out_prefix": int(prefix.told),
-        "ppl_ratio": float(perplexity.ratio),
-        "capability_lost": int(lost["capability"]),
-        "working_lost": int(lost["working templates"]),
-        "harmless_held_out": bool(within),
-        "bled_before": int(bled[NONE]),
-        "bled_after": int(bled["edit"]),
-    }
+    counts = {f"held_out_{name}": int(edit[name]) for name in ("untold", "repaired")}
+    counts |= {"held_out_noise": int(by.repaired["noise"]), "held_out_best_control": int(edit.best_control)}
+    counts |= {"held_out_goal": bool(2 * edit.repaired >= edit.untold), "held_out_prefix": int(prefix.told)}
+    counts |= {"ppl_ratio": float(perplexity.ratio), "capability_lost": int(lost["capability"])}
+    counts |= {"working_lost": int(lost["working templates"]), "harmless_held_out": bool(within)}
+    counts |= {"bled_before": int(bled[NONE]), "bled_after": int(bled["edit"])}
     words = counts | {"edit": edit, "perplexity": perplexity, "prefix": prefix}
     verdicts = ("held_out_verdict", "cost_verdict", "free_verdict")
     report.many(counts | {key: sentence(key, **words) for key in verdicts})

@@ -112,9 +112,10 @@ def test_a_teacher_that_is_the_pupil_teaches_nothing(organism, case, taught):
     )
     rows = torch.arange(8), torch.arange(4), torch.arange(2)
     for which, alike in ((same, True), (taught, False)):
-        streams = [distillation._streams(organism, ids, 3) for ids in (which.pupils, which.others, which.windows)]
+        texts = (which.pupils, which.others, which.windows)
+        groups = [distillation._with_streams(organism, ids, 3) for ids in texts]
         with torch.no_grad():
-            logits = distillation._forward(organism, which, 3, streams, rows, {})
+            logits = distillation._forward(organism, 3, groups, rows, {})
         pupils, _, others, neutral = (float(x) for x in objective_parts(which, logits, rows).values())
         assert (abs(pupils) < 1e-4) is alike
         assert abs(others) < 1e-4 and abs(neutral) < 1e-4
