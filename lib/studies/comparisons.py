@@ -15,6 +15,7 @@ known and not told. The sentences stand in `show/words/comparisons.yaml`.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
@@ -171,7 +172,8 @@ def report_pathways(report: Results, head: pd.DataFrame, seeds: pd.DataFrame, ch
     whole, best = seeds.groupby("pathway", sort=False).reached.all(), by_seed(seeds)
     reached = [name for name in PAPER if whole.get(name, False)]
     able = head[head.pathway.map(whole)].sort_values("parameters")
-    smallest = {"pathway": "none", "parameters": 0, "share": 0.0, "kl": 0.0} if able.empty else able.iloc[0]
+    nothing: dict[str, Any] = {"pathway": "none", "parameters": 0, "share": 0.0, "kl": 0.0}
+    smallest = nothing if able.empty else able.iloc[0]
     false, true = checks[checks.control == "false facts"].set_index("pathway"), head.set_index("pathway")
     learned = [name for name in PAPER if name in false.index and false.reached[name]]
     taken = [", ".join(str(int(steps[name])) for name in learned) for steps in (false.steps, true.steps)]
@@ -192,7 +194,7 @@ def report_layers(report: Results, means: pd.DataFrame, others: pd.DataFrame, la
     """The layer sweep."""
     whole = means.groupby("pathway", sort=False).apply(lambda p: int((p.reached > 0).sum()), include_groups=False)
     best, bled = others.loc[others.most_repaired.idxmax()], (float(means.bled.min()), float(means.bled.max()))
-    counts = {"reached_by": ", ".join(f"{plain(name)} at {n}" for name, n in whole.items())}
+    counts: dict[str, Any] = {"reached_by": ", ".join(f"{plain(name)} at {n}" for name, n in whole.items())}
     counts |= {"as_well": int(others.as_well.sum()), "as_well_of": int(others.others.sum())}
     counts |= {"most_repaired_at": f"L{best.best_layer} ({plain(best.pathway)})"}
     lost, more = float(means.probes_lost.max()), int((means.held_out_repaired == best.most_repaired).sum()) - 1
@@ -238,7 +240,7 @@ def report_rivals(report: Results, rows: pd.DataFrame) -> None:
     """Rivals, and the ladder."""
     steps, untrained = ladder(rows), rows.kind == "no training"
     best, trained = (part.loc[part.held_out_repaired.idxmax()] for part in (rows, rows[~untrained]))
-    counts = {"rivals": len(rows), "rivals_told": int(rows.whole.sum())}
+    counts: dict[str, Any] = {"rivals": len(rows), "rivals_told": int(rows.whole.sum())}
     counts["rivals_untrained"] = "; ".join(rows.rival[rows.whole & untrained]) or "none"
     counts |= {"fewest_told": steps.changed["whole"], "fewest_general": steps.changed["general"]}
     counts |= {"free_told": steps.free["whole"], "free_general": steps.free["general"]}

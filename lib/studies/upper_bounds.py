@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
@@ -130,7 +131,7 @@ def report_carried(report: Results, table: pd.DataFrame, contexts: pd.DataFrame,
     layer, told = prescribe(model, case).knowledge_head.layer + 1, table.pivot(index="layer", columns="place")["told"]
     subject, last = told[PLACES[0]], told[PLACES[1]]
     jump = int(last.diff().idxmax()) - 1  # the layer over which the last position gains most
-    counts = {"carried_prefix": repr(PREFIX)}
+    counts: dict[str, Any] = {"carried_prefix": repr(PREFIX)}
     counts["carried_whole"] = int(contexts.told[contexts.context == repr(PREFIX)].iloc[0])
     counts["carried_early"] = int(subject[subject.index <= table.layer.max() // 3].max())
     counts |= {"carried_most": int(subject.max()), "carried_most_layer": int(subject.idxmax()), "carried_jump": jump}
@@ -142,7 +143,7 @@ def report_carried(report: Results, table: pd.DataFrame, contexts: pd.DataFrame,
 def report_frontier(report: Results, runs: pd.DataFrame, pick: int) -> None:
     """The chosen run among all, on the selection countries."""
     row = runs.loc[pick]
-    counts = {"teacher": str(row.teacher), "runs": len(runs), "harmless": int(harmless(runs).sum())}
+    counts: dict[str, Any] = {"teacher": str(row.teacher), "runs": len(runs), "harmless": int(harmless(runs).sum())}
     counts |= {"chosen_layer": int(row.layer), "chosen_rank": int(row["rank"]), "chosen_repaired": int(row.repaired)}
     counts["frontier_best"] = int(runs.repaired.max())
     report.many(counts | {"frontier_verdict": sentence("frontier_verdict", untold=row.untold, **counts)})
@@ -158,7 +159,7 @@ def report_held_out(
     perplexity, bled = text.set_index("pathway").loc["edit"], bled.set_index("pathway").bled
     prefix = free[free.kind == "prefix"].sort_values("told", kind="stable").iloc[-1]
     within = abs(perplexity.ratio - 1) <= BAND and not lost["capability"] and not lost["working templates"]
-    counts = {f"held_out_{name}": int(edit[name]) for name in ("untold", "repaired")}
+    counts: dict[str, Any] = {f"held_out_{name}": int(edit[name]) for name in ("untold", "repaired")}
     counts |= {"held_out_noise": int(by.repaired["noise"]), "held_out_best_control": int(edit.best_control)}
     counts |= {"held_out_goal": bool(2 * edit.repaired >= edit.untold), "held_out_prefix": int(prefix.told)}
     counts |= {"ppl_ratio": float(perplexity.ratio), "capability_lost": int(lost["capability"])}
