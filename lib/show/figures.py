@@ -26,6 +26,7 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 from torch import Tensor
 
 from lib.show.sentences import words
+from lib.show.tables import UNTOUCHED, WORDS
 from lib.sites import Site
 from lib.statistics import exact_interval
 
@@ -39,13 +40,8 @@ TYPE_COLOURS = (RED, BLUE, GREEN, ORANGE, GREY, PINK, SKY, BLACK)
 PATHWAY_COLOURS = {"full": BLACK, "attention": BLUE, "ffn": ORANGE, "v_only": GREEN, "q_only": PINK, "k_only": RED}
 KINDS = ("no training", "few parameters", "closed form", "pathway", "everything", "general")
 KIND_COLOURS = dict(zip(KINDS, (GREY, BLUE, PINK, ORANGE, RED, GREEN), strict=True))
-MEASURES = {
-    "held_out_repaired": "held-out repaired",
-    "kl": "less harm (KL)",
-    "steps": "fewer steps",
-    "bled": "less bleeding",
-}
 WIDE = 16  # a model of more layers gets wide panels, one below another, and every third layer a number
+NAMED = 6  # heads of a scatter that bear their names
 LEFT_EDGE = 0.3  # where no parameters stand on a logarithmic axis of their number
 ROLE_COLOURS = {"copies": BLUE, "suppresses": RED, "maps relation": GREEN, "neither": "#dddddd"}
 
@@ -89,14 +85,14 @@ def head_heatmap(
     return fig
 
 
-def role_map(roles: pd.DataFrame, column: str = "value") -> Figure:
-    """Every head coloured by a categorical role."""
+def role_map(roles: pd.DataFrame) -> Figure:
+    """Every head coloured by the role of its value channel."""
     names = list(ROLE_COLOURS)
-    grid = roles.pivot(index="head", columns="layer", values=column).map(names.index)
+    grid = roles.pivot(index="head", columns="layer", values="value").map(names.index)
     fig, ax = _panel((9, 3.1) if grid.shape[1] > WIDE else (6.5, 4))
     ax.imshow(grid, aspect="auto", cmap=ListedColormap(list(ROLE_COLOURS.values())), vmin=0, vmax=len(names) - 1)
     _head_axes(ax, grid.shape[1], grid.shape[0])
-    handles = [mpl.patches.Patch(color=ROLE_COLOURS[n], label=f"{n} ({(roles[column] == n).sum()})") for n in names]
+    handles = [mpl.patches.Patch(color=ROLE_COLOURS[n], label=f"{n} ({(roles.value == n).sum()})") for n in names]
     return _legend(fig, ncols=4, handles=handles)
 
 
@@ -221,7 +217,7 @@ def subject_norms(norms: dict[str, Float[Tensor, "fact n_layers+1"]]) -> Figure:
 
 
 def static_against_dynamic(
-    static: Float[Tensor, "n_layers n_heads"], dynamic: Float[Tensor, "n_layers n_heads"], named: int = 6
+    static: Float[Tensor, "n_layers n_heads"], dynamic: Float[Tensor, "n_layers n_heads"]
 ) -> Figure:
     """Every head: the relation map's score against what it writes; the strongest are named."""
     fig, ax = _panel((7, 4.2))
@@ -229,13 +225,11 @@ def static_against_dynamic(
     ax.scatter(x, y, s=22, color=BLUE, alpha=0.6, lw=0)
     ax.axhline(0, color="black", lw=0.6)
     strength = x / (x.max() or 1) + y / (np.abs(y).max() or 1)
-    for i in np.argsort(-strength)[:named]:
+    for i in np.argsort(-strength)[:NAMED]:
         _name_point(ax, str(Site(*divmod(int(i), static.shape[1]))), x[i], y[i], (6, 4))
-    ax.set(
-        xlim=(-0.03 * x.max(), 1.15 * x.max() + 1e-9),
-        xlabel="relation map: share of countries with their\ncapital in the head's top 10 (no input)",
-        ylabel="written of the answer\nunder controls (logits)",
-    )
+    ax.set_xlim(-0.03 * x.max(), 1.15 * x.max() + 1e-9)
+    ax.set_xlabel("relation map: share of countries with their\ncapital in the head's top 10 (no input)")
+    ax.set_ylabel("written of the answer\nunder controls (logits)")
     return fig
 
 
@@ -297,7 +291,7 @@ def probe_matrix(measured: Measured) -> Figure:
     pick = base.set.isin(["capability", "unrelated"])
     right = pd.DataFrame({name: asked.told[pick] for name, asked in measured.asked.items()})
     counts = right.groupby(base.set[pick]).sum()
-    names = [f"{_pathway(n)}\n{counts[n]['capability']} + {counts[n]['unrelated']}" for n in right]
+    names = [f"{words(UNTOUCHED.get(n, n))}\n{counts[n]['capability']} + {counts[n]['unrelated']}" for n in right]
     fig, ax = _panel((7.4, 0.27 * len(right) + 1))
     _matrix(ax, right, SKY, rows=base["item"][pick].map(words), columns=names, fontsize=9)
     for y, x in zip(*np.nonzero(right.ne(right["none"], axis=0).to_numpy()), strict=True):
@@ -344,7 +338,7 @@ def bleeding(table: pd.DataFrame, control: pd.DataFrame) -> Figure:
     ax.scatter(x[1:] + 0.36, control.bled[1:], marker="x", color="black", s=36, label="noise of the same size")
     for i, count in enumerate(table.bled):
         _name_point(ax, str(count), i, count, (0, 3), ha="center", fontsize=10)
-    ax.set_xticks(x, table.pathway.map(_pathway))
+    ax.set_xticks(x, table.pathway.replace(UNTOUCHED).map(words))
     label = f"trained answers, wrongly\n(of {table.prompts.iloc[0]} prompts)"
     ax.set(ylabel=label, ylim=(0, 1.15 * table.bled.max() + 1))
     return _legend(fig, ncols=1)
@@ -444,7 +438,7 @@ def correlations(table: pd.DataFrame) -> Figure:
                 ax.plot([row.low, row.high], [y, y], color=colour, lw=1)
                 ax.plot(row.rho, y, "o", color=colour, mfc=colour if row.low > 0 or row.high < 0 else "white", ms=5)
         ax.set(title=score, xlabel="rank correlation", xlim=(-1.05, 1.05), ylim=(len(measures) - 0.5, -0.5), yticks=[])
-    fig.axes[0].set_yticks(range(len(measures)), [MEASURES.get(name, words(name)) for name in measures])
+    fig.axes[0].set_yticks(range(len(measures)), [WORDS["measure"].get(name, words(name)) for name in measures])
     return _legend(fig, ncols=6, handles=_dots({name: PATHWAY_COLOURS[name] for name in table.pathway.unique()}))
 
 
@@ -517,16 +511,16 @@ def rule_scores(table: pd.DataFrame, goals: dict[str, float]) -> Figure:
     return _legend(fig, ncols=2)
 
 
-def planted_and_named(runs: pd.DataFrame, rule: str = "joined") -> Figure:
+def planted_and_named(runs: pd.DataFrame) -> Figure:
     """One column a plant, ordered by where it was planted: hollow, the layers of its sites; filled, the layer named by
-    a rule, blue where site and kind are right. A row a planted kind."""
+    the joined rule, blue where site and kind are right. A row a planted kind."""
     plants = runs[runs.accepted].sort_values("kind", kind="stable")
     n = plants.kind.nunique()
     fig, panels = _split(plants, "kind", (10, 2.7 * n), rows=n, sharey=False)
     for ax, kind, part in panels:
         planted = [sorted({Site.parse(site).layer + 1 for site in text.split(", ")}) for text in part.truth]
-        named = [Site.parse(site).layer + 1 for site in part[f"{rule}: named"]]
-        right = part[f"{rule}: kind"].astype(bool) & part[f"{rule}: site"].astype(bool)
+        named = [Site.parse(site).layer + 1 for site in part["joined: named"]]
+        right = part["joined: kind"].astype(bool) & part["joined: site"].astype(bool)
         for x, (layers, layer, is_right) in enumerate(sorted(zip(planted, named, right, strict=True))):
             ax.plot([x] * len(layers), layers, color="#cccccc", lw=1, zorder=1)
             ax.scatter([x] * len(layers), layers, s=52, ec="black", c="white", lw=1, zorder=2)
@@ -622,11 +616,6 @@ def _mark_layer(ax: Axes, site: Site, colour: str, height: float) -> None:
 def _name_point(ax: Axes, text: str, x: float, y: float, offset: tuple[float, float], **look: Any) -> None:
     """Text beside a point; offset in points."""
     ax.annotate(text, (x, y), xytext=offset, textcoords="offset points", **{"fontsize": 9, **look})
-
-
-def _pathway(name: str) -> str:
-    """A pathway's name as text; the model without an edit has one too."""
-    return "untouched" if name == "none" else words(name)
 
 
 def _colours(table: pd.DataFrame) -> list[str]:
