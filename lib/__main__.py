@@ -295,13 +295,8 @@ def verify_snapshot(archive: Annotated[Path, typer.Argument(help="An archive tha
     from lib.press import archive as room
 
     state = room.verify(archive)
-    for what in ("wrong", "missing", "extra"):
-        for name in getattr(state, what):
-            typer.echo(f"{what}: {name}")
-    if state.structure:
-        typer.echo(f"damaged: {state.structure}")
-    if not state.sound:
-        typer.echo(f"{archive} is NOT as it was made; get it again")
+    if state.faults:
+        typer.echo("\n".join([*state.faults, f"{archive} is NOT as it was made; get it again"]))
         raise typer.Exit(1)
     made = state.manifest
     typer.echo(f"{archive}: all {state.files:,} files are as they were made, and so is every byte between them")

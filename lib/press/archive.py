@@ -18,10 +18,12 @@ import json
 import re
 import subprocess
 import zipfile
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from lib import __version__, edits
@@ -35,6 +37,8 @@ from lib.studies.pathways import PAPER
 
 SUMS, MANIFEST = "MANIFEST.sha256", "MANIFEST.json"
 AT_THE_TOP = ("LICENSE", "NOTICE", "CITATION.cff", ".zenodo.json")  # beside source/, where a depositor looks for them
+_PART = r"(?!\.\.?(/|$))[^/\\:\0]+"
+SAFE = re.compile(f"{_PART}(/{_PART})+")  # a name that unpacks into its own folder, on any system
 CONTENTS = {
     "html/": "the book; open html/index.html, no network is needed",
     "book.pdf": "the book on paper",
@@ -51,19 +55,12 @@ CONTENTS = {
 
 @dataclass(frozen=True)
 class Inspected:
-    """What became of a check. wrong, missing, extra: names of files; structure: what is wrong with the archive apart
-    from its contents, or "". manifest: MANIFEST.json, {} if it cannot be trusted."""
+    """What became of a check. faults: a line each, as `missing: book.pdf`; manifest: MANIFEST.json, {} if it cannot be
+    trusted; files: how many there are."""
 
-    wrong: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-    extra: tuple[str, ...] = ()
-    structure: str = ""
+    faults: tuple[str, ...] = ()
     manifest: dict[str, Any] = field(default_factory=dict)
     files: int = 0
-
-    @property
-    def sound(self) -> bool:
-        return not (self.wrong or self.missing or self.extra or self.structure)
 
 
 def snapshot(model_name: str, output: Path | None = None, *, say: Callable[[str], None] = print) -> Path:
@@ -172,30 +169,29 @@ def verify(path: Path) -> Inspected:
             f"{path} or the sum beside it cannot be read: {error}. Give an archive that exists."
         ) from error
     found, total = inspect(data), hashlib.sha256(data).hexdigest()
-    if found.sound and written and written[0] != total:
-        text = f"its sha256 is {total}, and {sidecar(path).name} says {written[0]}"
-        return replace(found, structure=text)
+    if not found.faults and written and written[0] != total:
+        return replace(found, faults=(f"damaged: its sha256 is {total}, and {sidecar(path).name} says {written[0]}",))
     return found
 
 
 def inspect(data: bytes) -> Inspected:
     """Check an archive. Raises ReleaseError for what is no archive, is cut short, or would write outside its folder."""
     folder, files, unreadable = _unpack(data)
-    absent = {SUMS, MANIFEST} - files.keys() - unreadable
-    if absent or SUMS in unreadable:
-        return Inspected(_sorted(unreadable), _sorted(absent), files=len(files))
-    lines = files[SUMS].decode(errors="replace").splitlines()
+    lines = files.get(SUMS, b"").decode(errors="replace").splitlines()
     listed = {name: total for total, _, name in (line.partition("  ") for line in lines)}
     present = digests({name: content for name, content in files.items() if name != SUMS})
-    wrong = {name for name, total in present.items() if listed.get(name, total) != total} | unreadable
-    missing, extra = listed.keys() - present.keys() - unreadable, present.keys() - listed.keys()
-    if not (wrong or missing or extra) and files[SUMS] != sums(present):
-        wrong = {SUMS}  # the same sums, written otherwise
-    if wrong or missing or extra:
-        return Inspected(_sorted(wrong), _sorted(missing), _sorted(extra), files=len(files))
+    names = {
+        "wrong": unreadable | {name for name, total in present.items() if listed.get(name, total) != total},
+        "missing": ({SUMS, MANIFEST} | listed.keys()) - files.keys() - unreadable,
+        "extra": present.keys() - listed.keys() if SUMS in files else set(),
+    }
+    if not any(names.values()) and files[SUMS] != sums(present):
+        names["wrong"] = {SUMS}  # the same sums, written otherwise
+    if faults := tuple(f"{what}: {name}" for what in names for name in sorted(names[what])):
+        return Inspected(faults, files=len(files))
     manifest = json.loads(files[MANIFEST])
     again = pack(files, folder, datetime.fromisoformat(manifest["date"]))
-    return Inspected(structure=_difference(data, again), manifest=manifest, files=len(files))
+    return Inspected(() if data == again else (_first_difference(data, again),), manifest, len(files))
 
 
 def sidecar(path: Path) -> Path:
@@ -208,10 +204,6 @@ def folder_name(model_name: str) -> str:
     return f"{release.repository().name}-{__version__}-{slug(model_name)}"
 
 
-def _sorted(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted(names))
-
-
 def _unpack(data: bytes) -> tuple[str, dict[str, bytes], set[str]]:
     """The one folder of an archive, the contents of its files by name, and names of those that cannot be read."""
     try:
@@ -221,14 +213,10 @@ def _unpack(data: bytes) -> tuple[str, dict[str, bytes], set[str]]:
         raise ReleaseError(
             f"this is no ZIP archive, or it was cut short or damaged ({error}). Get it again."
         ) from error
-    for entry in entries:
-        parts = PurePosixPath(entry.filename).parts
-        if not re.fullmatch(r"[^/\\:\0]+(/[^/\\:\0]+)+", entry.filename) or {".", ".."} & set(parts) or entry.is_dir():
-            raise ReleaseError(
-                f"the archive holds {entry.filename!r}, which is no file in its folder. Do not unpack it."
-            )
-    folders = {PurePosixPath(entry.filename).parts[0] for entry in entries}
-    folder = max(sorted(folders), key=lambda f: sum(e.filename.startswith(f + "/") for e in entries), default="")
+    if outside := [entry.filename for entry in entries if not SAFE.fullmatch(entry.filename)]:
+        raise ReleaseError(f"the archive holds {outside[0]!r}, which is no file in its folder. Do not unpack it.")
+    folders = Counter(entry.filename.partition("/")[0] for entry in entries)
+    folder = folders.most_common(1)[0][0] if folders else ""
     files, unreadable = {}, set()
     for entry in entries:
         name = entry.filename.removeprefix(folder + "/")
@@ -241,17 +229,13 @@ def _unpack(data: bytes) -> tuple[str, dict[str, bytes], set[str]]:
     return folder, files, unreadable
 
 
-def _difference(data: bytes, again: bytes) -> str:
-    """Where an archive differs from the one that its contents make; "" if nowhere."""
-    if data == again:
-        return ""
-    step = 1 << 16
-    place = next(i for i in range(0, len(data) + step, step) if data[i : i + step] != again[i : i + step])
-    place += next(i for i in range(step + 1) if data[place + i : place + i + 1] != again[place + i : place + i + 1])
+def _first_difference(data: bytes, again: bytes) -> str:
+    """Where an archive differs from the one that its contents make."""
+    place = next(i for i, (is_now, was) in enumerate(zip_longest(data, again)) if is_now != was)
     with zipfile.ZipFile(io.BytesIO(again)) as archive:
         before = [e.filename for e in archive.infolist() if e.header_offset <= place < archive.start_dir]
-    where = f"at {before[-1]}" if before else "in the list of files at its end"
-    return f"byte {place:,}, {where}, is not what the contents make it: the archive was altered, or packed otherwise"
+    where = f"byte {place:,}, at {before[-1]}" if before else f"byte {place:,}, in the list of files at its end"
+    return f"damaged: {where}, is not what the contents make it: the archive was altered, or packed otherwise"
 
 
 def _edits(model_name: str, chapters: list[str]) -> dict[str, Path]:

@@ -33,7 +33,7 @@ from lib.sites import Site
 from lib.studies.pathways import PAPER
 
 MODEL, SPACE = "model", "space"
-KINDS = {MODEL: "model", SPACE: "space"}
+KINDS = {MODEL: None, SPACE: "static"}  # repository types, each prepared in a folder of its name, and their sdk
 MAKER, EFFECTS = "03_four_pathways", "04_side_effects"  # chapters that make and measure the edits
 
 
@@ -68,25 +68,14 @@ def prepare(model_name: str, folder: Path, *, whole: bool = False) -> Path:
 
 def card(model: Model, made: dict[str, Edit], values: dict[str, Any], folder: Path, *, whole: bool) -> str:
     """The model card of all edits: base model, results as a model index, checksums of the files in folder."""
-    trained, measured = values[MAKER]["pathways"], values[EFFECTS]["pathways"]
-    rows = {
-        pathway: {
-            "changed": CHANGED[pathway],
-            "site": Site(edit.layer),
-            "parameters": edit.parameters,
-            "trained": trained[pathway],
-            "measured": measured[pathway],
-            "sha256": file_sha256(folder / pathway / EDIT),
-        }
-        for pathway, edit in made.items()
-    }
-    first = next(iter(made.values()))
     return fill(
         "edits_card.md",
         front=front_matter(model, made, values).to_yaml(),
-        rows=rows,
-        n_facts=len(first.facts),
-        n_held_out=measured[first.pathway]["held_out_facts"],
+        made=[
+            (edit, CHANGED[name], Site(edit.layer), file_sha256(folder / name / EDIT)) for name, edit in made.items()
+        ],
+        trained=values[MAKER]["pathways"],
+        measured=values[EFFECTS]["pathways"],
         whole=whole,
         model=model,
         version=__version__,
@@ -149,13 +138,12 @@ def upload(
     hub, addresses = api(token=token.strip()), []
     try:
         say(f"signed in as {hub.whoami()['name']}")
-        for part, kind in KINDS.items():
-            sdk = "static" if kind == "space" else None
+        for kind, sdk in KINDS.items():
             url = hub.create_repo(repo, repo_type=kind, exist_ok=True, space_sdk=sdk)
-            message = f"{part} of the book's release {release.repository().tag}"
-            hub.upload_folder(repo_id=repo, folder_path=folder / part, repo_type=kind, commit_message=message)
+            message = f"{kind} of the book's release {release.repository().tag}"
+            hub.upload_folder(repo_id=repo, folder_path=folder / kind, repo_type=kind, commit_message=message)
             addresses.append(str(url))
-            say(f"uploaded {part}: {url}")
+            say(f"uploaded {kind}: {url}")
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ReleaseError(_refusal(error, repo)) from error
     return addresses
@@ -163,15 +151,13 @@ def upload(
 
 def _refusal(error: Exception, repo: str) -> str:
     """What an upload's failure means and what to do about it. The token is not in it."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status == 401:
-        return "the hub refused the token (401): it is wrong or was revoked. Make a new one that may write."
-    if status == 403:
-        return (
-            f"the hub does not let this token write to {repo} (403). Make one that may write there, or choose another."
-        )
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"{repo} could not be uploaded: {reason}. What was uploaded before stays; run the same command again."
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    said = {
+        401: "the hub refused the token (401): it is wrong or was revoked. Make a new one that may write.",
+        403: f"the hub does not let this token write to {repo} (403). Make one that may, or choose another.",
+    }
+    other = f"{repo} could not be uploaded: {reason}. What was uploaded before stays; run the same command again."
+    return said.get(getattr(getattr(error, "response", None), "status_code", 0), other)
 
 
 def _write_edit(model: Model, edit: Edit, folder: Path, *, whole: bool) -> None:

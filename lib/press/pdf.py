@@ -28,15 +28,6 @@ from lib.press.browser import built_pages, chromium
 from lib.press.texts import fill
 
 DROPPED = ".headerlink, button, script[src], noscript, details.hide, a:has(> img[alt='Open in Colab'])"
-_SHRINK = """() => {
-    for (const box of document.querySelectorAll('.scroll, .dt-container, .pst-scrollable-table-container')) {
-        const room = box.parentElement.clientWidth;
-        const width = Math.max(...[...box.querySelectorAll('table')].map(t => t.scrollWidth));
-        if (width > room) box.style.zoom = room / width;
-    }
-}"""
-_READY = """() => document.fonts.status === 'loaded' && [...document.images].every(image => image.complete)
-    && [...document.querySelectorAll('table[id^="itables"]')].every(t => t.closest('.dt-container')?.innerText)"""
 _WIDTH = 660  # CSS pixels between the margins of an A4 page
 
 
@@ -272,8 +263,8 @@ def _print(document: str, folder: Path) -> bytes:
         page = browser.new_context(offline=True, viewport={"width": _WIDTH, "height": 900}).new_page()
         page.emulate_media(media="print", color_scheme="light")
         page.goto(Path(file.name).as_uri(), wait_until="load", timeout=120_000)
-        page.wait_for_function(_READY, timeout=120_000)
-        page.evaluate(_SHRINK)
+        page.wait_for_function(fill("print_ready.js"), timeout=120_000)
+        page.evaluate(fill("print_shrink.js"))
         return page.pdf(
             format="A4",
             margin={"top": "18mm", "bottom": "20mm", "left": "17mm", "right": "17mm"},

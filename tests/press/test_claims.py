@@ -4,6 +4,7 @@ import re
 import shutil
 from itertools import product
 
+import nbformat
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ from lib.files import DATA
 from lib.press import build, check, claims, execute, texts
 from lib.results import results_path
 from lib.studies import scoring
+from lib.studies.pathways import gpt2_sizes
 from tests.press.test_chapters import is_reported
 from tests.press.test_execute import SAVE, notebook, workshop  # noqa: F401
 
@@ -74,12 +76,9 @@ def test_a_faulty_claim_is_refused_by_name(tmp_path, changes, message):
         listed(tmp_path, {**PLAIN, **changes})
 
 
-def test_two_claims_with_one_id_are_refused(tmp_path):
+def test_a_file_without_claims_or_with_one_twice_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"claims\.yaml: two claims have the id 'one'"):
         listed(tmp_path, PLAIN, PLAIN)
-
-
-def test_a_file_without_claims_is_refused(tmp_path):
     with pytest.raises(DataError, match="has no list `claims`"):
         listed(tmp_path)
     with pytest.raises(DataError, match="there is no file"):
@@ -89,12 +88,9 @@ def test_a_file_without_claims_is_refused(tmp_path):
 # each verdict
 
 
-def test_a_right_number_is_reproduced(tmp_path):
+def test_a_right_number_is_reproduced_and_of_a_wrong_one_the_reason_says_it(tmp_path):
     found = verdict(tmp_path, {"told": 8, "facts": 8})
     assert (found.verdict, found.found, found.reason) == ("reproduced", "8 of 8", "")
-
-
-def test_a_wrong_number_is_not_reproduced_and_the_reason_says_the_number(tmp_path):
     found = verdict(tmp_path, {"told": 7, "facts": 8})
     assert (found.verdict, found.reason) == ("not reproduced", "told is 7. Wanted: `told` is 8.")
     because = [{"key": "told", "equals": 8, "because": "Only {told} of {facts}."}]
@@ -219,18 +215,12 @@ RUN_CLAIM = {**PLAIN, "found": "{seed} and {x.y:.2f}", "must": [{"key": "seed", 
 
 @pytest.fixture
 def small_book(workshop):  # noqa: F811
-    nb = notebook(workshop / "book" / "01_a.ipynb", SAVE)
-    notebook_with_title(nb)
+    path = notebook(workshop / "book" / "01_a.ipynb", SAVE)
+    chapter = nbformat.read(path, 4)
+    chapter.cells.insert(0, nbformat.v4.new_markdown_cell("# A chapter"))
+    nbformat.write(chapter, path)
     (workshop / "data" / "claims.yaml").write_text(yaml.safe_dump({"claims": [RUN_CLAIM]}))
     return workshop
-
-
-def notebook_with_title(path):
-    import nbformat
-
-    nb = nbformat.read(path, 4)
-    nb.cells.insert(0, nbformat.v4.new_markdown_cell("# A chapter"))
-    nbformat.write(nb, path)
 
 
 def test_only_a_run_of_the_present_inputs_counts(small_book):
@@ -307,39 +297,22 @@ def test_every_key_is_one_that_its_chapter_reports():
 
 def test_reasons_and_values_are_made_of_results():
     for claim in OWN:
-        texts = [claim.found, *(c.because for c in claim.conditions)]
-        for text in texts:
+        for text in [claim.found, *(c.because for c in claim.conditions)]:
             assert not re.search(r"\d", re.sub(r"\{[^}]*\}|L\d+ H\d+", "", text)), (claim.id, text)
         assert claim.judged_on == "shape" or all(c.because for c in claim.conditions), claim.id
 
 
 def test_the_numbers_of_gpt2_need_gpt2():
-    needs = {c.id for c in OWN if c.judged_on == "gpt2"}
-    assert needs >= {
-        "knowledge_head",
-        "knowledge_head_logit",
-        "suppressor",
-        "suppressor_logit",
-        "capability_numbers",
-        "perplexity_numbers",
-        "same_site_l10",
-        "patching_number",
-        "weights_released",
-    }
+    sites = ("knowledge_head", "knowledge_head_logit", "suppressor", "suppressor_logit", "same_site_l10")
+    others = ("capability_numbers", "perplexity_numbers", "patching_number", "weights_released")
+    assert {c.id for c in OWN if c.judged_on == "gpt2"} >= {*sites, *others}
     assert {c.id for c in OWN if c.judged_on == "shape"} >= {f"parameters_{p}" for p in ("full", "ffn", "v_only")}
 
 
-EFFECTS = {
-    "own_flips": 0,
-    "ppl_change": -0.002,
-    "bled_before": 6,
-    "bled_after": 6,
-    "bled_prompts": 143,
-    "neighbours_lost": 0,
-    "neighbours": 13,
-    "other_relations": [2, 0],
-    "probes_right": 18,
-}
+EFFECTS = yaml.safe_load("""
+{own_flips: 0, ppl_change: -0.002, bled_before: 6, bled_after: 6, bled_prompts: 143,
+ neighbours_lost: 0, neighbours: 13, other_relations: [2, 0], probes_right: 18}
+""")
 
 
 @pytest.mark.parametrize(
@@ -383,18 +356,10 @@ def test_agreement_counts_only_beyond_its_controls(same, controls, wanted):
     ],
 )
 def test_patching_the_head_may_confirm_what_the_neuron_does_not(neuron, own_neuron, head, wanted):
-    values = {
-        "layer": 24,
-        "patching_effect": sum(neuron) / 2,
-        "patching_interval": neuron,
-        "random_neuron_effect": 0.0,
-        "own_neuron_effect": own_neuron,
-        "own_neuron_interval": (own_neuron - 0.1, own_neuron + 0.1),
-        "head_effect": sum(head) / 2,
-        "head_interval": head,
-        "random_head_effect": -0.1,
-    }
-    values |= {k: list(v) for k, v in values.items() if isinstance(v, tuple)}
+    values = {"layer": 24, "random_neuron_effect": 0.0, "random_head_effect": -0.1}
+    intervals = {"patching": neuron, "own_neuron": (own_neuron - 0.1, own_neuron + 0.1), "head": head}
+    for name, interval in intervals.items():
+        values |= {f"{name}_effect": sum(interval) / 2, f"{name}_interval": list(interval)}
     assert own("patching", {"05_cross_validation": values}).verdict == wanted
 
 
@@ -414,8 +379,6 @@ def test_routing_needs_more_than_eight_of_eight(known, repaired, false, wanted):
 
 
 def test_the_share_of_v_only_is_half_a_per_cent_and_not_the_pages_two_digits():
-    from lib.studies.pathways import gpt2_sizes
-
     results = {"03_four_pathways": {"gpt2": gpt2_sizes()}}
     assert own("share_v_only", results).verdict == "differs"
     assert "0.47%" in own("share_v_only", results).reason
@@ -426,12 +389,8 @@ def test_the_share_of_v_only_is_half_a_per_cent_and_not_the_pages_two_digits():
 def test_the_two_logits_hold_in_any_convention_on_gpt2():
     sizes = {"raw": (25.84, 149.9), "scaled": (2.0, 11.0), "centred": (1.0, 9.0)}
     terms = {c: {"answer": {"L10 H8": a}, "competitor": {"L12 H0": b}} for c, (a, b) in sizes.items()}
-    values = {
-        "example": "The capital of France is",
-        "example_answer": "Paris",
-        "example_competitor": "the",
-        "example_terms": terms,
-    }
+    values = {"example": "The capital of France is", "example_answer": "Paris", "example_competitor": "the"}
+    values["example_terms"] = terms
     results = {"02_knowledge_path": values}
     assert own("knowledge_head_logit", results, "gpt2").verdict == "differs", "raw alone is no logit of the model"
     assert own("suppressor_logit", results, "gpt2").verdict == "differs"

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import re
+import resource
 import shutil
 import sys
 from collections import namedtuple
@@ -26,7 +27,7 @@ from lib.facts import load_cases, load_templates, prompts
 from lib.models import Model
 from lib.press import export
 from tests.conftest import tiny_llama
-from tests.test_edits import an_edit, same, small_disk, state
+from tests.test_edits import an_edit, same, state
 
 
 def recorded(model: Model, layer: int, pathway: str = "v_only") -> Edit:
@@ -186,10 +187,10 @@ FULL = "No space left on device"
 @pytest.mark.parametrize(
     "part, error, raised",
     [
-        ("model", OSError(errno.ENOSPC, FULL), EditError),
+        ("module", OSError(errno.ENOSPC, FULL), EditError),
         ("tokenizer", Exception(f"{FULL} (os error 28)"), EditError),  # as tokenizers reports it
-        ("model", KeyboardInterrupt(), KeyboardInterrupt),
-        ("model", ZeroDivisionError("a mistake in the code"), ZeroDivisionError),
+        ("module", KeyboardInterrupt(), KeyboardInterrupt),
+        ("module", ZeroDivisionError("a mistake in the code"), ZeroDivisionError),
     ],
 )
 def test_a_failure_midway_leaves_nothing(organism, edit, tmp_path, monkeypatch, part, error, raised):
@@ -204,9 +205,14 @@ def test_a_failure_midway_leaves_nothing(organism, edit, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("size", [10_000, 100_000])
 def test_a_disk_that_is_really_full(organism, edit, tmp_path, size):
-    """At 100,000 bytes the model does not fit, but everything else would."""
-    with small_disk(size), pytest.raises(EditError, match=r"cannot write .*File too large"):
-        export.export(organism, edit, tmp_path / "out")
+    """The kernel refuses to write any file past a size. At 100,000 bytes the model does not fit, all else would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(EditError, match=r"cannot write .*File too large"):
+            export.export(organism, edit, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
 
 
