@@ -97,16 +97,9 @@ def show(name: str, table: pd.DataFrame, *, digits: int = 2) -> HTML:
 
 def sortable(table: pd.DataFrame, *, rows: int = 12) -> HTML:
     """A table that the reader can sort and search, self-contained: it needs no network."""
-    html = itables.to_html_datatable(
-        table.round(3),
-        connected=False,
-        showIndex=False,
-        pageLength=rows,
-        lengthMenu=[rows, 50, 300],
-        style="width:100%;font-size:85%",
-        classes="display compact nowrap",
-        scrollX=True,
-    )
+    look: dict[str, Any] = {"style": "width:100%;font-size:85%", "classes": "display compact nowrap", "scrollX": True}
+    lengths: dict[str, Any] = {"pageLength": rows, "lengthMenu": [rows, 50, 300]}
+    html = itables.to_html_datatable(table.round(3), connected=False, showIndex=False, **lengths, **look)
     return HTML(generate_init_offline_itables_html(itables.options.dt_bundle) + html)
 
 
@@ -145,12 +138,11 @@ def known_by_case(
     cases: Sequence[Case], eight: dict[str, pd.DataFrame], large: dict[str, pd.DataFrame]
 ) -> pd.DataFrame:
     """Counts of told, known, and known but not told, from `known_and_told` tables by case name."""
-    sets = [
-        (case.title, label, states[case.name])
+    rows = [
+        (case.title, label, len(facts), *(int(facts[c].sum()) for c in ("told", "known", "routing_failure")))
         for case in cases
-        for label, states in (("the eight", eight), ("large set", large))
+        for label, facts in (("the eight", eight[case.name]), ("large set", large[case.name]))
     ]
-    rows = [(*names, len(s), *(int(s[c].sum()) for c in ("told", "known", "routing_failure"))) for *names, s in sets]
     return pd.DataFrame(rows, columns=["case", "facts", "n", "told", "known", "known, not told"])
 
 
@@ -234,14 +226,9 @@ def libraries(compared: dict[str, pd.DataFrame]) -> pd.DataFrame:
 def every_plant(runs: pd.DataFrame) -> pd.DataFrame:
     """Each plant and what the joined rule said of it."""
     plants = runs[runs.accepted]
-    return arranged(
-        "every_plant",
-        plants.assign(
-            right=plants["joined: kind"].astype(bool) & plants["joined: site"].astype(bool),
-            failing=plants.failing.str.replace("{}", "…"),
-            untold=plants.untold.astype(int),
-        ),
-    )
+    right = plants["joined: kind"].astype(bool) & plants["joined: site"].astype(bool)
+    failing = plants.failing.str.replace("{}", "…")
+    return arranged("every_plant", plants.assign(right=right, failing=failing, untold=plants.untold.astype(int)))
 
 
 def sizes(table: pd.DataFrame) -> pd.DataFrame:
