@@ -17,6 +17,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -68,9 +69,16 @@ class Check(Entry):
             raise ValueError("`within` takes [value, tolerance], the others one value")
         return {name: entry[name] for name in entry if name == "key"} | {"relation": names[0], "wanted": wanted}
 
+    @property
+    def reference(self) -> str:
+        """The key whose value is wanted, or ""."""
+        return self.wanted[1:] if isinstance(self.wanted, str) and self.wanted.startswith("$") else ""
+
     def __str__(self) -> str:
-        wanted = self.wanted if self.relation == "within" else [self.wanted]
-        return f"`{self.key}` {RELATIONS[self.relation][0].format(*map(_wanted_text, wanted))}"
+        text = f"`{self.reference}`" if self.reference else f"“{self.wanted}”"
+        numbers = self.wanted if self.relation == "within" else [self.wanted]
+        texts = [text if isinstance(n, str) else _shown(n, "," if isinstance(n, int) else "") for n in numbers]
+        return f"`{self.key}` {RELATIONS[self.relation][0].format(*texts)}"
 
 
 class Condition(Entry):
@@ -121,10 +129,10 @@ class Claim(Entry):
     @property
     def keys(self) -> list[str]:
         """Every key that the claim reads, as `chapter/path`."""
-        keys = [key for text in (self.found, *(c.because for c in self.conditions)) for key in _placeholders(text)]
-        for check in (check for condition in self.conditions for check in condition.any_of):
-            keys += [check.key, *([check.wanted[1:]] if _is_reference(check.wanted) else [])]
-        return list(dict.fromkeys(map(self.full, keys)))
+        parts = map(string.Formatter().parse, (self.found, *(c.because for c in self.conditions)))
+        keys = [name for _, name, _, _ in chain(*parts)]
+        keys += [key for c in self.conditions for check in c.any_of for key in (check.key, check.reference)]
+        return list(dict.fromkeys(self.full(key) for key in keys if key))
 
     @property
     def chapters(self) -> list[str]:
@@ -181,7 +189,7 @@ def judge(claim: Claim, model_name: str, results: dict[str, dict[str, Any]], *, 
     broken = [c for c in claim.must if not any(map(read.holds, c.any_of))]
     strained = [c for c in claim.should if not any(map(read.holds, c.any_of))]
     verdict = NOT_REPRODUCED if broken else DIFFERS if strained else REPRODUCED
-    return Judged(claim, verdict, read.text(claim.found), " ".join(map(read.reason, broken or strained)))
+    return Judged(claim, verdict, read.format(claim.found), " ".join(map(read.reason, broken or strained)))
 
 
 def counts(judged: Sequence[Judged]) -> str:
@@ -221,7 +229,7 @@ class _Reader(string.Formatter):
 
     def holds(self, check: Check) -> bool:
         value = self.value(check.key)
-        wanted = self.value(check.wanted[1:]) if _is_reference(check.wanted) else check.wanted
+        wanted = self.value(check.reference) if check.reference else check.wanted
         if not _fits(check.relation, value, wanted):
             chapter = self.claim.full(check.key).partition("/")[0]
             raise DataError(
@@ -231,12 +239,9 @@ class _Reader(string.Formatter):
             )
         return bool(RELATIONS[check.relation][1](value, wanted))
 
-    def text(self, template: str) -> str:
-        return self.vformat(template, (), {})
-
     def reason(self, condition: Condition) -> str:
         values = "; ".join(f"{c.key} is {_shown(self.value(c.key))}" for c in condition.any_of)
-        return self.text(condition.because) if condition.because else f"{values}. Wanted: {condition}."
+        return self.format(condition.because) if condition.because else f"{values}. Wanted: {condition}."
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
         return self.value(field_name), field_name
@@ -266,19 +271,5 @@ def _shown(value: Any, form: str = "") -> str:
     return words[value] if value is None or isinstance(value, bool) else as_text(value, form)
 
 
-def _wanted_text(wanted: Any) -> str:
-    if isinstance(wanted, str):
-        return f"`{wanted[1:]}`" if _is_reference(wanted) else f"“{wanted}”"
-    return _shown(wanted, "," if isinstance(wanted, int) else "")
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_reference(wanted: Any) -> bool:
-    return isinstance(wanted, str) and wanted.startswith("$")
-
-
-def _placeholders(template: str) -> list[str]:
-    return [name for _, name, _, _ in string.Formatter().parse(template) if name]

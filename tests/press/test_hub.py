@@ -1,9 +1,9 @@
 """What would be uploaded, and that nothing is without a token and a yes. The hub is a stand-in."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -18,24 +18,10 @@ from lib.press import check, export, hub, release
 from lib.studies.pathways import PAPER
 from tests.test_edits import an_edit
 
-PATHWAY = {
-    "told_before": 0,
-    "told_after": 1,
-    "ppl_before": 27.25,
-    "ppl_after": 27.5,
-    "held_out_facts": 57,
-    "held_out_told_before": 7,
-    "held_out_told_after": 9,
-}
+PATHWAY = {"told_before": 0, "told_after": 1, "ppl_before": 27.25, "ppl_after": 27.5}
+PATHWAY |= {"held_out_facts": 57, "held_out_told_before": 7, "held_out_told_after": 9}
 VALUES = {c: {"pathways": dict.fromkeys(PAPER, PATHWAY)} for c in (hub.MAKER, hub.EFFECTS)}
 SECRET = "hf_secret"
-
-
-class Response:
-    """As much of an answer as an error reads."""
-
-    def __init__(self, status: int) -> None:
-        self.status_code, self.headers, self.request, self.text = status, {}, None, ""
 
 
 class Hub:
@@ -66,8 +52,10 @@ class Hub:
         self.files[repo_type] = {p.relative_to(folder_path).as_posix() for p in folder_path.rglob("*") if p.is_file()}
 
 
-def refusal(status: int) -> HfHubHTTPError:
-    return HfHubHTTPError(f"{status}: {SECRET}", response=Response(status))
+def refusal(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError) -> HfHubHTTPError:
+    """An error with as much of an answer as it reads."""
+    answer = SimpleNamespace(status_code=status, headers={}, request=None, text="")
+    return kind(f"{status}: {SECRET}", response=answer)
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +129,9 @@ def test_the_card_names_the_base_model(smollm2, tmp_path):
 
 def test_the_space_is_a_static_page(prepared):
     _, front, text = (prepared / "space" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
-    assert {k: yaml.safe_load(front)[k] for k in ("sdk", "app_file", "title")} == {
-        "sdk": "static",
-        "app_file": "index.html",
-        "title": "Head dashboard of organism",
-    }
+    settings = yaml.safe_load(front)
+    assert (settings["sdk"], settings["app_file"]) == ("static", "index.html")
+    assert settings["title"] == "Head dashboard of organism"
     assert release.repository().url in text
     assert (prepared / "space" / "index.html").read_text() == "<!doctype html><p>heads</p>"
 
@@ -181,11 +167,11 @@ def test_model_and_space_are_uploaded(prepared):
     assert not any(SECRET in line for line in said)
 
 
-@pytest.mark.parametrize("token", ["", "  \n"])
-def test_a_missing_token(prepared, token):
+def test_a_missing_token(prepared):
     api = Hub()
-    with pytest.raises(ReleaseError, match=r"there is no token. Make one that may write"):
-        hub.upload(prepared, "me/edits", token, api=api)
+    for token in ("", "  \n"):
+        with pytest.raises(ReleaseError, match=r"there is no token. Make one that may write"):
+            hub.upload(prepared, "me/edits", token, api=api)
     assert api.calls == []
 
 
@@ -196,7 +182,7 @@ def test_a_missing_token(prepared, token):
         ("create_repo", refusal(403), r"does not let this token write to me/edits \(403\)"),
         ("upload_folder", refusal(401), r"refused the token"),
         ("upload_folder", refusal(503), r"me/edits could not be uploaded: .*run the same command again"),
-        ("create_repo", RepositoryNotFoundError("none", response=Response(404)), r"could not be uploaded: none"),
+        ("create_repo", refusal(404, RepositoryNotFoundError), r"could not be uploaded: 404"),
         ("whoami", ConnectionError("no network"), r"could not be uploaded: no network"),
         ("create_repo", ValueError("bad name"), r"could not be uploaded: bad name"),
     ],
@@ -230,18 +216,18 @@ def test_uploading_needs_a_name(prepared, repo):
     assert isinstance(done.exception, BookError) and "--repo OWNER/NAME" in str(done.exception)
 
 
-@pytest.mark.parametrize("change", ["altered", "added", "removed"])
-def test_a_folder_that_was_altered_is_not_uploaded(prepared, change):
-    path = prepared / "model" / "full" / "README.md"
-    if change == "removed":
-        path.unlink()
-    elif change == "added":
-        path = prepared / "space" / "stray.txt"
-        path.write_text("x")
-    else:
-        path.write_text("x")
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model/full/README.md", lambda path: path.write_text("x")),
+        ("model/full/README.md", Path.unlink),
+        ("space/stray.txt", Path.touch),
+    ],
+)
+def test_a_folder_that_was_altered_is_not_uploaded(prepared, name, change):
+    change(prepared / name)
     api = Hub()
-    with pytest.raises(ReleaseError, match=f"{path.name} is not as it was prepared. Nothing is uploaded"):
+    with pytest.raises(ReleaseError, match=f"{name} is not as it was prepared. Nothing is uploaded"):
         hub.upload(prepared, "me/edits", SECRET, api=api)
     assert api.calls == []
 
@@ -262,10 +248,7 @@ def test_a_folder_that_is_in_use(run, tmp_path):
     ("name", "said"),
     [
         ("dashboard/organism.html", "there is no dashboard .*lib dashboard --model organism"),
-        (
-            "results/organism/03_four_pathways/ffn.safetensors",
-            "there is no edit for ffn; run chapter 3 on organism again",
-        ),
+        (f"results/organism/{hub.MAKER}/ffn.safetensors", "there is no edit for ffn; run chapter 3 on organism again"),
     ],
 )
 def test_what_is_missing_is_named(run, tmp_path, name, said):
@@ -275,17 +258,19 @@ def test_what_is_missing_is_named(run, tmp_path, name, said):
     assert not (tmp_path / "out").exists()
 
 
-def test_results_that_are_out_of_date(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(check, "current_values", lambda model: {hub.MAKER: VALUES[hub.MAKER]})
-    with pytest.raises(ReleaseError, match=r"no present results of 04_side_effects; run `python -m lib run"):
-        hub.prepare("organism", tmp_path / "out")
+BROKEN = {"pathways": {key: {**PATHWAY, "ppl_after": float("nan")} for key in PAPER}}
 
 
-def test_results_that_are_no_numbers(run, tmp_path, monkeypatch):
-    pathways = {name: {**PATHWAY, "ppl_after": float("nan")} for name in PAPER}
-    broken = {c: {"pathways": pathways} for c in VALUES}
-    monkeypatch.setattr(check, "current_values", lambda model: broken)
-    with pytest.raises(ReleaseError, match="give nan as perplexity of full; run chapters 3 and 4 again"):
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({hub.MAKER: VALUES[hub.MAKER]}, r"no present results of 04_side_effects; run `python -m lib run"),
+        (dict.fromkeys(VALUES, BROKEN), "give nan as perplexity of full; run chapters 3 and 4 again"),
+    ],
+)
+def test_results_that_are_out_of_date_or_no_numbers(run, tmp_path, monkeypatch, values, said):
+    monkeypatch.setattr(check, "current_values", lambda model: values)
+    with pytest.raises(ReleaseError, match=said):
         hub.prepare("organism", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -295,4 +280,4 @@ def test_an_edit_of_another_model(run, tmp_path, organism):
     edits.save(dataclasses.replace(an_edit(organism, "ffn", layer=9), base_sha256="1" * 64), path)
     with pytest.raises(EditError, match="another revision of organism"):
         hub.prepare("organism", tmp_path / "out")
-    assert not (tmp_path / "out").exists() and json.dumps([p.name for p in tmp_path.iterdir()]).count(".out") == 0
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
