@@ -233,5 +233,5 @@ def every_plant(runs: pd.DataFrame) -> pd.DataFrame:
 
 def sizes(table: pd.DataFrame) -> pd.DataFrame:
     """Shapes of models: what they need, and what was run (columns that nothing was run for are made, and empty)."""
-    run = ("precision", "seconds", "error", "peak_gb")
+    run = ("precision", "batch", "seconds", "error", "peak_gb")
     return arranged("sizes", table.reindex(columns=list(dict.fromkeys([*table, *run]))))
