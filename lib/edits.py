@@ -68,24 +68,12 @@ _ENTRIES |= {"told_before": (tuple, ...), "told_after": (tuple, ...), "slices": 
 _Header = create_model("_Header", __config__=ConfigDict(extra="forbid", strict=True), **_ENTRIES)  # of a file
 
 
-def make(
-    model: Model,
-    values: dict[Slice, Tensor],
-    *,
-    pathway: str,
-    layer: int,
-    facts: tuple[Fact, ...],
-    template: str,
-    told_before: tuple[bool, ...],
-    seed: int,
-    recipe: dict[str, Any],
-) -> Edit:
-    """The values as an edit, with what the whole model tells afterwards, measured on the model itself. Raises EditError
-    as `check` does."""
-    origin = (model.name, model.weights_sha256, pathway, layer, facts, template, told_before)
-    draft = Edit(*origin, told_before, seed, recipe, values)
+def make(model: Model, values: dict[Slice, Tensor], **about: Any) -> Edit:
+    """The values as an edit, with what the whole model tells afterwards, measured on the model itself. about: the
+    fields of `Edit` from pathway to recipe, but told_after. Raises EditError as `check` does."""
+    draft = Edit(model.name, model.weights_sha256, **about, told_after=about["told_before"], values=values)
     with applied(model, draft):
-        after = tell(model, facts, {"failing": template})
+        after = tell(model, draft.facts, {"failing": draft.template})
     return replace(draft, told_after=tuple(after.told.tolist()))
 
 
@@ -95,7 +83,7 @@ def save(edit: Edit, path: Path) -> Path:
     _check_content(edit, f"{path} is not written")
     header = {f.name: getattr(edit, f.name) for f in fields(edit) if f.name != "values"}
     header |= {"facts": [asdict(f) for f in edit.facts], "slices": [asdict(s) for s in edit.values]}
-    tensors = {_key(i): v.contiguous() for i, v in enumerate(edit.values.values())}
+    tensors = {f"{i:03d}": v.contiguous() for i, v in enumerate(edit.values.values())}
     content = safetensors.torch.save(tensors, metadata={"format": FORMAT, "edit": json.dumps(header)})
     advice = f"It needs {len(content):,} bytes in a folder that you may write to."
     return write_atomically(path, content, error=EditError, advice=advice)
@@ -120,18 +108,14 @@ def load(path: Path) -> Edit:
     damaged = f"{path} has a damaged header, it was altered, get it again"
     header = dict(validated(Json[_Header], metadata.get("edit"), damaged, EditError))
     slices = header.pop("slices")
-    if set(tensors) != {_key(i) for i in range(len(slices))} or len(set(slices)) != len(slices):
+    keys = [f"{i:03d}" for i in range(len(slices))]
+    if set(tensors) != set(keys) or len(set(slices)) != len(slices):
         raise EditError(f"{damaged}: {len(tensors)} tensors for {len(set(slices))} slices.")
     if odd := [part for part in slices if (part.start is None) != (part.stop is None)]:
         raise EditError(f"{damaged}: {odd[0]} gives a start or an end alone.")
-    edit = Edit(**header, values={part: tensors[_key(i)] for i, part in enumerate(slices)})
+    edit = Edit(**header, values={part: tensors[key] for part, key in zip(slices, keys, strict=True)})
     _check_content(edit, f"{path} cannot be used")
     return edit
-
-
-def _key(i: int) -> str:
-    """Name of the i-th slice's tensor in a file."""
-    return f"{i:03d}"
 
 
 def save_all(edits: dict[str, Edit], folder: Path) -> list[Path]:

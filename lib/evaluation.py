@@ -45,12 +45,12 @@ BLOCK = 32  # tokens of a block of the bootstrap: neighbouring tokens are not in
 BAND = 0.01  # a change of perplexity that this book calls small
 MOVED = 0.1  # nats: a token whose loss changed by more than this has moved
 ELSEWHERE = "working templates, other facts"
-WIKITEXT = (  # repository, revision, file
-    "Salesforce/wikitext",
-    "b08601e04326c79dfdd32d625aee71d232d685c3",
-    "wikitext-2-raw-v1/test-00000-of-00001.parquet",
-)
+WIKITEXT, WIKITEXT_FILE = "Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"
+ARTICLES = 10  # of WikiText-2
+WIKITEXT_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 NONE = "none"  # the pathway of the untouched model
+Texts = dict[str, str]  # by name
+Bias = Float[Tensor, " vocab"] | None  # added to all logits
 
 
 @dataclass(frozen=True)
@@ -123,21 +123,14 @@ def questions(model: Model, case: Case) -> pd.DataFrame:
     return table.assign(answer_token=[model.first_token(a) for a in table.answer])
 
 
-def build_protocol(
-    model: Model, case: Case, layer: int, *, texts: dict[str, str] | None = None, table: pd.DataFrame | None = None
-) -> Protocol:
-    """Run everything below the layer once. texts, table: as in `build_protocols`."""
-    return build_protocols(model, case, [layer], texts=texts, table=table)[layer]
+def build_protocol(model: Model, case: Case, layer: int, **options: Any) -> Protocol:
+    """Run everything below the layer once. options: as in `build_protocols`."""
+    return build_protocols(model, case, [layer], **options)[layer]
 
 
 @torch.no_grad()
 def build_protocols(
-    model: Model,
-    case: Case,
-    layers: Sequence[int],
-    *,
-    texts: dict[str, str] | None = None,
-    table: pd.DataFrame | None = None,
+    model: Model, case: Case, layers: Sequence[int], *, texts: Texts | None = None, table: pd.DataFrame | None = None
 ) -> dict[int, Protocol]:
     """A protocol for edits of each of some layers, from one run of the model; the layer that would follow the last one
     stands for changes of the logits alone. texts: passages by name; the book's own if none are given. table: the part
@@ -160,7 +153,7 @@ def build_protocols(
     return protocols
 
 
-def load_passages() -> dict[str, str]:
+def load_passages() -> Texts:
     """The book's own passages, by genre. Raises DataError where there is none."""
     paths = sorted((DATA / "passages").glob("measure_*.txt"))
     if not paths:
@@ -168,28 +161,26 @@ def load_passages() -> dict[str, str]:
     return {p.stem.removeprefix("measure_"): p.read_text(encoding="utf-8") for p in paths}
 
 
-def load_wikitext(articles: int = 10) -> dict[str, str]:
-    """The first articles of WikiText-2's test set, from the hub at a pinned revision, checked against the checksum that
+def load_wikitext() -> Texts:
+    """The first ARTICLES of WikiText-2's test set, from the hub at a pinned revision, checked against the checksum that
     the revision records. Raises DataError where the hub cannot be reached or the file is not what it should be."""
-    repo, revision, name = WIKITEXT
+    place: dict[str, Any] = {"repo_type": "dataset", "revision": WIKITEXT_REVISION}
     try:
-        info: Any = HfApi().get_paths_info(repo, name, repo_type="dataset", revision=revision)[0]
-        path = Path(hf_hub_download(repo, name, repo_type="dataset", revision=revision))
+        info: Any = HfApi().get_paths_info(WIKITEXT, WIKITEXT_FILE, **place)[0]
+        path = Path(hf_hub_download(WIKITEXT, WIKITEXT_FILE, **place))
     except Exception as error:  # offline, moved, no permission: the remedy is the same
         raise DataError(
             f"WikiText-2 cannot be had ({type(error).__name__}): the model hub is out of reach. Run the chapter with "
             "wikitext = False, on the book's own passages."
         ) from error
     if file_sha256(path) != info.lfs.sha256:
-        raise DataError(f"{path} is not what revision {revision[:12]} records; delete it and run again.")
-    parts = re.split(r"(?m)^ (?== [^=]+ =\s*$)", "".join(pd.read_parquet(path).text))[1 : articles + 1]
+        raise DataError(f"{path} is not what revision {WIKITEXT_REVISION[:12]} records; delete it and run again.")
+    parts = re.split(r"(?m)^ (?== [^=]+ =\s*$)", "".join(pd.read_parquet(path).text))[1 : ARTICLES + 1]
     return {part.split("=")[1].strip(): part for part in parts}
 
 
 @torch.no_grad()
-def score_questions(
-    model: Model, protocol: Protocol, edit: Edit | None, *, bias: Float[Tensor, " vocab"] | None = None
-) -> pd.DataFrame:
+def score_questions(model: Model, protocol: Protocol, edit: Edit | None, *, bias: Bias = None) -> pd.DataFrame:
     """The questions, each with told, prob (of the answer), top (the token said) and margin (in logits). bias: added to
     all logits."""
     values, scores = _values(protocol, edit), []
@@ -208,12 +199,7 @@ def score_questions(
 
 @torch.no_grad()
 def score_passages(
-    model: Model,
-    protocol: Protocol,
-    edits: Mapping[str, Edit | None],
-    *,
-    bias: Float[Tensor, " vocab"] | None = None,
-    divergence: bool = True,
+    model: Model, protocol: Protocol, edits: Mapping[str, Edit | None], *, bias: Bias = None, divergence: bool = True
 ) -> dict[str, pd.DataFrame]:
     """For each edit, a row a predicted token of the passages: passage, block, nll and kl (untouched || edited), in
     nats. bias: added to all logits. divergence: False leaves kl out (NaN), which takes half of the time where little is

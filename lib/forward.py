@@ -47,6 +47,9 @@ from lib.errors import DataError
 from lib.models import Model
 from lib.weights import Block, Slice
 
+Stream = Float[Tensor, "t d_model"]  # of all tokens of a pack
+Which = Int[Tensor, " n"] | None  # rows of a pack
+Rows = Float[Tensor, "m d_model"]  # of last tokens, in as many versions as there are
 ROOM = 512  # tokens in a pack: attention's cost grows with its square, and beyond a few hundred nothing is gained
 
 
@@ -150,13 +153,13 @@ def next_token_logits(
 
 
 @torch.no_grad()
-def resid_pre(model: Model, texts: Pack, layer: int) -> Float[Tensor, "t d_model"]:
+def resid_pre(model: Model, texts: Pack, layer: int) -> Stream:
     """The residual stream before a layer (0-based)."""
     return streams(model, texts, [layer])[layer]
 
 
 @torch.no_grad()
-def streams(model: Model, texts: Pack, layers: Iterable[int]) -> dict[int, Float[Tensor, "t d_model"]]:
+def streams(model: Model, texts: Pack, layers: Iterable[int]) -> dict[int, Stream]:
     """The residual stream before each of some layers, in one pass; before the layer that would follow the last one, it
     is the final stream, not yet normalised."""
     reached, stream, out = 0, model.weights.embed(texts.tokens, texts.position), {}
@@ -167,12 +170,7 @@ def streams(model: Model, texts: Pack, layers: Iterable[int]) -> dict[int, Float
 
 
 def above(
-    model: Model,
-    texts: Pack,
-    layer: int,
-    stream: Float[Tensor, "t d_model"],
-    values: dict[Slice, Tensor] | None = None,
-    read: Int[Tensor, " n"] | None = None,
+    model: Model, texts: Pack, layer: int, stream: Stream, values: dict[Slice, Tensor] | None = None, read: Which = None
 ) -> Float[Tensor, "t_or_n d_model"]:
     """The final residual stream, normalised, from the stream that enters a layer. values: put for the layer's own,
     differentiable in them; the model is not written to. read: the rows that are wanted, in this order. With values,
@@ -187,7 +185,7 @@ def above(
     return norm(last.stream)
 
 
-def resid_post(model: Model, texts: Pack, stream: Float[Tensor, "t d_model"], layer: int) -> Float[Tensor, "t d_model"]:
+def resid_post(model: Model, texts: Pack, stream: Stream, layer: int) -> Stream:
     """The stream after one layer, from the stream before it."""
     return _blocks(model, texts, stream, range(layer, layer + 1), {})
 
@@ -204,7 +202,7 @@ class Past:
     position: Int[Tensor, " n"]
 
 
-def past(block: Block, texts: Pack, stream: Float[Tensor, "t d_model"], at: Int[Tensor, " n"] | None = None) -> Past:
+def past(block: Block, texts: Pack, stream: Stream, at: Which = None) -> Past:
     """What tokens of a pack look back on, from the stream that enters the block. at: their rows; the last tokens', if
     not given."""
     x, attn, at = block.norm_attn(stream), block.attn, texts.last if at is None else at
@@ -213,7 +211,7 @@ def past(block: Block, texts: Pack, stream: Float[Tensor, "t d_model"], at: Int[
     return Past(keys[None], attn.values(x)[None], before, texts.position[at])
 
 
-def gathered(block: Block, past: Past, rows: Float[Tensor, "m d_model"]) -> Float[Tensor, "m n_heads d_head"]:
+def gathered(block: Block, past: Past, rows: Rows) -> Float[Tensor, "m n_heads d_head"]:
     """z of last tokens, from their own stream and what they look back on. rows: all n texts in their order, as many
     times as there are versions of them."""
     n_texts, (row, n_kv) = len(past.position), past.keys.shape[:2]  # row: n_texts, or 1 for all of them
@@ -234,18 +232,13 @@ class End:
     """What a layer did with last tokens; `stream` is what leaves it."""
 
     z: Float[Tensor, "m n_heads d_head"]
-    middle: Float[Tensor, "m d_model"]  # the stream between attention and MLP
+    middle: Rows  # the stream between attention and MLP
     neurons: Float[Tensor, "m d_mlp"]
-    stream: Float[Tensor, "m d_model"]
+    stream: Rows
 
 
 def ends(
-    model: Model,
-    texts: Pack,
-    before: dict[int, Float[Tensor, "t d_model"]],
-    rows: Float[Tensor, "m d_model"],
-    start: int,
-    at: Int[Tensor, " n"] | None = None,
+    model: Model, texts: Pack, before: dict[int, Stream], rows: Rows, start: int, at: Which = None
 ) -> Iterator[End]:
     """Last tokens in layer `start`, in the next, and so on, from what they are on entering `start`. before: the streams
     that enter these layers, of all tokens. rows: as in `gathered`; differentiable in them. at: as in `past`; other
@@ -259,9 +252,7 @@ def ends(
         yield End(z, middle, neurons, rows)
 
 
-def _blocks(
-    model: Model, texts: Pack, stream: Float[Tensor, "t d_model"], layers: range, values: dict[Slice, Tensor]
-) -> Float[Tensor, "t d_model"]:
+def _blocks(model: Model, texts: Pack, stream: Stream, layers: range, values: dict[Slice, Tensor]) -> Stream:
     """The model's own blocks; the first one with the values in place."""
     weights, stream = model.weights, stream[None]
     extra = {"attention_mask": texts.mask(), **weights.block_inputs(stream, texts.position)}

@@ -28,16 +28,21 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lib.forward import End, Pack, Past, ends, gathered, packs, streams
+from lib.forward import End, Pack, Past, Rows, Stream, ends, gathered, packs, streams
 from lib.models import Model
 from lib.sites import Site
 from lib.statistics import mean_interval
 from lib.trace import Capture, before_norm, logit_direction
 from lib.weights import Block
 
+Pairs = Int[Tensor, "n 2"]  # first tokens of answers, and of competitors
+Z = Float[Tensor, "n n_layers n_heads d_head"]  # of last positions, as what follows
+MLPs = Float[Tensor, "n n_layers d_model"]
+Changes = Float[Tensor, "way text d_model"]
+
 # Ablation: what the answer loses when a part is taken away
 
-Prefilled = list[tuple[Pack, dict[int, Float[Tensor, "t d_model"]]]]  # packs, and the streams that enter their layers
+Prefilled = list[tuple[Pack, dict[int, Stream]]]  # packs, and the streams that enter their layers
 
 
 def prefill(model: Model, texts: Sequence[str], lowest: int) -> Prefilled:
@@ -103,15 +108,8 @@ def ablate(
 
 
 def _final_streams(
-    model: Model,
-    batch: Pack,
-    before: dict[int, Tensor],
-    layer: int,
-    end: End,
-    change: Float[Tensor, "way text d_model"],
-    *,
-    heads: bool,
-) -> Float[Tensor, "way text d_model"]:
+    model: Model, batch: Pack, before: dict[int, Stream], layer: int, end: End, change: Changes, *, heads: bool
+) -> Changes:
     """The final streams of last tokens if a layer's heads, or its MLP, had written something more."""
     block, rows = model.weights.blocks[layer], end.stream + change
     if heads:  # the layer's own MLP reads it too
@@ -123,17 +121,15 @@ def _final_streams(
 
 
 @torch.no_grad()
-def ablate_top_neurons(
-    model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], layer: int, *, rank: int = 0
-) -> pd.DataFrame:
-    """Zero, in each prompt, the neuron of the layer that the trace ranks `rank`-th for that very prompt (0: the top
-    one): its number, and the change of the answer's logit, direct and total."""
+def ablate_top_neurons(model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], layer: int) -> pd.DataFrame:
+    """Zero, in each prompt, the neuron of the layer that the trace ranks first for that very prompt: its number, and
+    the change of the answer's logit, direct and total."""
     block, tables, prefilled = model.weights.blocks[layer], [], prefill(model, texts, layer)
     for (batch, before), tokens in zip(prefilled, answers.split([len(b.last) for b, _ in prefilled]), strict=True):
         layers = list(ends(model, batch, before, before[layer][batch.last], layer))
         first, last = layers[0], layers[-1]
         trace = first.neurons * (logit_direction(model, last.stream, tokens) @ block.mlp.W_out.T)
-        chosen = trace.argsort(-1, descending=True)[:, rank]
+        chosen = trace.argsort(-1, descending=True)[:, 0]
         write = first.neurons.gather(1, chosen[:, None]) * block.mlp.W_out[chosen]
         final = _final_streams(model, batch, before, layer, first, -write[None], heads=False)
         both = model.weights.norm_final(torch.cat((last.stream[None], final)))
@@ -181,11 +177,11 @@ class CachedRun:
     logits: Float[Tensor, "n vocab"]
 
     @property
-    def z(self) -> Float[Tensor, "n n_layers n_heads d_head"]:
+    def z(self) -> Z:
         return torch.stack([layer.z for layer in self.layers], 1)
 
     @property
-    def mlps(self) -> Float[Tensor, "n n_layers d_model"]:
+    def mlps(self) -> MLPs:
         return torch.stack([layer.mlp for layer in self.layers], 1)
 
     @property
@@ -247,20 +243,14 @@ def _run_layer(
     return LayerCache(stream, keys, v, *at_last), middle + mlp
 
 
-def logit_differences(run: CachedRun, pairs: Int[Tensor, "n 2"]) -> Float[Tensor, " n"]:
+def logit_differences(run: CachedRun, pairs: Pairs) -> Float[Tensor, " n"]:
     """First token's logit minus the second's."""
     return -run.logits.gather(1, pairs).diff()[:, 0]
 
 
 @torch.no_grad()
 def patch_components(
-    model: Model,
-    run: CachedRun,
-    z: Float[Tensor, "n n_layers n_heads d_head"],
-    mlps: Float[Tensor, "n n_layers d_model"],
-    pairs: Int[Tensor, "n 2"],
-    *,
-    lowest: int = 0,
+    model: Model, run: CachedRun, z: Z, mlps: MLPs, pairs: Pairs, *, lowest: int = 0
 ) -> Float[Tensor, "component n"]:
     """Logit difference of each prompt with one component at a time made to put out what z or mlps say: all heads layer
     by layer, then all MLPs, as `trace.components` orders them. Below the layer `lowest` nothing is patched."""
@@ -273,14 +263,8 @@ def patch_components(
 
 @torch.no_grad()
 def patched_streams(
-    model: Model,
-    run: CachedRun,
-    z: Float[Tensor, "n n_layers n_heads d_head"],
-    mlps: Float[Tensor, "n n_layers d_model"] | None = None,
-    *,
-    start: int = 0,
-    below: Float[Tensor, "m d_model"] | None = None,
-) -> Iterator[Float[Tensor, "m d_model"]]:
+    model: Model, run: CachedRun, z: Z, mlps: MLPs | None = None, *, start: int = 0, below: Rows | None = None
+) -> Iterator[Rows]:
     """The patched last rows that leave each layer from `start` up: those of the layers below, one layer further, then a
     head each (and the MLP, if mlps are given), the n prompts together. below: those that enter `start`, from a model
     with the same weights up to there."""
@@ -298,15 +282,13 @@ def patched_streams(
         yield rows
 
 
-def patched_logit_differences(
-    model: Model, rows: Float[Tensor, "m d_model"], pairs: Int[Tensor, "n 2"]
-) -> Float[Tensor, "copy n"]:
+def patched_logit_differences(model: Model, rows: Rows, pairs: Pairs) -> Float[Tensor, "copy n"]:
     """Logit differences of patched rows that left the last layer."""
     return read_logit_differences(model, model.weights.norm_final(rows).view(-1, len(pairs), rows.shape[1]), pairs)
 
 
 def read_logit_differences(
-    model: Model, final: Float[Tensor, "*b text d_model"], pairs: Int[Tensor, "text 2"]
+    model: Model, final: Float[Tensor, "*b text d_model"], pairs: Pairs
 ) -> Float[Tensor, "*b text"]:
     """First token's logit minus the second's, of a normalised stream."""
     directions = model.weights.W_U[:, pairs[:, 0]] - model.weights.W_U[:, pairs[:, 1]]

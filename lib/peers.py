@@ -29,6 +29,7 @@ from lib.sites import Site
 from lib.trace import capture, logit_direction, logit_trace
 
 TOOLS = ("captum", "transformer-lens")
+Tokens = Int[Tensor, " prompt"]
 BATCH = 8
 TOP = 5  # neurons compared as a set
 
@@ -62,12 +63,7 @@ class NeuronAttributions:
 
 
 def attribute_neurons(
-    model: Model,
-    texts: Sequence[str],
-    targets: Int[Tensor, " prompt"],
-    layers: Sequence[int],
-    *,
-    progress: str | None = None,
+    model: Model, texts: Sequence[str], targets: Tokens, layers: Sequence[int], *, progress: str | None = None
 ) -> NeuronAttributions:
     """Both attributions from one pass. The gradient is taken through last tokens alone, because what a last token's
     neurons write only last tokens read: Captum's own numbers, at a fraction of its cost (`captum_attributions`)."""
@@ -87,12 +83,7 @@ def attribute_neurons(
 
 
 def captum_attributions(
-    model: Model,
-    texts: Sequence[str],
-    targets: Int[Tensor, " prompt"],
-    layers: Sequence[int],
-    *,
-    progress: str | None = "Captum",
+    model: Model, texts: Sequence[str], targets: Tokens, layers: Sequence[int], *, progress: str | None = "Captum"
 ) -> Float[Tensor, "prompt layer d_mlp"]:
     """Gradient x activation by Captum itself: a full forward and backward pass for each batch of prompts."""
     from captum.attr import LayerGradientXActivation
@@ -125,7 +116,7 @@ def agreement(one: Float[Tensor, "prompt d_mlp"], other: Float[Tensor, "prompt d
     return pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
 
 
-def top_neuron(model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], layer: int) -> int:
+def top_neuron(model: Model, texts: Sequence[str], answers: Tokens, layer: int) -> int:
     """The neuron of a layer that writes most of the answers on average."""
     return int(attribute_neurons(model, texts, answers, [layer]).trace[:, 0].mean(0).argmax())
 
@@ -156,7 +147,7 @@ class Lenses:
 
 
 @torch.no_grad()
-def against_transformerlens(model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"]) -> Lenses:
+def against_transformerlens(model: Model, texts: Sequence[str], answers: Tokens) -> Lenses:
     """One prompt after the other through both libraries, answers[i] being the answer to texts[i]."""
     lens, weights, rows, curves = bridge(model), model.weights, [], []
     layers, columns = range(weights.n_layers), ["prompt", "logits", "heads", "lens", "our_head", "their_head"]

@@ -37,8 +37,10 @@ from lib.files import DATA
 from lib.models import Model
 from lib.recall import first_tokens
 from lib.sites import Site
+from lib.statistics import ByHead
 from lib.weights import Weights
 
+Unembedding = Float[Tensor, "d_model vocab"]  # of all tokens, or a part of them
 PART = 4096  # tokens of the vocabulary that most answers are judged by; exact all the same (`_in_top_of`)
 SLACK = 0.01  # by how much of the part's threshold an answer may fall short of it and still be judged by the whole
 TINY = 1e-30  # a variance that no living head has: a dead one's logits are 0, not 0 / 0
@@ -53,7 +55,7 @@ def top_dimensions(d_model: int) -> int:
 
 
 @torch.no_grad()
-def qk_overlap(weights: Weights, *, folded: bool = True) -> Float[Tensor, "n_layers n_heads"]:
+def qk_overlap(weights: Weights, *, folded: bool = True) -> ByHead:
     """Share of a head's top-k residual dimensions, by row norm, that W_Q and W_K have in common (0 to 1).
     folded: with the norm's gain multiplied in, as the head really reads. k = `top_dimensions`. Source page,
     "QK overlap (top-100 dimension intersection)"; grouped query heads are compared with the key head they share."""
@@ -61,16 +63,17 @@ def qk_overlap(weights: Weights, *, folded: bool = True) -> Float[Tensor, "n_lay
     for block in weights.blocks:
         gain = block.norm_attn.gain[:, None] if folded else 1.0
         attn, k = block.attn, top_dimensions(weights.d_model)
-        q_top, k_top = (_top_mask((gain * W).norm(dim=-1), k) for W in (attn.W_Q, attn.per_head(attn.W_K)))
+        norms = [(gain * W).norm(dim=-1) for W in (attn.W_Q, attn.per_head(attn.W_K))]
+        q_top, k_top = (torch.zeros_like(x, dtype=torch.bool).scatter(-1, x.topk(k).indices, True) for x in norms)
         rows.append((q_top & k_top).sum(-1) / k)
     return torch.stack(rows)
 
 
-def qk_overlap_chance(d_model: int, level: float = 0.95) -> tuple[float, float, float]:
-    """Mean, and the ends of the central band, of the overlap of two random choices (hypergeometric)."""
+def qk_overlap_chance(d_model: int) -> tuple[float, float, float]:
+    """Mean, and the ends of the central 95 %, of the overlap of two random choices (hypergeometric)."""
     k = top_dimensions(d_model)
     law = hypergeom(d_model, k, k)
-    low, high = law.interval(level)
+    low, high = law.interval(0.95)
     return float(law.mean() / k), float(low / k), float(high / k)
 
 
@@ -96,11 +99,6 @@ def k_norms_by_head(weights: Weights, token_ids: Sequence[int]) -> Float[Tensor,
     return torch.stack([einsum(b.norm_attn(e), b.attn.W_K, "t d, n d h -> n t h").norm(dim=-1) for b in weights.blocks])
 
 
-def k_norms(weights: Weights, token_ids: Sequence[int]) -> Float[Tensor, "n_layers token"]:
-    """`k_norms_by_head`, averaged over the layer's key heads."""
-    return k_norms_by_head(weights, token_ids).mean(1)
-
-
 def k_norm_table(
     weights: Weights, types: dict[str, list[int]], *, resamples: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
@@ -109,7 +107,7 @@ def k_norm_table(
     rng = np.random.default_rng(seed)
     means, resampled = [], []
     for ids in types.values():
-        norms = k_norms(weights, ids).cpu().numpy()  # (layer, word)
+        norms = k_norms_by_head(weights, ids).mean(1).cpu().numpy()  # (layer, word)
         draws = rng.integers(len(ids), size=(resamples, len(ids)))
         means.append(norms.mean(-1))
         resampled.append(norms[:, draws].mean(-1))
@@ -149,7 +147,7 @@ class RelationMap:
     hits: Bool[Tensor, "n_layers n_heads subject answer"]
 
     @property
-    def score(self) -> Float[Tensor, "n_layers n_heads"]:
+    def score(self) -> ByHead:
         return self.hits.diagonal(dim1=-2, dim2=-1).float().mean(-1)
 
     def null(self, *, permutations: int = 1000, seed: int = 0) -> Float[Tensor, "permutation n_layers n_heads"]:
@@ -163,7 +161,7 @@ class RelationMap:
         """The best head's score in each permutation of `null`."""
         return self.null(**options).flatten(1).amax(-1)
 
-    def p_values(self, **options: int) -> Float[Tensor, "n_layers n_heads"]:
+    def p_values(self, **options: int) -> ByHead:
         """One-sided, corrected for the number of heads by the permutation distribution of the largest score."""
         return _family_p(self.score, self.largest(**options))
 
@@ -180,8 +178,8 @@ class JointMap:
     """Several relation maps read as one: each head's best score, its p corrected for all heads and all maps, and its
     rank by score. What a diagnosis may quote without choosing the map that flatters it."""
 
-    score: Float[Tensor, "n_layers n_heads"]
-    p: Float[Tensor, "n_layers n_heads"]
+    score: ByHead
+    p: ByHead
 
     def rank(self, site: Site) -> int:
         return int((self.score > self.score[site.layer, site.head]).sum()) + 1
@@ -195,9 +193,7 @@ def join(maps: Iterable[RelationMap], *, permutations: int = 1000, seed: int = 0
     return JointMap(score, _family_p(score, largest))
 
 
-def _family_p(
-    score: Float[Tensor, "n_layers n_heads"], largest: Float[Tensor, " permutation"]
-) -> Float[Tensor, "n_layers n_heads"]:
+def _family_p(score: ByHead, largest: Float[Tensor, " permutation"]) -> ByHead:
     return (1 + (largest[:, None, None] >= score).sum(0)) / (1 + len(largest))
 
 
@@ -344,7 +340,7 @@ def _best_types(values: NDArray, labels: NDArray, shuffles: NDArray) -> tuple[ND
     return means.argmax(1), means.max(1), p
 
 
-def _unembedding_moments(weights: Weights) -> tuple[Float[Tensor, "d_model vocab"], Tensor, Tensor]:
+def _unembedding_moments(weights: Weights) -> tuple[Unembedding, Tensor, Tensor]:
     """The folded unembedding, its mean over the vocabulary and its covariance: enough to standardise the logits of
     any direction without computing all of them."""
     W_U = weights.norm_final.fold(weights.W_U)
@@ -353,14 +349,9 @@ def _unembedding_moments(weights: Weights) -> tuple[Float[Tensor, "d_model vocab
     return W_U, mean, centred @ centred.T / W_U.shape[1]
 
 
-def _copy_scores(
-    v: Float[Tensor, "head token d_head"],
-    W_O: Float[Tensor, "head d_head d_model"],
-    ids: list[int],
-    moments: tuple[Tensor, Tensor, Tensor],
-) -> tuple[Float[Tensor, "head token"], Float[Tensor, "head token"]]:
+def _copy_scores(v: Tensor, W_O: Tensor, ids: list[int], moments: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """Standardised logit of each word's own token, and the mean of the other words' tokens, through an OV circuit, all
-    of it in the d_head dimensions of the value channel."""
+    of it in the d_head dimensions of the value channel. v: (head, word, d_head); both results: (head, word)."""
     W_U, mean, covariance = moments
     variance = einsum(v @ (W_O @ covariance @ W_O.mT), v, "n t h, n t h -> n t").clamp_min(TINY)
     z = (v @ (W_O @ W_U[:, ids]) - v @ (W_O @ mean)[..., None]) / variance.sqrt()[..., None]
@@ -369,7 +360,7 @@ def _copy_scores(
 
 
 def _copy_columns(
-    v: Tensor, W_O: Tensor, ids: list[int], moments: tuple[Tensor, Tensor, Tensor], permutations: int, seed: int
+    v: Tensor, W_O: Tensor, ids: list[int], moments: tuple[Tensor, ...], permutations: int, seed: int
 ) -> dict[str, Any]:
     """Of each head, on average over words: the standardised logit of the word's own token; how far it lies above those
     of the other words; and the p of that, a two-sided sign-flip test."""
@@ -386,16 +377,8 @@ def _product(a: NDArray, b: NDArray) -> NDArray:
     return (torch.from_numpy(a) @ torch.from_numpy(np.ascontiguousarray(b))).numpy()
 
 
-def _top_mask(norms: Float[Tensor, "n d_model"], k: int) -> Bool[Tensor, "n d_model"]:
-    mask = torch.zeros_like(norms, dtype=torch.bool)
-    return mask.scatter(-1, norms.topk(k, dim=-1).indices, True)
-
-
 def _in_top_of(
-    x: Float[Tensor, "row d_model"],
-    W_U: Float[Tensor, "d_model vocab"],
-    part: Float[Tensor, "d_model some"],
-    answers: Int[Tensor, " answer"],
+    x: Float[Tensor, "row d_model"], W_U: Unembedding, part: Unembedding, answers: Int[Tensor, " answer"]
 ) -> Bool[Tensor, "row answer"]:
     """`_in_top` of x @ W_U. The k-th best of a part of the vocabulary is never above the k-th best of all of it, so an
     answer that falls short of it there is out, and a row without any other needs no more; the slack is for rounding."""

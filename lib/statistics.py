@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lib.errors import DataError
 
+ByHead = Float[Tensor, "n_layers n_heads"]
+
 
 def exact_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Clopper-Pearson interval of a share. n = 0 gives (0, 1): nothing is known."""
@@ -25,12 +27,7 @@ def exact_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, 
 
 
 def rank_correlation(
-    a: Float[Tensor, "n_layers n_heads"],
-    b: Float[Tensor, "n_layers n_heads"],
-    *,
-    permutations: int = 10_000,
-    by_layer: bool = False,
-    seed: int = 0,
+    a: ByHead, b: ByHead, *, permutations: int = 10_000, by_layer: bool = False, seed: int = 0
 ) -> tuple[float, float]:
     """Spearman's rho over all heads and its two-sided permutation p-value. Heads are shuffled, or (by_layer) whole
     layers: heads of a layer are no independent draws, they share key/value heads and what they can read."""
@@ -46,9 +43,7 @@ def rank_correlation(
     return rho, float((1 + (np.abs(null) >= abs(rho) - 1e-12).sum()) / (1 + permutations))
 
 
-def top_overlap(
-    a: Float[Tensor, "n_layers n_heads"], b: Float[Tensor, "n_layers n_heads"], k: int = 5
-) -> tuple[int, float]:
+def top_overlap(a: ByHead, b: ByHead, k: int = 5) -> tuple[int, float]:
     """How many of the top k heads of two gradings are the same, and the chance of as many (hypergeometric)."""
     tops = [set(grid.flatten().topk(k).indices.tolist()) for grid in (a, b)]
     shared = len(tops[0] & tops[1])

@@ -31,6 +31,7 @@ from lib.errors import CompletenessError, DataError
 from lib.models import Model
 from lib.sites import Site
 
+Vectors = Float[Tensor, "text d_model"]  # of the residual stream
 Convention = Literal["raw", "scaled", "centred"]
 CONVENTIONS: tuple[Convention, ...] = ("raw", "scaled", "centred")
 TOLERANCE = 1e-3  # logits: fp32 rounding over a few hundred terms of size 10 stays below it, a term left out does not
@@ -138,8 +139,7 @@ class LogitTrace:
 
     def difference(self) -> LogitTrace:
         """The first token's contributions minus the second's, kept as a trace of one token (answer - competitor)."""
-        parts = ("embed", "heads", "mlps", "biases", "constant", "total")
-        terms = {name: getattr(self, name) for name in parts}
+        terms = {name: values for name, values in vars(self).items() if name not in ("convention", "tokens")}
         differences = {name: values[:, :1] - values[:, 1:2] for name, values in terms.items()}
         return replace(self, tokens=self.tokens[:, :1], **differences)
 
@@ -210,16 +210,12 @@ def _readout(
     return rearrange(folded, "d (b n) -> b n d", b=len(tokens)) / norm.scale(final)[:, :, None], constant, total
 
 
-def logit_direction(
-    model: Model, final: Float[Tensor, "text d_model"], tokens: Int[Tensor, " text"]
-) -> Float[Tensor, "text d_model"]:
+def logit_direction(model: Model, final: Vectors, tokens: Int[Tensor, " text"]) -> Vectors:
     """The residual direction that each token's logit reads (`scaled`). final: the last stream, before the norm."""
     return before_norm(model, final, model.weights.W_U[:, tokens].T)
 
 
-def before_norm(
-    model: Model, final: Float[Tensor, "text d_model"], read: Float[Tensor, "text d_model"]
-) -> Float[Tensor, "text d_model"]:
+def before_norm(model: Model, final: Vectors, read: Vectors) -> Vectors:
     """A direction of the normalised stream as one of the stream itself, the norm frozen at each text's own scale."""
     norm = model.weights.norm_final
     return norm.fold(read.T).T / norm.scale(final)

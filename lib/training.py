@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -211,16 +211,10 @@ def losses(
 
 
 def train(
-    model: Model,
-    task: Task,
-    pathway: str,
-    *,
-    rate: float,
-    seed: int = 0,
-    masks: Mapping[Slice, Bool[Tensor, "*shape"]] | None = None,
+    model: Model, task: Task, pathway: str, *, rate: float, seed: int = 0, masks: Mapping[Slice, Tensor] | None = None
 ) -> Trained:
     """Train one pathway at one rate (Adam, no weight decay). seed: of the order in which neutral windows come. masks:
-    of a slice, the entries that may change; all, if not given."""
+    Boolean, of a slice: the entries that may change; all, if not given."""
     start, slices = perf_counter(), pathway_slices(model.module, task.layer, pathway)
     leaves = {s: v.requires_grad_() for s, v in slice_values(model, slices).items()}
     for part, mask in (masks or {}).items():  # Adam without weight decay leaves what has never had a gradient alone
@@ -233,7 +227,7 @@ def train(
     values = {s: v.detach() for s, v in leaves.items()}
     kl = neutral_kl(model, task, values)
     recipe = asdict(task.recipe) | {"rate": rate, "steps": len(history) - 1, "reached": reached, "neutral_kl": kl}
-    about: dict[str, Any] = {name: getattr(task, name) for name in ("layer", "facts", "template", "told_before")}
+    about = {name: getattr(task, name) for name in ("layer", "facts", "template", "told_before")}
     edit = make(model, values, pathway=pathway, seed=seed, recipe=recipe, **about)
     return Trained(pathway, rate, seed, edit, history, reached, kl, seconds)
 

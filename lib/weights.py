@@ -25,6 +25,8 @@ from transformers.activations import ACT2FN
 from lib.errors import ModelError
 
 PATHWAYS = ("full", "attention", "ffn", "v_only", "q_only", "k_only")
+Heads = Float[Tensor, "b n_heads t d_head"]  # a vector of every head at every position
+Patterns = Float[Tensor, "b n_heads t t"]  # (query, key)
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,7 @@ class Attention:
         """Values of every position."""
         return _project(x, self.W_V, self.b_V)
 
-    def queries_keys(
-        self, x: Float[Tensor, "b t d_model"]
-    ) -> tuple[Float[Tensor, "b n_heads t d_head"], Float[Tensor, "b n_heads t d_head"]]:
+    def queries_keys(self, x: Float[Tensor, "b t d_model"]) -> tuple[Heads, Heads]:
         """Queries and keys of every position, rotated to their positions where the family does so; each query head
         has a key of its own."""
         position = torch.arange(x.shape[1], device=x.device)
@@ -102,28 +102,24 @@ class Attention:
         cos, sin = self.rotary(x, position[None])
         return x * cos[0] + _rotate_half(x) * sin[0]
 
-    def pattern(self, x: Float[Tensor, "b t d_model"]) -> Float[Tensor, "b n_heads t t"]:
+    def pattern(self, x: Float[Tensor, "b t d_model"]) -> Patterns:
         """Causal attention probabilities (query, key) for the normalised residual stream x."""
         return self.probabilities(*self.queries_keys(x))
 
-    def probabilities(
-        self, q: Float[Tensor, "b n_heads t d_head"], k: Float[Tensor, "b n_heads t d_head"]
-    ) -> Float[Tensor, "b n_heads t t"]:
+    def probabilities(self, q: Heads, k: Heads) -> Patterns:
         """Causal attention probabilities (query, key) of rotated queries and keys."""
         scores = einsum(q, k, "b n q h, b n k h -> b n q k") / self.W_Q.shape[-1] ** 0.5
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         return scores.masked_fill(future, float("-inf")).softmax(-1)
 
-    def mix(
-        self, pattern: Float[Tensor, "b n_heads t t"], v: Float[Tensor, "b n_kv_heads t d_head"]
-    ) -> Float[Tensor, "b n_heads t d_head"]:
+    def mix(self, pattern: Patterns, v: Float[Tensor, "b n_kv_heads t d_head"]) -> Heads:
         """z: what each head gathers at each position, before W_O."""
         return einsum(pattern, self.per_head(v, batched=True), "b n q k, b n k h -> b n q h")
 
     def __call__(self, x: Float[Tensor, "b t d_model"]) -> Float[Tensor, "b t d_model"]:
         return self.out(self.mix(self.pattern(x), self.values(x)))
 
-    def out(self, z: Float[Tensor, "b n_heads t d_head"]) -> Float[Tensor, "b t d_model"]:
+    def out(self, z: Heads) -> Float[Tensor, "b t d_model"]:
         """What the heads write together, with the output bias."""
         return self.write(z.transpose(1, 2))
 
@@ -277,14 +273,12 @@ def check_family(family: str | None, where: str) -> None:
 
 
 @torch.no_grad()
-def check_view(
-    model: PreTrainedModel, weights: Weights, tokens: Int[Tensor, "b t"], tolerance: float | None = None
-) -> float:
+def check_view(model: PreTrainedModel, weights: Weights, tokens: Int[Tensor, "b t"]) -> float:
     """Largest difference between the view's hidden states and the model's own, relative to the largest
-    activation of that state. Raises ModelError above the tolerance: then Q, K, V, O or the MLP are misread.
-    Tolerance, if not given: 1e-3 in fp32, where rounding over 30 layers stays near 1e-5, and eight roundings in bf16; a
+    activation of that state. Raises ModelError above a tolerance: then Q, K, V, O or the MLP are misread.
+    It is 1e-3 in fp32, where rounding over 30 layers stays near 1e-5, and eight roundings in bf16; a
     wrong slice, bias or rotation gives 1e-1 or more. A value that is no number never passes."""
-    tolerance = tolerance or max(1e-3, 8 * torch.finfo(weights.W_E.dtype).eps)
+    tolerance = max(1e-3, 8 * torch.finfo(weights.W_E.dtype).eps)
     expected = model(tokens, output_hidden_states=True, use_cache=False).hidden_states
     stream = weights.residuals(tokens)
     stream[-1] = weights.norm_final(stream[-1])  # Hugging Face reports the last state after the final norm

@@ -310,7 +310,7 @@ def static_rows(model: Model) -> list[Row]:
     def ours() -> Tensor:
         maps = static.relation_maps(model, case.facts)
         static.qk_overlap(model.weights)
-        static.k_norms(model.weights, ids)
+        static.k_norms_by_head(model.weights, ids)
         static.head_roles(model, types, list(maps.values()))
         return torch.stack([m.hits for m in maps.values()], 2).flatten(2, 3).float()
 
