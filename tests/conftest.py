@@ -72,3 +72,10 @@ def tiny(request: pytest.FixtureRequest, smollm2: Model) -> Model:
 @pytest.fixture(scope="session")
 def tiny_gpt2_model(smollm2: Model) -> Model:
     return wrap(tiny_gpt2(), smollm2.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def full_gpt2(smollm2: Model) -> Model:
+    """GPT-2 small with random weights: of full size, so that rounding is as large as in GPT-2."""
+    torch.manual_seed(0)
+    return wrap(GPT2LMHeadModel(GPT2Config(initializer_range=0.05)), smollm2.tokenizer)

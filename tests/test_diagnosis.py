@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lib import diagnosis, static
-from lib.diagnosis import Contributions, NoFailure, Verdict, decide
+from lib.diagnosis import Contributions, NoFailure, decide
 from lib.errors import DataError
 from lib.facts import load_cases
 from lib.recall import scorable, study_facts
@@ -14,41 +14,32 @@ from lib.studies import knowledge_path
 SITES = (Site(0, 0), Site(0, 1), Site(1, 0), Site(1, 1), Site(0, mlp=True), Site(1, mlp=True))
 
 
-def verdict_on(written, still_written, pushed, still_pushed, margins, n: int = 4) -> Verdict:
-    """The rule on n facts alike: attribution, then difference, under the controls and under the failing template."""
+@pytest.mark.parametrize(
+    ("still_written", "still_pushed", "margins", "kind", "suppressor", "unwritten"),
+    [
+        # head L1 H1 writes 5 and then 1; the margin falls by 4, all of it knowledge not written
+        ([0, 1, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0], (3, -1), "not retrieved", None, 1),
+        # it writes 5 both times; L2 H0 pushes 6 against it only when it fails
+        ([0, 5, 1, 0, 0, 0], [0, 5, -5, 0, 0, 0], (3, -3), "overridden", Site(1, 0), 0),
+        # an MLP may be the suppressor
+        ([0, 4, 1, 0, 0, 0], [0, 4, 1, 0, 0, -7], (3, -5), "overridden", Site(1, mlp=True), 1 / 8),
+        # what a knowledge head no longer writes, 4 of the 11 lost, does not make it a suppressor
+        ([0, 1, 1, 0, 0, 0], [0, 1, 1, -3, 0, -4], (3, -8), "overridden", Site(1, mlp=True), 4 / 11),
+    ],
+)
+def test_the_rule_by_hand(still_written, still_pushed, margins, kind, suppressor, unwritten):
+    """Four facts alike: attribution and difference are the same under the controls, and not under the failing one."""
 
-    def contributions(attribution, difference, margin) -> Contributions:
-        rows = (torch.tensor(x, dtype=torch.float)[None].expand(n, -1) for x in (attribution, difference))
-        return Contributions(*rows, torch.full((n,), float(margin)))
+    def contributions(attribution: list[int], difference: list[int], margin: float) -> Contributions:
+        rows = (torch.tensor([x] * 4, dtype=torch.float) for x in (attribution, difference))
+        return Contributions(*rows, torch.full((4,), float(margin)))
 
-    control, failing = zip((written, still_written), (pushed, still_pushed), margins, strict=True)
-    return decide(SITES, contributions(*control), contributions(*failing))
-
-
-def test_not_retrieved_by_hand():
-    """Head L1 H1 writes 5 and then 1; the margin falls by 4, all of it knowledge not written."""
-    verdict = verdict_on([0, 5, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0], [0, 5, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0], (3, -1))
-    assert verdict.knowledge_head == Site(0, 1) and verdict.failure_kind == "not retrieved"
-    assert verdict.suppressor is None
-    assert verdict.retention == pytest.approx(0.2) and verdict.unwritten == pytest.approx(1.0)
-
-
-def test_overridden_by_hand():
-    """The same head writes 5 both times; L2 H0 pushes 6 against it only when it fails."""
-    verdict = verdict_on([0, 5, 1, 0, 0, 0], [0, 5, 1, 0, 0, 0], [0, 5, 1, 0, 0, 0], [0, 5, -5, 0, 0, 0], (3, -3))
-    assert verdict.failure_kind == "overridden" and verdict.suppressor == Site(1, 0)
-    assert verdict.unwritten == pytest.approx(0.0)
-
-
-def test_an_mlp_may_be_the_suppressor():
-    verdict = verdict_on([0, 5, 1, 0, 0, 0], [0, 4, 1, 0, 0, 0], [0, 5, 1, 0, 0, 0], [0, 4, 1, 0, 0, -7], (3, -5))
-    assert verdict.suppressor == Site(1, mlp=True) and verdict.failure_kind == "overridden"
-
-
-def test_what_a_knowledge_head_no_longer_writes_does_not_make_it_a_suppressor():
-    verdict = verdict_on([0, 5, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0], [0, 5, 0, 0, 0, 0], [0, 1, 0, -3, 0, -4], (3, -8))
-    assert verdict.failure_kind == "overridden"  # 4 of 11 lost
-    assert verdict.suppressor == Site(1, mlp=True)
+    written = [0, 5, 1, 0, 0, 0]
+    control = contributions(written, written, margins[0])
+    verdict = decide(SITES, control, contributions(still_written, still_pushed, margins[1]))
+    assert (verdict.knowledge_head, verdict.failure_kind, verdict.suppressor) == (Site(0, 1), kind, suppressor)
+    assert verdict.retention == pytest.approx(still_written[1] / 5)
+    assert verdict.unwritten == pytest.approx(unwritten)
 
 
 def test_one_answer_alone_cannot_be_compared(organism):

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import errno
 import json
 import pickle
 import re
@@ -64,6 +63,7 @@ def test_applied_changes_the_slice_and_restores_everything(tiny, pathway):
     edit, before = an_edit(tiny, pathway), state(tiny)
     slices = tuple(edit.values)
     outside = outside_sha256(tiny.module, slices)
+    assert outside_bytes(tiny.module, slices) == 4 * (tiny.parameters - edit.parameters)
     with applied(tiny, edit):
         assert not same(before, state(tiny))
         assert outside_sha256(tiny.module, slices) == outside, "nothing outside the slice"
@@ -90,14 +90,6 @@ def test_a_change_outside_is_noticed(tiny):
     assert outside_sha256(tiny.module, slices) != before, name
     with torch.no_grad():
         parameter.view(-1)[3] -= 1
-
-
-def test_bytes_outside_are_all_but_the_slice(tiny):
-    everything = 4 * tiny.parameters
-    for pathway in PATHWAYS:
-        edit = an_edit(tiny, pathway)
-        assert outside_bytes(tiny.module, tuple(edit.values)) == everything - 4 * edit.parameters
-    assert outside_bytes(tiny.module, ()) == everything
 
 
 def test_files_hold_everything(tiny, tmp_path):
@@ -283,35 +275,32 @@ def test_a_layer_that_is_not_there_is_refused(tiny):
     refused(tiny, dataclasses.replace(an_edit(tiny), layer=3), "a place that tiny lacks: no layer 3.* has L1 to L3")
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
-def test_saving_that_is_interrupted_leaves_what_was_there(tiny, tmp_path, monkeypatch, interruption):
+def test_saving_that_is_interrupted_leaves_what_was_there(tiny, tmp_path, monkeypatch):
     path = edits.save(an_edit(tiny), tmp_path / "v.safetensors")
     whole = path.read_bytes()
 
     def half(self: Path, content: bytes) -> None:
         with self.open("wb") as file:
             file.write(content[: len(content) // 2])
-        raise interruption
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "write_bytes", half)
-    full = isinstance(interruption, OSError)
-    with pytest.raises(
-        EditError if full else KeyboardInterrupt, match=r"cannot write .*v.saf.*No space left" if full else None
-    ):
+    with pytest.raises(KeyboardInterrupt):
         edits.save(an_edit(tiny, "ffn"), path)
     assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_disk_that_is_really_full(tiny, tmp_path):
-    """The kernel refuses to write any file past a size: half of it is written by then."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    """The kernel refuses to write any file past a size: half of it is written by then. What was there stays."""
+    path, before = edits.save(an_edit(tiny), tmp_path / "v.safetensors"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    whole = path.read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
     try:
-        with pytest.raises(EditError, match=r"cannot write .*: File too large\. It needs [\d,]+ bytes"):
-            edits.save(an_edit(tiny, "full"), tmp_path / "v.safetensors")
+        with pytest.raises(EditError, match=r"cannot write .*v.saf.*: File too large\. It needs [\d,]+ bytes"):
+            edits.save(an_edit(tiny, "full"), path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not list(tmp_path.iterdir())
+    assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
 
 
 def test_places_that_cannot_be_written(tiny, tmp_path):

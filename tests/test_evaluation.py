@@ -13,11 +13,9 @@ from lib.edits import applied
 from lib.errors import DataError, EditError
 from lib.evaluation import NONE, Measured, Protocol
 from lib.facts import Case, Fact, load_cases, load_facts
-from lib.forward import above, pack, resid_pre
-from lib.recall import trainable
+from lib.recall import study_facts, trainable
 from lib.studies import side_effects
 from lib.training import slice_values
-from lib.weights import pathway_slices
 from tests.conftest import plain_logits
 from tests.test_edits import an_edit
 
@@ -128,29 +126,6 @@ def test_generation_equals_one_at_a_time(organism):
         side_effects.generate(organism, texts, None, tokens=80)
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
-def test_replay_equals_the_model(tiny, layer):
-    """Texts packed in one row, run in two halves, against the model's own logits; and with a slice replaced."""
-    prompts = ["The capital of France is", "Once", "A longer text, which has more tokens than the others do."]
-    texts = pack(tiny, [tiny.token_ids(p) for p in prompts])
-    stream = resid_pre(tiny, texts, layer)
-    final = above(tiny, texts, layer, stream)[texts.last]
-    torch.testing.assert_close(final @ tiny.weights.W_U, plain_logits(tiny, prompts), atol=1e-4, rtol=1e-4)
-    values = slice_values(tiny, pathway_slices(tiny.module, layer, "k_only"))
-    moved = {s: v + 0.1 for s, v in values.items()}
-    edit = dataclasses.replace(an_edit(tiny, "k_only"), layer=layer, values=moved)
-    changed = above(tiny, texts, layer, stream, moved)[texts.last] @ tiny.weights.W_U
-    with applied(tiny, edit):
-        torch.testing.assert_close(changed, plain_logits(tiny, prompts), atol=1e-4, rtol=1e-4)
-
-
-def test_replay_refuses_what_cannot_be_run(tiny):
-    with pytest.raises(DataError, match="nothing to run"):
-        pack(tiny, [])
-    with pytest.raises(DataError, match="reads 64"):
-        pack(tiny, [[1] * 65])
-
-
 def test_wikitext_says_what_to_do_without_a_hub(monkeypatch):
     with pytest.raises(DataError, match="wikitext = False"):
         evaluation.load_wikitext()
@@ -177,8 +152,6 @@ def test_wikitext_is_checked_and_cut_into_articles(monkeypatch, tmp_path):
 
 def test_the_facts_of_the_protocol_are_disjoint(smollm2):
     """Held-out countries: asked about here, and neither among the eight nor in what chapters 1 to 3 look at."""
-    from lib.recall import study_facts
-
     case = trainable(smollm2, load_cases("smollm2")[0])
     table = evaluation.questions(smollm2, case)
     held = set(table.query("set == 'large' and split == 'held_out'").subject)

@@ -6,7 +6,7 @@ import torch
 from lib import interventions
 from lib.facts import Fact, prompts
 from lib.studies import cross_validation
-from lib.trace import capture
+from lib.trace import capture, hooked
 
 FACTS = (Fact("France", "Paris"), Fact("Japan", "Tokyo"))
 FAILING, CONTROL = "{}'s capital city is", "As everyone knows, the capital of {} is"
@@ -35,11 +35,8 @@ def test_its_own_output_changes_nothing(tiny, pairs):
 def test_patched_heads_are_those_of_whole_passes(tiny, pairs):
     """patch_heads runs the model's own blocks; both give the share of the lost margin that comes back."""
     bad, good = (interventions.run_with_cache(tiny, prompts(FACTS, t)) for t in (FAILING, CONTROL))
-    base, lost = (
-        interventions.logit_differences(bad, pairs),
-        interventions.logit_differences(good, pairs) - interventions.logit_differences(bad, pairs),
-    )
-    mine = (interventions.patch_components(tiny, bad, good.z, good.mlps, pairs) - base) / lost
+    base, told = (interventions.logit_differences(run, pairs) for run in (bad, good))
+    mine = (interventions.patch_components(tiny, bad, good.z, good.mlps, pairs) - base) / (told - base)
     theirs = cross_validation.patch_heads(tiny, FACTS, FAILING, CONTROL, pairs[:, 1])["last"]
     assert torch.allclose(mine[: theirs[..., 0].numel()].view_as(theirs), theirs, atol=1e-3, rtol=1e-3)
     assert theirs.abs().max() > 0.05, "nothing was patched"
@@ -50,15 +47,8 @@ def test_a_patched_mlp_by_a_hook(tiny, pairs):
     mine = interventions.patch_components(tiny, bad, good.z, good.mlps, pairs)[-tiny.weights.n_layers + 1]
     tokens, last = tiny.encode(prompts(FACTS, FAILING))
     rows = torch.arange(len(FACTS))
-
-    def swap(module, args, output):
-        output = output.clone()
-        output[rows, last] = good.mlps[:, 1]
-        return output
-
-    handle = tiny.weights.blocks[1].mlp_out.register_forward_hook(swap)
-    logits = tiny.module(tokens).logits[rows, last]
-    handle.remove()
+    with hooked(after={tiny.weights.blocks[1].mlp_out: lambda out: out.index_put((rows, last), good.mlps[:, 1])}):
+        logits = tiny.module(tokens).logits[rows, last]
     assert torch.allclose(mine, -logits.gather(1, pairs).diff()[:, 0], atol=1e-3)
 
 

@@ -99,8 +99,7 @@ def test_joint_map_takes_the_best_and_pays_for_it():
 
 
 def test_a_dead_head_hits_nothing(smollm2):
-    model = tiny_gpt2(n_embd=64, n_head=2, n_layer=2)
-    tiny = wrap(model, smollm2.tokenizer)
+    tiny = wrap(tiny_gpt2(n_embd=64, n_head=2, n_layer=2), smollm2.tokenizer)
     with torch.no_grad():
         tiny.weights.blocks[0].attn.W_V[1].zero_()
     assert static.relation_maps(tiny, load_facts("eight"))["raw"].score[0, 1] == 0
@@ -137,8 +136,7 @@ def test_copy_scores_are_those_of_all_logits(tiny):
 
 def test_relation_map_finds_a_planted_head(smollm2):
     """Write the relation into one head's OV and nothing else: the map must find it there, and only there."""
-    model = tiny_gpt2(n_embd=64, n_head=2, n_layer=2)
-    tiny = wrap(model, smollm2.tokenizer)
+    tiny = wrap(tiny_gpt2(n_embd=64, n_head=2, n_layer=2), smollm2.tokenizer)
     chosen = scorable(tiny, load_facts("eight"))
     weights = tiny.weights
     e = weights.W_E[[tiny.token_ids(f" {f.subject}")[-1] for f in chosen]]
@@ -158,8 +156,7 @@ def test_relation_map_finds_a_planted_head(smollm2):
 
 def test_roles_of_heads_made_to_order(smollm2):
     """A copying head, a suppressing head; random heads carry neither label."""
-    model = tiny_gpt2(n_embd=64, n_head=2, n_layer=2)
-    tiny = wrap(model, smollm2.tokenizer)
+    tiny = wrap(tiny_gpt2(n_embd=64, n_head=2, n_layer=2), smollm2.tokenizer)
     with torch.no_grad():
         attn = tiny.weights.blocks[0].attn
         for head, sign in ((0, 1.0), (1, -1.0)):
@@ -174,8 +171,7 @@ def test_roles_of_heads_made_to_order(smollm2):
 
 
 def test_a_head_that_seeks_a_planted_type(smollm2):
-    model = tiny_gpt2(n_embd=64, n_head=2, n_layer=1)
-    tiny = wrap(model, smollm2.tokenizer)
+    tiny = wrap(tiny_gpt2(n_embd=64, n_head=2, n_layer=1), smollm2.tokenizer)
     types = static.load_token_types(tiny)
     with torch.no_grad():
         flag = torch.zeros(64)

@@ -1,11 +1,9 @@
 """The exact trace: parts sum to the whole, predictions equal interventions, no hook remains, parity with peers."""
 
-import copy
 from functools import partial
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib import facts
 from lib.errors import CompletenessError, DataError
@@ -20,8 +18,6 @@ from lib.trace import (
     subject_attention,
     subject_positions,
 )
-from lib.weights import view
-from tests.conftest import tiny_gpt2
 
 PROMPTS = ["The capital of France is", "Japan's capital city is", "One two three four five six seven"]
 
@@ -43,6 +39,7 @@ def test_parts_sum_to_the_whole(tiny, convention):
 def test_the_whole_is_the_models_own_logit(tiny):
     seen, tokens = capture(tiny, PROMPTS), some_tokens()
     for i, prompt in enumerate(PROMPTS):  # one by one, without padding and without our code's batching
+        torch.testing.assert_close(seen.stream[i], capture(tiny, [prompt]).stream[0], atol=1e-4, rtol=1e-4)
         own = tiny.module(torch.tensor([tiny.token_ids(prompt)])).logits[0, -1]
         torch.testing.assert_close(seen.logits[i], own, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(logit_trace(tiny, seen, tokens).total[i], own[tokens[i]], atol=1e-4, rtol=1e-4)
@@ -72,11 +69,7 @@ def test_prediction_equals_intervention(tiny):
     """Zero a head inside the model, and hold fixed what the trace holds fixed: what the later MLPs and heads write,
     and the final norm's scale. The logits must move by what the trace predicted."""
     layer, head = 1, 2
-    ids, norm, final = (
-        torch.tensor([tiny.token_ids(PROMPTS[0])]),
-        tiny.weights.norm_final,
-        tiny.weights.norm_final_module,
-    )
+    ids, norm, final = tiny.encode(PROMPTS[:1])[0], tiny.weights.norm_final, tiny.weights.norm_final_module
     seen, tokens = capture(tiny, PROMPTS[:1]), some_tokens()[:1]
     predicted = logit_trace(tiny, seen, tokens).heads[0, :, layer, head]
     later = [m for b in tiny.weights.blocks[layer + 1 :] for m in (b.heads_out, b.mlp_out)]
@@ -94,17 +87,6 @@ def test_prediction_equals_intervention(tiny):
         after = tiny.module(ids).logits[0, -1]
     assert predicted.abs().max() > 1e-3  # the head does something
     torch.testing.assert_close((before - after)[tokens[0]], predicted, atol=2e-4, rtol=1e-3)
-
-
-def test_head_outputs_are_what_the_model_adds(tiny):
-    """Ablating a head inside the model moves the stream by z W_O and nothing else."""
-    layer, head, after = 1, 1, []
-    block, seen = tiny.weights.blocks[layer], capture(tiny, PROMPTS[:1])
-    with hooked(before=without(tiny, layer, head), after={block.heads_out: after.append}):
-        tiny.module(torch.tensor([tiny.token_ids(PROMPTS[0])]))
-    heads = torch.einsum("nh,nhd->nd", seen.z[0, layer], block.attn.W_O)
-    bias = 0 if block.attn.b_O is None else block.attn.b_O
-    torch.testing.assert_close(after[0][0, -1], heads.sum(0) - heads[head] + bias, atol=1e-4, rtol=1e-4)
 
 
 def test_a_missing_term_is_an_error(tiny):
@@ -130,11 +112,8 @@ def test_hooks_see_and_replace_what_enters_and_leaves():
     with hooked(before={layer: lambda x: x + 1}, after={layer: lambda x: -x}):
         assert layer(torch.tensor(2.0), more=3.0) == (-9.0, "rest")
         assert layer(hidden_states=torch.tensor(2.0)) == (-3.0, "rest")
-    linear = torch.nn.Identity()
-    with (
-        pytest.raises(RuntimeError, match="midway"),
-        hooked(after={linear: lambda x: x + 1}, before={layer: seen.append}),
-    ):
+    linear, failing = torch.nn.Identity(), pytest.raises(RuntimeError, match="midway")
+    with failing, hooked(after={linear: lambda x: x + 1}, before={layer: seen.append}):
         assert linear(torch.tensor(1.0)) == 2.0
         raise RuntimeError("midway")
     assert hooks(linear) == hooks(layer) == 0
@@ -144,22 +123,10 @@ def test_no_hook_remains(tiny):
     before = hooks(tiny.module)
     capture(tiny, PROMPTS)
     assert hooks(tiny.module) == before
-    with pytest.raises(DataError, match=r"has 9\d tokens; tiny reads 1 to 64"):
-        capture(tiny, ["word " * 90])
-    broken = tiny.weights.blocks[2].module.register_forward_hook(
-        lambda *_: (_ for _ in ()).throw(RuntimeError("midway"))
-    )
-    with pytest.raises(RuntimeError, match="midway"):
+    broken = {tiny.weights.blocks[2].module: lambda _: 1 / 0}
+    with pytest.raises(ZeroDivisionError), hooked(after=broken):
         capture(tiny, PROMPTS)
-    broken.remove()
     assert hooks(tiny.module) == before
-
-
-def test_batch_size_does_not_matter(tiny):
-    together = capture(tiny, PROMPTS)
-    for i, prompt in enumerate(PROMPTS):
-        alone = capture(tiny, [prompt])
-        torch.testing.assert_close(together.stream[i], alone.stream[0], atol=1e-4, rtol=1e-4)
 
 
 def test_lens_ends_in_the_models_own_answer(tiny):
@@ -215,55 +182,6 @@ def test_smollm2_is_complete_on_every_prompt_of_the_eight(smollm2):
     assert max(errors) <= 1e-3
 
 
-def bridge(model, tokenizer, folder):
-    from transformer_lens.model_bridge import TransformerBridge
-
-    model = copy.deepcopy(model)  # the bridge replaces modules of the model it is given
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return TransformerBridge.boot_transformers(str(folder), hf_model=model, tokenizer=tokenizer)
-
-
-def assert_heads_agree(model: Model, folder, prompt: str, tolerance: float) -> None:
-    """Per-head contributions to two tokens' logits, ours against TransformerLens' cached z and W_O. Both run the same
-    fp32 weights without folding or centring; they sum in another order, and 1e-3 of a logit is far above that
-    rounding and far below the smallest contribution that any figure shows."""
-    lens = bridge(model.module, model.tokenizer, folder)
-    ids = torch.tensor([model.token_ids(prompt)])
-    logits, cache = lens.run_with_cache(ids, prepend_bos=False)
-    seen = capture(model, [prompt])
-    torch.testing.assert_close(seen.logits[0], logits[0, -1].float(), atol=1e-4, rtol=0)
-    tokens = torch.tensor([[11, 262]])
-    trace = logit_trace(model, seen, tokens)
-    norm = model.weights.norm_final
-    directions = norm.fold(model.weights.W_U[:, tokens[0]]) / norm.scale(seen.stream[0, -1])
-    for layer, block in enumerate(model.weights.blocks):
-        z = cache[f"blocks.{layer}.attn.hook_z"][0, -1].reshape(model.weights.n_heads, -1)
-        theirs = torch.einsum("nh,nhd,dk->kn", z, block.attn.W_O, directions)
-        torch.testing.assert_close(trace.heads[0, :, layer], theirs, atol=tolerance, rtol=0)
-
-
-@pytest.mark.model
-def test_heads_agree_with_transformerlens_on_smollm2(smollm2, tmp_path):
-    assert_heads_agree(smollm2, tmp_path, "Question: What is the capital of France? Answer:", 1e-3)
-
-
-def random_gpt2(tokenizer, seed: int) -> Model:
-    """Full size, so that rounding is as large as in GPT-2."""
-    torch.manual_seed(seed)
-    module = GPT2LMHeadModel(GPT2Config(initializer_range=0.05)).eval().requires_grad_(False)
-    return Model("gpt2", "random", "none", "", 124_439_808, module, tokenizer, view(module))
-
-
-def test_heads_agree_with_transformerlens_on_full_size_gpt2(smollm2, tmp_path):
-    assert_heads_agree(random_gpt2(smollm2.tokenizer, 0), tmp_path, "The capital of France is", 1e-3)
-
-
-def test_full_size_gpt2_is_complete(smollm2):
-    model = random_gpt2(smollm2.tokenizer, 1)
+def test_full_size_gpt2_is_complete(full_gpt2):
     for convention in CONVENTIONS:
-        assert logit_trace(model, capture(model, PROMPTS), some_tokens(), convention).error <= 1e-3
-
-
-def test_tiny_models_differ_by_seed():
-    assert not torch.equal(tiny_gpt2(0).transformer.wte.weight, tiny_gpt2(1).transformer.wte.weight)
+        assert logit_trace(full_gpt2, capture(full_gpt2, PROMPTS), some_tokens(), convention).error <= 1e-3

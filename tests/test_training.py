@@ -1,8 +1,6 @@
 """Training from the kept stream equals training through the whole model, and touches its slice alone."""
 
-import time
 from dataclasses import replace
-from statistics import median
 
 import pytest
 import torch
@@ -85,24 +83,6 @@ def test_training_tells_the_facts_and_leaves_the_model_alone(tiny, task, pathway
     assert run.kl == pytest.approx(neutral_kl(tiny, task, run.edit.values)) == run.edit.recipe["neutral_kl"]
 
 
-def test_gpt2_v_slice_is_the_last_third_and_nothing_else(tiny_gpt2_model):
-    """The fused matrix: with the paper's own slice trained, the columns of Q and K stay what they were, bit for bit.
-    A masked gradient under an optimiser with momentum or weight decay would move them."""
-    model = tiny_gpt2_model
-    d = model.weights.d_model
-    run = train(model, task_at(model, CASE, LAYER, QUICK), "v_only", rate=0.03)
-    (part,) = run.edit.values
-    assert (part.name, part.start, part.stop) == (f"transformer.h.{LAYER}.attn.c_attn.weight", 2 * d, 3 * d)
-    before = {k: v.clone() for k, v in model.module.state_dict().items()}
-    with applied(model, run.edit):
-        for name, now in model.module.state_dict().items():
-            if name == part.name:
-                assert torch.equal(now[:, : 2 * d], before[name][:, : 2 * d])
-                assert not torch.equal(now[:, 2 * d :], before[name][:, 2 * d :])
-            else:
-                assert torch.equal(now, before[name]), name
-
-
 def test_same_seed_same_edit(tiny, task):
     first, same, other = (train(tiny, task, "v_only", rate=0.03, seed=s).edit.values for s in (4, 4, 5))
     assert all(torch.equal(first[s], same[s]) for s in first)
@@ -167,35 +147,6 @@ def test_bad_recipes_layers_and_facts(tiny):
     echo = (Fact("France", "Paris"), Fact("Mexico", "Mexico City"))
     with pytest.raises(DataError, match=r"Mexico -> Mexico City cannot be trained .* ' Mexico' \(echo\); leave it out"):
         task_at(tiny, replace(CASE, facts=echo), LAYER, QUICK)
-
-
-@pytest.mark.model
-def test_a_step_costs_a_fraction_of_the_plain_one(smollm2):
-    """One V-only step at the diagnosed layer against the same step with a full forward and backward, interleaved in
-    one run. The plain step is about ten times as long; half of that is asserted."""
-    case = load_cases("smollm2")[0]
-    task, rows = task_at(smollm2, case, 23), torch.arange(1)
-    values = slice_values(smollm2, pathway_slices(smollm2.module, 23, "v_only"))
-    leaves = {s: v.requires_grad_() for s, v in values.items()}
-    ours, plain, base = [], [], plain_base(smollm2, task)
-    try:
-        for _ in range(4):
-            smollm2.module.requires_grad_(False)
-            ours.append(_seconds(lambda: losses(smollm2, task, leaves, rows)))
-            smollm2.module.requires_grad_(True)
-            plain.append(_seconds(lambda: plain_losses(smollm2, task, rows, base)))
-    finally:
-        smollm2.module.zero_grad()
-        smollm2.module.requires_grad_(False)
-    ratio = median(plain[1:]) / median(ours[1:])
-    print(f"a plain step takes {ratio:.1f} times as long")
-    assert ratio >= 4
-
-
-def _seconds(both) -> float:
-    start = time.perf_counter()
-    sum(both()[:2]).backward()
-    return time.perf_counter() - start
 
 
 @pytest.mark.model
