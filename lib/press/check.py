@@ -76,5 +76,5 @@ def _holds(wanted: dict[str, Any], value: Any) -> bool:
 def _wish(wanted: dict[str, Any]) -> str:
     if "value" in wanted:
         return str(wanted["value"]) + (f" ± {wanted['tolerance']}" if "tolerance" in wanted else "")
-    words = {"min": "at least", "max": "at most"}
-    return " and ".join(f"{words[end]} {wanted[end]}" for end in words if end in wanted)
+    words = (("min", "at least"), ("max", "at most"))
+    return " and ".join(f"{word} {wanted[end]}" for end, word in words if end in wanted)

@@ -55,13 +55,11 @@ def chapter_names() -> list[str]:
 def choose_chapters(words: Sequence[str]) -> list[str]:
     """Full names for what a user typed (`1`, `01`, `01_static_diagnostics`); all of them for nothing.
     Raises ChapterError for a word that fits no chapter."""
-    names, chosen = chapter_names(), []
-    for word in words:
-        fits = [n for n in names if n == word or n.startswith(f"{word.zfill(2)}_")]
-        if not fits:
-            raise ChapterError(f"there is no chapter {word!r}; choose from {', '.join(names)}.")
-        chosen += fits
-    return chosen or names
+    names = chapter_names()
+    fits = {word: [n for n in names if n == word or n.startswith(f"{word.zfill(2)}_")] for word in words}
+    if strange := next((word for word in words if not fits[word]), None):
+        raise ChapterError(f"there is no chapter {strange!r}; choose from {', '.join(names)}.")
+    return [name for word in words for name in fits[word]] or names
 
 
 def run(
@@ -171,9 +169,8 @@ def is_current(model_name: str, chapter: str, values: dict[str, Any] | None, wei
         stamp = json.loads(executed.with_suffix(".key").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # a stamp that is missing or cannot be read vouches for nothing
         return False
-    if values is not None and stamp["values"] != values:
-        return False
-    return stamp["fingerprint"] == fingerprint(model_name, chapter, stamp["values"], weights)
+    same = values is None or stamp["values"] == values
+    return same and stamp["fingerprint"] == fingerprint(model_name, chapter, stamp["values"], weights)
 
 
 def executed_path(model_name: str, chapter: str) -> Path:

@@ -10,7 +10,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
@@ -34,8 +34,8 @@ _loaded: dict[str, Model] = {}
 def listed() -> list[str]:
     """`module.function` of every function of lib/ that is marked, read from the text: no module is loaded."""
     texts = {p.stem: p.read_text(encoding="utf-8") for p in sorted((ROOT / "lib" / "studies").glob("*.py"))}
-    marked = re.compile(r"^@experiment\n(?:@.*\n)*def (\w+)", re.MULTILINE)
-    return [f"{stem}.{name}" for stem, text in texts.items() for name in marked.findall(text)]
+    marked = r"(?m)^@experiment\n(?:@.*\n)*def (\w+)"
+    return [f"{stem}.{name}" for stem, text in texts.items() for name in re.findall(marked, text)]
 
 
 def find(name: str) -> Callable[..., dict[str, Any]]:
@@ -150,8 +150,8 @@ def _here() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def _sha256s(files: list[Path]) -> dict[str, str]:
+def _sha256s(files: Iterable[Path]) -> dict[str, str]:
     return {p.relative_to(ROOT).as_posix(): file_sha256(p) for p in files}
 
 
-_AT_START = _sha256s(sorted((ROOT / "lib").rglob("*.py")))
+_AT_START = _sha256s((ROOT / "lib").rglob("*.py"))

@@ -230,11 +230,9 @@ def estimate(planned: Plan, workers: int | None = None) -> str:
 
 
 def _frame(planned: Plan, records: dict[str, dict[str, Any]], timing: bool = False) -> pd.DataFrame:
-    rows = []
-    for run in sorted((run for run in planned.runs if run.key in records), key=_order):
-        record = records[run.key]
-        rows.append(run.parameters | record["result"] | ({"seconds": record["seconds"]} if timing else {}))
-    return pd.DataFrame(rows)
+    runs = sorted((run for run in planned.runs if run.key in records), key=_order)
+    table = pd.DataFrame([run.parameters | records[run.key]["result"] for run in runs])
+    return table.assign(seconds=[records[run.key]["seconds"] for run in runs]) if timing else table
 
 
 def _order(run: Run) -> list[tuple[int, float, str]]:
