@@ -45,11 +45,8 @@ def _is_thebe(script: Any) -> bool:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    app.add_enumerable_node(
-        TableFigure,
-        "table",
-        html=(lambda visitor, node: visitor.visit_figure(node), lambda visitor, node: visitor.depart_figure(node)),
-    )
+    as_figure = (lambda visitor, node: visitor.visit_figure(node), lambda visitor, node: visitor.depart_figure(node))
+    app.add_enumerable_node(TableFigure, "table", html=as_figure)
     app.add_transform(NameTables)
     app.connect("html-page-context", finish_page, priority=900)  # after all others have added theirs
     return {"parallel_read_safe": True, "parallel_write_safe": True}

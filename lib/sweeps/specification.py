@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,17 +63,13 @@ def load(source: str | Path, *, model_name: str | None = None) -> Spec:
     try:
         return Spec.model_validate(content | ({"model": model_name} if model_name else {}))
     except ValidationError as error:
-        raise SweepError(f"{path} is no specification of a sweep: {'; '.join(_faults(error))}.") from error
+        faults = "; ".join(map(_sentence, error.errors()))
+        raise SweepError(f"{path} is no specification of a sweep: {faults}.") from error
 
 
-def _faults(error: ValidationError) -> list[str]:
-    """Every fault of a specification, in a sentence."""
-    known, sentences = ", ".join(Spec.model_fields), []
-    for fault in error.errors():
-        form = _FAULTS.get(fault["type"], "{where}: {msg}, not {input!r}")
-        where = ".".join(map(str, fault["loc"]))
-        sentences.append(form.format(where=where, known=known, msg=fault["msg"], input=fault["input"]))
-    return sentences
+def _sentence(fault: Mapping[str, Any]) -> str:
+    form = _FAULTS.get(fault["type"], "{where}: {msg}, not {input!r}")
+    return form.format_map({**fault, "where": ".".join(map(str, fault["loc"])), "known": ", ".join(Spec.model_fields)})
 
 
 def expand(spec: Spec) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import subprocess
 
 import pytest
 
@@ -12,12 +13,16 @@ from lib.press.execute import BOOK, chapter_names
 PAPER = {"25.8", "149.9", "42.7", "42.6", "0.44", "7.1", "2.4", "4.7"}  # figures of the source page, quoted as such
 
 
-def cells(chapter: str, kind: str) -> list[str]:
-    nb = json.loads((BOOK / f"{chapter}.ipynb").read_text(encoding="utf-8"))
-    return ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == kind]
-
-
 NOT_THE_WORD = r"in case\b|in (?:both|95 % of) cases|head to head|\btold of in full|in fact\b"
+
+
+def notebook_cells(chapter: str, kind: str) -> list[dict]:
+    nb = json.loads((BOOK / f"{chapter}.ipynb").read_text(encoding="utf-8"))
+    return [cell for cell in nb["cells"] if cell["cell_type"] == kind]
+
+
+def cells(chapter: str, kind: str) -> list[str]:
+    return ["".join(cell["source"]) for cell in notebook_cells(chapter, kind)]
 
 
 def glossary_terms() -> list[str]:
@@ -54,8 +59,7 @@ def chapter(request) -> str:
 
 
 def test_no_outputs_in_git_and_one_parameters_cell(chapter):
-    nb = json.loads((BOOK / f"{chapter}.ipynb").read_text(encoding="utf-8"))
-    code = [c for c in nb["cells"] if c["cell_type"] == "code"]
+    code = notebook_cells(chapter, "code")
     assert not any(c["outputs"] or c["execution_count"] for c in code)
     (parameters,) = (c for c in code if "parameters" in c["metadata"].get("tags", []))
     for statement in ast.parse("".join(parameters["source"])).body:
@@ -77,13 +81,10 @@ def test_no_measured_decimal_is_typed_into_prose(chapter):
 
 def texts_in(code: str) -> set[str]:
     """Every text that stands in some code, as a pattern: what an f-string fills in may be any word."""
-    out = {
-        re.escape(n.value)
-        for n in ast.walk(ast.parse(code))
-        if isinstance(n, ast.Constant) and isinstance(n.value, str)
-    }
-    for text in (node.values for node in ast.walk(ast.parse(code)) if isinstance(node, ast.JoinedStr)):
-        parts = [part.value if isinstance(part, ast.Constant) else None for part in text]
+    nodes = list(ast.walk(ast.parse(code)))
+    out = {re.escape(n.value) for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    for text in (node for node in nodes if isinstance(node, ast.JoinedStr)):
+        parts = [part.value if isinstance(part, ast.Constant) else None for part in text.values]
         if max((len(part) for part in parts if part), default=0) > 1:  # else it would match every word
             out.add("".join(r"\w+" if part is None else re.escape(part) for part in parts))
     return out
@@ -110,10 +111,8 @@ def test_every_glued_key_is_reported(chapter):
 
 
 def test_every_figure_has_caption_and_alt_text(chapter):
-    nb = json.loads((BOOK / f"{chapter}.ipynb").read_text(encoding="utf-8"))
-    for cell in nb["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "code" and re.search(r"^figures\.(?!style)", source, re.M):
+    for cell in notebook_cells(chapter, "code"):
+        if re.search(r"^figures\.(?!style)", "".join(cell["source"]), re.M):
             assert cell["metadata"]["mystnb"]["figure"]["caption"] and cell["metadata"]["mystnb"]["image"]["alt"]
 
 
@@ -125,10 +124,7 @@ def test_the_two_miscited_papers_are_cited_by_their_authors():
 
 
 def test_nothing_in_git_names_a_machine():
-    import subprocess
-
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    for name in names:
+    for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split():
         if name.endswith((".py", ".md", ".yml", ".yaml", ".ipynb", ".toml", ".txt", ".cff", ".json")):
             assert not re.search(r"(?<![\w.])/(root|home|work|tmp)/\w", (ROOT / name).read_text(encoding="utf-8")), name
 
