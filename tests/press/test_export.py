@@ -9,8 +9,8 @@ import re
 import resource
 import shutil
 import sys
-from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,18 +33,11 @@ from tests.test_edits import an_edit, same, state
 def recorded(model: Model, layer: int, pathway: str = "v_only") -> Edit:
     """A random edit of a named model, with its first case's facts and what is really told of them."""
     case = load_cases(model.name)[0]
-    unknown = (False,) * len(case.facts)
-    edit = dataclasses.replace(
-        an_edit(model, pathway, layer),
-        facts=case.facts,
-        template=load_templates()[case.template],
-        told_before=unknown,
-        told_after=unknown,
-    )
+    told = {"told_before": (False,) * len(case.facts), "told_after": (False,) * len(case.facts)}  # not known yet
+    asked = {"facts": case.facts, "template": load_templates()[case.template]}
+    edit = dataclasses.replace(an_edit(model, pathway, layer), **asked, **told)
     found = edits.verify(model, edit)
-    return dataclasses.replace(
-        edit, told_before=tuple(found["told before"].tolist()), told_after=tuple(found["told after"].tolist())
-    )
+    return dataclasses.replace(edit, **{name: tuple(found[name.replace("_", " ")].tolist()) for name in told})
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +105,7 @@ def test_smollm2(smollm2, tmp_path):
 
 def front(text: str) -> dict:
     """The YAML front matter of a model card."""
-    _, block, _ = text.split("---\n", 2)
-    return yaml.safe_load(block)
+    return yaml.safe_load(text.split("---\n", 2)[1])
 
 
 def test_the_folder_holds_what_a_reader_needs(organism, edit, exported):
@@ -203,6 +195,15 @@ def test_a_failure_midway_leaves_nothing(organism, edit, tmp_path, monkeypatch, 
     assert not list(tmp_path.iterdir()) and same(before, state(organism))
 
 
+def test_room_is_looked_for_first_and_a_wrong_edit_is_refused(organism, edit, tmp_path, monkeypatch):
+    with pytest.raises(EditError, match="another revision of organism"):
+        export.export(organism, dataclasses.replace(edit, base_sha256="f" * 64), tmp_path / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=8_000_000))
+    with pytest.raises(EditError, match=r"the export needs 59 MB and .* has 8 MB free; make room"):
+        export.export(organism, edit, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("size", [10_000, 100_000])
 def test_a_disk_that_is_really_full(organism, edit, tmp_path, size):
     """The kernel refuses to write any file past a size. At 100,000 bytes the model does not fit, all else would."""
@@ -213,14 +214,6 @@ def test_a_disk_that_is_really_full(organism, edit, tmp_path, size):
             export.export(organism, edit, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not list(tmp_path.iterdir())
-
-
-def test_room_is_looked_for_first(organism, edit, tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 8_000_000))
-    with pytest.raises(EditError, match=r"the export needs 59 MB and .* has 8 MB free; make room"):
-        export.export(organism, edit, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -237,12 +230,6 @@ def test_nothing_is_overwritten(organism, edit, tmp_path):
     (tmp_path / "empty").mkdir()
     assert export.export(organism, edit, tmp_path / "empty") == tmp_path / "empty"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "full"]
-
-
-def test_an_edit_of_another_model_is_not_exported(organism, edit, tmp_path):
-    with pytest.raises(EditError, match="another revision of organism"):
-        export.export(organism, dataclasses.replace(edit, base_sha256="f" * 64), tmp_path / "out")
-    assert not list(tmp_path.iterdir())
 
 
 def test_verify_asks_the_model_in_the_folder(organism, edit, exported, monkeypatch):
@@ -359,11 +346,11 @@ def test_the_commands(edit, tmp_path, monkeypatch, capsys):
     for argument in (path, out):
         wrong = cli.invoke(app, ["verify", argument])
         assert wrong.exit_code == 1 and wrong.exception.__class__ is SystemExit and "; NOT as recorded;" in wrong.output
-    monkeypatch.setattr(sys, "argv", ["lib", "verify", str(tmp_path / "none")])
-    with pytest.raises(SystemExit, match="1"):
-        main()
-    assert "error: there is no edit" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["lib", "export", path, out])
-    with pytest.raises(SystemExit, match="1"):
-        main()
-    assert "exists and is not an empty folder" in capsys.readouterr().err
+    for words, said in {
+        ("verify", str(tmp_path / "none")): "error: there is no edit",
+        ("export", path, out): "exists and is not an empty folder",
+    }.items():
+        monkeypatch.setattr(sys, "argv", ["lib", *words])
+        with pytest.raises(SystemExit, match="1"):
+            main()
+        assert said in capsys.readouterr().err

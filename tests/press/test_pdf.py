@@ -6,11 +6,12 @@ from itertools import pairwise
 import pytest
 from bs4 import BeautifulSoup
 from pypdf import PdfReader, PdfWriter
-from pypdf.generic import ArrayObject, DictionaryObject, FloatObject, NameObject, NumberObject, TextStringObject
+from pypdf.generic import ArrayObject, FloatObject, NameObject, PdfObject, read_object
 
 from lib.errors import ChapterError
 from lib.press import pdf
 
+ABOUT = {"title": "T", "author": "A", "date": "2026-01-02T03:04:05+00:00"}
 PAGE = """<html><head><link rel="stylesheet" href="../s.css">{next}</head><body><nav>menu</nav>
 <article class="bd-article">{body}</article></body></html>"""
 
@@ -68,29 +69,26 @@ def test_a_book_that_is_not_whole_is_refused(html, tmp_path):
         pdf.make(tmp_path / "none", tmp_path / "x.pdf", title="T", author="A", about="", date="2026")
 
 
-def dictionary(entries: dict) -> DictionaryObject:
-    return DictionaryObject({NameObject(key): value for key, value in entries.items()})
+def parsed(writer: PdfWriter, text: str) -> PdfObject:
+    """What some PDF syntax says."""
+    return read_object(io.BytesIO(text.encode()), writer)
 
 
-def tagged(kind: str, name: str, headers: list[str] | None = None) -> DictionaryObject:
-    entries = {"/S": NameObject(kind), "/ID": TextStringObject(name)}
-    if headers:
-        attributes = dictionary({"/Headers": ArrayObject(map(TextStringObject, headers))})
-        entries["/A"] = ArrayObject([attributes])
-    return dictionary(entries)
+def added(writer: PdfWriter, text: str) -> str:
+    """A reference to an object added to a document."""
+    return f"{writer._add_object(parsed(writer, text)).idnum} 0 R"
 
 
 def printed(marks: list[str], first: int = 1) -> bytes:
     """A page with bookmarks and two tagged cells, whose names count on from a first one, as Chromium's do."""
     writer, out = PdfWriter(), io.BytesIO()
     writer.add_blank_page(100, 100)
-    names = [f"node{first + i:08d}" for i in range(2)]
-    head = writer._add_object(tagged("/TH", names[0]))
-    cell = writer._add_object(tagged("/TD", names[1], headers=names[:1]))
-    tree = {"/Type": NameObject("/StructTreeRoot"), "/K": ArrayObject([head, cell])}
-    kid = writer._add_object(dictionary({"/Names": ArrayObject([TextStringObject(names[0]), head])}))
-    tree["/IDTree"] = writer._add_object(dictionary({"/Kids": ArrayObject([kid])}))
-    writer.root_object[NameObject("/StructTreeRoot")] = writer._add_object(dictionary(tree))
+    names = [f"(node{first + i:08d})" for i in range(2)]
+    head = added(writer, f"<< /S /TH /ID {names[0]} >>")
+    cell = added(writer, f"<< /S /TD /ID {names[1]} /A [ << /Headers [ {names[0]} ] >> ] >>")
+    kid = added(writer, f"<< /Names [ {names[0]} {head} ] >>")
+    tree = added(writer, f"<< /Type /StructTreeRoot /K [ {head} {cell} ] /IDTree << /Kids [ {kid} ] >> >>")
+    writer.root_object.update(parsed(writer, f"<< /StructTreeRoot {tree} >>"))
     parent = None
     for mark in marks:
         parent = writer.add_outline_item(mark, 0, parent=parent)
@@ -100,18 +98,16 @@ def printed(marks: list[str], first: int = 1) -> bytes:
 
 
 def test_the_pdf_says_what_the_book_says_and_not_when_it_was_printed():
-    options = {"title": "T", "author": "A", "date": "2026-01-02T03:04:05+00:00"}
-    tidy = pdf.tidy(printed(["Atwo", "B"]), ["A two", "B"], **options)
+    tidy = pdf.tidy(printed(["Atwo", "B"]), ["A two", "B"], **ABOUT)
     reader = PdfReader(io.BytesIO(tidy))
     assert [reader.outline[0].title, reader.outline[1][0].title] == ["A two", "B"]
     assert reader.metadata["/CreationDate"] == reader.metadata["/ModDate"] == "D:20260102030405Z"
     with pytest.raises(ChapterError, match="2 bookmarks for 1 headings"):
-        pdf.tidy(printed(["A", "B"]), ["A"], **options)
+        pdf.tidy(printed(["A", "B"]), ["A"], **ABOUT)
 
 
 def test_names_of_elements_that_came_to_be_at_another_moment_make_no_difference():
-    options = {"title": "T", "author": "A", "date": "2026-01-02T03:04:05+00:00"}
-    one, two = (pdf.tidy(printed(["A"], first), ["A"], **options) for first in (7, 400))
+    one, two = (pdf.tidy(printed(["A"], first), ["A"], **ABOUT) for first in (7, 400))
     assert one == two and printed(["A"], 7) != printed(["A"], 400)
     tree = PdfReader(io.BytesIO(one)).root_object["/StructTreeRoot"]
     names = tree["/IDTree"]["/Names"]
@@ -123,31 +119,22 @@ def linked(*edges: float) -> bytes:
     """A page with one link, whose area on a line is cut at the edges between, and a link on the next line."""
     writer, out = PdfWriter(), io.BytesIO()
     page = writer.add_blank_page(100, 100)
-    page[NameObject("/StructParents")] = NumberObject(0)
-    ends = [(*pair, 50, 60) for pair in pairwise(edges)] + [(10, 30, 30, 40)]
-    rectangles = [ArrayObject(map(FloatObject, (left, low, right, high))) for left, right, low, high in ends]
-    areas = [
-        writer._add_object(dictionary({"/Rect": r, "/StructParent": NumberObject(i + 1)}))
-        for i, r in enumerate(rectangles)
-    ]
-    page[NameObject("/Annots")] = ArrayObject(areas)
-    kids = [dictionary({"/Type": NameObject("/OBJR"), "/Obj": area}) for area in areas]
-    links = [
-        writer._add_object(dictionary({"/S": NameObject("/Link"), "/K": ArrayObject([NumberObject(0), *part])}))
-        for part in (kids[:-1], kids[-1:])
-    ]
-    owners = [ArrayObject(links), *[links[0]] * (len(areas) - 1), links[1]]
-    numbers = ArrayObject(part for i, owner in enumerate(owners) for part in (NumberObject(i), owner))
-    tree = {"/K": ArrayObject(links), "/ParentTree": writer._add_object(dictionary({"/Nums": numbers}))}
-    writer.root_object[NameObject("/StructTreeRoot")] = writer._add_object(dictionary(tree))
+    corners = [f"{left}.0 50.0 {right}.0 60.0" for left, right in pairwise(edges)] + ["10.0 30.0 30.0 40.0"]
+    areas = [added(writer, f"<< /Rect [ {c} ] /StructParent {i} >>") for i, c in enumerate(corners, start=1)]
+    page.update(parsed(writer, f"<< /StructParents 0 /Annots [ {' '.join(areas)} ] >>"))
+    kids = [f"<< /Type /OBJR /Obj {area} >>" for area in areas]
+    one, two = (added(writer, f"<< /S /Link /K [ 0 {' '.join(part)} ] >>") for part in (kids[:-1], kids[-1:]))
+    owners = [f"[ {one} {two} ]", *[one] * (len(areas) - 1), two]
+    numbers = " ".join(f"{i} {owner}" for i, owner in enumerate(owners))
+    tree = added(writer, f"<< /K [ {one} {two} ] /ParentTree {added(writer, f'<< /Nums [ {numbers} ] >>')} >>")
+    writer.root_object.update(parsed(writer, f"<< /StructTreeRoot {tree} >>"))
     writer.add_outline_item("A", 0)
     writer.write(out)
     return out.getvalue()
 
 
 def test_a_link_in_several_types_is_one_area_however_chromium_cut_it():
-    options = {"title": "T", "author": "A", "date": "2026-01-02T03:04:05+00:00"}
-    one, two = (pdf.tidy(linked(*edges), ["A"], **options) for edges in ((10, 90), (10, 40, 60, 90)))
+    one, two = (pdf.tidy(linked(*edges), ["A"], **ABOUT) for edges in ((10, 90), (10, 40, 60, 90)))
     assert one == two and linked(10, 90) != linked(10, 40, 60, 90)
     reader = PdfReader(io.BytesIO(two))
     areas = [area.get_object() for area in reader.pages[0]["/Annots"]]
@@ -157,16 +144,15 @@ def test_a_link_in_several_types_is_one_area_however_chromium_cut_it():
     for area in areas:
         (named,) = [kid["/Obj"] for kid in owners[area["/StructParent"]].get_object()["/K"] if isinstance(kid, dict)]
         assert named == area, "the element of an area names it"
-    apart = PdfReader(io.BytesIO(pdf.tidy(linked(10, 39, 40, 41), ["A"], **options)))
+    apart = PdfReader(io.BytesIO(pdf.tidy(linked(10, 39, 40, 41), ["A"], **ABOUT)))
     assert len(apart.pages[0]["/Annots"]) == 2 and len(owners) == 3
 
 
 def test_two_links_that_touch_stay_two():
-    options = {"title": "T", "author": "A", "date": "2026-01-02T03:04:05+00:00"}
     reader = PdfReader(io.BytesIO(linked(10, 90)))
     other = reader.pages[0]["/Annots"][1].get_object()
     other[NameObject("/Rect")] = ArrayObject(map(FloatObject, (90, 50, 95, 60)))
     out = io.BytesIO()
     PdfWriter(clone_from=reader).write(out)
-    found = PdfReader(io.BytesIO(pdf.tidy(out.getvalue(), ["A"], **options)))
+    found = PdfReader(io.BytesIO(pdf.tidy(out.getvalue(), ["A"], **ABOUT)))
     assert len(found.pages[0]["/Annots"]) == 2

@@ -61,6 +61,10 @@ def holds(model, *answers) -> list[bool]:
     return check(model, answers).holds.tolist()
 
 
+def holds_with(model, answer, **changes) -> list[bool]:
+    return holds(model, dataclasses.replace(answer, **changes))
+
+
 def test_its_own_answers_hold_in_both_conventions(random_gpt2, recorded):
     table = check(random_gpt2, list(recorded.values()))
     assert list(table.columns) == ["what", "convention", "source", "expected", "found", "tolerance", "holds"]
@@ -81,8 +85,8 @@ def test_the_token_before_the_text_left_out_or_added_is_caught(random_gpt2, reco
 
 def test_a_missing_value_is_not_taken_for_agreement(random_gpt2, recorded):
     answer = recorded["logprobs with"]
-    assert holds(random_gpt2, dataclasses.replace(answer, expected=answer.expected[:-1])) == [False]
-    assert holds(random_gpt2, dataclasses.replace(answer, expected=[*answer.expected[:-1], math.nan])) == [False]
+    for expected in (answer.expected[:-1], [*answer.expected[:-1], math.nan]):
+        assert holds_with(random_gpt2, answer, expected=expected) == [False]
 
 
 def test_off_by_one_position_is_caught(random_gpt2, recorded):
@@ -90,29 +94,29 @@ def test_off_by_one_position_is_caught(random_gpt2, recorded):
     ids = [BOS, *IDS]
     logp = direct(random_gpt2, ids)
     shifted = [float(logp[i, ids[i]]) for i in range(1, len(ids))]
-    answer = dataclasses.replace(recorded["logprobs with"], expected=shifted)
-    assert holds(random_gpt2, answer) == [False]
-    ahead = dataclasses.replace(recorded["logprobs with"], ids=IDS[1:], expected=recorded["logprobs with"].expected[1:])
-    assert holds(random_gpt2, ahead) == [False], "the same tokens one position earlier"
+    answer = recorded["logprobs with"]
+    assert holds_with(random_gpt2, answer, expected=shifted) == [False]
+    earlier = holds_with(random_gpt2, answer, ids=IDS[1:], expected=answer.expected[1:])
+    assert earlier == [False], "the same tokens one position earlier"
 
 
 def test_other_logarithms_are_caught(random_gpt2, recorded):
     for name in ("logprobs with", "logprobs without"):
         bits = [x / math.log(2) for x in recorded[name].expected]
-        assert holds(random_gpt2, dataclasses.replace(recorded[name], expected=bits)) == [False]
+        assert holds_with(random_gpt2, recorded[name], expected=bits) == [False]
     loss = recorded["loss with"]
-    assert holds(random_gpt2, dataclasses.replace(loss, expected=loss.expected / math.log(2))) == [False]
-    assert holds(random_gpt2, dataclasses.replace(loss, expected=math.exp(loss.expected))) == [False], "a perplexity"
+    assert holds_with(random_gpt2, loss, expected=loss.expected / math.log(2)) == [False]
+    assert holds_with(random_gpt2, loss, expected=math.exp(loss.expected)) == [False], "a perplexity"
 
 
 def test_one_wrong_token_is_caught(random_gpt2, recorded):
     greedy, top, pair = (recorded[f"{kind} with"] for kind in ("greedy", "top", "difference"))
     for i in range(len(greedy.expected)):
         wrong = [*greedy.expected[:i], (greedy.expected[i] + 1) % 50257, *greedy.expected[i + 1 :]]
-        assert holds(random_gpt2, dataclasses.replace(greedy, expected=wrong)) == [False], i
+        assert holds_with(random_gpt2, greedy, expected=wrong) == [False], i
     other = [[11, top.expected[0][1]], *top.expected[1:]]
-    assert holds(random_gpt2, dataclasses.replace(top, expected=other)) == [False]
-    assert holds(random_gpt2, dataclasses.replace(pair, tokens=pair.tokens[::-1])) == [False]
+    assert holds_with(random_gpt2, top, expected=other) == [False]
+    assert holds_with(random_gpt2, pair, tokens=pair.tokens[::-1]) == [False]
 
 
 def test_a_tokenizer_that_splits_otherwise_is_caught(random_gpt2, recorded):
