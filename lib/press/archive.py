@@ -26,6 +26,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lib import __version__, edits
 from lib.errors import ReleaseError
 from lib.files import BUILD, ROOT, slug, write_atomically
@@ -39,18 +41,7 @@ SUMS, MANIFEST = "MANIFEST.sha256", "MANIFEST.json"
 AT_THE_TOP = ("LICENSE", "NOTICE", "CITATION.cff", ".zenodo.json")  # beside source/, where a depositor looks for them
 _PART = r"(?!\.\.?(/|$))[^/\\:\0]+"
 SAFE = re.compile(f"{_PART}(/{_PART})+")  # a name that unpacks into its own folder, on any system
-CONTENTS = {
-    "html/": "the book; open html/index.html, no network is needed",
-    "book.pdf": "the book on paper",
-    "dashboard.html": "every head of the model, interactive",
-    "executed/": "the chapters as notebooks with their outputs",
-    "edits/": "what was retrained, one safetensors file a pathway",
-    "results/": "every number of the run, with its provenance, and the figures",
-    "source/": "the repository: chapters, library, tests; in source/data facts, claims and expected results",
-    "LICENSES/": "licences in full; which one holds for what is said in README.md",
-    MANIFEST: "which commit, model, weights and versions made this",
-    SUMS: "sha256 of every file: `sha256sum -c MANIFEST.sha256`",
-}
+CONTENTS: dict[str, str] = yaml.safe_load(fill("archive_contents.yaml"))
 
 
 @dataclass(frozen=True)

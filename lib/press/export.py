@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+import yaml
 from huggingface_hub import ModelCardData
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -31,14 +32,7 @@ from lib.sites import Site
 
 WEIGHTS, EDIT, CARD = "model.safetensors", "edit.safetensors", "README.md"
 BESIDE = 50_000_000  # bytes, generously: tokenizer, configuration and card
-CHANGED = {
-    "full": "the whole block with its norms",
-    "attention": "the attention: queries, keys, values, output and their biases",
-    "ffn": "the MLP",
-    "v_only": "the value matrix",
-    "q_only": "the query matrix",
-    "k_only": "the key matrix",
-}
+CHANGED: dict[str, str] = yaml.safe_load(fill("changed.yaml"))
 
 
 def export(model: Model, edit: Edit, folder: Path) -> Path:
