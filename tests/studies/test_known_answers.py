@@ -178,7 +178,7 @@ def test_gpt2s_figures_refuse_another_model(random_gpt2):
         ("answers: [{id: x, kind: loss, source: t, text: a, expected: 1}]", "x: source 't'; choose from s"),
         ("answers: [{id: x, kind: loss, source: s, expected: 1}]", "x: a loss needs ids or a text to read"),
         ("answers: [{id: x, kind: loss, source: s, text: a}]", "x: expected is missing"),
-        ("answers: [{id: x, kind: loss, source: s, text: a, expected: 1, bso: true}]", "x: bso: Unexpected"),
+        ("answers: [{id: x, kind: loss, source: s, text: a, expected: 1, bso: true}]", "x: unknown key 'bso'"),
     ],
 )
 def test_a_faulty_file_is_refused(tmp_path, change, message):
