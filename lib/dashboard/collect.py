@@ -61,6 +61,7 @@ VALUE_ROLES = ("neither", "copies", "suppresses", "maps relation")  # the first 
 _SIZES = {"seeks": "effect", "advertises": "effect", "copy": "score", "relation": "score"}
 ROLE_NUMBERS = tuple(f"{role}_{number}" for role, size in _SIZES.items() for number in (size, "p"))
 UNTOUCHED = "none"
+RERUN = "Run `python -m lib run {} --model {} --force`."
 STORED = {"u": np.uint8, "i": np.int32, "f": np.float32}  # by kind of number
 
 
@@ -145,9 +146,6 @@ class PageData:
     arrays: dict[str, NDArray]
 
 
-# Collecting
-
-
 def taken(model: Model) -> tuple[dict[str, dict[str, Any]], int]:
     """What the page takes from the chapters' results, and the seed they ran with. Raises ChapterError for a file that
     is missing, unreadable, of another model, other weights or another version, that lacks a key or holds a value
@@ -155,7 +153,7 @@ def taken(model: Model) -> tuple[dict[str, dict[str, Any]], int]:
     reported, seeds = {}, set()
     for chapter, keys in TAKEN.items():
         path = results_path(model.name, chapter)
-        rerun = f"Run `python -m lib run {chapter} --model {model.name} --force`."
+        rerun = RERUN.format(chapter, model.name)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             provenance, values = content["provenance"], content["values"]
@@ -212,10 +210,9 @@ def collect(model: Model, *, progress: bool = True) -> PageData:
     edits = made_edits(model, cases, reported[EDITS]["edits"])
     asked = [_case_prompts(model, replace(c, facts=c.facts[:MOST])) for c in cases]
     static = _StaticDiagnostics.of(model, study_facts(model, whole[0]), asked, seed)
-    static_arrays, runs = _measure(model, static, asked, edits, progress)
+    measured = _measure(model, static, asked, edits, progress)
     texts = {text: i for i, text in enumerate(dict.fromkeys(text for case in asked for text in case.texts))}
-    pairs = zip(static_arrays, runs, strict=True)
-    by_state = [_arrays_of_state(weighed, asked, by_case, texts) for weighed, by_case in pairs]
+    by_state = [_arrays_of_state(weighed, asked, runs, texts) for weighed, runs in measured]
     arrays = {key: np.stack([state[key] for state in by_state]) for key in by_state[0]}
     ids, arrays["tokens"] = np.unique(arrays["tokens"], return_inverse=True)
     states = [State(name, edit.layer, reported[EDITS]["pathways"][name]) for name, edit in edits.items()]
@@ -225,7 +222,7 @@ def collect(model: Model, *, progress: bool = True) -> PageData:
         states=(State(UNTOUCHED, None, {}), *states),
         cases=tuple(
             _case_data(case, by_case, len(full.facts), texts, findings.get(full.name))
-            for case, by_case, full in zip(asked, zip(*runs, strict=True), whole, strict=True)
+            for case, full, *by_case in zip(asked, whole, *(runs for _, runs in measured), strict=True)
         ),
         texts={text: tuple(visible(model.token_text(t)) for t in model.token_ids(text)) for text in texts},
         sources=static.sources,
@@ -241,18 +238,17 @@ def collect(model: Model, *, progress: bool = True) -> PageData:
 
 def _measure(
     model: Model, static: _StaticDiagnostics, asked: Sequence[_CasePrompts], edits: dict[str, Edit], progress: bool
-) -> tuple[list[dict[str, NDArray]], list[tuple[_CaseRun, ...]]]:
+) -> list[tuple[dict[str, NDArray], tuple[_CaseRun, ...]]]:
     """By state, the untouched model first: what the weights say, and the runs by case."""
     maps = relation_maps(model, static.study, progress="relation maps" if progress else None)
-    static_arrays = [static.arrays(model, range(model.weights.n_layers), maps)]
+    untouched = static.arrays(model, range(model.weights.n_layers), maps)
     first_runs, baselines = zip(*(_run_case(model, case) for case in asked), strict=True)
-    runs = [first_runs]
+    measured = [(untouched, first_runs)]
     for edit in tqdm(edits.values(), desc="edits", disable=not progress):
         with applied(model, edit):
-            static_arrays.append(static.edited(model, static_arrays[0], maps, edit))
-            pairs = zip(asked, baselines, strict=True)
-            runs.append(tuple(_run_case(model, case, before, edit.layer)[0] for case, before in pairs))
-    return static_arrays, runs
+            arrays, pairs = static.edited(model, untouched, maps, edit), zip(asked, baselines, strict=True)
+            measured.append((arrays, tuple(_run_case(model, case, before, edit.layer)[0] for case, before in pairs)))
+    return measured
 
 
 def _arrays_of_state(
@@ -282,8 +278,7 @@ def agree(data: PageData) -> None:
         if not (isinstance(theirs, int | float) and abs(ours - theirs) <= 1e-3):
             raise ChapterError(
                 f"chapter {chapter} reports {theirs} for {key}, and the model says {ours:.4g}: its results are of "
-                f"other data or another library. Run `python -m lib run {chapter} --model "
-                f"{data.provenance['model']} --force`."
+                f"other data or another library. {RERUN.format(chapter, data.provenance['model'])}"
             )
 
 
