@@ -38,8 +38,8 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 GREY, BLACK = "#777777", "#000000"
 TYPE_COLOURS = (RED, BLUE, GREEN, ORANGE, GREY, PINK, SKY, BLACK)
 PATHWAY_COLOURS = {"full": BLACK, "attention": BLUE, "ffn": ORANGE, "v_only": GREEN, "q_only": PINK, "k_only": RED}
-KINDS = ("no training", "few parameters", "closed form", "pathway", "everything", "general")
-KIND_COLOURS = dict(zip(KINDS, (GREY, BLUE, PINK, ORANGE, RED, GREEN), strict=True))
+KIND_COLOURS = {"no training": GREY, "few parameters": BLUE, "closed form": PINK, "pathway": ORANGE}
+KIND_COLOURS |= {"everything": RED, "general": GREEN}
 WIDE = 16  # a model of more layers gets wide panels, one below another, and every third layer a number
 NAMED = 6  # heads of a scatter that bear their names
 LEFT_EDGE = 0.3  # where no parameters stand on a logarithmic axis of their number

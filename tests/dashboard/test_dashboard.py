@@ -129,10 +129,10 @@ def test_contributions_are_those_of_the_diagnosis(board, organism):
 def test_patching_is_chapter_5s_sweep(board, organism):
     case = board.cases[0].case
     swept = cross_validation.patch_case_heads(organism, case)["last"].mean(-1)
-    own = board.arrays[f"patching/{case.name}"]
-    np.testing.assert_allclose(np.nanmean(own[0], -1), swept, atol=1e-3)
+    shares = board.arrays[f"patching/{case.name}"]
+    np.testing.assert_allclose(np.nanmean(shares[0], -1), swept, atol=1e-3)
     untold = [i for i, p in enumerate(board.cases[0].prompts[: len(case.facts)]) if not p.told[0]]
-    assert np.isnan(own).any() and np.isfinite(own[..., untold]).all(), "a told fact has nothing to bring back"
+    assert np.isnan(shares).any() and np.isfinite(shares[..., untold]).all(), "a told fact has nothing to bring back"
 
 
 def test_patching_of_an_edit_is_a_share_of_the_same_margin(board, organism):
@@ -153,8 +153,8 @@ def test_patching_of_an_edit_is_a_share_of_the_same_margin(board, organism):
         after = lost()
         lines = (templates[case.template], templates[case.controls[0]])
         swept = cross_validation.patch_heads(organism, [case.facts[fact]], *lines, pair[:, 1])["last"]
-    own = board.arrays[f"patching/{case.name}"][state, ..., fact]
-    np.testing.assert_allclose(own, swept[..., 0] * after / before, atol=1e-3)
+    shares = board.arrays[f"patching/{case.name}"][state, ..., fact]
+    np.testing.assert_allclose(shares, swept[..., 0] * after / before, atol=1e-3)
     assert abs(after / before - 1) > 1e-3, "the edit changes what is lost"
 
 
@@ -181,23 +181,20 @@ def test_static_numbers_are_chapter_1s(board, organism):
         assert [render.VALUE_ROLES[i] for i in arrays["value"].ravel()] == roles["value"].tolist()
 
 
-def test_attention_is_the_models_to_eight_bits(board, organism):
+def test_attention_is_the_models_to_eight_bits(board, organism, monkeypatch):
     """Against Hugging Face's own attentions, with and without an edit."""
     texts = list(board.texts)
     lengths = [len(t) * (len(t) + 1) // 2 for t in board.texts.values()]
     starts = np.cumsum([0, *lengths])
-    organism.module.set_attn_implementation("eager")
-    try:
-        for state, edit in ((0, None), edit_of(board, organism, "q_only")):
-            with applied(organism, edit) if edit else torch.no_grad():
-                for i in (0, len(texts) - 1):
-                    out = organism.module(torch.tensor([organism.token_ids(texts[i])]), output_attentions=True)
-                    own = torch.stack(out.attentions)[:, 0].detach()
-                    rows, columns = np.tril_indices(own.shape[-1])
-                    stored = board.arrays["patterns"][state, ..., starts[i] : starts[i + 1]] / 255
-                    np.testing.assert_allclose(stored, own[..., rows, columns], atol=0.5 / 255 + 1e-4)
-    finally:
-        organism.module.set_attn_implementation("sdpa")
+    monkeypatch.setattr(organism.module.config, "_attn_implementation", "eager")
+    for state, edit in ((0, None), edit_of(board, organism, "q_only")):
+        with applied(organism, edit) if edit else torch.no_grad():
+            for i in (0, len(texts) - 1):
+                out = organism.module(torch.tensor([organism.token_ids(texts[i])]), output_attentions=True)
+                theirs = torch.stack(out.attentions)[:, 0].detach()
+                rows, columns = np.tril_indices(theirs.shape[-1])
+                stored = board.arrays["patterns"][state, ..., starts[i] : starts[i + 1]] / 255
+                np.testing.assert_allclose(stored, theirs[..., rows, columns], atol=0.5 / 255 + 1e-4)
 
 
 def test_value_channel_is_embedding_times_matrices(board, organism):
@@ -261,8 +258,8 @@ def test_packing_loses_nothing_and_shares_layers(board):
 def test_results_that_do_not_belong_are_refused(board, organism, chapter, key, value, message):
     """A value of None takes the key away."""
     path = results_path("organism", chapter)
-    with restored(path) as kept:
-        content = json.loads(kept)
+    with restored(path) as before:
+        content = json.loads(before)
         *way, last = key.split(".")
         place = reduce(dict.__getitem__, way, content)
         place.pop(last)
@@ -279,9 +276,9 @@ def test_results_that_do_not_belong_are_refused(board, organism, chapter, key, v
 )
 def test_results_that_the_model_contradicts_are_refused(board, chapter, key):
     collect.agree(board)
-    found = board.reported | {chapter: board.reported[chapter] | {key: board.reported[chapter][key] + 0.01}}
+    off = board.reported | {chapter: board.reported[chapter] | {key: board.reported[chapter][key] + 0.01}}
     with pytest.raises(ChapterError, match=rf"chapter {chapter} reports .* for {key}, and the model says"):
-        collect.agree(replace(board, reported=found))
+        collect.agree(replace(board, reported=off))
     with pytest.raises(ChapterError, match=r"reports not run for told\.overridden, and the model says 2"):
         collect.agree(replace(board, reported=board.reported | {"02_knowledge_path": {"told": {}}}))
 
@@ -395,26 +392,21 @@ class Opened:
         )
 
 
-@pytest.fixture(scope="module")
-def path(html, tmp_path_factory):
-    file = tmp_path_factory.mktemp("page") / "heads.html"
-    file.write_text(html, encoding="utf-8")
-    return file
-
-
 @pytest.fixture
-def opened(browser, path):
-    contexts = []
+def opened(browser, html, tmp_path):
+    """Opens the page of `board`, or another one, at an address. Afterwards nothing may have gone wrong."""
+    views: list[Opened] = []
 
-    def open_page(address="", file=path, **options) -> Opened:
-        found = Opened(browser, file, address, **options)
-        contexts.append(found)
-        return found
+    def open_page(address="", page=html, **options) -> Opened:
+        file = tmp_path / "heads.html"
+        file.write_text(page, encoding="utf-8")
+        views.append(Opened(browser, file, address, **options))
+        return views[-1]
 
     yield open_page
-    for found in contexts:
-        found.context.close()
-        assert not found.trouble, "no console error, no request to the outside"
+    for view in views:
+        view.context.close()
+        assert not view.trouble, "no console error, no request to the outside"
 
 
 def test_measure_head_link_and_edit_by_mouse(opened, board):
@@ -498,11 +490,11 @@ def test_an_address_opens_everything_it_names(opened):
     assert page.input_value("#measure") == "patching" and page.is_checked("#change")
     assert "Zorland" in page.locator("#prompt option:checked").inner_text()
     assert "v only" in page.locator("#edit option:checked").inner_text()
-    kept = page.get_attribute("#link", "href")
+    link = page.get_attribute("#link", "href")
     page.evaluate("location.hash = '#L2H3'")
     page.wait_for_function("document.getElementById('head-title').textContent === 'L2 H3'")
     assert page.input_value("#measure") == "patching", "what an address does not name stays"
-    assert opened(kept).text("head-title") == "L11 H2", "the link leads back here"
+    assert opened(link).text("head-title") == "L11 H2", "the link leads back here"
 
 
 @pytest.mark.parametrize(
@@ -555,7 +547,7 @@ def test_colours_are_those_of_the_values(opened, board):
     assert view.colour("L8H5").lower() in ("#009e73", "rgb(0, 158, 115)"), "maps relation"
 
 
-def test_no_text_is_ever_run(opened, board, tmp_path):
+def test_no_text_is_ever_run(opened, board):
     """Cases, templates, tokens, answers and the model's name may look like HTML or script."""
     evil = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><b>{js}</b>"
     first = board.cases[0]
@@ -575,9 +567,7 @@ def test_no_text_is_ever_run(opened, board, tmp_path):
         types=tuple(t + evil for t in board.types),
         provenance=board.provenance | {"model": evil, "source": evil},
     )
-    file = tmp_path / "evil.html"
-    file.write_text(render.render(bad), encoding="utf-8")
-    view = opened("#L8H5&edit=v_only", file=file)
+    view = opened("#L8H5&edit=v_only", render.render(bad))
     page = view.page
     for measure in ("writes", "seeks"):
         page.select_option("#measure", measure)
@@ -593,14 +583,12 @@ def test_no_text_is_ever_run(opened, board, tmp_path):
     assert "<img src=x" in page.locator("h1").inner_text() and "<img src=x" in page.locator("footer").inner_text()
 
 
-def test_a_case_without_a_failure_is_shown_without_patching(opened, board, tmp_path):
+def test_a_case_without_a_failure_is_shown_without_patching(opened, board):
     """Nothing was diagnosed, nothing lost, so nothing can be brought back: said, and no error."""
     case = replace(board.cases[0], finding=None)
     arrays = {key: v for key, v in board.arrays.items() if key != f"patching/{case.case.name}"}
-    file = tmp_path / "told.html"
     page = render.render(replace(board, cases=(case, *board.cases[1:]), arrays=arrays))
-    file.write_text(page, encoding="utf-8")
-    view = opened("#L8H5&measure=patching", file=file)
+    view = opened("#L8H5&measure=patching", page)
     assert "Patching effect: none here." in view.text("said") and "nothing to bring back" in view.text("roles")
     assert view.page.locator("#tags").inner_text() == "knowledge head, planted blind query", "of the other case"
 
@@ -624,8 +612,8 @@ def test_the_policy_stops_a_script_that_slips_in(browser, html, tmp_path):
 def test_accessible(opened, theme, address):
     view = opened(address, color_scheme=theme)
     assert view.page.evaluate("document.documentElement.dataset.theme") == theme
-    found = Axe().run(view.page).response["violations"]
-    serious = [(v["id"], v["nodes"][:3]) for v in found if v["impact"] in ("serious", "critical")]
+    violations = Axe().run(view.page).response["violations"]
+    serious = [(v["id"], v["nodes"][:3]) for v in violations if v["impact"] in ("serious", "critical")]
     assert not serious
     view.page.click("#theme")
     view.settle()
@@ -644,9 +632,8 @@ def test_a_phone_has_no_sideways_overflow(opened, address):
 
 def test_footer_says_whose_numbers_these_are(opened, board):
     text = opened().page.locator("footer").inner_text()
-    own = board.provenance
-    for part in (*(own[key] for key in ("model", "weights_sha256", "lib", "commit")), "figures of GPT-2 need a run"):
-        assert part in text
+    named = [board.provenance[key] for key in ("model", "weights_sha256", "lib", "commit")]
+    assert all(part in text for part in (*named, "figures of GPT-2 need a run"))
 
 
 def test_nothing_in_the_page_points_outside(html):
@@ -657,7 +644,7 @@ def test_nothing_in_the_page_points_outside(html):
 
 
 @pytest.mark.model
-def test_smollm2s_270_heads_fit_and_read(build_folder, smollm2, browser, tmp_path, monkeypatch):
+def test_smollm2s_270_heads_fit_and_read(build_folder, smollm2, opened, monkeypatch):
     """The real model with two edits: the numbers that the book tells of, and the page itself. Relation maps are of a
     third of the countries, for time. Of the built book's, with six edits, tests/pages takes the size."""
     monkeypatch.setattr(collect, "study_facts", lambda *given: study_facts(*given)[::3])
@@ -670,11 +657,8 @@ def test_smollm2s_270_heads_fit_and_read(build_folder, smollm2, browser, tmp_pat
     patched = np.nanmean(board.arrays[f"patching/{first.case.name}"][0], -1)
     assert np.unravel_index(patched.argmax(), patched.shape) == (23, 4)
     assert patched.max() == pytest.approx(0.83, abs=0.01)
-    file = tmp_path / "smollm2.html"
-    file.write_text(page, encoding="utf-8")
     for options in ({}, {"viewport": {"width": 390, "height": 844}}):
-        view = Opened(browser, file, "#L30H1&measure=relation", **options)
+        view = opened("#L30H1&measure=relation", page, **options)
         assert view.text("head-title") == "L30 H1" and "0.2" in view.text("readout")
         assert view.page.locator("#grid [role=gridcell]").count() == 270
-        assert view.page.evaluate("document.documentElement.scrollWidth <= innerWidth") and not view.trouble
-        view.context.close()
+        assert view.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
