@@ -100,7 +100,8 @@ class Attention:
         if self.rotary is None:
             return x
         cos, sin = self.rotary(x, position[None])
-        return x * cos[0] + _rotate_half(x) * sin[0]
+        first, second = x.chunk(2, dim=-1)
+        return x * cos[0] + torch.cat((-second, first), dim=-1) * sin[0]
 
     def pattern(self, x: Float[Tensor, "b t d_model"]) -> Patterns:
         """Causal attention probabilities (query, key) for the normalised residual stream x."""
@@ -370,11 +371,6 @@ def _project(
 ) -> Float[Tensor, "*b n t d_head"]:
     out = einsum(x, W, "... t d, n d h -> ... n t h")
     return out if b is None else out + b[:, None]
-
-
-def _rotate_half(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
 
 
 def _norm(module: Any) -> Norm:

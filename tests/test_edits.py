@@ -95,9 +95,7 @@ def test_a_change_outside_is_noticed(tiny):
 def test_files_hold_everything(tiny, tmp_path):
     edit = an_edit(tiny)
     back = edits.load(edits.save(edit, tmp_path / "v.safetensors"))
-    for field in dataclasses.fields(Edit):
-        if field.name != "values":
-            assert getattr(back, field.name) == getattr(edit, field.name), field.name
+    assert dataclasses.replace(back, values={}) == dataclasses.replace(edit, values={})
     assert list(back.values) == list(edit.values)
     assert all(torch.equal(back.values[s], edit.values[s]) for s in edit.values)
     assert [p.name for p in tmp_path.iterdir()] == ["v.safetensors"]

@@ -43,9 +43,11 @@ def test_logits_are_hugging_faces_own(smollm2):
     assert smollm2.token_text(int(expected.argmax())) == " Paris"
 
 
-def test_a_folder_of_ones_own(folder):
+@pytest.mark.parametrize(("make", "family"), [(tiny_llama, "llama"), (tiny_gpt2, "gpt2")])
+def test_a_folder_of_ones_own(folder, make, family):
+    make().save_pretrained(folder)
     mine = models.load(str(folder))
-    assert mine.name == str(folder) and mine.weights.family == "llama"
+    assert mine.name == str(folder) and mine.weights.family == family
     assert mine.weights_sha256 == models.weights_sha256(str(folder))
 
 
@@ -56,22 +58,13 @@ def test_paths_are_named_in_full(folder, monkeypatch):
     assert models.canonical("smollm2") == "smollm2" and models.canonical("a/b") == "a/b"
 
 
-def test_gpt2_family_folder(tmp_path, smollm2):
-    tiny_gpt2().save_pretrained(tmp_path)
-    smollm2.tokenizer.save_pretrained(tmp_path)
-    assert models.load(str(tmp_path)).weights.family == "gpt2"
-
-
 def test_no_special_token_is_added(smollm2):
     assert smollm2.tokenizer.bos_token_id not in smollm2.token_ids("France")
 
 
-def test_unknown_model():
+def test_unknown_model_and_missing_file():
     with pytest.raises(ModelError, match=r"unknown model 'smollm3'.*Choose smollm2, gpt2, organism, a folder"):
         models.load("smollm3")
-
-
-def test_missing_gguf_file():
     with pytest.raises(ModelError, match=r"there is no file .*none\.gguf"):
         models.load("./none.gguf")
 
