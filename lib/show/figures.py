@@ -264,9 +264,7 @@ def before_after(table: pd.DataFrame) -> Figure:
         ax.set_title(f"{words(name)}: {told}", loc="left", fontsize=10)
         ax.set(xscale="log", xlim=(min(1e-4, before.prob.min() / 2), 1.4), yticks=y, yticklabels=before.answer)
         ax.grid(axis="x")
-    fig.axes[0].invert_yaxis()
-    fig.supxlabel("probability of the answer's first token", fontsize=11)
-    return fig
+    return _rows_down(fig, "probability of the answer's first token")
 
 
 def price(table: pd.DataFrame, seeds: pd.DataFrame) -> Figure:
@@ -325,9 +323,7 @@ def outcomes(table: pd.DataFrame, kinds: Sequence[str]) -> Figure:
         ax.set(xlim=(-0.05, 1.05), yticks=y, yticklabels=part.pathway.map(words))
         ax.set_title(f"{kind.replace(', ', ',' + chr(10))}, n = {part.n.iloc[0]}", fontsize=9.5, loc="left")
         ax.grid(axis="x")
-    fig.axes[0].invert_yaxis()
-    fig.supxlabel("share told: before (grey), after (colour)", fontsize=11)
-    return fig
+    return _rows_down(fig, "share told: before (grey), after (colour)")
 
 
 def bleeding(table: pd.DataFrame, control: pd.DataFrame) -> Figure:
@@ -401,9 +397,7 @@ def effects_of_parts(table: pd.DataFrame) -> Figure:
         ax.scatter(by_part.direct, y, s=40, ec=ORANGE, c="white", lw=1.8, zorder=2, label="direct")
         ax.set_yticks(y, parts)
         ax.set_title(way, loc="left", fontsize=10)
-    fig.axes[0].invert_yaxis()
-    fig.supxlabel("change of the answer's logit", fontsize=11)
-    return _legend(fig, ncols=2)
+    return _legend(_rows_down(fig, "change of the answer's logit"), ncols=2)
 
 
 def layer_sweep(means: pd.DataFrame, layer: int) -> Figure:
@@ -506,9 +500,7 @@ def rule_scores(table: pd.DataFrame, goals: dict[str, float]) -> Figure:
         ax.grid(axis="x")
     rules = table[table.model == models[0]].rule.str.replace(r"^always .*", "best constant", regex=True)
     axes[0, 0].set_yticks(range(len(rules)), rules)
-    axes[0, 0].invert_yaxis()
-    fig.supxlabel("share of plants", fontsize=11)
-    return _legend(fig, ncols=2)
+    return _legend(_rows_down(fig, "share of plants"), ncols=2)
 
 
 def planted_and_named(runs: pd.DataFrame) -> Figure:
@@ -658,6 +650,13 @@ def _legend(fig: Figure, *, ncols: int, handles: Sequence[Artist] = ()) -> Figur
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             labelled.setdefault(label, handle)
     fig.legend(handles=list(handles or labelled.values()), ncols=ncols, loc="outside upper center")
+    return fig
+
+
+def _rows_down(fig: Figure, below: str) -> Figure:
+    """The figure with the rows of its panels from the top down, and a label below them all."""
+    fig.axes[0].invert_yaxis()
+    fig.supxlabel(below, fontsize=11)
     return fig
 
 
