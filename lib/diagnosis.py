@@ -22,7 +22,7 @@ The rule has one constant, the half of step 4, and step 7's two thresholds. Plan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -112,10 +112,6 @@ class Verdict:
     failure_kind: str
     retention: float
     unwritten: float
-
-    def same_finding(self, other: Verdict) -> bool:
-        """Head, suppressor and kind agree; the shares may differ."""
-        return replace(self, retention=other.retention, unwritten=other.unwritten) == other
 
 
 @dataclass(frozen=True)

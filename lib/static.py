@@ -307,8 +307,7 @@ def _type_columns(
 
 
 def _with_value_roles(table: pd.DataFrame, maps: Sequence[RelationMap], **options: int) -> pd.DataFrame:
-    """The table with each head's name, its score and p in the relation map where it scores higher, and the label of
-    its value channel, before the numbers behind it."""
+    """The table with each head's name, its higher relation score with its p, and its value channel's label."""
     heads = table.layer.tolist(), table["head"].tolist()
     score, p = (torch.stack(x) for x in ([m.score for m in maps], [m.p_values(**options) for m in maps]))
     best = score.argmax(0, keepdim=True)
@@ -341,8 +340,7 @@ def _best_types(values: NDArray, labels: NDArray, shuffles: NDArray) -> tuple[ND
 
 
 def _unembedding_moments(weights: Weights) -> tuple[Unembedding, Tensor, Tensor]:
-    """The folded unembedding, its mean over the vocabulary and its covariance: enough to standardise the logits of
-    any direction without computing all of them."""
+    """The folded unembedding, its mean and its covariance: enough to standardise the logits of any direction."""
     W_U = weights.norm_final.fold(weights.W_U)
     mean = W_U.mean(1)
     centred = W_U - mean[:, None]

@@ -90,11 +90,13 @@ def report_cases(report: Results, diagnoses: Sequence[Diagnosis]) -> None:
 
 
 def same_findings(diagnoses: Sequence[Diagnosis], repeated: Sequence[Diagnosis]) -> bool:
-    """Whether two rounds of diagnosis agree on every case."""
-    others = {d.case.name: d.verdict for d in repeated}
-    return {d.case.name for d in diagnoses} == set(others) and all(
-        d.verdict.same_finding(others[d.case.name]) for d in diagnoses
-    )
+    """Whether two rounds of diagnosis agree on every case: head, suppressor and kind; the shares may differ."""
+
+    def findings(of: Sequence[Diagnosis]) -> set[tuple]:
+        verdicts = {d.case.name: d.verdict for d in of}
+        return {(name, v.knowledge_head, v.suppressor, v.failure_kind) for name, v in verdicts.items()}
+
+    return findings(diagnoses) == findings(repeated)
 
 
 def organism_truth() -> list[dict[str, str]]:
