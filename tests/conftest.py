@@ -13,7 +13,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lib import models
+from lib.facts import Case, load_cases
 from lib.models import Model
+from lib.recall import trainable
 from lib.weights import view
 
 
@@ -37,6 +39,12 @@ def smollm2() -> Model:
 @pytest.fixture(scope="session")
 def organism() -> Model:
     return models.load("organism")
+
+
+@pytest.fixture(scope="session")
+def case(organism: Model) -> Case:
+    """The organism's first case, as training takes it."""
+    return trainable(organism, load_cases("organism")[0])
 
 
 def tiny_gpt2(seed: int = 0, **options: int) -> GPT2LMHeadModel:

@@ -202,16 +202,14 @@ def _lora(model: Model) -> Rival:
             yield
         finally:
             setattr(parent, name, plain)
+            vars(parent).pop("peft_config", None)  # which an injection leaves
 
     def trained(rate: float) -> tuple[int, Change]:
         torch.manual_seed(0)  # of the adapter's first values
         config = LoraConfig(r=1, lora_alpha=1, target_modules=[name], fan_in_fan_out=model.weights.layout.input_first)
-        try:
+        with swapped(plain):
             inject_adapter_in_model(config, parent)  # type: ignore[arg-type]
             adapted = getattr(parent, name)
-        finally:
-            setattr(parent, name, plain)
-            vars(parent).pop("peft_config", None)
         leaves = [p for n, p in adapted.named_parameters() if "lora_" in n]
         with swapped(adapted):
             optimise(model, _task(model), leaves, {}, rate=rate)
@@ -266,20 +264,19 @@ def _neutral_neurons(model: Model, task: Task, seen: list[Tensor]) -> tuple[Tens
 
 def _everything(model: Model) -> Rival:
     """All blocks of the model, at small rates; the embedding, which is the unembedding too, stays."""
-    names = [n for n, _ in model.module.named_parameters() if n.startswith(model.weights.layout.blocks + ".")]
-    parameters = dict(model.module.named_parameters())
-    before = {n: parameters[n].detach().clone() for n in names}
+    blocks = {n: p for n, p in model.module.named_parameters() if n.startswith(model.weights.layout.blocks + ".")}
+    before = {n: p.detach().clone() for n, p in blocks.items()}
 
     def trained(rate: float) -> tuple[int, Change]:
-        leaves = [parameters[n].requires_grad_() for n in names]
+        leaves = [p.requires_grad_() for p in blocks.values()]
         try:
             optimise(model, _task(model, 0), leaves, {}, rate=rate)
-            values = {Slice(n): parameters[n].detach().clone() for n in names}
+            values = {Slice(n): p.detach().clone() for n, p in blocks.items()}
         finally:
             with torch.no_grad():
-                for n in names:
-                    parameters[n].requires_grad_(False).copy_(before[n])
-                    parameters[n].grad = None
+                for n, p in blocks.items():
+                    p.requires_grad_(False).copy_(before[n])
+                    p.grad = None
         return sum(v.numel() for v in values.values()), partial(written, model.module, values)
 
     return _best_rate(model, "all blocks", "all", trained, layer=0)
@@ -331,17 +328,9 @@ def _chosen(model: Model, task: Task, made: Sequence[Rival]) -> Rival:
     return max(made, key=score)
 
 
-RIVALS: dict[str, Callable[[Model], Rival]] = {
-    "newline": partial(_prefix, "newline"),
-    "bos": partial(_prefix, "document"),
-    "example": _example,
-    "head": partial(_scaled, "head"),
-    "opponent": partial(_scaled, "opponent"),
-    "competitors": _competitors,
-    "vector": _vector,
-    "gains": _gains,
-    "lora": _lora,
-    "closed_form": _closed_form,
-    "everything": _everything,
-    **{name: partial(_pathway, name) for name in PAPER},
-}
+RIVALS: dict[str, Callable[[Model], Rival]] = {"newline": partial(_prefix, "newline")}
+RIVALS |= {"bos": partial(_prefix, "document"), "example": _example}
+RIVALS |= {name: partial(_scaled, name) for name in SCALES}
+RIVALS |= {"competitors": _competitors, "vector": _vector, "gains": _gains, "lora": _lora}
+RIVALS |= {"closed_form": _closed_form, "everything": _everything}
+RIVALS |= {name: partial(_pathway, name) for name in PAPER}

@@ -41,25 +41,17 @@ def with_rows_replaced(record: dict[str, Any], measured: list[dict[str, Any]]) -
     return record | {"rows": [new.get((row["row"], row["peer"]), row) for row in record["rows"]]}
 
 
-def rows(record: dict[str, Any]) -> pd.DataFrame:
-    """A row a comparison. bound: how many times fewer floating-point operations ours needs, which is what it could be
-    faster if both ran at the same rate."""
-    table = pd.DataFrame(record["rows"])
-    return table.assign(bound=table.peer_gflop.where(table.peer_gflop > 0) / table.gflop.where(table.gflop > 0))
-
-
-def growth(record: dict[str, Any]) -> pd.DataFrame:
-    """A row a point: what grows, where it stands, seconds of a trace and of a plain forward pass."""
-    return pd.DataFrame(record["growth"])
-
-
-def sizes(record: dict[str, Any]) -> pd.DataFrame:
-    """A row a shape of model that was tried: what it needs by arithmetic, and what it did where it was run."""
-    return pd.DataFrame(record["sizes"])
+def tables(record: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """A row a comparison (bound: how many times fewer floating-point operations ours needs, which is what it could be
+    faster if both ran at the same rate); a row a point of `growth` (what grows, where it stands, seconds of a trace and
+    of a plain forward pass); a row a shape of model that was tried (what it needs by arithmetic, and what it did)."""
+    rows, growth, sizes = (pd.DataFrame(record[name]) for name in ("rows", "growth", "sizes"))
+    bound = rows.peer_gflop.where(rows.peer_gflop > 0) / rows.gflop.where(rows.gflop > 0)
+    return rows.assign(bound=bound), growth, sizes
 
 
 def report_costs(report: Results, record: dict[str, Any], table: pd.DataFrame, points: pd.DataFrame) -> None:
-    """What the chapter's prose says of the record. table, points: of `rows` and `growth`."""
+    """What the chapter's prose says of the record. table, points: the first two of its `tables`."""
     machine, judged = record["machine"], table[table.met.notna()]
     missed = list(judged[~judged.met.astype(bool)].itertuples())
     ends = [(name, part.iloc[0], part.iloc[-1]) for name, part in points.groupby("grows", sort=False)]

@@ -17,26 +17,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lib import peers
 from lib.diagnosis import Verdict, prescribe
 from lib.errors import DataError
 from lib.facts import Case, Fact, load_cases, load_templates, prompts
 from lib.forward import Pack, above, pack, resid_post, resid_pre
 from lib.interventions import Part, ablate, prefill, read_logit_differences, summarise_ablations
 from lib.models import Model, load
-from lib.peers import (
-    Lenses,
-    NeuronAttributions,
-    against_transformerlens,
-    agreement,
-    attribute_neurons,
-    captum_attributions,
-    routing_layer,
-)
+from lib.peers import Lenses, NeuronAttributions, agreement, attribute_neurons
 from lib.recall import first_tokens, tell, trainable
 from lib.results import Results
 from lib.show.sentences import say
 from lib.sites import Site
 from lib.trace import Hook, hooked, subject_positions
+
+AROUND = 2  # layers on each side of the knowledge head's, in which patching looks for a head
 
 
 def agreement_by_layer(neurons: NeuronAttributions, *, seed: int = 0) -> pd.DataFrame:
@@ -115,27 +110,20 @@ def costliest(
 
 
 def three_tools(
-    model: Model,
-    texts: Sequence[str],
-    answers: Int[Tensor, " prompt"],
-    verdict: Verdict,
-    lenses: Lenses,
-    *,
-    around: int = 2,
-    seed: int = 0,
+    model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], verdict: Verdict, lenses: Lenses
 ) -> pd.DataFrame:
     """One row a question, one column a tool, on the same prompts; `-` where a tool does not answer it."""
     knowledge, weights = verdict.knowledge_head, model.weights
     neurons = attribute_neurons(model, texts, answers, [knowledge.layer])
     trace, gradient = (x[:, 0].mean(0) for x in (neurons.trace, neurons.gradient))
     top = [Part(Site(knowledge.layer), int(i)) for i in trace.topk(10).indices]
-    nearby = range(max(0, knowledge.layer - around), min(weights.n_layers, knowledge.layer + around + 1))
+    nearby = range(max(0, knowledge.layer - AROUND), min(weights.n_layers, knowledge.layer + AROUND + 1))
     heads = [Part(Site(layer, head)) for layer in nearby for head in range(weights.n_heads)]
     neuron, head = (costliest(model, texts, answers, *x) for x in ((top, "zero"), (heads, "resample")))
     lost = ablate(model, texts, answers, Part(knowledge)).query("way == 'resample'").total.mean()
     without = ablate(model, texts, answers, top[0]).query("way == 'zero'").total.mean()
     best, their_head = int(trace.argmax()), lenses.table.their_head.mode()[0]
-    lens, wrote = f"L{routing_layer(lenses.theirs) + 1} (lens)", f"L{head.site.layer + 1}"
+    lens, wrote = f"L{peers.routing_layer(lenses.theirs) + 1} (lens)", f"L{head.site.layer + 1}"
     helps = _sign(trace.max()), _sign(gradient[best]), "-", _sign(-without)
     rows = [
         ("Which layer writes the answer?", f"L{knowledge.layer + 1}", "-", lens, wrote),
@@ -164,7 +152,7 @@ def same_as_captum(model: Model, sample: pd.DataFrame, layers: Sequence[int]) ->
     """The fast path against Captum's own on the same prompts: a row a layer. Raises DataError where they differ by
     more than a thousandth of the largest attribution: rounding in another order stays far below."""
     asked = model, list(sample.prompt), torch.tensor(sample.answer_token.to_numpy()), layers
-    ours, captums = attribute_neurons(*asked).gradient, captum_attributions(*asked)
+    ours, captums = attribute_neurons(*asked).gradient, peers.captum_attributions(*asked)
     rows = []
     for i, layer in enumerate(layers):
         difference, largest = float((ours[:, i] - captums[:, i]).abs().max()), float(captums[:, i].abs().max())
@@ -180,7 +168,7 @@ def organism_through_transformerlens() -> dict[str, pd.DataFrame]:
     case = trainable(model, load_cases("organism")[0])
     answers = first_tokens(model, case.facts)
     texts = prompts(case.facts, load_templates()[case.controls[0]])
-    return {"organism": against_transformerlens(model, texts, answers).table}
+    return {"organism": peers.against_transformerlens(model, texts, answers).table}
 
 
 def routing_chance(
@@ -226,11 +214,8 @@ def suppressors(model: Model, cases: Sequence[Case], *, seed: int = 0) -> pd.Dat
 def suppressor_words(table: pd.DataFrame) -> str:
     """One sentence on what the suppressors' loss gives back, by zero ablation."""
     rows = table[(table.way == "zero") & table.part.str.contains(": suppressor")]
-    names = rows.part.str.split(": suppressor ").str[1]
-    effects = [
-        f"{name} {row.total:+.2f} ({row.low:+.2f} to {row.high:+.2f})"
-        for name, row in zip(names, rows.itertuples(), strict=True)
-    ]
+    rows = rows.assign(site=rows.part.str.split(": suppressor ").str[1])
+    effects = [f"{row.site} {row.total:+.2f} ({row.low:+.2f} to {row.high:+.2f})" for row in rows.itertuples()]
     return say("cross_validation", "suppressors", effects=effects)
 
 
@@ -243,22 +228,22 @@ def patch_heads(
     that comes back; 1 is all of it."""
     weights, answers = model.weights, first_tokens(model, facts)
     texts = [prompts(facts, template) for template in (failing, control)]
-    places = {name: [_places(model, t, facts, name) for t in texts] for name in ("last", "subject")}
     failing_ids, control_ids = ([model.token_ids(t) for t in batch] for batch in texts)
     bad, good = pack(model, failing_ids), pack(model, control_ids)
     copies = pack(model, failing_ids * weights.n_heads)  # one for each head that is patched
     pairs = torch.stack((answers, competitors), 1)
     base = _pack_logit_differences(model, bad, pairs)
     lost = _pack_logit_differences(model, good, pairs) - base
-    shares = {name: torch.zeros(weights.n_layers, weights.n_heads, len(facts)) for name in places}
+    to, of = (_places(model, batch, t, facts) for batch, t in zip((bad, good), texts, strict=True))
+    shares = {name: torch.zeros(weights.n_layers, weights.n_heads, len(facts)) for name in to}
     good_stream, bad_stream = resid_pre(model, good, 0), resid_pre(model, bad, 0)
     for layer, block in enumerate(tqdm(weights.blocks, desc="patching")):
         seen: list[Tensor] = []
         with hooked(before={block.heads_out: seen.append}):
             good_stream = resid_post(model, good, good_stream, layer)
-        for name, (to, of) in places.items():
-            z = seen[0].view(-1, weights.n_heads, weights.d_head)[_rows(good, of)]
-            patch = _head_by_head(z, _rows(bad, to), len(bad.tokens))
+        for name in to:
+            z = seen[0].view(-1, weights.n_heads, weights.d_head)[of[name]]
+            patch = _head_by_head(z, to[name], len(bad.tokens))
             with hooked(before={block.heads_out: patch}):
                 final = above(model, copies, layer, bad_stream.repeat(weights.n_heads, 1))[copies.last]
             now = read_logit_differences(model, final.view(weights.n_heads, len(facts), -1), pairs)
@@ -279,16 +264,11 @@ def _head_by_head(z: Float[Tensor, "fact n_heads d_head"], rows: Int[Tensor, " f
     return change
 
 
-def _places(model: Model, texts: Sequence[str], facts: Sequence[Fact], name: str) -> list[int]:
-    """Where to patch each text: its last token, or the last token of its subject."""
-    if name == "last":
-        return [len(model.token_ids(t)) - 1 for t in texts]
-    return [subject_positions(model, t, f.subject)[-1] for t, f in zip(texts, facts, strict=True)]
-
-
-def _rows(batch: Pack, places: Sequence[int]) -> Int[Tensor, " text"]:
-    """Rows of a pack for a position in each of its texts."""
-    return torch.cat((torch.zeros(1, dtype=torch.long), batch.last[:-1] + 1)) + torch.tensor(places)
+def _places(model: Model, batch: Pack, texts: Sequence[str], facts: Sequence[Fact]) -> dict[str, Int[Tensor, " text"]]:
+    """The rows of a pack at which its texts are patched: their last tokens, and the last tokens of their subjects."""
+    within = [subject_positions(model, t, f.subject)[-1] for t, f in zip(texts, facts, strict=True)]
+    starts = torch.cat((torch.zeros(1, dtype=torch.long), batch.last[:-1] + 1))
+    return {"last": batch.last, "subject": starts + torch.tensor(within)}
 
 
 def _pack_logit_differences(model: Model, batch: Pack, pairs: Int[Tensor, "text 2"]) -> Float[Tensor, " text"]:

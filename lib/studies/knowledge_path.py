@@ -27,16 +27,7 @@ from lib.results import Results
 from lib.sites import Site
 from lib.static import TOP, JointMap, RelationMap, join, qk_overlap, relation_maps
 from lib.statistics import rank_correlation, top_overlap
-from lib.trace import (
-    BATCH,
-    CONVENTIONS,
-    capture,
-    components,
-    last_patterns,
-    logit_lens,
-    logit_traces,
-    subject_attention,
-)
+from lib.trace import BATCH, capture, components, last_patterns, logit_lens, logit_traces, subject_attention
 
 HEADS = 4  # knowledge heads whose attention is shown
 
@@ -62,19 +53,19 @@ def strongest_terms(table: pd.DataFrame, *, k: int = 8) -> pd.DataFrame:
 
 def terms_by_site(table: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
     """A `convention_terms` table as results keep it: convention, then answer or competitor, then site."""
-    return {c: {what: table[c, what].to_dict() for what in ("answer", "competitor")} for c in CONVENTIONS}
+    return {c: {what: table[c, what].to_dict() for what in ("answer", "competitor")} for c in table.columns.unique(0)}
 
 
 def completeness(model: Model, table: pd.DataFrame) -> dict[str, float]:
     """Largest |sum of terms - model's own value| by convention, over every prompt of a `tell` table, for its answer
     and its competitor; `raw` relative to the final residual stream's own product."""
-    errors: dict[str, float] = dict.fromkeys(CONVENTIONS, 0.0)
+    errors: dict[str, float] = {}
     for start in range(0, len(table), BATCH):
         part = table.iloc[start : start + BATCH]
         seen = capture(model, part.prompt.tolist())
         pairs = torch.tensor(part[["answer_token", "competitor_token"]].to_numpy())
         for convention, trace in logit_traces(model, seen, pairs).items():
-            errors[convention] = max(errors[convention], trace.error)
+            errors[convention] = max(errors.get(convention, 0.0), trace.error)
     return errors
 
 

@@ -37,16 +37,10 @@ from lib.weights import part_masks
 RATE = 1e-3  # the middle of the recipe's grid, for every run here: an equal budget, and no choice to make a layer shine
 SPLITS = ("held_out", "selection", "fit")
 NEURONS = 128  # of an MLP, in the control of equal size
-KINDS = {  # what a run's row calls the kinds of questions of `evaluation.kinds`
-    "facts": "the facts",
-    "neighbours": "neighbours",
-    "capability": "capability",
-    "unrelated": "unrelated",
-    "relations": "other relations",
-    "paraphrases": "paraphrases",
-    "working": "working templates",
-    "elsewhere": ELSEWHERE,
-}
+# What a run's row calls the kinds of questions of `evaluation.kinds`
+KINDS = {"facts": "the facts", "neighbours": "neighbours", "capability": "capability", "unrelated": "unrelated"}
+KINDS |= {"relations": "other relations", "paraphrases": "paraphrases"}
+KINDS |= {"working": "working templates", "elsewhere": ELSEWHERE}
 
 
 @dataclass(frozen=True)

@@ -62,12 +62,7 @@ def pathway_entry(
 
 
 def report_effects(
-    report: Results,
-    best: str,
-    outcome: pd.DataFrame,
-    texts: pd.DataFrame,
-    general: pd.DataFrame,
-    bleeding: pd.DataFrame,
+    report: Results, best: str, outcome: pd.DataFrame, texts: pd.DataFrame, general: pd.DataFrame, bled: pd.DataFrame
 ) -> None:
     """What the chapter's prose says of the recommended pathway, and of all."""
     by, probes = outcome.set_index(["pathway", "what"]).loc[best], outcome[outcome.what.isin(PROBES)]
@@ -85,7 +80,7 @@ def report_effects(
     report.many({"ppl_change": (ppl.ratio - 1, "+.2%"), "ppl_tokens": (int(ppl.tokens), ",")})
     report.many({"ppl_interval": ((float(ppl.ratio_low - 1), float(ppl.ratio_high - 1)), "+.2%")})
     report.many({"ppl_within": "within" if abs(ppl.ratio - 1) <= BAND else "not within"})
-    _report_reach(report, best, general[general.split == "held_out"].set_index("pathway"), bleeding)
+    _report_reach(report, best, general[general.split == "held_out"].set_index("pathway"), bled)
 
 
 def _report_reach(report: Results, best: str, held: pd.DataFrame, bleeding: pd.DataFrame) -> None:
@@ -135,14 +130,10 @@ def free_generation(model: Model, case: Case, edits: dict[str, Edit], *, opening
     for name, edit in tqdm([(NONE, None), *edits.items()], desc="generation"):
         tokens = generate(model, [*failing, *openings], edit)
         texts = [str(decode(ids)) for ids in tokens]
-        columns = {
-            "said": [f.answer in text for f, text in zip(case.facts, texts, strict=False)] + [False] * len(openings),
-            "leaks": neither + [any(f.answer in text for f in case.facts) for text in texts[len(failing) :]],
-            "repetition": [repetition(ids) for ids in tokens],
-        }
-        tables.append(
-            pd.DataFrame({"pathway": name, "kind": kinds, "prompt": [*failing, *openings], "text": texts, **columns})
-        )
+        table = pd.DataFrame({"pathway": name, "kind": kinds, "prompt": [*failing, *openings], "text": texts})
+        said = [f.answer in text for f, text in zip(case.facts, texts, strict=False)] + [False] * len(openings)
+        leaks = neither + [any(f.answer in text for f in case.facts) for text in texts[len(failing) :]]
+        tables.append(table.assign(said=said, leaks=leaks, repetition=[repetition(ids) for ids in tokens]))
     return pd.concat(tables, ignore_index=True)
 
 

@@ -59,24 +59,13 @@ def test_nothing_stays_behind_and_what_it_says_it_does(organism, name):
     assert made.prefix or made.bias is not None or not torch.equal(plain, changed)
     if not made.prefix:  # below the layer that it names, it changes nothing: asked from there or from the start alike
         case = setting(organism).case
-        asked_from = build_protocols(
-            organism, case, [0, made.layer], texts={}, table=questions(organism, case).iloc[::40]
-        )
+        table, layers = questions(organism, case).iloc[::40], (0, made.layer)
+        asked_from = build_protocols(organism, case, layers, texts={}, table=table)
         with made.change():
-            asked = [
-                score_questions(organism, asked_from[layer], None, bias=made.bias).margin for layer in (0, made.layer)
-            ]
+            asked = [score_questions(organism, asked_from[x], None, bias=made.bias).margin for x in layers]
         torch.testing.assert_close(*(torch.tensor(a.to_numpy()) for a in asked), atol=1e-3, rtol=1e-4)
-    assert made.parameters == {
-        "newline": 0,
-        "bos": 0,
-        "example": 0,
-        "head": 1,
-        "opponent": 1,
-        "vector": 120,
-        "gains": 240,
-        "lora": 120 + 360,
-    }.get(name, made.parameters)
+    counts = {"newline": 0, "bos": 0, "example": 0, "head": 1, "opponent": 1, "vector": 120, "gains": 240}
+    assert made.parameters == (counts | {"lora": 120 + 360}).get(name, made.parameters)
 
 
 def test_the_planted_suppressor_scaled_down_repairs_what_no_training_saw(organism):

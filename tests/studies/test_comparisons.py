@@ -18,7 +18,7 @@ class Reported(dict):
 def runs(**columns):
     base = {"pathway": "v_only", "seed": 0, "reached": True, "steps": 10, "kl": 0.1, "bled": 0, "bled_n": 9}
     base |= {"facts_told": 8, "held_out_repaired": 0, "held_out_n": 19, "capability_lost": 0, "unrelated_lost": 0}
-    return pd.DataFrame({**{k: [v] * len(columns["layer"]) for k, v in base.items()}, **columns})
+    return pd.DataFrame({"layer": columns["layer"]}).assign(**base | columns)
 
 
 def test_correlations_worked_out():
@@ -32,9 +32,8 @@ def test_correlations_worked_out():
 
 
 def test_other_layers_that_do_as_well_are_counted():
-    means = comparisons.by_layer(
-        runs(layer=[1, 2, 3], facts_told=[8, 8, 7], steps=[5, 20, 1], kl=[0.2, 0.1, 0.0], held_out_repaired=[3, 0, 5])
-    )
+    swept = runs(layer=[1, 2, 3], facts_told=[8, 8, 7], steps=[5, 20, 1], held_out_repaired=[3, 0, 5])
+    means = comparisons.by_layer(swept.assign(kl=[0.2, 0.1, 0.0]))
     (row,) = comparisons.other_layers(means, 2).to_dict("records")
     assert (row["others"], row["told"], row["repaired"], row["sooner"], row["gentler"]) == (2, 1, 2, 1, 0)
     assert row["as_well"] == 1 and row["best_layer"] == 3 and row["most_repaired"] == 5
@@ -63,28 +62,22 @@ def test_seeds_of_both_sweeps_are_joined_and_none_counts_twice():
     assert (found.repaired_min[4], found.repaired_max[4]) == (2, 5)
 
 
-def methods(**columns):
+def rivals(*names, **columns):
+    """The table of rivals that are called by the first letters of their names."""
     base = {"held_out_n": 4, "facts_n": 2, "paraphrases_n": 3, "bled": 0, "ratio": 1.0, "seconds": 1.0}
-    lost = dict.fromkeys(("neighbours", "working", "elsewhere", "capability", "unrelated", "relations"), 0)
-    base |= {f"{k}_lost": v for k, v in lost.items()} | {"relations_told": 1, "paraphrases_told": 1, "strength": ""}
-    base |= {"ratio_low": 0.9, "ratio_high": 1.1}
-    return pd.DataFrame({**{k: [v] * len(columns["name"]) for k, v in base.items()}, **columns})
+    lost = ("neighbours", "working", "elsewhere", "capability", "unrelated", "relations")
+    base |= dict.fromkeys((f"{kind}_lost" for kind in lost), 0) | {"relations_told": 1, "paraphrases_told": 1}
+    base |= {"strength": "", "ratio_low": 0.9, "ratio_high": 1.1}
+    table = pd.DataFrame({"name": names, "rival": [name[0].upper() for name in names]})
+    return comparisons.rivals(table.assign(**base | columns))
 
 
 def test_the_ladder_worked_out():
     """a prefix tells all; of what changes something, head does with one parameter, and only `full` generalises: two of
     four is half."""
-    rows = comparisons.rivals(
-        methods(
-            name=["full", "newline", "head", "lora"],
-            rival=["F", "N", "H", "L"],
-            parameters=[900, 0, 1, 30],
-            facts_told=[2, 2, 2, 1],
-            held_out_repaired=[2, 1, 0, 1],
-            working_lost=[0, 0, 3, 0],
-            neighbours_lost=[1, 0, 2, 0],
-        )
-    )
+    columns = {"parameters": [900, 0, 1, 30], "facts_told": [2, 2, 2, 1], "held_out_repaired": [2, 1, 0, 1]}
+    columns |= {"working_lost": [0, 0, 3, 0], "neighbours_lost": [1, 0, 2, 0]}
+    rows = rivals("full", "newline", "head", "lora", **columns)
     assert rows.rival.tolist() == ["N", "H", "L", "F"] and rows.local_lost.tolist() == [0, 5, 0, 1]
     assert rows.kind.tolist() == ["no training", "no training", "few parameters", "pathway"]
     steps = comparisons.ladder(rows)
@@ -98,17 +91,10 @@ def test_the_ladder_worked_out():
 
 
 def test_where_nothing_generalises_the_ladder_says_none():
-    rows = comparisons.rivals(
-        methods(name=["lora", "full"], rival=["L", "F"], parameters=[3, 9], facts_told=[1, 2], held_out_repaired=[1, 1])
-    )
-    assert comparisons.ladder(rows).loc["general"].tolist() == ["none", "none", "none"]
-    assert comparisons.ladder(rows).parameters["whole"] == "9"
+    steps = comparisons.ladder(rivals("lora", "full", parameters=[3, 9], facts_told=[1, 2], held_out_repaired=[1, 1]))
+    assert steps.loc["general"].tolist() == ["none", "none", "none"] and steps.parameters["whole"] == "9"
 
 
 def test_methods_with_equally_few_parameters_are_all_named():
-    rows = comparisons.rivals(
-        methods(
-            name=["head", "opponent"], rival=["H", "O"], parameters=[1, 1], facts_told=[2, 2], held_out_repaired=[4, 4]
-        )
-    )
+    rows = rivals("head", "opponent", parameters=1, facts_told=2, held_out_repaired=4)
     assert comparisons.ladder(rows).changed["general"] == "H; O (1)"

@@ -10,16 +10,11 @@ from lib import training, weights
 from lib.edits import applied, outside_sha256
 from lib.errors import DataError, EditError
 from lib.facts import Case, Fact, load_cases, load_templates, prompts
-from lib.recall import tell, trainable
+from lib.recall import tell
 from lib.studies import distillation
 from lib.studies.distillation import Config, choose, fit_countries, learn, lesson, objective_parts
 
 QUICK = Config(layer=5, steps=20, batch=16)
-
-
-@pytest.fixture(scope="module")
-def case(organism) -> Case:
-    return trainable(organism, load_cases("organism")[0])
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +38,8 @@ def test_no_prompt_of_another_split_is_in_a_lesson(smollm2, organism, case, taug
     """Neither of the organism's lesson nor of the real one: no held-out or selection country under any template."""
     real = load_cases("smollm2")[0]
     names = distillation.load_places(real)
-    pupils = {
-        tuple(smollm2.token_ids(f"{n}'s capital city is")) for n in (*names, *(f.subject for f in fit_countries(real)))
-    }
+    names += [f.subject for f in fit_countries(real)]
+    pupils = {tuple(smollm2.token_ids(f"{name}'s capital city is")) for name in names}
     for model, of, seen in ((organism, case, {*map(tuple, taught.pupils + taught.others)}), (smollm2, real, pupils)):
         barred = [f for f in of.large if f.split in ("held_out", "selection")]
         asked = {tuple(model.token_ids(p)) for t in load_templates().values() for p in prompts(barred, t)}
@@ -78,10 +72,8 @@ def test_a_place_that_is_a_fact_s_subject_is_refused(case):
 
 def test_choosing_sees_no_held_out_country(organism, case, learned, monkeypatch):
     """Every question that `cost` asks, of whatever kind, is of no held-out country."""
-    asked, ask = [], distillation.evaluation.score_questions
-    monkeypatch.setattr(
-        distillation.evaluation, "score_questions", lambda s, p, e: asked.append(p.questions) or ask(s, p, e)
-    )
+    asked, effects, ask = [], distillation.evaluation, distillation.evaluation.score_questions
+    monkeypatch.setattr(effects, "score_questions", lambda s, p, e: asked.append(p.questions) or ask(s, p, e))
     organism.memory.clear()
     distillation.cost(organism, case, learned.edit)
     held = {f.subject for f in case.large if f.split == "held_out"}
@@ -107,9 +99,8 @@ def test_cost_is_what_the_whole_protocol_says(organism, case, learned):
 def test_a_teacher_that_is_the_pupil_teaches_nothing(organism, case, taught):
     """With the failing template itself as teacher, each part of the objective but the answers' is zero on the
     untouched model; with another, the pupils' part is not."""
-    same = lesson(
-        organism, replace(case, controls=(case.template, *case.controls)), fit_countries(case), [], case.template
-    )
+    alike_case = replace(case, controls=(case.template, *case.controls))
+    same = lesson(organism, alike_case, fit_countries(case), [], case.template)
     rows = torch.arange(8), torch.arange(4), torch.arange(2)
     for which, alike in ((same, True), (taught, False)):
         texts = (which.pupils, which.others, which.windows)
@@ -123,15 +114,12 @@ def test_a_teacher_that_is_the_pupil_teaches_nothing(organism, case, taught):
 
 def test_only_the_slice_changes_and_the_planted_failure_is_repaired(organism, case, taught, learned):
     """A planted failure of routing: what is learned from the fit countries makes the selection countries told too."""
-    chosen = distillation.without_held_out(organism, case)
+    chosen, slices = distillation.without_held_out(organism, case), tuple(learned.edit.values)
     text = {case.template: load_templates()[case.template]}
-    before, outside = (
-        tell(organism, chosen.large, text).told,
-        outside_sha256(organism.module, tuple(learned.edit.values)),
-    )
+    before, outside = tell(organism, chosen.large, text).told, outside_sha256(organism.module, slices)
     with applied(organism, learned.edit):
         after = tell(organism, chosen.large, text).told
-        assert outside_sha256(organism.module, tuple(learned.edit.values)) == outside
+        assert outside_sha256(organism.module, slices) == outside
     assert before.sum() <= 2 and after.sum() >= 0.9 * len(after)
     assert sum(learned.edit.told_after) > sum(learned.edit.told_before)
     assert learned.history.pupils.iloc[-1] < learned.history.pupils.iloc[0]
@@ -151,28 +139,15 @@ def test_a_low_rank_change_starts_at_none_and_has_that_rank(organism, taught):
     assert all(torch.equal(values[s], before[s]) for s in before)
     after = learn(organism, taught, replace(QUICK, rank=2, rate=1e-2, steps=3)).edit.values
     for s, v in before.items():
-        if v.ndim == 2:
-            assert torch.linalg.matrix_rank(after[s] - v, atol=1e-4) == 2, s
-        else:
-            assert torch.equal(after[s], v), s
-
-
-def row(**values) -> dict:
-    base = {"repaired": 0, "log_probability": -1.0, "ratio": 1.0, "capability_lost": 0, "working_lost": 0}
-    return base | values
+        right = torch.linalg.matrix_rank(after[s] - v, atol=1e-4) == 2 if v.ndim == 2 else torch.equal(after[s], v)
+        assert right, s
 
 
 def test_the_rule_by_hand():
     """The most repaired among the harmless; ties by log-probability; a fall of perplexity is a change too."""
-    rows = [
-        row(repaired=9, ratio=1.02),
-        row(repaired=9, ratio=0.98),
-        row(repaired=9, capability_lost=1),
-        row(repaired=9, working_lost=1),
-        row(repaired=4, log_probability=-3.0),
-        row(repaired=4, log_probability=-2.0),
-    ]
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame({"repaired": [9, 9, 9, 9, 4, 4], "log_probability": [-1.0, -1.0, -1.0, -1.0, -3.0, -2.0]})
+    table["ratio"] = [1.02, 0.98, 1.0, 1.0, 1.0, 1.0]
+    table = table.assign(capability_lost=[0, 0, 1, 0, 0, 0], working_lost=[0, 0, 0, 1, 0, 0])
     assert distillation.harmless(table).tolist() == [False, False, False, False, True, True]
     assert choose(table) == 5
     assert choose(table.iloc[:3]) == 0  # none is harmless: the first of the best
@@ -188,10 +163,9 @@ def test_the_teacher_is_chosen_on_known_fit_facts(organism, case):
 
 
 def test_bad_configurations(organism, taught):
-    with pytest.raises(EditError, match="cannot train \\(steps\\)"):
-        Config(layer=1, steps=0)
-    with pytest.raises(EditError, match="rank, rate, truth or places"):
-        Config(layer=1, truth=1.5)
+    for wrong, said in (({"steps": 0}, r"cannot train \(steps\)"), ({"truth": 1.5}, "rank, rate, truth or places")):
+        with pytest.raises(EditError, match=said):
+            Config(layer=1, **wrong)
     with pytest.raises(EditError, match="no layer index 12: organism has 12"):
         learn(organism, taught, Config(layer=12))
     with pytest.raises(EditError, match=r"the loss of .* is (nan|inf) after"):

@@ -93,8 +93,7 @@ def test_places_that_are_not_there(organism):
 
 def test_countries_known_and_not_told_are_those_of_the_definition(organism):
     case = location.setting(organism).case
-    own = {f.subject for f in case.facts}
-    facts = [f for f in scorable(organism, case.large) if f.subject not in own and f.split != "eight"]
+    facts = [f for f in scorable(organism, case.large) if f.split != "eight" and f not in case.facts]
     text = {name: load_templates()[name] for name in (case.template, *case.controls)}
     state = known_and_told(tell(organism, facts, text), case)
     wanted = set(state.subject[state.routing_failure])
@@ -111,9 +110,7 @@ def test_what_lies_below_every_layer_comes_from_one_run_of_the_model(organism):
         one, other = (attrgetter(name)(x) for x in (task, alone))
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     untouched = score_questions(organism, protocol, None)
-    assert (
-        (untouched.told == protocol.questions.told_before).all() and untouched.told.any() and not untouched.told.all()
-    )
+    assert (untouched.told == protocol.questions.told_before).all() and 0 < untouched.told.mean() < 1
 
 
 def test_near_counts_from_the_diagnosed_layer_and_turns_back_at_an_end(organism, monkeypatch):

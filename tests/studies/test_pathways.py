@@ -10,8 +10,6 @@ import pytest
 
 from lib import edits, training, weights
 from lib.errors import EditError
-from lib.facts import load_cases
-from lib.recall import trainable
 from lib.studies import pathways
 from lib.sweeps.experiments import one_thread
 from lib.training import Recipe, chosen, false_facts, recommended, task_at
@@ -65,8 +63,7 @@ def test_gpt2_counts_are_the_papers():
 
 
 @pytest.fixture(scope="module")
-def ran(organism):
-    case = trainable(organism, load_cases("organism")[0])
+def ran(organism, case):
     task = task_at(organism, case, 7, QUICK)
     return task, training.compare(organism, task, pathways=("ffn", "v_only"), progress=False)
 
@@ -110,10 +107,10 @@ def test_the_sweeps_make_the_comparison(swept, organism):
 
 
 def test_a_run_that_comes_out_otherwise_is_an_error(swept, organism):
-    grid, runs = swept
+    (grid, runs), task = swept, pathways.diagnosed_task(organism)
     remedy = r"came out otherwise than in the sweep .* delete _build/sweeps/organism .* QKV_RUNS=off"
     with pytest.raises(EditError, match=remedy):
-        pathways.gather(organism, pathways.diagnosed_task(organism), grid.assign(reached=~grid.reached), runs)
+        pathways.gather(organism, task, grid.assign(reached=~grid.reached), runs)
 
 
 def test_lessons_that_there_are(organism):
@@ -139,9 +136,8 @@ def test_head_to_head_and_spread(ran, swept, organism):
     assert (spread.seeds == 2).all()
 
 
-def test_saved_edits_that_fit_are_taken_and_others_are_trained(ran, organism, tmp_path, monkeypatch):
-    case, calls = trainable(organism, load_cases("organism")[0]), []
-    six = {name: an_edit(organism, name) for name in weights.PATHWAYS}
+def test_saved_edits_that_fit_are_taken_and_others_are_trained(ran, organism, case, tmp_path, monkeypatch):
+    calls, six = [], {name: an_edit(organism, name) for name in weights.PATHWAYS}
     monkeypatch.setattr(training, "compare", lambda *a, **k: calls.append(1) or ran[1])
     monkeypatch.setattr(training, "_fits", lambda edit, *a: True)
     edits.save_all(six, tmp_path)
@@ -151,8 +147,8 @@ def test_saved_edits_that_fit_are_taken_and_others_are_trained(ran, organism, tm
     assert calls == [1], "one is missing: all are trained anew"
 
 
-def test_an_edit_fits_its_own_recipe_and_seed_only(ran, organism):
-    case, edit = trainable(organism, load_cases("organism")[0]), ran[1].edits["v_only"]
+def test_an_edit_fits_its_own_recipe_and_seed_only(ran, organism, case):
+    edit = ran[1].edits["v_only"]
     read = type(edit)(**{**vars(edit), "recipe": json.loads(json.dumps(edit.recipe))})
     assert training._fits(read, organism, case, 0, QUICK)
     assert not training._fits(read, organism, case, 1, QUICK)

@@ -6,14 +6,9 @@ import pytest
 from lib.errors import DataError
 from lib.facts import load_cases, load_templates, prompts
 from lib.forward import above, pack, resid_pre
-from lib.recall import tell, trainable
+from lib.recall import tell
 from lib.studies import upper_bounds
 from lib.trace import subject_positions
-
-
-@pytest.fixture(scope="module")
-def case(organism):
-    return trainable(organism, load_cases("organism")[0])
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +33,8 @@ def test_the_whole_stream_of_the_last_position_ends_as_the_prefix_does(smollm2, 
     """What enters the last layer at the last position decides nearly all; nothing but the own token enters the first
     layer, which is the same in both runs: it brings back nothing."""
     case, facts = real
-    last = smollm2.weights.n_layers - 1
-    table = (
-        upper_bounds.carried(smollm2, case, facts, upper_bounds.PREFIX, [0, last]).set_index(["layer", "place"]).told
-    )
+    last, prefix = smollm2.weights.n_layers - 1, upper_bounds.PREFIX
+    table = upper_bounds.carried(smollm2, case, facts, prefix, [0, last]).set_index(["layer", "place"]).told
     text = load_templates()[case.template]
     bare, whole = (int(tell(smollm2, facts, {"f": text}, prefix=p).told.sum()) for p in ("", upper_bounds.PREFIX))
     assert whole >= bare + 3
@@ -69,21 +62,11 @@ def test_what_is_carried_is_what_whole_passes_with_the_stream_written_in_say(smo
     assert found.to_dict() == told and len(set(told.values())) > 1
 
 
-@pytest.mark.model
-def test_places_are_the_subject_s_last_token_and_the_end(smollm2):
-    template = load_templates()["subject_first"]
-    for name in ("France", "Slovakia", "Mozambique"):
-        prompt = template.replace("{}", name)
-        end = subject_positions(smollm2, prompt, name)[-1]
-        assert smollm2.tokenizer.decode(smollm2.token_ids(prompt)[: end + 1]) == name
-
-
 def test_a_prefix_that_cuts_the_prompt_anew_is_refused(smollm2, real):
     case, facts = real
-    with pytest.raises(DataError, match="is cut into other tokens"):
-        upper_bounds.carried(smollm2, case, facts[:3], "Answer: ", [0])  # its space joins the name
-    with pytest.raises(DataError, match="is cut into other tokens"):
-        upper_bounds.carried(smollm2, case, facts[:3], "", [0])
+    for prefix in ("Answer: ", ""):  # the space of the first joins the name
+        with pytest.raises(DataError, match="is cut into other tokens"):
+            upper_bounds.carried(smollm2, case, facts[:3], prefix, [0])
 
 
 class Reported(dict):
@@ -93,10 +76,8 @@ class Reported(dict):
 
 
 def held_out(repaired: int, capability: int = 0, ratio: float = 1.0) -> Reported:
-    columns = {"untold": 10, "low": 0.1, "high": 0.9, "best_control": 8, "split": "held_out"}
-    found = pd.DataFrame(
-        [{"pathway": "edit", "repaired": repaired} | columns, {"pathway": "noise", "repaired": 0} | columns]
-    )
+    found = pd.DataFrame({"pathway": ["edit", "noise"], "repaired": [repaired, 0], "split": "held_out"})
+    found = found.assign(untold=10, low=0.1, high=0.9, best_control=8)
     costs = pd.DataFrame({"pathway": "edit", "what": ["capability", "working templates"], "lost": [capability, 0]})
     text = pd.DataFrame([{"pathway": "edit", "ratio": ratio, "ratio_low": ratio, "ratio_high": ratio}])
     bled = pd.DataFrame({"pathway": ["none", "edit"], "bled": [1, 2]})
