@@ -15,10 +15,8 @@ from typing import Annotated, Any, Literal
 
 import pandas as pd
 import torch
-from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from lib.errors import DataError, ModelError
 from lib.facts import load_mapping, validated
@@ -113,6 +111,7 @@ def require(model: Model, answers: Sequence[Answer] | None = None) -> None:
         )
 
 
+@torch.no_grad()
 def _found(model: Model, answer: Answer) -> Any:
     """What the model gives, in the form of what is expected. Position t's distribution is about token t + 1: the first
     token has no log-probability, and the last distribution no token. The most likely token after each part of a
@@ -121,7 +120,9 @@ def _found(model: Model, answer: Answer) -> Any:
         return model.parameters if answer.kind == "parameters" else model.weights_sha256
     text = list(answer.ids) or model.token_ids(answer.text)
     ids = text if answer.bos is None else [answer.bos, *text]
-    log_p = _log_probs(model, ids + (_expected(model, answer) if answer.kind == "greedy" else []))
+    read = ids + (_expected(model, answer) if answer.kind == "greedy" else [])
+    logits = model.module(torch.tensor([read], device=model.weights.W_E.device), use_cache=False).logits[0]
+    log_p = logits.float().log_softmax(-1).cpu()  # (len(read), vocabulary)
     if answer.kind == "greedy":
         return log_p[len(ids) - 1 : -1].argmax(-1).tolist()
     if answer.kind == "top":
@@ -132,13 +133,6 @@ def _found(model: Model, answer: Answer) -> Any:
         return float(log_p[-1][first] - log_p[-1][second])
     of_each_token = log_p[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
     return of_each_token if answer.kind == "logprobs" else -sum(of_each_token) / len(of_each_token)
-
-
-@torch.no_grad()
-def _log_probs(model: Model, ids: Sequence[int]) -> Float[Tensor, "t vocab"]:
-    """Natural logarithm of p(next token | tokens up to here), at every position."""
-    tokens = torch.tensor([list(ids)], device=model.weights.W_E.device)
-    return model.module(tokens, use_cache=False).logits[0].float().log_softmax(-1).cpu()
 
 
 def _expected(model: Model, answer: Answer) -> Any:

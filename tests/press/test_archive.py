@@ -132,15 +132,12 @@ def test_a_path_outside_the_folder_is_refused(name):
         deposit.inspect(buffer.getvalue())
 
 
-def test_a_second_entry_of_the_same_name_is_found():
+def test_a_second_entry_of_the_same_name_and_a_compressed_copy_are_found():
+    """The copy: sound contents in an archive that another program packed, and not what was deposited."""
     buffer = io.BytesIO(packed())
     with zipfile.ZipFile(buffer, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr(zipfile.ZipInfo("book-1-s/html/index.html"), FILES["html/index.html"])
     assert faults(buffer.getvalue())
-
-
-def test_a_compressed_copy_is_not_the_archive():
-    """The same files in an archive that another program packed: sound contents, and not what was deposited."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in deposit.complete(FILES, MANIFEST).items():
@@ -196,7 +193,7 @@ def test_sha256sum_reads_the_manifest(tmp_path):
 
 SAVE = """
 import json, pathlib, sys
-path = pathlib.Path('../_build/results') / model_name / (NAME + '.json')
+path = pathlib.Path('../_build/results') / model_name / '01_a.json'
 path.parent.mkdir(parents=True, exist_ok=True)
 print(path.resolve(), sys.prefix + '/lib')
 facts = {'model': model_name, 'source': '', 'weights_sha256': '0' * 64, 'lib': '0', 'commit': 'c', 'python': '3',
@@ -240,7 +237,8 @@ def made(tmp_path_factory, tiny_gpt2_model) -> Path:
     for name in (*deposit.AT_THE_TOP, "LICENSES/CC0-1.0.txt", *execute.PINS, "lib/__init__.py", "data/facts.txt"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(name if name.isupper() else "")
-    chapter = notebook(folder / "book" / "01_a.ipynb", "NAME = '01_a'\n" + SAVE)
+    (folder / "book").mkdir()
+    chapter = notebook(folder, "01_a", SAVE, saves=False)
     content = json.loads(chapter.read_text())
     content["cells"].insert(0, {"cell_type": "markdown", "id": "t", "metadata": {}, "source": ["# A chapter, $x$"]})
     chapter.write_text(json.dumps(content))

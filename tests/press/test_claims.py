@@ -17,7 +17,7 @@ from lib.results import results_path
 from lib.studies import scoring
 from lib.studies.pathways import gpt2_sizes
 from tests.press.test_chapters import is_reported
-from tests.press.test_execute import SAVE, notebook, workshop  # noqa: F401
+from tests.press.test_execute import notebook, workshop  # noqa: F401
 
 CHAPTERS = ("01_a", "02_b")
 PLAIN = {
@@ -215,7 +215,7 @@ RUN_CLAIM = {**PLAIN, "found": "{seed} and {x.y:.2f}", "must": [{"key": "seed", 
 
 @pytest.fixture
 def small_book(workshop):  # noqa: F811
-    path = notebook(workshop / "book" / "01_a.ipynb", SAVE)
+    path = notebook(workshop, "01_a")
     chapter = nbformat.read(path, 4)
     chapter.cells.insert(0, nbformat.v4.new_markdown_cell("# A chapter"))
     nbformat.write(chapter, path)
