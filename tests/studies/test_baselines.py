@@ -94,17 +94,14 @@ def test_scaling_by_one_changes_nothing_and_by_zero_takes_the_head_away(organism
 
 def test_the_rule_takes_the_most_told_then_the_least_harm(organism, monkeypatch):
     told, harm = {"a": 3, "b": 8, "c": 8}, {"a": 0.0, "b": 0.2, "c": 0.1}
-    now = []
-    task = baselines._task(organism)
+    now, task = [], baselines._task(organism)
 
     def change(name):
         now[:] = [name]
         return nullcontext()
 
     def some_told(*_):
-        margins = torch.ones(len(task.facts))
-        margins[told[now[0]] :] *= -1
-        return None, None, margins
+        return None, None, torch.where(torch.arange(len(task.facts)) < told[now[0]], 1.0, -1.0)
 
     monkeypatch.setattr(baselines, "losses", some_told)
     monkeypatch.setattr(baselines, "neutral_kl", lambda *_: harm[now[0]])

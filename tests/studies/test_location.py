@@ -72,14 +72,11 @@ def test_equal_parts_have_equal_sizes_and_random_ones_differ_by_seed(organism):
     assert heads == set(range(12)) - {location.setting(organism).verdict.knowledge_head.head}
 
 
-def test_a_part_is_trained_and_counted(organism):
-    found = location.part_at(organism, layer=12, part="values", pick="random", seed=1)
+def test_a_part_is_trained_and_counted_and_comes_out_the_same_again(organism):
+    drawn = {"part": "values", "pick": "random", "seed": 1}
+    found, again = (location.part_at(organism, layer=12, **drawn) for _ in range(2))
+    assert found == again
     assert found["parameters"] == 120 * 10 and found["steps"] > 0 and found["held_out_n"] == 19
-
-
-def test_two_runs_are_the_same(organism):
-    first, again = (location.edit_at(organism, layer=12, pathway="attention", seed=3) for _ in range(2))
-    assert first == again
 
 
 def test_places_that_are_not_there(organism):

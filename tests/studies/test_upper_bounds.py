@@ -9,6 +9,7 @@ from lib.forward import above, pack, resid_pre
 from lib.recall import tell
 from lib.studies import upper_bounds
 from lib.trace import subject_positions
+from tests.studies.test_comparisons import Reported
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +68,6 @@ def test_a_prefix_that_cuts_the_prompt_anew_is_refused(smollm2, real):
     for prefix in ("Answer: ", ""):  # the space of the first joins the name
         with pytest.raises(DataError, match="is cut into other tokens"):
             upper_bounds.carried(smollm2, case, facts[:3], prefix, [0])
-
-
-class Reported(dict):
-    """Stands for `Results`."""
-
-    many = dict.update
 
 
 def held_out(repaired: int, capability: int = 0, ratio: float = 1.0) -> Reported:
