@@ -18,7 +18,7 @@ import dask
 from distributed import Client, Future, KilledWorker, LocalCluster, Security, as_completed
 from distributed.core import rpc
 
-from lib.errors import SweepError, WorkerError
+from lib.errors import SweepError
 
 _LEAVE_CTRL_C_TO_US = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # run as a worker starts
 TIMEOUT = 10  # seconds to reach a scheduler, and to wait for one that is lost
@@ -61,18 +61,6 @@ def _require_scheduler(address: str) -> None:
             f"no Dask scheduler answers at {address!r} ({found}). Start one (`dask scheduler`), give the address that "
             "it prints, such as tcp://node1:8786, or leave --scheduler out to run here."
         )
-
-
-def ask_workers(client: Client, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-    """What a function gives on each worker that is there, by address. Raises WorkerError where one cannot run it."""
-    answers = client.run(function, *arguments, on_error="return")
-    for address, answer in answers.items():
-        if isinstance(answer, Exception):
-            raise WorkerError(
-                f"the worker at {address} cannot run this project ({type(answer).__name__}: {answer}). Install it "
-                "there in the same version (`pip install --editable .` in a checkout), and start the worker again."
-            )
-    return answers
 
 
 def each(client: Client, function: Callable[..., Any], calls: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Any]]:

@@ -32,7 +32,7 @@ from lib.errors import ChapterError, SweepError, WorkerError
 from lib.files import BUILD, slug
 from lib.models import SPECS as MODELS
 from lib.models import weights_sha256
-from lib.sweeps.cluster import ask_workers, connect, each
+from lib.sweeps.cluster import connect, each
 from lib.sweeps.experiments import code, code_sha256, differing, is_unchanged, perform
 from lib.sweeps.specification import Spec, expand
 from lib.sweeps.store import Run, Store, in_turn, shared
@@ -170,7 +170,7 @@ def _do(
         client = stack.enter_context(connect(scheduler, workers=min(workers or CPU_COUNT, len(calls))))
         if scheduler:
             for planned in plans:
-                _require_same_code(planned, ask_workers(client, code, planned.spec.run), say)
+                _require_same_code(planned, client.run(code, planned.spec.run, on_error="return"), say)
         total, names = sum(len(p.runs) for p in plans), ", ".join(p.spec.name for p in plans)
         bar = stack.enter_context(tqdm(total=total, initial=total - len(todo), desc=names, unit="run"))
         for key, outcome in each(client, perform, calls):
@@ -193,11 +193,17 @@ def _call(planned: Plan, run: Run) -> dict[str, Any]:
     return given | {"weights": planned.header["weights_sha256"], "code": code_sha256(spec.run)}
 
 
-def _require_same_code(planned: Plan, answers: dict[str, dict[str, str]], say: Callable[[str], None]) -> None:
-    """Raises WorkerError where a worker has other code or data. Those that come later say so themselves."""
+def _require_same_code(planned: Plan, answers: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Raises WorkerError where a worker has other code or data, or cannot say. Those that come later say so themselves.
+    answers: what `code` gave on each worker, or the exception that it raised, by the worker's address."""
     if not answers:
         say("the scheduler has no worker yet; the runs wait for one")
     for address, theirs in answers.items():
+        if isinstance(theirs, Exception):
+            raise WorkerError(
+                f"the worker at {address} cannot run this project ({type(theirs).__name__}: {theirs}). Install it "
+                "there in the same version (`pip install --editable .` in a checkout), and start the worker again."
+            )
         if names := differing(planned.header["code"], theirs):
             raise WorkerError(
                 f"the worker at {address} has another version of {names}. Install the same version of the project "

@@ -202,16 +202,6 @@ def test_a_worker_with_other_code_or_weights_says_so(monkeypatch):
         performed(monkeypatch, lambda model: {}, model="nobody")
 
 
-def test_noise(organism):
-    """No noise changes nothing; much noise on the whole layer does; the model is restored; seeds differ."""
-    still = told_under(organism, layer=1, scale=0.0)
-    assert still == told_under(organism, layer=12, scale=0.0, pathway="full", draws=1, seed=5)
-    loud = told_under(organism, layer=1, scale=3.0, pathway="full", draws=2)
-    assert loud["margin"] != still["margin"] and loud["facts"] == still["facts"] == 8
-    assert loud != told_under(organism, layer=1, scale=3.0, pathway="full", draws=2, seed=1)
-    assert still == told_under(organism, layer=1, scale=0.0)
-
-
 # Bad input
 
 
@@ -601,6 +591,10 @@ def test_a_worker_of_another_version_is_named():
     other = planned.header["code"] | {"lib/facts.py": "other"}
     with pytest.raises(WorkerError, match=r"worker at tcp://x has another version of lib/facts\.py\. Install"):
         runs._require_same_code(planned, {"tcp://x": other}, said.append)
+    with pytest.raises(
+        WorkerError, match=r"worker at tcp://x cannot run this project \(ImportError: no lib\)\. Install"
+    ):
+        runs._require_same_code(planned, {"tcp://x": ImportError("no lib")}, said.append)
     runs._require_same_code(planned, {"tcp://x": planned.header["code"]}, said.append)
     assert not said
     runs._require_same_code(planned, {}, said.append)
