@@ -275,15 +275,13 @@ def test_shipped_specifications_are_sound():
 
 def listening(reply: bytes) -> tuple[socket.socket, str]:
     """A port where something other than a scheduler listens."""
-    server, kept = socket.create_server(("127.0.0.1", 0)), []
+    server, connections = socket.create_server(("127.0.0.1", 0)), []
 
     def serve():
-        while True:
-            try:
-                kept.append(server.accept()[0])
-                kept[-1].sendall(reply)
-            except OSError:
-                return
+        with suppress(OSError):  # closed at the end
+            while True:
+                connections.append(server.accept()[0])
+                connections[-1].sendall(reply)
 
     threading.Thread(target=serve, daemon=True).start()
     return server, f"tcp://127.0.0.1:{server.getsockname()[1]}"
@@ -314,8 +312,8 @@ def test_the_table_is_the_same_whatever_the_order_of_arrival(tmp_path, here, org
     assert table[["layer", "pathway", "scale"]].values.tolist() == [
         [layer, pathway, scale] for layer in (2, 11) for pathway in ("k_only", "v_only") for scale in (0.5, 2)
     ]
-    own = told_under(organism, layer=2, pathway="k_only", scale=0.5)
-    assert table.iloc[0].to_dict() == {"layer": 2, "pathway": "k_only", "scale": 0.5, "draws": 1, "seed": 0} | own
+    first = {"layer": 2, "pathway": "k_only", "scale": 0.5, "draws": 1, "seed": 0}
+    assert table.iloc[0].to_dict() == first | told_under(organism, **first)
     timed = runs.table(wanted, tmp_path / "0", timing=True)
     assert (timed.seconds > 0).all()
     pd.testing.assert_frame_equal(timed.drop(columns="seconds"), table)
