@@ -4,10 +4,11 @@ import dataclasses
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from typer.testing import CliRunner
 
@@ -24,32 +25,13 @@ VALUES = {c: {"pathways": dict.fromkeys(PAPER, PATHWAY)} for c in (hub.MAKER, hu
 SECRET = "hf_secret"
 
 
-class Hub:
+def stand_in(**trouble: Exception) -> Mock:
     """Stands for HfApi. trouble: what the call of this name raises."""
-
-    def __init__(self, **trouble: Exception) -> None:
-        self.trouble, self.calls, self.files = trouble, [], {}
-
-    def __call__(self, token: str) -> "Hub":
-        self.token = token
-        return self
-
-    def _call(self, name: str, **what) -> None:
-        self.calls.append((name, what))
-        if name in self.trouble:
-            raise self.trouble[name]
-
-    def whoami(self) -> dict:
-        self._call("whoami")
-        return {"name": "me"}
-
-    def create_repo(self, repo_id: str, **what) -> str:
-        self._call("create_repo", repo_id=repo_id, **what)
-        return f"hub:{what['repo_type']}/{repo_id}"
-
-    def upload_folder(self, *, folder_path: Path, repo_type: str, **what) -> None:
-        self._call("upload_folder", repo_type=repo_type, **what)
-        self.files[repo_type] = {p.relative_to(folder_path).as_posix() for p in folder_path.rglob("*") if p.is_file()}
+    api = Mock(spec=HfApi, **{"whoami.return_value": {"name": "me"}})
+    api.create_repo.side_effect = lambda repo, *, repo_type, **_: f"hub:{repo_type}/{repo}"
+    for name, error in trouble.items():
+        getattr(api, name).side_effect = error
+    return Mock(return_value=api)
 
 
 def refusal(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError) -> HfHubHTTPError:
@@ -157,22 +139,23 @@ def test_the_dry_run_lists_and_uploads_nothing(run, tmp_path, monkeypatch):
 
 
 def test_model_and_space_are_uploaded(prepared):
-    api, said = Hub(), []
+    api, said = stand_in(), []
     addresses = hub.upload(prepared, "me/edits", f" {SECRET}\n", api=api, say=said.append)
-    assert addresses == ["hub:model/me/edits", "hub:space/me/edits"] and api.token == SECRET
-    made = [what for name, what in api.calls if name == "create_repo"]
+    assert addresses == ["hub:model/me/edits", "hub:space/me/edits"]
+    api.assert_called_once_with(token=SECRET)
+    made = [call.kwargs for call in api.return_value.create_repo.call_args_list]
     assert [(m["repo_type"], m.get("space_sdk")) for m in made] == [("model", None), ("space", "static")]
-    assert api.files["space"] == {"README.md", "index.html"}
-    assert "v_only/edit.safetensors" in api.files["model"] and "README.md" in api.files["model"]
+    sent = [(c.kwargs["repo_type"], c.kwargs["folder_path"]) for c in api.return_value.upload_folder.call_args_list]
+    assert sent == [("model", prepared / "model"), ("space", prepared / "space")]
     assert not any(SECRET in line for line in said)
 
 
 def test_a_missing_token(prepared):
-    api = Hub()
+    api = stand_in()
     for token in ("", "  \n"):
         with pytest.raises(ReleaseError, match=r"there is no token. Make one that may write"):
             hub.upload(prepared, "me/edits", token, api=api)
-    assert api.calls == []
+    assert not api.called
 
 
 @pytest.mark.parametrize(
@@ -188,26 +171,28 @@ def test_a_missing_token(prepared):
     ],
 )
 def test_a_refusal_says_what_to_do(prepared, call, trouble, said):
-    api = Hub(**{call: trouble})
+    api = stand_in(**{call: trouble})
     with pytest.raises(ReleaseError, match=said):
         hub.upload(prepared, "me/edits", SECRET, api=api, say=lambda _: None)
-    assert api.calls[-1][0] == call, "nothing is tried after it"
+    assert api.return_value.method_calls[-1][0] == call, "nothing is tried after it"
 
 
 def test_the_command_asks_before_it_uploads(prepared, monkeypatch):
-    api = Hub()
+    api = stand_in()
     monkeypatch.setattr(hub.upload, "__kwdefaults__", {**hub.upload.__kwdefaults__, "api": api})
     command = ["publish", str(prepared), "--model", "organism", "--upload", "--repo", "me/edits"]
     refused = CliRunner().invoke(app, command, input=f"{SECRET}\nn\n")
-    assert refused.exit_code == 1 and api.calls == [] and "everyone can see?" in refused.output
+    assert refused.exit_code == 1 and not api.called and "everyone can see?" in refused.output
     assert SECRET not in refused.output
     empty = CliRunner().invoke(app, command, input="\ny\n")
-    assert isinstance(empty.exception, ReleaseError) and "no token" in str(empty.exception) and api.calls == []
+    assert isinstance(empty.exception, ReleaseError) and "no token" in str(empty.exception) and not api.called
     done = CliRunner().invoke(app, command, input=f"{SECRET}\ny\n")
-    assert done.exit_code == 0 and api.token == SECRET and set(api.files) == {"model", "space"}
+    assert done.exit_code == 0 and api.return_value.upload_folder.call_count == 2
+    api.assert_called_once_with(token=SECRET)
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_environment")
     done = CliRunner().invoke(app, command, input="y\n")
-    assert done.exit_code == 0 and api.token == "hf_of_the_environment" and "hf_of" not in done.output
+    assert done.exit_code == 0 and "hf_of" not in done.output
+    api.assert_called_with(token="hf_of_the_environment")
 
 
 @pytest.mark.parametrize("repo", ["", "edits", "me/edits/x", "me/", "a b/c"])
@@ -226,10 +211,10 @@ def test_uploading_needs_a_name(prepared, repo):
 )
 def test_a_folder_that_was_altered_is_not_uploaded(prepared, name, change):
     change(prepared / name)
-    api = Hub()
+    api = stand_in()
     with pytest.raises(ReleaseError, match=f"{name} is not as it was prepared. Nothing is uploaded"):
         hub.upload(prepared, "me/edits", SECRET, api=api)
-    assert api.calls == []
+    assert not api.called
 
 
 # what cannot be prepared
