@@ -83,6 +83,20 @@ def test_training_tells_the_facts_and_leaves_the_model_alone(tiny, task, pathway
     assert run.kl == pytest.approx(neutral_kl(tiny, task, run.edit.values)) == run.edit.recipe["neutral_kl"]
 
 
+def test_gpt2_v_slice_is_the_last_third_and_nothing_else(tiny_gpt2_model):
+    """A masked gradient under an optimiser with momentum or weight decay would move the fused columns of Q and K."""
+    d = tiny_gpt2_model.weights.d_model
+    run = train(tiny_gpt2_model, task_at(tiny_gpt2_model, CASE, LAYER, QUICK), "v_only", rate=0.03)
+    (part,) = run.edit.values
+    assert (part.name, part.start, part.stop) == (f"transformer.h.{LAYER}.attn.c_attn.weight", 2 * d, 3 * d)
+    before = {name: tensor.clone() for name, tensor in tiny_gpt2_model.module.state_dict().items()}
+    with applied(tiny_gpt2_model, run.edit):
+        after = tiny_gpt2_model.module.state_dict()
+        assert {name for name in after if not torch.equal(after[name], before[name])} == {part.name}
+        same = (after[part.name] == before[part.name]).all(0)
+        assert same[: 2 * d].all() and not same[2 * d :].any()
+
+
 def test_same_seed_same_edit(tiny, task):
     first, same, other = (train(tiny, task, "v_only", rate=0.03, seed=s).edit.values for s in (4, 4, 5))
     assert all(torch.equal(first[s], same[s]) for s in first)
