@@ -343,9 +343,8 @@ def _parameter(text: str) -> tuple[str, Any]:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("httpx", "huggingface_hub", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    logging.getLogger("lib").setLevel(logging.INFO)  # what this package says of its work; of others only errors
     try:
         app()
     except BookError as error:
