@@ -19,7 +19,7 @@ ONE = torch.ones(3)
 
 def row(**changes) -> Row:
     given = {"name": "sum", "what": "three ones", "peer_name": "a slow way", "tolerance": 1e-6, "goal": 2.0}
-    given |= {"ours": lambda: time.sleep(0.001) or ONE, "peer": lambda: time.sleep(0.02) or ONE}
+    given |= {"ours": lambda: time.sleep(0.005) or ONE, "peer": lambda: time.sleep(0.1) or ONE}
     return Row(**given | {"same": measure.largest} | changes)
 
 
@@ -42,7 +42,7 @@ def test_a_missed_goal_is_said():
 
 def test_a_sample_stands_for_the_whole():
     found = measure.run(row(peer_of=0.1), matmul=1e9)
-    assert 0.19 < found["peer_s"] < 0.4
+    assert 0.95 < found["peer_s"] < 2
 
 
 def test_operations_and_memory_are_those_of_the_work():
