@@ -42,6 +42,7 @@ _WIDTH = """() => {
                 + `first by ${e.outerHTML.slice(0, 80)}`);
     return found.length ? found : ['the page scrolls sideways'];
 }"""
+_STILL = "*, *::before, *::after { transition: none !important; animation: none !important }"  # colours on their way
 _LINKS = "() => [...document.querySelectorAll('a[href], iframe[src]')].map(a => a.href || a.src)"
 
 
@@ -54,6 +55,7 @@ def look(browser: Browser, path: Path, html: Path, *, scheme: str = "light", wid
         page.on("pageerror", lambda error: found.append(f"script: {error}"))
         page.on("request", lambda r: found.append(f"asks outside: {r.url}") if is_outside(r.url, html) else None)
         page.goto(path.as_uri(), wait_until="load")
+        page.add_style_tag(content=_STILL)
         page.wait_for_timeout(300)  # scripts that set tables
         found += [text for script in (_PICTURES, _FORMULAS, _WIDTH) for text in page.evaluate(script)]
         return found + dead_links(page, html) + accessibility(page)
