@@ -143,9 +143,10 @@ class _Press:
         start, log = time.perf_counter(), log_path(self.model_name, chapter)
         tick = partial(self._tick, bar)
         execute(BOOK / f"{chapter}.ipynb", executed, self.values, log=log, threads=self.threads, tick=tick)
-        if not results.exists():
-            executed.unlink()
-            raise ChapterError(f"{chapter} ran, but saved no results; its last cell must call report.save().")
+        if fault := _unreported(executed, results):
+            for file in (executed, results):
+                file.unlink(missing_ok=True)
+            raise ChapterError(f"{chapter} ran, but {fault}.")
         stamp = fingerprint(self.model_name, chapter, self.values, self.weights)
         write_atomically(executed.with_suffix(".key"), json.dumps({"values": self.values, "fingerprint": stamp}))
         self._end(bar, f"{chapter}: executed on {self.model_name} in {time.perf_counter() - start:.0f} s")
@@ -157,6 +158,18 @@ class _Press:
         self.progress.update(bar, completed=self.progress.tasks[bar].total)
         if self.progress.disable:
             self.say(line)
+
+
+def _unreported(executed: Path, results: Path) -> str:
+    """What a chapter that ran owes its readers, as the end of a sentence: results, with every number that its prose
+    names; empty if nothing."""
+    if not results.exists():
+        return "saved no results; its last cell must call report.save()"
+    reported = json.loads(results.read_text(encoding="utf-8"))["values"]
+    cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
+    prose = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    lacking = [key for key in dict.fromkeys(re.findall(r"\{glue:text\}`([^`]+)`", prose)) if key not in reported]
+    return f"its prose names {', '.join(lacking)}, which it did not report" if lacking else ""
 
 
 def is_current(model_name: str, chapter: str, values: dict[str, Any] | None, weights: str) -> bool:

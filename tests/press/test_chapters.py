@@ -11,8 +11,6 @@ from lib.files import ROOT
 from lib.press.execute import BOOK, chapter_names
 
 PAPER = {"25.8", "149.9", "42.7", "42.6", "0.44", "7.1", "2.4", "4.7"}  # figures of the source page, quoted as such
-
-
 NOT_THE_WORD = r"in case\b|in (?:both|95 % of) cases|head to head|\btold of in full|in fact\b"
 
 
@@ -77,37 +75,6 @@ def test_no_measured_decimal_is_typed_into_prose(chapter):
     for text in cells(chapter, "markdown"):
         typed = set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", re.sub(r"\{[^}]*\}`[^`]*`", "", text)))
         assert typed <= PAPER, typed
-
-
-def texts_in(code: str) -> set[str]:
-    """Every text that stands in some code, as a pattern: what an f-string fills in may be any word."""
-    nodes = list(ast.walk(ast.parse(code)))
-    out = {re.escape(n.value) for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    for text in (node for node in nodes if isinstance(node, ast.JoinedStr)):
-        parts = [part.value if isinstance(part, ast.Constant) else None for part in text.values]
-        if max((len(part) for part in parts if part), default=0) > 1:  # else it would match every word
-            out.add("".join(r"\w+" if part is None else re.escape(part) for part in parts))
-    return out
-
-
-LIBRARY = set().union(*(texts_in(path.read_text(encoding="utf-8")) for path in (ROOT / "lib").rglob("*.py")))
-LIBRARY |= {key for path in (ROOT / "lib").rglob("*.yaml") for key in re.findall(r"^(\w+):", path.read_text(), re.M)}
-
-
-def is_reported(key: str, chapter: str) -> bool:
-    """Whether a chapter's code, or the library, has the key as a text: plain, or put together in an f-string."""
-    code = "\n".join(line for line in "\n".join(cells(chapter, "code")).splitlines() if not line.startswith(("%", "!")))
-    written = (key, key.removesuffix("s"), key.removeprefix("organism_"))  # of all cases, of the planted model
-    texts = texts_in(code) | LIBRARY
-    halves = ((key[: m.start()], key[m.end() :]) for m in re.finditer("_", key))  # of an f-string with two holes
-    return any(re.fullmatch(p, name) for p in texts for name in written) or any({*pair} <= texts for pair in halves)
-
-
-def test_every_glued_key_is_reported(chapter):
-    for text in cells(chapter, "markdown"):
-        for key in re.findall(r"\{glue:text\}`(\w+)`", text):
-            assert is_reported(key, chapter), key
-    assert not is_reported("no_such_key", chapter)
 
 
 def test_every_figure_has_caption_and_alt_text(chapter):

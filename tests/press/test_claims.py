@@ -1,5 +1,6 @@
 """Claims: what is refused, each verdict from results made by hand, and the book's own list."""
 
+import ast
 import re
 import shutil
 from itertools import product
@@ -11,12 +12,12 @@ from typer.testing import CliRunner
 
 from lib.__main__ import app
 from lib.errors import DataError
-from lib.files import DATA
+from lib.files import DATA, ROOT
 from lib.press import build, check, claims, execute, texts
 from lib.results import results_path
 from lib.studies import scoring
 from lib.studies.pathways import gpt2_sizes
-from tests.press.test_chapters import is_reported
+from tests.press.test_chapters import cells
 from tests.press.test_execute import notebook, workshop  # noqa: F401
 
 CHAPTERS = ("01_a", "02_b")
@@ -286,6 +287,30 @@ def test_without_a_run_every_claim_is_not_run():
         assert {j.verdict for j in claims.judge_all(OWN, model, {})} == {"not run"}
 
 
+def texts_in(code: str) -> set[str]:
+    """Every text that stands in some code, as a pattern: what an f-string fills in may be any word."""
+    nodes = list(ast.walk(ast.parse(code)))
+    out = {re.escape(n.value) for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    for text in (node for node in nodes if isinstance(node, ast.JoinedStr)):
+        parts = [part.value if isinstance(part, ast.Constant) else None for part in text.values]
+        if max((len(part) for part in parts if part), default=0) > 1:  # else it would match every word
+            out.add("".join(r"\w+" if part is None else re.escape(part) for part in parts))
+    return out
+
+
+LIBRARY = set().union(*(texts_in(path.read_text(encoding="utf-8")) for path in (ROOT / "lib").rglob("*.py")))
+LIBRARY |= {key for path in (ROOT / "lib").rglob("*.yaml") for key in re.findall(r"^(\w+):", path.read_text(), re.M)}
+
+
+def is_reported(key: str, chapter: str) -> bool:
+    """Whether a chapter's code, or the library, has the key as a text: plain, or put together in an f-string."""
+    code = "\n".join(line for line in "\n".join(cells(chapter, "code")).splitlines() if not line.startswith(("%", "!")))
+    written = (key, key.removesuffix("s"), key.removeprefix("organism_"))  # of all cases, of the planted model
+    texts = texts_in(code) | LIBRARY
+    halves = ((key[: m.start()], key[m.end() :]) for m in re.finditer("_", key))  # of an f-string with two holes
+    return any(re.fullmatch(p, name) for p in texts for name in written) or any({*pair} <= texts for pair in halves)
+
+
 def test_every_key_is_one_that_its_chapter_reports():
     by_rule = {scoring.key(rule, what) for rule, what in product(scoring.REPORTED, scoring.SHARES)}  # chapter 7
     for claim in OWN:
@@ -293,6 +318,7 @@ def test_every_key_is_one_that_its_chapter_reports():
             chapter, _, path = key.partition("/")
             name = path.split(".")[0]
             assert name in by_rule or is_reported(name, chapter), (claim.id, key)
+            assert not is_reported("no_such_key", chapter)
 
 
 def test_reasons_and_values_are_made_of_results():

@@ -281,6 +281,16 @@ def test_a_failing_chapter_takes_its_old_figures_down(workshop, no_kernel):
         build.build("s")
 
 
+def test_a_chapter_whose_prose_names_a_number_that_it_did_not_report_fails(workshop, no_kernel):
+    path = notebook(workshop, "01_a")
+    nb = nbformat.read(path, 4)
+    nb.cells.append(nbformat.v4.new_markdown_cell("{glue:text}`seed` of {glue:text}`tolled` and {glue:text}`sead`"))
+    nbformat.write(nb, path)
+    with pytest.raises(ChapterError, match="01_a ran, but its prose names tolled, sead, which it did not report"):
+        run("01_a")
+    assert not list((workshop / "_build").rglob("01_a.*"))
+
+
 def test_a_chapter_that_stops_saving_fails(workshop, no_kernel):
     notebook(workshop, "01_a")
     run("01_a")
