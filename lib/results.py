@@ -25,6 +25,7 @@ from IPython import get_ipython
 from matplotlib.figure import Figure
 
 from lib import __version__
+from lib.errors import ChapterError
 from lib.files import BUILD, commit, make_folder, slug, write_atomically
 from lib.models import Model
 from lib.sites import Site
@@ -104,6 +105,24 @@ def results_path(model_name: str, chapter: str) -> Path:
 def chapter_folder(model_name: str, chapter: str) -> Path:
     """Where a chapter puts files that others use."""
     return results_path(model_name, chapter).with_suffix("")
+
+
+def read(model_name: str, weights_sha256: str, chapter: str) -> dict[str, dict[str, Any]]:
+    """A chapter's results file: its provenance and its values. Raises ChapterError for a file that is missing or cannot
+    be read, and for one that the run of another model, or of other weights, has left there."""
+    path, remedy = results_path(model_name, chapter), f"Run `python -m lib run {chapter} --model {model_name} --force`."
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        maker, weights, *_ = (content["provenance"][key] for key in ("model", "weights_sha256", "lib", "seed"))
+        content["values"].keys()
+    except FileNotFoundError:
+        raise ChapterError(f"there is no {path}. {remedy}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ChapterError(f"{path} is no results file ({error!r}). {remedy}") from error
+    if (maker, weights) != (model_name, weights_sha256):
+        asked = f"{model_name} ({weights_sha256[:12]}...)"
+        raise ChapterError(f"{path} was made by {maker} ({weights[:12]}...), not by {asked}. {remedy}")
+    return content
 
 
 def reach(values: Any, key: str) -> Any:

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +35,7 @@ from lib.files import file_sha256
 from lib.interventions import CachedRun
 from lib.models import Model
 from lib.recall import study_facts, tell, trainable
-from lib.results import Results, chapter_folder, reach, results_path
+from lib.results import Results, chapter_folder, reach, read, results_path
 from lib.show.figures import visible
 from lib.static import (
     RelationMap,
@@ -152,20 +151,10 @@ def taken(model: Model) -> tuple[dict[str, dict[str, Any]], int]:
     that is no number."""
     reported, seeds = {}, set()
     for chapter, keys in TAKEN.items():
-        path = results_path(model.name, chapter)
-        rerun = RERUN.format(chapter, model.name)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            provenance, values = content["provenance"], content["values"]
-            name, weights, made_by = (provenance[key] for key in ("model", "weights_sha256", "lib"))
-            seeds.add(provenance["seed"])
-        except FileNotFoundError:
-            raise ChapterError(f"there is no {path}, which the dashboard is made from. {rerun}") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ChapterError(f"{path} is no results file ({error!r}). {rerun}") from error
-        if (name, weights) != (model.name, model.weights_sha256):
-            asked = f"{model.name} ({model.weights_sha256[:12]}...)"
-            raise ChapterError(f"{path} was made by {name} ({weights[:12]}...), not by {asked}. {rerun}")
+        path, rerun = results_path(model.name, chapter), RERUN.format(chapter, model.name)
+        content = read(model.name, model.weights_sha256, chapter)
+        values, made_by = content["values"], content["provenance"]["lib"]
+        seeds.add(content["provenance"]["seed"])
         if made_by != __version__:
             raise ChapterError(f"{path} was made by version {made_by} of lib, and this is {__version__}. {rerun}")
         if lacking := [key for key in keys if key not in values]:

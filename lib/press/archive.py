@@ -26,14 +26,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lib import __version__, edits
 from lib.errors import ReleaseError
 from lib.files import BUILD, ROOT, slug, write_atomically
 from lib.models import canonical, weights_sha256
 from lib.press import build, check, execute, release
-from lib.press.texts import fill
+from lib.press.texts import entries, fill
 from lib.results import chapter_folder, results_path
 from lib.studies.pathways import PAPER
 
@@ -41,7 +39,7 @@ SUMS, MANIFEST = "MANIFEST.sha256", "MANIFEST.json"
 AT_THE_TOP = ("LICENSE", "NOTICE", "CITATION.cff", ".zenodo.json")  # beside source/, where a depositor looks for them
 _PART = r"(?!\.\.?(/|$))[^/\\:\0]+"
 SAFE = re.compile(f"{_PART}(/{_PART})+")  # a name that unpacks into its own folder, on any system
-CONTENTS: dict[str, str] = yaml.safe_load(fill("archive_contents.yaml"))
+CONTENTS = entries("archive_contents.yaml")
 
 
 @dataclass(frozen=True)

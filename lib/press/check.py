@@ -16,7 +16,7 @@ from lib.files import ROOT, slug
 from lib.models import canonical, weights_sha256
 from lib.press import claims
 from lib.press.execute import chapter_names, is_current
-from lib.results import reach, results_path
+from lib.results import reach, read
 
 
 def check(model_name: str, folder: Path = ROOT / "data" / "expected") -> list[tuple[str, str, Any, Any, bool]]:
@@ -48,19 +48,9 @@ def judged(model_name: str) -> list[claims.Judged]:
 def current_values(model_name: str) -> dict[str, dict[str, Any]]:
     """What a model's chapters reported, of those whose results belong to their present inputs. Raises ChapterError for
     a results file that the run of another model has left there."""
-    weights, values = weights_sha256(model_name), {}
-    for chapter in chapter_names():
-        if is_current(model_name, chapter, None, weights):
-            path = results_path(model_name, chapter)
-            content = json.loads(path.read_text(encoding="utf-8"))
-            maker, sum_ = content["provenance"]["model"], content["provenance"]["weights_sha256"]
-            if (maker, sum_) != (model_name, weights):
-                raise ChapterError(
-                    f"{path} was made by {maker} ({sum_[:12]}...), not by {model_name} ({weights[:12]}...). "
-                    f"Run `python -m lib run {chapter} --model {model_name} --force`."
-                )
-            values[chapter] = content["values"]
-    return values
+    weights = weights_sha256(model_name)
+    current = [chapter for chapter in chapter_names() if is_current(model_name, chapter, None, weights)]
+    return {chapter: read(model_name, weights, chapter)["values"] for chapter in current}
 
 
 def _holds(wanted: dict[str, Any], value: Any) -> bool:

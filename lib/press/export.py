@@ -16,7 +16,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-import yaml
 from huggingface_hub import ModelCardData
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -27,12 +26,12 @@ from lib.errors import BookError, EditError
 from lib.facts import prompts
 from lib.forward import next_token_logits
 from lib.models import Model
-from lib.press.texts import fill
+from lib.press.texts import entries, fill
 from lib.sites import Site
 
 WEIGHTS, EDIT, CARD = "model.safetensors", "edit.safetensors", "README.md"
 BESIDE = 50_000_000  # bytes, generously: tokenizer, configuration and card
-CHANGED: dict[str, str] = yaml.safe_load(fill("changed.yaml"))
+CHANGED = entries("changed.yaml")
 
 
 def export(model: Model, edit: Edit, folder: Path) -> Path:

@@ -12,6 +12,7 @@ import re
 from functools import cache
 from pathlib import Path
 
+import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -21,6 +22,11 @@ def fill(template: str, **values: object) -> str:
     """The text of a template, its last line break included. Raises jinja2's TemplateNotFound for a name that is no
     file of `templates/`, and UndefinedError for a value that the template needs and is not given."""
     return _environment(TEMPLATES).get_template(template).render(**values)
+
+
+def entries(name: str) -> dict[str, str]:
+    """Words for values: a YAML file of `templates/` that maps names to texts."""
+    return yaml.safe_load((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
 def escape(text: object) -> str:

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from lib.errors import SweepError
+from lib.facts import validated
 from lib.files import ROOT
 from lib.models import canonical, n_layers
 from lib.sweeps.experiments import complete
 
 SPECS = ROOT / "data" / "sweeps"
 _NUMBER = re.compile(r"[-+]?[\d.]+([eE][-+]?\d+)?")
-_FAULTS = {
-    "extra_forbidden": "unknown key {where!r} (known: {known})",
-    "missing": "{where} is missing",
-    "too_short": "{where} is empty; give at least one value",
-}
 Values = Annotated[list[JsonValue], BeforeValidator(lambda v: v if isinstance(v, list) else [v]), Field(min_length=1)]
 Grid = Annotated[dict[str, Values], Field(min_length=1)]
 
@@ -60,16 +55,8 @@ def load(source: str | Path, *, model_name: str | None = None) -> Spec:
         raise SweepError(f"{path} is no mapping; it needs name, model, run and grid.")
     if "subject" in content:
         raise SweepError(f"{path} has the key `subject`, which is called `model` now.")
-    try:
-        return Spec.model_validate(content | ({"model": model_name} if model_name else {}))
-    except ValidationError as error:
-        faults = "; ".join(map(_sentence, error.errors()))
-        raise SweepError(f"{path} is no specification of a sweep: {faults}.") from error
-
-
-def _sentence(fault: Mapping[str, Any]) -> str:
-    form = _FAULTS.get(fault["type"], "{where}: {msg}, not {input!r}")
-    return form.format_map({**fault, "where": ".".join(map(str, fault["loc"])), "known": ", ".join(Spec.model_fields)})
+    content |= {"model": model_name} if model_name else {}
+    return validated(Spec, content, f"{path} is no specification of a sweep", SweepError)
 
 
 def expand(spec: Spec) -> list[dict[str, Any]]:
