@@ -151,19 +151,27 @@ def applied(model: Model, edit: Edit) -> Iterator[Model]:
 
 
 @contextmanager
-def written(model: PreTrainedModel, values: dict[Slice, Tensor]) -> Iterator[None]:
-    """Values in the model's own weights; restored afterwards, bit for bit. Raises EditError as `targets` does."""
-    pairs = list(zip(targets(model, values), values.values(), strict=True))
-    before = [target.clone() for target, _ in pairs]
+def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Whatever is written into a model's own tensors meanwhile, they are afterwards what they were, bit for bit, also
+    after an exception."""
+    before = [tensor.detach().clone() for tensor in tensors]
     try:
-        with torch.no_grad():
-            for target, value in pairs:
-                target.copy_(value)
         yield
     finally:
         with torch.no_grad():
-            for (target, _), value in zip(pairs, before, strict=True):
-                target.copy_(value)
+            for tensor, values in zip(tensors, before, strict=True):
+                tensor.copy_(values)
+
+
+@contextmanager
+def written(model: PreTrainedModel, values: dict[Slice, Tensor]) -> Iterator[None]:
+    """Values in the model's own weights; `restored` afterwards. Raises EditError as `targets` does."""
+    places = targets(model, values)
+    with restored(places):
+        with torch.no_grad():
+            for place, value in zip(places, values.values(), strict=True):
+                place.copy_(value)
+        yield
 
 
 def check(model: Model, edit: Edit) -> None:
@@ -191,20 +199,24 @@ def check(model: Model, edit: Edit) -> None:
 
 def targets(model: PreTrainedModel, values: dict[Slice, Tensor]) -> list[Tensor]:
     """The model's own tensors (views, where a slice is part of one) that the values replace. Raises EditError."""
-    parameters, fault = dict(model.named_parameters()), ""
+    parameters = dict(model.named_parameters())
     for part, value in values.items():
-        if part.name not in parameters:
-            fault = f"the model has no parameter {part.name}"
-            break
-        whole, target = parameters[part.name], part.of(parameters[part.name])
-        if not (part.start is part.stop is None or 0 <= (part.start or 0) < (part.stop or 0) <= whole.shape[-1]):
-            fault = f"{part.name} has the columns 0 to {whole.shape[-1]}, and the edit is for {part}"
-        elif (target.shape, target.dtype) != (value.shape, value.dtype):
-            fault = f"{part} has the shape {tuple(target.shape)} in {target.dtype}, and "
-            fault += f"the edit's values have {tuple(value.shape)} in {value.dtype}"
-    if fault:
-        raise EditError(f"{fault}; the edit is of another model, or was altered.")
+        if fault := _misfit(parameters.get(part.name), part, value):
+            raise EditError(f"{fault}; the edit is of another model, or was altered.")
     return [part.of(parameters[part.name]) for part in values]
+
+
+def _misfit(whole: Tensor | None, part: Slice, value: Tensor) -> str:
+    """Why a value cannot stand in its place of a parameter; empty if it can."""
+    if whole is None:
+        return f"the model has no parameter {part.name}"
+    if part.start is not None and not 0 <= part.start < (part.stop or 0) <= whole.shape[-1]:
+        return f"{part.name} has the columns 0 to {whole.shape[-1]}, and the edit is for {part}"
+    target = part.of(whole)
+    if (target.shape, target.dtype) != (value.shape, value.dtype):
+        held = f"the edit's values have {tuple(value.shape)} in {value.dtype}"
+        return f"{part} has the shape {tuple(target.shape)} in {target.dtype}, and {held}"
+    return ""
 
 
 def outside_sha256(model: PreTrainedModel, slices: Sequence[Slice]) -> str:

@@ -26,7 +26,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from lib import evaluation
-from lib.edits import applied, written
+from lib.edits import applied, restored, written
 from lib.errors import EditError
 from lib.evaluation import NONE, Measured, Protocol
 from lib.facts import load_templates
@@ -265,18 +265,16 @@ def _neutral_neurons(model: Model, task: Task, seen: list[Tensor]) -> tuple[Tens
 def _everything(model: Model) -> Rival:
     """All blocks of the model, at small rates; the embedding, which is the unembedding too, stays."""
     blocks = {n: p for n, p in model.module.named_parameters() if n.startswith(model.weights.layout.blocks + ".")}
-    before = {n: p.detach().clone() for n, p in blocks.items()}
 
     def trained(rate: float) -> tuple[int, Change]:
-        leaves = [p.requires_grad_() for p in blocks.values()]
-        try:
-            optimise(model, _task(model, 0), leaves, {}, rate=rate)
-            values = {Slice(n): p.detach().clone() for n, p in blocks.items()}
-        finally:
-            with torch.no_grad():
-                for n, p in blocks.items():
-                    p.requires_grad_(False).copy_(before[n])
-                    p.grad = None
+        leaves = list(blocks.values())
+        with restored(leaves):
+            try:
+                optimise(model, _task(model, 0), [p.requires_grad_() for p in leaves], {}, rate=rate)
+                values = {Slice(n): p.detach().clone() for n, p in blocks.items()}
+            finally:
+                for p in leaves:
+                    p.requires_grad_(False).grad = None
         return sum(v.numel() for v in values.values()), partial(written, model.module, values)
 
     return _best_rate(model, "all blocks", "all", trained, layer=0)

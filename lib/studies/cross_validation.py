@@ -100,13 +100,13 @@ def ablate_all(
     return pd.concat(tables, ignore_index=True)
 
 
-def costliest(
-    model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], candidates: Sequence[Part], way: str
-) -> Part:
-    """Of some parts, the one whose loss, by one way of ablation, costs the answers most (total)."""
-    prefilled = prefill(model, texts, min(part.site.layer for part in candidates))
-    tables = [ablate(model, texts, answers, part, prefilled=prefilled) for part in candidates]
-    return candidates[int(np.argmin([table[table.way == way].total.mean() for table in tables]))]
+def total_effects(
+    model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], parts: Sequence[Part], way: str
+) -> dict[Part, float]:
+    """What the loss of each part, by one way of ablation, changes of the answers' logits (total, mean over prompts)."""
+    prefilled = prefill(model, texts, min(part.site.layer for part in parts))
+    tables = {part: ablate(model, texts, answers, part, prefilled=prefilled) for part in parts}
+    return {part: float(table[table.way == way].total.mean()) for part, table in tables.items()}
 
 
 def three_tools(
@@ -119,18 +119,18 @@ def three_tools(
     top = [Part(Site(knowledge.layer), int(i)) for i in trace.topk(10).indices]
     nearby = range(max(0, knowledge.layer - AROUND), min(weights.n_layers, knowledge.layer + AROUND + 1))
     heads = [Part(Site(layer, head)) for layer in nearby for head in range(weights.n_heads)]
-    neuron, head = (costliest(model, texts, answers, *x) for x in ((top, "zero"), (heads, "resample")))
-    lost = ablate(model, texts, answers, Part(knowledge)).query("way == 'resample'").total.mean()
-    without = ablate(model, texts, answers, top[0]).query("way == 'zero'").total.mean()
+    without_neuron = total_effects(model, texts, answers, top, "zero")
+    without_head = total_effects(model, texts, answers, heads, "resample")
+    neuron, head = (min(effects, key=effects.__getitem__) for effects in (without_neuron, without_head))
     best, their_head = int(trace.argmax()), lenses.table.their_head.mode()[0]
     lens, wrote = f"L{peers.routing_layer(lenses.theirs) + 1} (lens)", f"L{head.site.layer + 1}"
-    helps = _sign(trace.max()), _sign(gradient[best]), "-", _sign(-without)
+    helps = _sign(trace.max()), _sign(gradient[best]), "-", _sign(-without_neuron[top[0]])
     rows = [
         ("Which layer writes the answer?", f"L{knowledge.layer + 1}", "-", lens, wrote),
         ("Which head?", str(knowledge), "-", f"{their_head} (most of the prompts)", str(head)),
         ("Which neuron of that layer?", str(best), str(int(gradient.argmax())), "-", str(neuron.neuron)),
         ("Does that neuron help the answer?", *helps),
-        ("Does that head help the answer?", "yes", "-", "yes", _sign(-lost)),
+        ("Does that head help the answer?", "yes", "-", "yes", _sign(-without_head[Part(knowledge)])),
     ]
     return pd.DataFrame(rows, columns=["question", "this book's trace", "Captum", "TransformerLens", "patching"])
 

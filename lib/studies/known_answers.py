@@ -121,7 +121,7 @@ def _found(model: Model, answer: Answer) -> Any:
     text = list(answer.ids) or model.token_ids(answer.text)
     ids = text if answer.bos is None else [answer.bos, *text]
     read = ids + (_expected(model, answer) if answer.kind == "greedy" else [])
-    logits = model.module(torch.tensor([read], device=model.weights.W_E.device), use_cache=False).logits[0]
+    logits = model.module(torch.tensor([read], device=model.device), use_cache=False).logits[0]
     log_p = logits.float().log_softmax(-1).cpu()  # (len(read), vocabulary)
     if answer.kind == "greedy":
         return log_p[len(ids) - 1 : -1].argmax(-1).tolist()

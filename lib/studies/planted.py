@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lib.diagnosis import NOT_RETRIEVED, OVERRIDDEN
+from lib.edits import restored
 from lib.errors import DataError
 from lib.evaluation import load_relations
 from lib.facts import Fact, load_cases, load_templates, prompts
@@ -40,7 +42,7 @@ from lib.weights import Block, Slice, pathway_slices
 DESIGN = range(0, 1000)  # seeds on which rules and thresholds were chosen
 SCORED = range(1000, 1108)  # seeds on which they are judged, once
 SCENE, DAMAGE, RANDOM_LAYER = 0, 1, 99  # streams of a seed's random numbers; that of a damage is DAMAGE + its attempt
-KINDS = (localisation.NOT_RETRIEVED, localisation.OVERRIDDEN)
+KINDS = (NOT_RETRIEVED, OVERRIDDEN)
 
 FEWEST, MOST = 8, 12  # facts of a plant; a template must tell the fewest to be used
 CONTROLS = 3  # templates of a plant; each fact is told by half of them
@@ -153,7 +155,7 @@ def draw(model: Model, seed: int, attempt: int = 0) -> Plant:
     relation = str(scene.choice(list(relations), p=share / share.sum()))
     failing, controls, facts = _scene(relations[relation], scene)
     readers = ranking(model, relation, failing)
-    draw_damages = _retrieval if kind == localisation.NOT_RETRIEVED else _override
+    draw_damages = _retrieval if kind == NOT_RETRIEVED else _override
     damages = draw_damages(model, rng, readers, several)
     return Plant(seed, attempt, relation, kind, failing, controls, facts, damages)
 
@@ -267,16 +269,11 @@ def applied(model: Model, plant: Plant, runs: Sequence[CachedRun] | None = None)
         runs = runs or run_on(model, plant)
         by_damage = [(_turn if d.matrix in TURNS else _write)(model, plant.facts, runs, d) for d in plant.damages]
     changes = list(chain.from_iterable(by_damage))
-    before = [matrix.clone() for matrix, _ in changes]
-    try:
+    with restored([matrix for matrix, _ in changes]):
         with torch.no_grad():
             for matrix, delta in changes:
                 matrix.add_(delta)
         yield model
-    finally:
-        with torch.no_grad():
-            for (matrix, _), values in zip(reversed(changes), reversed(before), strict=True):
-                matrix.copy_(values)
 
 
 Change = tuple[Tensor, Tensor]  # a view of one of the model's own matrices, and what to add to it

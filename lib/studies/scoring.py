@@ -13,13 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lib.diagnosis import NOT_RETRIEVED
 from lib.interventions import CachedRun, rerun_from
 from lib.models import Model
+from lib.recall import first_tokens
 from lib.results import Results
 from lib.show.sentences import say
 from lib.sites import Site
 from lib.statistics import exact_interval, paired
-from lib.studies.localisation import NOT_RETRIEVED, RULES, first_tokens, strongest_wrong
+from lib.studies.localisation import RULES, strongest_wrong
 from lib.studies.planted import KINDS, applied, from_row, run_on
 from lib.trace import logit_trace
 

@@ -70,16 +70,16 @@ def report_effects(
     right = int(by.before[PROBES].sum())
     report.many({f"{probe}_{key}": int(by[key][probe]) for probe in PROBES for key in ("before", "after", "n")})
     report.many({"own_flips": int((by.gained + by.lost)[PROBES].sum()), "probes_right": right})
-    report.many({"all_flips": int((probes.gained + probes.lost).sum())})
-    report.many({"resolution": (exact_interval(0, right)[1], ".0%")})
+    report("all_flips", int((probes.gained + probes.lost).sum()))
+    report("resolution", exact_interval(0, right)[1], ".0%")
     report.many({"other_relations": changed["other relations"], "elsewhere": changed[ELSEWHERE]})
     report.many({"elsewhere_n": int(by.n[ELSEWHERE]), "neighbours": int(by.n["neighbours"])})
-    report.many({"neighbours_lost": int(by.lost["neighbours"])})
+    report("neighbours_lost", int(by.lost["neighbours"]))
     ppl = texts.set_index("pathway").loc[best]
     report.many({"ppl_before": (ppl.ppl_before, ".2f"), "ppl_after": (ppl.ppl_after, ".2f")})
     report.many({"ppl_change": (ppl.ratio - 1, "+.2%"), "ppl_tokens": (int(ppl.tokens), ",")})
-    report.many({"ppl_interval": ((float(ppl.ratio_low - 1), float(ppl.ratio_high - 1)), "+.2%")})
-    report.many({"ppl_within": "within" if abs(ppl.ratio - 1) <= BAND else "not within"})
+    report("ppl_interval", (float(ppl.ratio_low - 1), float(ppl.ratio_high - 1)), "+.2%")
+    report("ppl_within", "within" if abs(ppl.ratio - 1) <= BAND else "not within")
     _report_reach(report, best, general[general.split == "held_out"].set_index("pathway"), bled)
 
 
@@ -88,13 +88,13 @@ def _report_reach(report: Results, best: str, held: pd.DataFrame, bleeding: pd.D
     row, most, bled = held.loc[best], held.repaired.max(), bleeding.set_index("pathway").bled
     bleeds = bool(bled[best] > 2 * max(1, bled[NONE]))  # more than twice as often as without an edit
     report.many({key: int(row[key]) for key in ("untold", "repaired", "best_control")})
-    report.many({"repaired_share": (row.repaired / max(1, row.untold), ".0%")})
+    report("repaired_share", row.repaired / max(1, row.untold), ".0%")
     report.many({"repaired_interval": ((float(row.low), float(row.high)), ".0%"), "repaired_most": int(most)})
-    report.many({"repaired_most_by": str(held.repaired.idxmax()).replace("_", " ")})
-    report.many({"repaired_verdict": "most" if 2 * most >= held.untold.max() else "a minority"})
+    report("repaired_most_by", str(held.repaired.idxmax()).replace("_", " "))
+    report("repaired_verdict", "most" if 2 * most >= held.untold.max() else "a minority")
     report.many({"bled_before": int(bled[NONE]), "bled_after": int(bled[best])})
     report.many({"bled_prompts": int(bleeding.prompts.iloc[0]), "bleeds": bleeds})
-    report.many({"bled_lesson": BLED if bleeds else "The trained answers stay where they belong."})
+    report("bled_lesson", BLED if bleeds else "The trained answers stay where they belong.")
 
 
 @torch.no_grad()
