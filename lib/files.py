@@ -116,8 +116,8 @@ def modules(names: Iterable[str], root: Path) -> list[Path]:
 
 
 def data_files(root: Path) -> list[Path]:
-    """The files of data/ that a computed number can depend on: not what is expected of it, nor the record of a
-    benchmark, nor the weights, which have a sum of their own."""
+    """The files of data/ that a computed number can depend on: not what is expected of it, nor what was
+    recorded of a benchmark or of runs, nor the weights, which have a sum of their own."""
     folder = root / "data"
     paths = (p for p in folder.rglob("*") if p.is_file() and p.suffix != ".safetensors")
     apart = {"claims.yaml", BENCH, "expected", "record", "__pycache__"}

@@ -11,7 +11,7 @@ every top-1 score, and counted where they are left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -95,10 +95,6 @@ def study_facts(model: Model, case: Case) -> tuple[Fact, ...]:
     return tuple(f for f in open_to_study if f.subject not in apart)
 
 
-COLUMNS = ["template", "subject", "answer", "split", "prompt", "told", "rank", "prob", "top"]
-COLUMNS += ["answer_token", "competitor_token", "competitor", "margin"]
-
-
 def tell(
     model: Model, facts: Sequence[Fact], templates: dict[str, str], *, prefix: str = "", progress: str | None = None
 ) -> pd.DataFrame:
@@ -112,11 +108,22 @@ def tell(
         wrong[answer] = float("-inf")
         strongest = int(wrong.argmax())
         other = wrong[strongest].item()
-        prob = (row[answer] - row.logsumexp(-1)).exp().item()
-        top, competitor = model.token_text(int(row.argmax())), model.token_text(strongest)
-        numbers, tokens = (logit > other, int((row > logit).sum()) + 1, prob), (top, answer, strongest, competitor)
-        rows.append((name, *astuple(fact), prompt, *numbers, *tokens, logit - other))
-    return pd.DataFrame(rows, columns=COLUMNS)
+        rows.append(
+            {
+                "template": name,
+                **asdict(fact),
+                "prompt": prompt,
+                "told": logit > other,
+                "rank": int((row > logit).sum()) + 1,
+                "prob": (row[answer] - row.logsumexp(-1)).exp().item(),
+                "top": model.token_text(int(row.argmax())),
+                "answer_token": answer,
+                "competitor_token": strongest,
+                "competitor": model.token_text(strongest),
+                "margin": logit - other,
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def known_and_told(table: pd.DataFrame, case: Case) -> pd.DataFrame:

@@ -18,11 +18,11 @@ from lib.errors import DataError
 ByHead = Float[Tensor, "n_layers n_heads"]
 
 
-def exact_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+def exact_interval(successes: int, n: int) -> tuple[float, float]:
     """Clopper-Pearson interval of a share. n = 0 gives (0, 1): nothing is known."""
     if n == 0:
         return 0.0, 1.0
-    interval = binomtest(successes, n).proportion_ci(level, method="exact")
+    interval = binomtest(successes, n).proportion_ci(method="exact")
     return float(interval.low), float(interval.high)
 
 

@@ -276,7 +276,7 @@ def _identifiable(model: Model, facts: Sequence[Fact]) -> None:
         first = bad.iloc[0]
         raise DataError(
             f"{first.subject} -> {first.answer} cannot be trained or scored by the first token {first.token_text!r} "
-            f"({first.left_out}); leave it out, with {len(bad) - 1} more like it (see `facts.scorable`)."
+            f"({first.left_out}); leave it out, with {len(bad) - 1} more like it (see `recall.scorable`)."
         )
 
 
@@ -348,15 +348,15 @@ def under_study(edits: dict[str, Edit]) -> tuple[str, str]:
 def saved_or_trained(model: Model, case: Case, folder: Path, *, seed: int = 0) -> dict[str, Edit]:
     """The edits that chapter 3 left in a folder, by pathway; trained here by its rule where it left none that fit."""
     saved = load_all(folder)
-    if list(saved) == list(PATHWAYS) and all(_fits(e, model, case, seed, DEFAULT) for e in saved.values()):
+    if list(saved) == list(PATHWAYS) and all(_fits(e, model, case, seed) for e in saved.values()):
         return saved
     return compare(model, task_at(model, case, prescribe(model, case).knowledge_head.layer), seed=seed).edits
 
 
-def _fits(edit: Edit, model: Model, case: Case, seed: int, recipe: Recipe) -> bool:
-    wanted = json.loads(json.dumps(asdict(recipe)))  # as a file gives it back
-    found = (edit.base_sha256, edit.facts, edit.template, edit.seed, {k: edit.recipe.get(k) for k in wanted})
-    return found == (model.weights_sha256, case.facts, load_templates()[case.template], seed, wanted)
+def _fits(edit: Edit, model: Model, case: Case, seed: int) -> bool:
+    wanted = json.loads(json.dumps(asdict(DEFAULT)))  # as a file gives it back
+    made_for = (edit.base_sha256, edit.facts, edit.template, edit.seed, {k: edit.recipe.get(k) for k in wanted})
+    return made_for == (model.weights_sha256, case.facts, load_templates()[case.template], seed, wanted)
 
 
 def false_facts(task: Task) -> Task:

@@ -85,7 +85,7 @@ def swept(organism):
 
 
 def table(model, grids: list[dict]) -> pd.DataFrame:
-    """As `sweep.table`, without its cluster."""
+    """As `sweeps.table`, without its cluster."""
     runs = [dict(zip(g, values, strict=True)) for g in grids for values in product(*g.values())]
     full = [{"facts": "true", "longer": 1, "seed": 0, **run} for run in runs]
     return pd.DataFrame([run | pathways.train_at(model, **run) for run in full])
