@@ -45,12 +45,15 @@ from tqdm.auto import tqdm
 
 from lib.errors import DataError
 from lib.models import Model
-from lib.weights import Block, Slice
+from lib.weights import Block, Slice, Unembedding
 
 Stream = Float[Tensor, "t d_model"]  # of all tokens of a pack
+Streams = dict[int, Stream]  # before each of some layers
+Values = dict[Slice, Tensor] | None  # put for a layer's own
 Which = Int[Tensor, " n"] | None  # rows of a pack
-Rows = Float[Tensor, "m d_model"]  # of last tokens, in as many versions as there are
+Rows = Float[Tensor, "m d_model"]  # of m tokens: of last ones in as many versions as there are, or of any
 ROOM = 512  # tokens in a pack: attention's cost grows with its square, and beyond a few hundred nothing is gained
+_Places = dict[tuple[int, int, int, int], int]  # token, position, row of the token before, own text or -1: its row
 
 
 @dataclass(frozen=True)
@@ -77,41 +80,6 @@ class Pack:
         return torch.zeros(self.sees.shape).masked_fill(~self.sees, torch.finfo(torch.float32).min)[None, None]
 
 
-class _Growing:
-    """A pack in the making. share: texts that begin alike share these tokens; each keeps a last token of its own, so
-    that what is read or changed there is its own."""
-
-    def __init__(self, share: bool) -> None:
-        self.share = share
-        self.rows: list[tuple[int, int, int]] = []  # token, its position, row of the token before it
-        self.row_after = dict[tuple[int, int], int]()  # row of the token before, and a token: the token's row
-        self.last: list[int] = []
-
-    def beginning(self, text: Sequence[int]) -> list[int]:
-        """Rows that hold the text's beginning already."""
-        rows: list[int] = []
-        for token in text[:-1] if self.share else ():
-            row = self.row_after.get((rows[-1] if rows else -1, token))
-            if row is None:
-                break
-            rows.append(row)
-        return rows
-
-    def add(self, text: Sequence[int]) -> None:
-        rows = self.beginning(text)
-        for position, token in list(enumerate(text))[len(rows) :]:
-            before = rows[-1] if rows else -1
-            if position < len(text) - 1:
-                self.row_after[before, token] = len(self.rows)
-            rows.append(len(self.rows))
-            self.rows.append((token, position, before))
-        self.last.append(rows[-1])
-
-    def pack(self) -> Pack:
-        tokens, position, before = zip(*self.rows, strict=True)
-        return Pack(torch.tensor(tokens), torch.tensor(position), before, torch.tensor(self.last))
-
-
 def pack(model: Model, texts: Sequence[Sequence[int]], *, share: bool = False) -> Pack:
     """Token lists in one row, one after the other, or sharing their beginnings. Raises DataError for none, an
     empty one, or one longer than the model reads."""
@@ -120,25 +88,40 @@ def pack(model: Model, texts: Sequence[Sequence[int]], *, share: bool = False) -
 
 
 def packs(model: Model, texts: Sequence[Sequence[int]], room: int = ROOM, *, share: bool = False) -> Iterator[Pack]:
-    """The texts in their order, in as many packs as needed, each of at most `room` tokens (or of one text). Raises as
-    `pack` does."""
+    """The texts in their order, in as many packs as needed, each of at most `room` tokens (or of one text). share:
+    those that begin alike share these tokens; each keeps a last token of its own, so that what is read or changed there
+    is its own. Raises as `pack` does."""
     if not texts or not all(texts):
         raise DataError("there is nothing to run: no text was given, or one without a token.")
     if (longest := max(map(len, texts))) > model.weights.context:
         raise DataError(f"a text has {longest} tokens; {model.name} reads {model.weights.context}. Shorten it.")
-    growing = _Growing(share)
-    for text in texts:
-        if growing.rows and len(growing.rows) + len(text) - len(growing.beginning(text)) > room:
-            yield growing.pack()
-            growing = _Growing(share)
-        growing.add(text)
-    yield growing.pack()
+    rows, last = _Places(), list[int]()
+    for i, text in enumerate(texts):
+        filled, end = len(rows), _placed(rows, i, text, share)
+        if last and len(rows) > room:
+            yield _made(list(rows)[:filled], last)
+            rows, last = _Places(), []
+            end = _placed(rows, i, text, share)
+        last.append(end)
+    yield _made(list(rows), last)
+
+
+def _placed(rows: _Places, i: int, text: Sequence[int], share: bool) -> int:
+    """Put text i into a pack in the making, and give back the row of its last token."""
+    row = -1
+    for position, token in enumerate(text):
+        shared = share and position < len(text) - 1
+        row = rows.setdefault((token, position, row, -1 if shared else i), len(rows))
+    return row
+
+
+def _made(rows: Sequence[tuple[int, ...]], last: Sequence[int]) -> Pack:
+    tokens, position, before, _ = zip(*rows, strict=True)
+    return Pack(torch.tensor(tokens), torch.tensor(position), before, torch.tensor(last))
 
 
 @torch.no_grad()
-def next_token_logits(
-    model: Model, prompts: Sequence[str], *, progress: str | None = None
-) -> Float[Tensor, "prompt vocab"]:
+def next_token_logits(model: Model, prompts: Sequence[str], *, progress: str | None = None) -> Float[Tensor, "n vocab"]:
     """Logits of the token after each prompt, in fp32. Prompts that begin alike are run together once. progress: a
     label for a bar. Raises DataError for an empty or too long prompt, or for none."""
     order = sorted(range(len(prompts)), key=prompts.__getitem__)
@@ -159,26 +142,24 @@ def resid_pre(model: Model, texts: Pack, layer: int) -> Stream:
 
 
 @torch.no_grad()
-def streams(model: Model, texts: Pack, layers: Iterable[int]) -> dict[int, Stream]:
+def streams(model: Model, texts: Pack, layers: Iterable[int]) -> Streams:
     """The residual stream before each of some layers, in one pass; before the layer that would follow the last one, it
     is the final stream, not yet normalised."""
     reached, stream, out = 0, model.weights.embed(texts.tokens, texts.position), {}
     for layer in sorted(set(layers)):
-        stream = out[layer] = _blocks(model, texts, stream, range(reached, layer), {})
+        stream = out[layer] = _blocks(model, texts, stream, range(reached, layer))
         reached = layer
     return out
 
 
-def above(
-    model: Model, texts: Pack, layer: int, stream: Stream, values: dict[Slice, Tensor] | None = None, read: Which = None
-) -> Float[Tensor, "t_or_n d_model"]:
-    """The final residual stream, normalised, from the stream that enters a layer. values: put for the layer's own,
-    differentiable in them; the model is not written to. read: the rows that are wanted, in this order. With values,
-    the last layer is run for these alone, by the view of its weights: changes of these in place are seen; hooks,
-    adapters and modules put for its own are not."""
+def above(model: Model, texts: Pack, layer: int, stream: Stream, values: Values = None, read: Which = None) -> Rows:
+    """The final residual stream, normalised, from the stream that enters a layer. It is differentiable in the values;
+    the model is not written to. read: the rows that are wanted, in this order; all, if not given. With values, the last
+    layer is run for these alone, by the view of its weights: changes of these in place are seen; hooks, adapters and
+    modules put for its own are not."""
     norm, end = model.weights.norm_final_module, model.weights.n_layers - 1
     if read is None or not values or layer == end:
-        final = norm(_blocks(model, texts, stream, range(layer, end + 1), values or {}))
+        final = norm(_blocks(model, texts, stream, range(layer, end + 1), values))
         return final if read is None else final[read]
     stream = _blocks(model, texts, stream, range(layer, end), values)
     (last,) = ends(model, texts, {end: stream}, stream[read], end, read)
@@ -187,7 +168,7 @@ def above(
 
 def resid_post(model: Model, texts: Pack, stream: Stream, layer: int) -> Stream:
     """The stream after one layer, from the stream before it."""
-    return _blocks(model, texts, stream, range(layer, layer + 1), {})
+    return _blocks(model, texts, stream, range(layer, layer + 1))
 
 
 @dataclass(frozen=True)
@@ -237,9 +218,7 @@ class End:
     stream: Rows
 
 
-def ends(
-    model: Model, texts: Pack, before: dict[int, Stream], rows: Rows, start: int, at: Which = None
-) -> Iterator[End]:
+def ends(model: Model, texts: Pack, before: Streams, rows: Rows, start: int, at: Which = None) -> Iterator[End]:
     """Last tokens in layer `start`, in the next, and so on, from what they are on entering `start`. before: the streams
     that enter these layers, of all tokens. rows: as in `gathered`; differentiable in them. at: as in `past`; other
     tokens than the last ones only from the last layer, for in any other, later ones look back on them."""
@@ -252,10 +231,11 @@ def ends(
         yield End(z, middle, neurons, rows)
 
 
-def _blocks(model: Model, texts: Pack, stream: Stream, layers: range, values: dict[Slice, Tensor]) -> Stream:
+def _blocks(model: Model, texts: Pack, stream: Stream, layers: range, values: Values = None) -> Stream:
     """The model's own blocks; the first one with the values in place."""
-    weights, stream = model.weights, stream[None]
-    extra = {"attention_mask": texts.mask(), **weights.block_inputs(stream, texts.position)}
+    weights, stream, rotary = model.weights, stream[None], model.weights.blocks[0].attn.rotary
+    rotated = {} if rotary is None else {"position_embeddings": rotary(stream, texts.position[None])}
+    extra = {"attention_mask": texts.mask(), **rotated}
     for layer in layers:
         module, prefix = weights.blocks[layer].module, weights.layout.prefix(layer)
         if values and layer == layers.start:
@@ -288,17 +268,15 @@ class Reference:
         return Reference(self.final[rows], self.log_z[rows], self.mean_unembedding[rows])
 
 
-def reference(final: Float[Tensor, "n d_model"], W_U: Float[Tensor, "d_model vocab"]) -> Reference:
+def reference(final: Rows, W_U: Unembedding) -> Reference:
     """The distributions at n final streams (normalised)."""
     log_z, mean, _ = _swept(final, W_U, None, mean=True)
     return Reference(final.detach(), log_z, mean)
 
 
-def log_normalisers(
-    final: Float[Tensor, "n d_model"], W_U: Float[Tensor, "d_model vocab"], apart: Int[Tensor, " m"] | None = None
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " m"]]:
-    """The log-normaliser of each final stream (normalised), differentiable in it, once. apart: a token for each of the
-    first m rows; for these also the largest logit of any other token, not differentiable."""
+def log_normalisers(final: Rows, W_U: Unembedding, apart: Int[Tensor, " k"] | None = None) -> tuple[Tensor, Tensor]:
+    """The log-normaliser of each final stream (normalised), (m), differentiable in it, once. apart: a token for each
+    of the first k rows; for these also the largest logit of any other token (k), not differentiable."""
     return _LogNormalisers.apply(final, W_U, apart)
 
 

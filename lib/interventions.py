@@ -28,7 +28,7 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lib.forward import End, Pack, Past, Rows, Stream, ends, gathered, packs, streams
+from lib.forward import End, Pack, Past, Rows, Streams, ends, gathered, packs, streams
 from lib.models import Model
 from lib.sites import Site
 from lib.statistics import mean_interval
@@ -42,7 +42,7 @@ Changes = Float[Tensor, "way text d_model"]
 
 # Ablation: what the answer loses when a part is taken away
 
-Prefilled = list[tuple[Pack, dict[int, Stream]]]  # packs, and the streams that enter their layers
+Prefilled = list[tuple[Pack, Streams]]  # packs, and the streams that enter their layers
 
 
 def prefill(model: Model, texts: Sequence[str], lowest: int) -> Prefilled:
@@ -108,7 +108,7 @@ def ablate(
 
 
 def _final_streams(
-    model: Model, batch: Pack, before: dict[int, Stream], layer: int, end: End, change: Changes, *, heads: bool
+    model: Model, batch: Pack, before: Streams, layer: int, end: End, change: Changes, *, heads: bool
 ) -> Changes:
     """The final streams of last tokens if a layer's heads, or its MLP, had written something more."""
     block, rows = model.weights.blocks[layer], end.stream + change
@@ -206,41 +206,34 @@ class CachedRun:
 def run_with_cache(model: Model, prompts: Sequence[str]) -> CachedRun:
     """All layers, by the weight view. Raises DataError for an empty or too long prompt."""
     tokens, last = model.encode(prompts)
-    return _run_on(model, tuple(prompts), tokens, last, (), model.weights.embed(tokens))
+    return _run_on(model, (tuple(prompts), tokens, last), [], model.weights.embed(tokens))
 
 
 @torch.no_grad()
 def rerun_from(model: Model, before: CachedRun, layer: int) -> CachedRun:
     """The run again from a layer up (0-based), after a change of weights there or above."""
-    below, stream = before.layers[:layer], before.layers[layer].stream
-    return _run_on(model, before.prompts, before.tokens, before.last, below, stream)
+    asked = before.prompts, before.tokens, before.last
+    return _run_on(model, asked, [*before.layers[:layer]], before.layers[layer].stream)
 
 
 def _run_on(
-    model: Model, prompts: tuple[str, ...], tokens: Tensor, last: Tensor, below: tuple[LayerCache, ...], stream: Tensor
+    model: Model, asked: tuple[tuple[str, ...], Tensor, Tensor], layers: list[LayerCache], stream: Tensor
 ) -> CachedRun:
-    """The layers above those that were run, from the stream that leaves these."""
-    layers, rows, weights = list(below), torch.arange(len(last)), model.weights
-    for block in weights.blocks[len(below) :]:
-        layer, stream = _run_layer(block, stream, last)
-        layers.append(layer)
+    """The layers above those that were run, from the stream that leaves these. asked: the run's first three fields."""
+    weights, last = model.weights, asked[2]
+    rows = torch.arange(len(last))
+    for block in weights.blocks[len(layers) :]:
+        attn, x = block.attn, block.norm_attn(stream)
+        (pattern, keys), values = attn.attend(x), attn.values(x)
+        z = attn.mix(pattern, values).transpose(1, 2)
+        middle = stream + attn.write(z)
+        mlp = block.mlp(block.norm_mlp(middle))
+        at_last = pattern[rows, :, last], z[rows, last], middle[rows, last], mlp[rows, last]
+        keys = keys[:, :: keys.shape[1] // values.shape[1]]  # one for each key/value head
+        layers.append(LayerCache(stream, keys, values, *at_last))
+        stream = middle + mlp
     final = stream[rows, last]
-    return CachedRun(prompts, tokens, last, tuple(layers), final, weights.norm_final(final) @ weights.W_U)
-
-
-def _run_layer(
-    block: Block, stream: Float[Tensor, "n t d_model"], last: Int[Tensor, " n"]
-) -> tuple[LayerCache, Float[Tensor, "n t d_model"]]:
-    """What a layer did, and the stream that leaves it."""
-    attn, rows, x = block.attn, torch.arange(len(last)), block.norm_attn(stream)
-    (q, k), v = attn.queries_keys(x), attn.values(x)
-    pattern = attn.probabilities(q, k)
-    z = attn.mix(pattern, v)
-    middle = stream + attn.out(z)
-    mlp = block.mlp(block.norm_mlp(middle))
-    keys = k[:, :: q.shape[1] // v.shape[1]]  # one for each key/value head
-    at_last = pattern[rows, :, last], z[rows, :, last], middle[rows, last], mlp[rows, last]
-    return LayerCache(stream, keys, v, *at_last), middle + mlp
+    return CachedRun(*asked, tuple(layers), final, weights.norm_final(final) @ weights.W_U)
 
 
 def logit_differences(run: CachedRun, pairs: Pairs) -> Float[Tensor, " n"]:

@@ -38,9 +38,8 @@ from lib.models import Model
 from lib.recall import first_tokens
 from lib.sites import Site
 from lib.statistics import ByHead
-from lib.weights import Weights
+from lib.weights import Unembedding, Weights
 
-Unembedding = Float[Tensor, "d_model vocab"]  # of all tokens, or a part of them
 PART = 4096  # tokens of the vocabulary that most answers are judged by; exact all the same (`_in_top_of`)
 SLACK = 0.01  # by how much of the part's threshold an answer may fall short of it and still be judged by the whole
 TINY = 1e-30  # a variance that no living head has: a dead one's logits are 0, not 0 / 0

@@ -25,6 +25,8 @@ from transformers.activations import ACT2FN
 from lib.errors import ModelError
 
 PATHWAYS = ("full", "attention", "ffn", "v_only", "q_only", "k_only")
+Vectors = Float[Tensor, "*b d_model"]  # of the residual stream
+Unembedding = Float[Tensor, "d_model vocab"]  # of all tokens, or a part of them
 Heads = Float[Tensor, "b n_heads t d_head"]  # a vector of every head at every position
 Patterns = Float[Tensor, "b n_heads t t"]  # (query, key)
 
@@ -38,16 +40,15 @@ class Norm:
     eps: float
     centred: bool
 
-    def centre(self, x: Float[Tensor, "*b d_model"]) -> Float[Tensor, "*b d_model"]:
+    def centre(self, x: Vectors) -> Vectors:
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
-    def scale(self, x: Float[Tensor, "*b d_model"]) -> Float[Tensor, "*b 1"]:
+    def scale(self, x: Vectors) -> Float[Tensor, "*b 1"]:
         """What the norm divides x by: the root mean square of the (centred) vector."""
         return (self.centre(x).pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
-    def __call__(self, x: Float[Tensor, "*b d_model"]) -> Float[Tensor, "*b d_model"]:
-        y = self.centre(x) / self.scale(x) * self.gain
-        return y if self.bias is None else y + self.bias
+    def __call__(self, x: Vectors) -> Vectors:
+        return _plus(self.centre(x) / self.scale(x) * self.gain, self.bias)
 
     def fold(self, W: Float[Tensor, "*h d_model k"]) -> Float[Tensor, "*h d_model k"]:
         """The matrix F with `norm(x) @ W == x / scale(x) @ F + bias @ W`: gain multiplied in, rows centred
@@ -76,24 +77,16 @@ class Attention:
         b, group = "b " if batched else "", self.W_Q.shape[0] // self.W_K.shape[0]
         return repeat(kv, f"{b}kv ... -> {b}(kv group) ...", group=group)
 
-    def queries(self, x: Float[Tensor, "*b t d_model"]) -> Float[Tensor, "*b n_heads t d_head"]:
-        """Queries of every position, not rotated."""
+    def queries(self, x: Vectors) -> Float[Tensor, "*b n_heads t d_head"]:
+        """Queries of every position, not rotated. x: the normalised residual stream, as in all that follows."""
         return _project(x, self.W_Q, self.b_Q)
 
-    def keys(self, x: Float[Tensor, "*b t d_model"]) -> Float[Tensor, "*b n_kv_heads t d_head"]:
+    def keys(self, x: Vectors) -> Float[Tensor, "*b n_kv_heads t d_head"]:
         """Keys of every position, not rotated."""
         return _project(x, self.W_K, self.b_K)
 
-    def values(self, x: Float[Tensor, "*b t d_model"]) -> Float[Tensor, "*b n_kv_heads t d_head"]:
-        """Values of every position."""
+    def values(self, x: Vectors) -> Float[Tensor, "*b n_kv_heads t d_head"]:
         return _project(x, self.W_V, self.b_V)
-
-    def queries_keys(self, x: Float[Tensor, "b t d_model"]) -> tuple[Heads, Heads]:
-        """Queries and keys of every position, rotated to their positions where the family does so; each query head
-        has a key of its own."""
-        position = torch.arange(x.shape[1], device=x.device)
-        q, k = self.rotated(self.queries(x), position), self.rotated(self.keys(x), position)
-        return q, self.per_head(k, batched=True)
 
     def rotated(self, x: Float[Tensor, "*b t d_head"], position: Int[Tensor, " t"]) -> Float[Tensor, "*b t d_head"]:
         """Queries or keys, rotated to their positions where the family does so."""
@@ -104,30 +97,28 @@ class Attention:
         return x * cos[0] + torch.cat((-second, first), dim=-1) * sin[0]
 
     def pattern(self, x: Float[Tensor, "b t d_model"]) -> Patterns:
-        """Causal attention probabilities (query, key) for the normalised residual stream x."""
-        return self.probabilities(*self.queries_keys(x))
+        """Causal attention probabilities (query, key)."""
+        return self.attend(x)[0]
 
-    def probabilities(self, q: Heads, k: Heads) -> Patterns:
-        """Causal attention probabilities (query, key) of rotated queries and keys."""
+    def attend(self, x: Float[Tensor, "b t d_model"]) -> tuple[Patterns, Heads]:
+        """`pattern`, and the keys that it comes from, rotated, one for each query head."""
+        position = torch.arange(x.shape[1], device=x.device)
+        q, k = self.rotated(self.queries(x), position), self.rotated(self.keys(x), position)
+        k = self.per_head(k, batched=True)
         scores = einsum(q, k, "b n q h, b n k h -> b n q k") / self.W_Q.shape[-1] ** 0.5
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        return scores.masked_fill(future, float("-inf")).softmax(-1)
+        return scores.masked_fill(future, float("-inf")).softmax(-1), k
 
     def mix(self, pattern: Patterns, v: Float[Tensor, "b n_kv_heads t d_head"]) -> Heads:
         """z: what each head gathers at each position, before W_O."""
         return einsum(pattern, self.per_head(v, batched=True), "b n q k, b n k h -> b n q h")
 
     def __call__(self, x: Float[Tensor, "b t d_model"]) -> Float[Tensor, "b t d_model"]:
-        return self.out(self.mix(self.pattern(x), self.values(x)))
+        return self.write(self.mix(self.pattern(x), self.values(x)).transpose(1, 2))
 
-    def out(self, z: Heads) -> Float[Tensor, "b t d_model"]:
-        """What the heads write together, with the output bias."""
-        return self.write(z.transpose(1, 2))
-
-    def write(self, z: Float[Tensor, "*b n_heads d_head"]) -> Float[Tensor, "*b d_model"]:
-        """`out`, the heads of each position side by side."""
-        out = z.flatten(-2) @ self.W_O.flatten(0, 1)
-        return out if self.b_O is None else out + self.b_O
+    def write(self, z: Float[Tensor, "*b n_heads d_head"]) -> Vectors:
+        """What the heads of each position write together, with the output bias."""
+        return _plus(z.flatten(-2) @ self.W_O.flatten(0, 1), self.b_O)
 
 
 @dataclass(frozen=True)
@@ -142,20 +133,17 @@ class MLP:
     b_gate: Float[Tensor, " d_mlp"] | None
     act: Callable[[Tensor], Tensor]
 
-    def neurons(self, x: Float[Tensor, "*b d_model"]) -> Float[Tensor, "*b d_mlp"]:
+    def neurons(self, x: Vectors) -> Float[Tensor, "*b d_mlp"]:
         """What W_out reads: each neuron's activation, after the gate where there is one."""
-        pre = x @ self.W_in if self.b_in is None else x @ self.W_in + self.b_in
-        if self.W_gate is None:
-            return self.act(pre)
-        return self.act(x @ self.W_gate if self.b_gate is None else x @ self.W_gate + self.b_gate) * pre
+        pre = _plus(x @ self.W_in, self.b_in)
+        return self.act(pre) if self.W_gate is None else self.act(_plus(x @ self.W_gate, self.b_gate)) * pre
 
-    def __call__(self, x: Float[Tensor, "*b d_model"]) -> Float[Tensor, "*b d_model"]:
+    def __call__(self, x: Vectors) -> Vectors:
         return self.write(self.neurons(x))
 
-    def write(self, neurons: Float[Tensor, "*b d_mlp"]) -> Float[Tensor, "*b d_model"]:
+    def write(self, neurons: Float[Tensor, "*b d_mlp"]) -> Vectors:
         """What the neurons write together, with the output bias."""
-        out = neurons @ self.W_out
-        return out if self.b_out is None else out + self.b_out
+        return _plus(neurons @ self.W_out, self.b_out)
 
 
 @dataclass(frozen=True)
@@ -211,7 +199,7 @@ class Weights:
     blocks: tuple[Block, ...]
     norm_final: Norm
     norm_final_module: nn.Module
-    W_U: Float[Tensor, "d_model vocab"]
+    W_U: Unembedding
     context: int
 
     @property
@@ -234,20 +222,11 @@ class Weights:
     def d_head(self) -> int:
         return self.blocks[0].attn.W_Q.shape[-1]
 
-    def embed(
-        self, tokens: Int[Tensor, "*b t"], position: Int[Tensor, " t"] | None = None
-    ) -> Float[Tensor, "*b t d_model"]:
-        """The residual stream that enters the first block. position: of each token, counted from the first if not
-        given."""
-        x = self.W_E[tokens]
+    def embed(self, tokens: Int[Tensor, "*b t"], position: Int[Tensor, " t"] | None = None) -> Vectors:
+        """The residual stream that enters the first block. position: of each token, if they do not simply count."""
         if self.W_pos is None:
-            return x
-        return x + (self.W_pos[: tokens.shape[-1]] if position is None else self.W_pos[position])
-
-    def block_inputs(self, x: Float[Tensor, "b t d_model"], position: Int[Tensor, " t"]) -> dict[str, Any]:
-        """What a block's own module needs beside the stream: the rotations of the positions, where it rotates."""
-        rotary = self.blocks[0].attn.rotary
-        return {} if rotary is None else {"position_embeddings": rotary(x, position[None])}
+            return self.W_E[tokens]
+        return self.W_E[tokens] + (self.W_pos[: tokens.shape[-1]] if position is None else self.W_pos[position])
 
     def residuals(self, tokens: Int[Tensor, "b t"]) -> list[Float[Tensor, "b t d_model"]]:
         """The residual stream before each block and after the last, computed from this view alone."""
@@ -366,11 +345,12 @@ def count_parameters(model: PreTrainedModel, slices: tuple[Slice, ...]) -> int:
     return sum(s.of(parameters[s.name]).numel() for s in slices)
 
 
-def _project(
-    x: Float[Tensor, "*b t d_model"], W: Float[Tensor, "n d_model d_head"], b: Float[Tensor, "n d_head"] | None
-) -> Float[Tensor, "*b n t d_head"]:
-    out = einsum(x, W, "... t d, n d h -> ... n t h")
-    return out if b is None else out + b[:, None]
+def _project(x: Vectors, W: Float[Tensor, "n d h"], b: Float[Tensor, "n h"] | None) -> Float[Tensor, "*b n t h"]:
+    return _plus(einsum(x, W, "... t d, n d h -> ... n t h"), None if b is None else b[:, None])
+
+
+def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias
 
 
 def _norm(module: Any) -> Norm:
