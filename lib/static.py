@@ -38,8 +38,10 @@ from lib.models import Model
 from lib.recall import first_tokens
 from lib.sites import Site
 from lib.statistics import ByHead
-from lib.weights import Unembedding, Weights
+from lib.weights import Unembedding, Vectors, Weights
 
+Answers = Int[Tensor, " answer"]  # their first tokens
+Types = dict[str, list[int]]  # token type -> ids of its words
 PART = 4096  # tokens of the vocabulary that most answers are judged by; exact all the same (`_in_top_of`)
 SLACK = 0.01  # by how much of the part's threshold an answer may fall short of it and still be judged by the whole
 TINY = 1e-30  # a variance that no living head has: a dead one's logits are 0, not 0 / 0
@@ -76,9 +78,9 @@ def qk_overlap_chance(d_model: int) -> tuple[float, float, float]:
     return float(law.mean() / k), float(low / k), float(high / k)
 
 
-def load_token_types(model: Model, path: Path | None = None) -> dict[str, list[int]]:
-    """Token type -> ids of its words that the tokenizer holds as one token. Words get a leading space; punctuation
-    and word pieces do not. The organism brings its own list. Raises DataError where a type keeps fewer than 5."""
+def load_token_types(model: Model, path: Path | None = None) -> Types:
+    """Those words of each type that the tokenizer holds as one token. Words get a leading space; punctuation and word
+    pieces do not. The organism brings its own list. Raises DataError where a type keeps fewer than 5."""
     if path is None:
         path = DATA / ("organism/token_types.yaml" if model.name == "organism" else "token_types.yaml")
     types = {}
@@ -98,9 +100,7 @@ def k_norms_by_head(weights: Weights, token_ids: Sequence[int]) -> Float[Tensor,
     return torch.stack([einsum(b.norm_attn(e), b.attn.W_K, "t d, n d h -> n t h").norm(dim=-1) for b in weights.blocks])
 
 
-def k_norm_table(
-    weights: Weights, types: dict[str, list[int]], *, resamples: int = 2000, seed: int = 0
-) -> pd.DataFrame:
+def k_norm_table(weights: Weights, types: Types, *, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
     """One row a layer and type: mean K-norm, its bootstrap 95 % interval over words, n, and top_share: how often the
     type is the loudest of its layer when all types' words are resampled."""
     rng = np.random.default_rng(seed)
@@ -114,10 +114,9 @@ def k_norm_table(
     low, high = np.quantile(boot, (0.025, 0.975), axis=-1)
     is_loudest = boot.argmax(1)[:, None] == np.arange(len(types))[:, None]  # (layer, type, resample)
     table = pd.DataFrame(product(range(weights.n_layers), types), columns=["layer", "type"])
-    table["mean"], table["low"], table["high"] = np.stack(means, 1).ravel(), low.ravel(), high.ravel()
-    table["n"] = [len(ids) for ids in types.values()] * weights.n_layers
-    table["top_share"] = is_loudest.mean(-1).ravel()
-    return table
+    sizes, numbers = [*map(len, types.values())] * weights.n_layers, (np.stack(means, 1), low, high)
+    table["mean"], table["low"], table["high"] = (x.ravel() for x in numbers)
+    return table.assign(n=sizes, top_share=is_loudest.mean(-1).ravel())
 
 
 def loudness_spread(table: pd.DataFrame) -> float:
@@ -132,7 +131,7 @@ def loudest_type_by_layer(table: pd.DataFrame) -> list[str]:
 
 
 @torch.no_grad()
-def enrich(weights: Weights, e: Float[Tensor, "b d_model"]) -> Float[Tensor, "b d_model"]:
+def enrich(weights: Weights, e: Vectors) -> Vectors:
     """Embeddings with the first MLP's output added, as if the token stood alone and no head had moved anything."""
     block = weights.blocks[0]
     return e + block.mlp(block.norm_mlp(e))
@@ -162,7 +161,7 @@ class RelationMap:
 
     def p_values(self, **options: int) -> ByHead:
         """One-sided, corrected for the number of heads by the permutation distribution of the largest score."""
-        return _family_p(self.score, self.largest(**options))
+        return join([self], **options).p
 
     def table(self, **options: int) -> pd.DataFrame:
         """All heads, best first: site, score, p (family-wise)."""
@@ -184,16 +183,12 @@ class JointMap:
         return int((self.score > self.score[site.layer, site.head]).sum()) + 1
 
 
-def join(maps: Iterable[RelationMap], *, permutations: int = 1000, seed: int = 0) -> JointMap:
+def join(maps: Iterable[RelationMap], **options: int) -> JointMap:
     """The maps as one: each head's best score of them, against the best of all heads in all maps, permuted alike."""
     maps = list(maps)
     score = torch.stack([m.score for m in maps]).amax(0)
-    largest = torch.stack([m.largest(permutations=permutations, seed=seed) for m in maps]).amax(0)
-    return JointMap(score, _family_p(score, largest))
-
-
-def _family_p(score: ByHead, largest: Float[Tensor, " permutation"]) -> ByHead:
-    return (1 + (largest[:, None, None] >= score).sum(0)) / (1 + len(largest))
+    largest = torch.stack([m.largest(**options) for m in maps]).amax(0)
+    return JointMap(score, (1 + (largest[:, None, None] >= score).sum(0)) / (1 + len(largest)))
 
 
 def relation_numbers(name: str, relation: RelationMap, *, seed: int = 0) -> dict[str, Any]:
@@ -258,15 +253,10 @@ RELATION = 0.1  # share of subjects whose answer a head promotes
 
 @torch.no_grad()
 def head_roles(
-    model: Model,
-    types: dict[str, list[int]],
-    maps: Sequence[RelationMap],
-    *,
-    permutations: int = 1000,
-    seed: int = 0,
-    layers: Sequence[int] | None = None,
+    model: Model, types: Types, maps: list[RelationMap], *, layers: Sequence[int] | None = None, **options: int
 ) -> pd.DataFrame:
-    """One row a head of the layers (0-based, all if not given), with the numbers behind three labels.
+    """One row a head of the layers (0-based, all if not given), with the numbers behind three labels. options: how many
+    permutations, and their seed.
 
     seeks       the type whose keys get the highest mean attention score from the average query, `none` unless its
                 mean lies EFFECT standard deviations above the mean word and permuted type labels do that with ROLE_P
@@ -280,7 +270,8 @@ def head_roles(
     weights, names = model.weights, list(types)
     words = [token for ids in types.values() for token in ids]
     labels = np.repeat(np.arange(len(types)), [len(ids) for ids in types.values()])
-    shuffles, moments, tables = _shuffled(labels, permutations, seed), _unembedding_moments(weights), []
+    shuffles, signs = _permuted(labels, **options)
+    moments, tables = _unembedding_moments(weights), []
     for layer in range(weights.n_layers) if layers is None else layers:
         block = weights.blocks[layer]
         x, attn = block.norm_attn(weights.W_E[words]), block.attn
@@ -290,19 +281,31 @@ def head_roles(
         columns: dict[str, Any] = {"layer": layer, "head": np.arange(weights.n_heads)}
         columns |= _type_columns("seeks", sought, names, labels, shuffles)
         columns |= _type_columns("advertises", k.norm(dim=-1), names, labels, shuffles)
-        columns |= _copy_columns(v, attn.W_O, words, moments, permutations, seed)
+        columns |= _copy_columns(v, attn.W_O, words, moments, signs)
         tables.append(pd.DataFrame(columns))
-    return _with_value_roles(pd.concat(tables, ignore_index=True), maps, permutations=permutations, seed=seed)
+    return _with_value_roles(pd.concat(tables, ignore_index=True), maps, **options)
 
 
-def _type_columns(
-    label: str, values: Float[Tensor, "head word"], names: list[str], labels: NDArray, shuffles: NDArray
-) -> dict[str, Any]:
-    """The type that each head's values prefer, `none` where it does not stand out, with its effect and p."""
-    best, effect, p = _best_types(values.cpu().numpy(), labels, shuffles)
-    stands_out = (effect >= EFFECT) & (p <= ROLE_P)
-    named = [names[i] if sure else "none" for i, sure in zip(best, stands_out, strict=True)]
-    return {label: named, f"{label}_effect": effect, f"{label}_p": p}
+def _permuted(labels: NDArray, permutations: int = 1000, seed: int = 0) -> tuple[NDArray, NDArray]:
+    """What heads are judged against: indicators of permuted type labels, scaled to means (permutation, type, word); and
+    random signs (permutation, word)."""
+    rng = np.random.default_rng(seed)
+    indicator = (labels == np.arange(labels.max() + 1)[:, None]).astype(np.float32)
+    indicator /= indicator.sum(1, keepdims=True)
+    shuffles = np.stack([indicator[:, rng.permutation(len(labels))] for _ in range(permutations)])
+    return shuffles, np.random.default_rng(seed).choice([-1.0, 1.0], size=(permutations, len(labels)))
+
+
+def _type_columns(label: str, values: Tensor, names: list[str], labels: NDArray, shuffles: NDArray) -> dict[str, Any]:
+    """Of each head (a row of values, one a word): the type with the highest mean, `none` where it does not stand out;
+    its height above the mean word in standard deviations; and the share of permutations whose best type is as high."""
+    z = values.cpu().numpy()
+    z = (z - z.mean(1, keepdims=True)) / z.std(1, keepdims=True)
+    means = np.stack([np.bincount(labels, row) for row in z]) / np.bincount(labels)
+    null, effect = _product(shuffles, z.astype(np.float32).T).max(1), means.max(1)  # (permutation, head)
+    p = (1 + (null >= effect).sum(0)) / (1 + len(null))
+    named = np.where((effect >= EFFECT) & (p <= ROLE_P), np.array(names)[means.argmax(1)], "none")
+    return {label: named.tolist(), f"{label}_effect": effect, f"{label}_p": p}
 
 
 def _with_value_roles(table: pd.DataFrame, maps: Sequence[RelationMap], **options: int) -> pd.DataFrame:
@@ -318,24 +321,6 @@ def _with_value_roles(table: pd.DataFrame, maps: Sequence[RelationMap], **option
     table.insert(0, "site", [str(Site(*at)) for at in zip(*heads, strict=True)])
     table.insert(table.columns.get_loc("copy_score"), "value", role.tolist())
     return table.drop(columns="gap")
-
-
-def _shuffled(labels: NDArray, permutations: int, seed: int) -> NDArray:
-    """Indicator matrices of permuted type labels, scaled to means: (permutation, type, word)."""
-    rng = np.random.default_rng(seed)
-    indicator = (labels == np.arange(labels.max() + 1)[:, None]).astype(np.float32)
-    indicator /= indicator.sum(1, keepdims=True)
-    return np.stack([indicator[:, rng.permutation(len(labels))] for _ in range(permutations)])
-
-
-def _best_types(values: NDArray, labels: NDArray, shuffles: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """Of each head (a row of values, one a word): the type with the highest mean, its height above the mean word in
-    standard deviations, and the share of permutations whose best type is as high."""
-    z = (values - values.mean(1, keepdims=True)) / values.std(1, keepdims=True)
-    means = np.stack([np.bincount(labels, row) for row in z]) / np.bincount(labels)
-    null = _product(shuffles, z.astype(np.float32).T).max(1)  # (permutation, head)
-    p = (1 + (null >= means.max(1)).sum(0)) / (1 + len(null))
-    return means.argmax(1), means.max(1), p
 
 
 def _unembedding_moments(weights: Weights) -> tuple[Unembedding, Tensor, Tensor]:
@@ -357,15 +342,14 @@ def _copy_scores(v: Tensor, W_O: Tensor, ids: list[int], moments: tuple[Tensor, 
 
 
 def _copy_columns(
-    v: Tensor, W_O: Tensor, ids: list[int], moments: tuple[Tensor, ...], permutations: int, seed: int
+    v: Tensor, W_O: Tensor, ids: list[int], moments: tuple[Tensor, ...], signs: NDArray
 ) -> dict[str, Any]:
     """Of each head, on average over words: the standardised logit of the word's own token; how far it lies above those
     of the other words; and the p of that, a two-sided sign-flip test."""
     same, others = _copy_scores(v, W_O, ids, moments)
     gap = (same - others).cpu().numpy()  # (head, word)
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(permutations, len(ids)))
     extreme = np.abs(_product(signs, gap.T.astype(float))) >= np.abs(gap.sum(1))  # (permutation, head)
-    p = (1 + extreme.sum(0)) / (1 + permutations)
+    p = (1 + extreme.sum(0)) / (1 + len(signs))
     return {"copy_score": [float(row.mean()) for row in same], "copy_p": p, "gap": gap.sum(1)}
 
 
@@ -374,9 +358,7 @@ def _product(a: NDArray, b: NDArray) -> NDArray:
     return (torch.from_numpy(a) @ torch.from_numpy(np.ascontiguousarray(b))).numpy()
 
 
-def _in_top_of(
-    x: Float[Tensor, "row d_model"], W_U: Unembedding, part: Unembedding, answers: Int[Tensor, " answer"]
-) -> Bool[Tensor, "row answer"]:
+def _in_top_of(x: Vectors, W_U: Unembedding, part: Unembedding, answers: Answers) -> Bool[Tensor, "row answer"]:
     """`_in_top` of x @ W_U. The k-th best of a part of the vocabulary is never above the k-th best of all of it, so an
     answer that falls short of it there is out, and a row without any other needs no more; the slack is for rounding."""
     reach = (x @ part).topk(TOP, dim=-1).values[:, -1:]
@@ -386,9 +368,7 @@ def _in_top_of(
     return hits
 
 
-def _in_top(
-    logits: Float[Tensor, "*head subject vocab"], answers: Int[Tensor, " answer"]
-) -> Bool[Tensor, "*head subject answer"]:
+def _in_top(logits: Float[Tensor, "*row vocab"], answers: Answers) -> Bool[Tensor, "*row answer"]:
     threshold = logits.topk(TOP, dim=-1).values[..., -1:]
     says_something = logits.amax(-1, keepdim=True) > logits.amin(-1, keepdim=True)  # a dead head ties everywhere
     return (logits[..., answers] >= threshold) & says_something

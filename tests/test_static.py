@@ -191,10 +191,11 @@ def test_a_head_that_seeks_a_planted_type(smollm2):
 def test_permuted_labels_name_no_type():
     """The null must fail: random values of random labels are called `none` at the stated rate."""
     rng = np.random.default_rng(0)
-    labels = np.repeat(np.arange(8), 40)
-    shuffles = static._shuffled(labels, 400, 0)
-    _, effect, p = static._best_types(rng.normal(size=(200, 320)), labels, shuffles)
-    assert ((effect >= static.EFFECT) & (p <= static.ROLE_P)).sum() <= 6
+    labels, names = np.repeat(np.arange(8), 40), list("abcdefgh")
+    shuffles, _ = static._permuted(labels, 400, 0)
+    found = static._type_columns("seeks", torch.tensor(rng.normal(size=(200, 320))), names, labels, shuffles)
+    effect, p, named = found["seeks_effect"], found["seeks_p"], np.array(found["seeks"])
+    assert ((effect >= static.EFFECT) & (p <= static.ROLE_P)).sum() == (named != "none").sum() <= 6
 
 
 def test_too_few_single_token_words(tmp_path, tiny):
