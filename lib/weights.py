@@ -11,7 +11,7 @@ A new model family needs a `Layout` and a builder here, and nothing elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,13 +168,13 @@ class Block:
 @dataclass(frozen=True)
 class Layout:
     """Where a family keeps the parameters of a block. blocks: what their names begin with, before the layer's number.
-    attention, mlp: what the names of these parts' parameters begin with, within the block. matrices: the names of W_Q,
-    W_K, W_V, W_O and W_out within the block (some may share one, fused along its last axis). gains: of its two norms.
-    input_first: a matrix is kept as (in, out), as GPT-2's Conv1D keeps it, not as (out, in), as nn.Linear does."""
+    attention: what the names of attention's begin with, within the block, where the MLP's begin with `mlp.`. matrices:
+    the names of W_Q, W_K, W_V, W_O and W_out within the block (some may share one, fused along its last axis). gains:
+    of its two norms. input_first: a matrix is kept as (in, out), like GPT-2's Conv1D, not as (out, in), like
+    nn.Linear."""
 
     blocks: str
     attention: str
-    mlp: str
     matrices: dict[str, str]
     gains: tuple[str, str]
     input_first: bool
@@ -192,7 +192,6 @@ class Layout:
 class Weights:
     """The whole model. W_pos is None where positions are rotary."""
 
-    family: str
     layout: Layout
     W_E: Float[Tensor, "vocab d_model"]
     W_pos: Float[Tensor, "context d_model"] | None
@@ -238,13 +237,13 @@ class Weights:
 
 
 def view(model: PreTrainedModel) -> Weights:
-    """The view of a loaded model. Raises ModelError for a family that has no builder."""
-    family = model.config.model_type
-    check_family(family, model.config.name_or_path or "this model")
-    return _BUILDERS[family](model)
+    """The view of a loaded model. Raises ModelError as `check_family` does."""
+    check_family(model.config.model_type, model.config.name_or_path or "this model")
+    return _BUILDERS[model.config.model_type](model)
 
 
 def check_family(family: str | None, where: str) -> None:
+    """Raises ModelError for one that has no builder."""
     if family not in _BUILDERS:
         raise ModelError(
             f"{where} is of the family {family!r}; the book reads {' and '.join(sorted(_BUILDERS))}. "
@@ -304,7 +303,7 @@ def pathway_slices(model: PreTrainedModel, layer: int, pathway: str) -> tuple[Sl
     if not 0 <= layer < weights.n_layers:
         raise ValueError(f"no layer {layer}, counted from 0: the model has L1 to L{weights.n_layers}")
     layout, prefix = weights.layout, weights.layout.prefix(layer)
-    groups = {"full": prefix, "attention": prefix + layout.attention, "ffn": prefix + layout.mlp}
+    groups = {"full": prefix, "attention": prefix + layout.attention, "ffn": prefix + "mlp."}
     if pathway in groups:
         return tuple(Slice(name) for name in parameters if name.startswith(groups[pathway]))
     matrix = f"W_{pathway[0].upper()}"
@@ -321,28 +320,29 @@ def part_masks(
     """A part of a layer (0-based): the pathway that holds it, and which entries of that pathway's slices it is. part:
     `head` (query heads: what W_Q and W_O have of them), `values` (columns of W_V, counted over all key/value heads) or
     `neurons` (rows of W_out). Raises ValueError for other words."""
-    pathways = {"head": "attention", "values": "v_only", "neurons": "ffn"}
-    if part not in pathways:
-        raise ValueError(f"unknown part {part!r}; choose from {', '.join(pathways)}")
-    weights, parameters = view(model), dict(model.named_parameters())
-    attn, mlp, index = weights.blocks[layer].attn, weights.blocks[layer].mlp, torch.tensor(picked)
-    entries: dict[str, dict[str, tuple[Tensor, Any]]] = {
-        "head": {"W_Q": (attn.W_Q, index), "W_O": (attn.W_O, index)},
-        "values": {"W_V": (attn.W_V, (index // weights.d_head, slice(None), index % weights.d_head))},
-        "neurons": {"W_out": (mlp.W_out, index)},
+    weights, parameters, index = view(model), dict(model.named_parameters()), torch.tensor(picked)
+    attn, column = weights.blocks[layer].attn, (index // weights.d_head, slice(None), index % weights.d_head)
+    parts: dict[str, tuple[str, dict[str, tuple[Tensor, Any]]]] = {
+        "head": ("attention", {"W_Q": (attn.W_Q, index), "W_O": (attn.W_O, index)}),
+        "values": ("v_only", {"W_V": (attn.W_V, column)}),
+        "neurons": ("ffn", {"W_out": (weights.blocks[layer].mlp.W_out, index)}),
     }
-    slices = pathway_slices(model, layer, pathways[part])
+    if part not in parts:
+        raise ValueError(f"unknown part {part!r}; choose from {', '.join(parts)}")
+    pathway, entries = parts[part]
+    slices = pathway_slices(model, layer, pathway)
     masks = {s.name: torch.zeros_like(parameters[s.name], dtype=torch.bool) for s in slices}
-    for matrix, (seen, where) in entries[part].items():
+    for matrix, (seen, where) in entries.items():
         name = weights.layout.name(layer, matrix)
         start = seen.storage_offset() - parameters[name].storage_offset()
         masks[name].as_strided(seen.shape, seen.stride(), start)[where] = True  # the same view, of the mask
-    return pathways[part], {s: s.of(masks[s.name]) for s in slices}
+    return pathway, {s: s.of(masks[s.name]) for s in slices}
 
 
-def count_parameters(model: PreTrainedModel, slices: tuple[Slice, ...]) -> int:
+def places(model: PreTrainedModel, slices: Iterable[Slice]) -> list[Tensor]:
+    """Where the slices are: the model's own parameters, or views of their columns."""
     parameters = dict(model.named_parameters())
-    return sum(s.of(parameters[s.name]).numel() for s in slices)
+    return [part.of(parameters[part.name]) for part in slices]
 
 
 def _project(x: Vectors, W: Float[Tensor, "n d h"], b: Float[Tensor, "n h"] | None) -> Float[Tensor, "*b n t h"]:
@@ -362,8 +362,7 @@ def _norm(module: Any) -> Norm:
 _GPT2 = Layout(
     blocks="transformer.h",
     attention="attn.",
-    mlp="mlp.",
-    matrices=dict.fromkeys(("W_Q", "W_K", "W_V"), "attn.c_attn.weight")
+    matrices={f"W_{x}": "attn.c_attn.weight" for x in "QKV"}
     | {"W_O": "attn.c_proj.weight", "W_out": "mlp.c_proj.weight"},
     gains=("ln_1.weight", "ln_2.weight"),
     input_first=True,
@@ -384,13 +383,12 @@ def _gpt2(model: Any) -> Weights:
 
     blocks, W_U = tuple(map(block, base.h)), model.lm_head.weight.T
     W_E, W_pos, norm = base.wte.weight, base.wpe.weight, base.ln_f
-    return Weights("gpt2", _GPT2, W_E, W_pos, blocks, _norm(norm), norm, W_U, c.n_positions)
+    return Weights(_GPT2, W_E, W_pos, blocks, _norm(norm), norm, W_U, c.n_positions)
 
 
 _LLAMA = Layout(
     blocks="model.layers",
     attention="self_attn.",
-    mlp="mlp.",
     matrices={f"W_{x.upper()}": f"self_attn.{x}_proj.weight" for x in "qkvo"} | {"W_out": "mlp.down_proj.weight"},
     gains=("input_layernorm.weight", "post_attention_layernorm.weight"),
     input_first=False,
@@ -415,7 +413,7 @@ def _llama(model: Any) -> Weights:
         return Block(norms[0], attn, norms[1], MLP(*matrices, ACT2FN[c.hidden_act]), m, a.o_proj, down)
 
     blocks, W_E, W_U, norm = tuple(map(block, base.layers)), base.embed_tokens.weight, model.lm_head.weight.T, base.norm
-    return Weights("llama", _LLAMA, W_E, None, blocks, _norm(norm), norm, W_U, c.max_position_embeddings)
+    return Weights(_LLAMA, W_E, None, blocks, _norm(norm), norm, W_U, c.max_position_embeddings)
 
 
 _BUILDERS = {"gpt2": _gpt2, "llama": _llama}

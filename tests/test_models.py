@@ -47,7 +47,7 @@ def test_logits_are_hugging_faces_own(smollm2):
 def test_a_folder_of_ones_own(folder, make, family):
     make().save_pretrained(folder)
     mine = models.load(str(folder))
-    assert mine.name == str(folder) and mine.weights.family == family
+    assert mine.name == str(folder) and mine.module.config.model_type == family
     assert mine.weights_sha256 == models.weights_sha256(str(folder))
 
 

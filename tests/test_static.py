@@ -55,7 +55,7 @@ def test_random_heads_overlap_as_chance_says():
 
 
 def test_k_norm_by_hand(tiny):
-    token, name = 1234, "ln_1" if tiny.weights.family == "gpt2" else "input_layernorm"
+    token, name = 1234, "ln_1" if tiny.module.config.model_type == "gpt2" else "input_layernorm"
     norms = static.k_norms_by_head(tiny.weights, [token])[..., 0]
     for layer, block in enumerate(tiny.weights.blocks):
         e = getattr(block.module, name)(tiny.weights.W_E[token])

@@ -94,7 +94,7 @@ def ablate_all(
     prefilled = prefill(model, texts, min(part.site.layer for group in parts.values() for part in group))
     tables = []
     for kind, group in parts.items():
-        rows = pd.concat([ablate(model, texts, answers, part, prefilled=prefilled) for part in group])
+        rows = pd.concat([ablate(model, texts, answers, part, kept=prefilled) for part in group])
         means = rows.groupby(["way", "prompt"], sort=False)[["direct", "total"]].mean().reset_index()
         tables.append(means.assign(part=kind))
     return pd.concat(tables, ignore_index=True)
@@ -105,7 +105,7 @@ def total_effects(
 ) -> dict[Part, float]:
     """What the loss of each part, by one way of ablation, changes of the answers' logits (total, mean over prompts)."""
     prefilled = prefill(model, texts, min(part.site.layer for part in parts))
-    tables = {part: ablate(model, texts, answers, part, prefilled=prefilled) for part in parts}
+    tables = {part: ablate(model, texts, answers, part, kept=prefilled) for part in parts}
     return {part: float(table[table.way == way].total.mean()) for part, table in tables.items()}
 
 

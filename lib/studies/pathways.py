@@ -26,7 +26,7 @@ from lib.models import Model
 from lib.recall import tell, trainable
 from lib.studies import experiment, once_a_model, one_thread
 from lib.training import Comparison, Task, Trained, chosen_rows, false_facts, task_at, train
-from lib.weights import PATHWAYS, count_parameters, pathway_slices
+from lib.weights import PATHWAYS, pathway_slices, places
 
 CURVES = ["margins", "kls"]  # of a run, by step: smallest margin, and KL on the step's neutral window
 WAYS = ["facts", "longer"]  # which lesson, and for how long
@@ -122,7 +122,7 @@ def gpt2_sizes() -> dict[str, dict[str, float]]:
     """Parameters of each pathway in GPT-2 small, and their share of it, counted on an empty model of its shape."""
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config())
-    counts = {name: count_parameters(model, pathway_slices(model, 0, name)) for name in PATHWAYS}
+    counts = {name: sum(x.numel() for x in places(model, pathway_slices(model, 0, name))) for name in PATHWAYS}
     return {name: {"parameters": n, "share": n / model.num_parameters()} for name, n in counts.items()}
 
 

@@ -46,16 +46,17 @@ def _one(name: str, shape: tuple[int, ...], like: Model) -> dict[str, Any]:
     )
     with torch.device("meta"):
         parameters = LlamaForCausalLM(config).num_parameters()
+    at_hand = memory_at_hand(torch.get_default_device())
     row = {
         "shape": name,
         "parameters": parameters,
         "fp32_gb": parameters * 4e-9,
         "bf16_gb": parameters * 2e-9,
-        "at_hand_gb": memory_at_hand() * 1e-9,
+        "at_hand_gb": at_hand * 1e-9,
     }
-    if parameters * 2 > memory_at_hand() * 2 / 3:
+    if parameters * 2 > at_hand * 2 / 3:
         return row
-    dtype, found = precision_that_fits(4 * parameters), {}
+    dtype, found = precision_that_fits(4 * parameters, at_hand), {}
     _, grown = timed(lambda: found.update(_traced(name, config, dtype, like)))
     return row | found | {"precision": str(dtype).removeprefix("torch."), "peak_gb": grown and grown / 1000}
 
