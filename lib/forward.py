@@ -275,25 +275,10 @@ def reference(final: Rows, W_U: Unembedding) -> Reference:
 
 
 def log_normalisers(final: Rows, W_U: Unembedding, apart: Int[Tensor, " k"] | None = None) -> tuple[Tensor, Tensor]:
-    """The log-normaliser of each final stream (normalised), (m), differentiable in it, once. apart: a token for each
+    """The log-normaliser of each final stream (normalised) (m), differentiable in it, once. apart: a token for each
     of the first k rows; for these also the largest logit of any other token (k), not differentiable."""
-    return _LogNormalisers.apply(final, W_U, apart)
-
-
-class _LogNormalisers(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, final: Tensor, W_U: Tensor, apart: Tensor | None) -> tuple[Tensor, Tensor]:
-        log_z, mean, other = _swept(final, W_U, apart, mean=ctx.needs_input_grad[0])
-        ctx.save_for_backward(mean)
-        ctx.dtype = final.dtype
-        ctx.mark_non_differentiable(other)
-        return log_z, other
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        (mean,) = ctx.saved_tensors
-        return (slope[:, None] * mean).to(ctx.dtype), None, None
+    log_z, mean, other = _swept(final, W_U, apart, mean=final.requires_grad and torch.is_grad_enabled())
+    return log_z + ((final - final.detach()) * mean).sum(-1), other  # adds 0, whose gradient is the mean
 
 
 @torch.no_grad()
