@@ -78,8 +78,7 @@ def make(model: Model, values: dict[Slice, Tensor], **about: Any) -> Edit:
 
 
 def save(edit: Edit, path: Path) -> Path:
-    """Write the edit as one file, whole or not at all. Raises EditError for an edit that `load` would refuse, and where
-    the file cannot be written."""
+    """Write the edit whole or not at all. Raises EditError for one that `load` would refuse, or if it cannot write."""
     _check_content(edit, f"{path} is not written")
     header = {f.name: getattr(edit, f.name) for f in fields(edit) if f.name != "values"}
     header |= {"facts": [asdict(f) for f in edit.facts], "slices": [asdict(s) for s in edit.values]}
@@ -143,8 +142,7 @@ def rerun(model: Model, folder: Path) -> dict[str, bool]:
 
 @contextmanager
 def applied(model: Model, edit: Edit) -> Iterator[Model]:
-    """The model with the edit in place; restored afterwards, bit for bit. Raises EditError as `check` does, before
-    anything is changed."""
+    """The model with the edit in place; `restored` afterwards. Raises EditError as `check` does, before any change."""
     check(model, edit)
     with written(model.module, edit.values):
         yield model
@@ -152,8 +150,7 @@ def applied(model: Model, edit: Edit) -> Iterator[Model]:
 
 @contextmanager
 def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Whatever is written into a model's own tensors meanwhile, they are afterwards what they were, bit for bit, also
-    after an exception."""
+    """Whatever is written into a model's own tensors meanwhile is undone, bit for bit, also after an exception."""
     before = [tensor.detach().clone() for tensor in tensors]
     try:
         yield

@@ -55,8 +55,7 @@ Bias = Float[Tensor, " vocab"] | None  # added to all logits
 
 @dataclass(frozen=True)
 class Passage:
-    """Consecutive tokens of a named text: `entering`, the streams before the edited layer, and `final`, those that
-    leave the untouched model, normalised."""
+    """Tokens of a text. entering: the streams before the edited layer. final: those the untouched model ends with."""
 
     name: str
     pack: Pack
@@ -133,8 +132,7 @@ def build_protocols(
     model: Model, case: Case, layers: Sequence[int], *, texts: Texts | None = None, table: pd.DataFrame | None = None
 ) -> dict[int, Protocol]:
     """A protocol for edits of each of some layers, from one run of the model; the layer that would follow the last one
-    stands for changes of the logits alone. texts: passages by name; the book's own if none are given. table: the part
-    of `questions` to ask; all, if not given."""
+    stands for changes of the logits alone. texts: passages by name, or the book's. table: some of `questions`."""
     table = questions(model, case) if table is None else table.reset_index(drop=True)
     protocols = {layer: Protocol(layer, table, [], []) for layer in layers}
     for batch in packs(model, [model.token_ids(p) for p in table.prompt], share=True):
@@ -181,8 +179,7 @@ def load_wikitext() -> Texts:
 
 @torch.no_grad()
 def score_questions(model: Model, protocol: Protocol, edit: Edit | None, *, bias: Bias = None) -> pd.DataFrame:
-    """The questions, each with told, prob (of the answer), top (the token said) and margin (in logits). bias: added to
-    all logits."""
+    """The questions with told, prob (of the answer), top (the token said), margin (in logits). bias: of all logits."""
     values, scores = _values(protocol, edit), []
     answers = torch.tensor(protocol.questions.answer_token.to_numpy())[:, None]
     sizes = [len(batch.last) for batch, _ in protocol.prompts]

@@ -49,7 +49,7 @@ from lib.weights import Block, Slice, Unembedding
 
 Stream = Float[Tensor, "t d_model"]  # of all tokens of a pack
 Streams = dict[int, Stream]  # before each of some layers
-Values = dict[Slice, Tensor] | None  # put for a layer's own
+Values = dict[Slice, Tensor] | None  # put for a layer's own, which are not written to
 Which = Int[Tensor, " n"] | None  # rows of a pack
 Rows = Float[Tensor, "m d_model"]  # of m tokens: of last ones in as many versions as there are, or of any
 ROOM = 512  # tokens in a pack: attention's cost grows with its square, and beyond a few hundred nothing is gained
@@ -81,8 +81,7 @@ class Pack:
 
 
 def pack(model: Model, texts: Sequence[Sequence[int]], *, share: bool = False) -> Pack:
-    """Token lists in one row, one after the other, or sharing their beginnings. Raises DataError for none, an
-    empty one, or one longer than the model reads."""
+    """All texts, token lists, in one pack. share, errors: as of `packs`."""
     (whole,) = packs(model, texts, room=sum(map(len, texts)), share=share)
     return whole
 
@@ -90,7 +89,7 @@ def pack(model: Model, texts: Sequence[Sequence[int]], *, share: bool = False) -
 def packs(model: Model, texts: Sequence[Sequence[int]], room: int = ROOM, *, share: bool = False) -> Iterator[Pack]:
     """The texts in their order, in as many packs as needed, each of at most `room` tokens (or of one text). share:
     those that begin alike share these tokens; each keeps a last token of its own, so that what is read or changed there
-    is its own. Raises as `pack` does."""
+    is its own. Raises DataError for no text, an empty one, or one longer than the model reads."""
     if not texts or not all(texts):
         raise DataError("there is nothing to run: no text was given, or one without a token.")
     if (longest := max(map(len, texts))) > model.weights.context:
@@ -153,10 +152,9 @@ def streams(model: Model, texts: Pack, layers: Iterable[int]) -> Streams:
 
 
 def above(model: Model, texts: Pack, layer: int, stream: Stream, values: Values = None, read: Which = None) -> Rows:
-    """The final residual stream, normalised, from the stream that enters a layer. It is differentiable in the values;
-    the model is not written to. read: the rows that are wanted, in this order; all, if not given. With values, the last
-    layer is run for these alone, by the view of its weights: changes of these in place are seen; hooks, adapters and
-    modules put for its own are not."""
+    """The final residual stream, normalised, from the stream that enters a layer; differentiable in the values. read:
+    the rows that are wanted, in this order; all, if not given. With values, the last layer is run for these alone, by
+    the view of its weights: changes of these in place are seen; hooks, adapters and modules put for its own are not."""
     norm, end = model.weights.norm_final_module, model.weights.n_layers - 1
     if read is None or not values or layer == end:
         final = norm(_blocks(model, texts, stream, range(layer, end + 1), values))
@@ -174,8 +172,7 @@ def resid_post(model: Model, texts: Pack, stream: Stream, layer: int) -> Stream:
 @dataclass(frozen=True)
 class Past:
     """What n tokens look back on in one layer (the last ones of texts, or any in the last layer): keys (rotated) and
-    values, in a row for each text or in one row for all. before: those that stand before each of the n in its text.
-    position: of the n tokens."""
+    values, in a row for each text or in one row for all. before: those before each of the n. position: of the n."""
 
     keys: Float[Tensor, "row n_kv t d_head"]
     values: Float[Tensor, "row n_kv t d_head"]
@@ -184,8 +181,7 @@ class Past:
 
 
 def past(block: Block, texts: Pack, stream: Stream, at: Which = None) -> Past:
-    """What tokens of a pack look back on, from the stream that enters the block. at: their rows; the last tokens', if
-    not given."""
+    """What the tokens in the rows `at` of a pack, or its last ones, look back on. stream: what enters the block."""
     x, attn, at = block.norm_attn(stream), block.attn, texts.last if at is None else at
     keys = attn.rotated(attn.keys(x), texts.position)
     before = texts.sees[at].scatter(1, at[:, None], False)
@@ -193,8 +189,7 @@ def past(block: Block, texts: Pack, stream: Stream, at: Which = None) -> Past:
 
 
 def gathered(block: Block, past: Past, rows: Rows) -> Float[Tensor, "m n_heads d_head"]:
-    """z of last tokens, from their own stream and what they look back on. rows: all n texts in their order, as many
-    times as there are versions of them."""
+    """z of last tokens from what they look back on. rows: all n texts in their order, once for each version of them."""
     n_texts, (row, n_kv) = len(past.position), past.keys.shape[:2]  # row: n_texts, or 1 for all of them
     x, attn, position = block.norm_attn(rows), block.attn, past.position.repeat(len(rows) // n_texts)
     q, k, v = attn.rotated(attn.queries(x), position), attn.rotated(attn.keys(x), position), attn.values(x)

@@ -82,8 +82,8 @@ def ablate(
 ) -> pd.DataFrame:
     """Take a part away at the last position, in three ways: `zero`; `mean` over the prompts; `resample`, what it did in
     the next prompt. A row a way and prompt: the change of the answer's logit (minus the logit of `against`, if given),
-    direct (all later layers and the norm held as they were) and total (really run). kept: the prompts' `prefill` from the
-    part's layer or below, where several parts are taken from the same prompts."""
+    direct (all later layers and the norm held as they were) and total (really run). kept: the prompts' `prefill` from
+    the part's layer or below, where several parts are taken from the same prompts."""
     layer, W_U = part.site.layer, model.weights.W_U
     kept = kept or prefill(model, texts, layer)
     directions = (W_U[:, answers] - (0 if against is None else W_U[:, against])).T
@@ -253,8 +253,7 @@ def patched_streams(
     model: Model, run: CachedRun, z: Z, mlps: MLPs | None = None, *, start: int = 0, below: Rows | None = None
 ) -> Iterator[Rows]:
     """The patched last rows that leave each layer from `start` up: those of the layers below, one layer further, then a
-    head each (and the MLP, if mlps are given), the n prompts together. below: those that enter `start`, from a model
-    with the same weights up to there."""
+    head each (and the MLP, if mlps are given), the n prompts together. below: what enters `start`, by the same weights."""
     rows = run.final[:0] if below is None else below
     before = torch.arange(run.tokens.shape[1]) < run.last[:, None]
     for i in range(start, model.weights.n_layers):

@@ -132,9 +132,8 @@ def load(name: str = "smollm2", *, dtype: torch.dtype | None = None, device: tor
 
 
 def use_device_of(model: Model) -> Model:
-    """Make this process's new tensors where the model is, from now on; on a CPU that is so already. To be called after
-    `load` by whoever owns the process (a chapter, a sweep's worker, a command), so that no code in between need name a
-    device. Gives the model back."""
+    """Make this process's new tensors where the model is, from now on, and give it back. To be called after `load` by
+    whoever owns the process (a chapter, a sweep's worker, a command): no code in between need name a device."""
     if model.device != torch.get_default_device():
         torch.set_default_device(model.device)
     return model

@@ -50,8 +50,7 @@ TOP = 10  # of the tokens that a head promotes: the relation map asks whether th
 
 
 def top_dimensions(d_model: int) -> int:
-    """How many residual dimensions QK overlap takes: the paper's 100 of GPT-2's 768, and never more than a sixth, so
-    that small models are not compared on most of their dimensions."""
+    """How many residual dimensions QK overlap takes: the paper's 100 of GPT-2's 768, and never more than a sixth."""
     return min(100, d_model // 6)
 
 
@@ -173,8 +172,8 @@ class RelationMap:
 
 @dataclass(frozen=True)
 class JointMap:
-    """Several relation maps read as one: each head's best score, its p corrected for all heads and all maps, and its
-    rank by score. What a diagnosis may quote without choosing the map that flatters it."""
+    """Several relation maps read as one: each head's best score, and its p corrected for all heads and all maps. What a
+    diagnosis may quote without choosing the map that flatters it."""
 
     score: ByHead
     p: ByHead
@@ -224,8 +223,8 @@ def relation_maps(
 ) -> dict[str, RelationMap]:
     """Push each subject's embedding, `raw` and `enriched` by the first MLP, through a head's norm, W_V, W_O and the
     unembedding (final gain folded in), and ask whether the answer is among the TOP promoted tokens of the whole
-    vocabulary. A subject of several tokens is read at its last one. Compare MAPS (Elhelo and Geva 2025). layers: only
-    these (0-based), all if not given."""
+    vocabulary. A subject of several tokens is read at its last one. Compare MAPS (Elhelo and Geva 2025). layers:
+    0-based; all, if not given."""
     weights = model.weights
     W_U, answers = weights.norm_final.fold(weights.W_U), first_tokens(model, facts)
     e = torch.cat([*subject_embeddings(model, facts).values()])
@@ -255,8 +254,7 @@ RELATION = 0.1  # share of subjects whose answer a head promotes
 def head_roles(
     model: Model, types: Types, maps: list[RelationMap], *, layers: Sequence[int] | None = None, **options: int
 ) -> pd.DataFrame:
-    """One row a head of the layers (0-based, all if not given), with the numbers behind three labels. options: how many
-    permutations, and their seed.
+    """One row a head of the layers (0-based, all if not given), with the numbers behind three labels.
 
     seeks       the type whose keys get the highest mean attention score from the average query, `none` unless its
                 mean lies EFFECT standard deviations above the mean word and permuted type labels do that with ROLE_P
@@ -264,8 +262,9 @@ def head_roles(
     value       copies / suppresses: a word's own logit through the OV circuit, in standard deviations of all the
                 vocabulary's logits, is at least +COPY / at most -COPY on average, and with ROLE_P lies on the same
                 side of other words' logits; maps relation: the score of a relation map (raw or enriched, whichever is
-                higher) is at least RELATION and beats its null; neither otherwise. A head that maps a relation is
-                called so even if it also copies.
+                higher) is at least RELATION and beats its null, even if the head also copies; neither otherwise
+
+    options: permutations and seed, of all three.
     """
     weights, names = model.weights, list(types)
     words = [token for ids in types.values() for token in ids]
@@ -287,8 +286,7 @@ def head_roles(
 
 
 def _permuted(labels: NDArray, permutations: int = 1000, seed: int = 0) -> tuple[NDArray, NDArray]:
-    """What heads are judged against: indicators of permuted type labels, scaled to means (permutation, type, word); and
-    random signs (permutation, word)."""
+    """Indicators of permuted labels, scaled to means: (permutation, type, word); random signs: (permutation, word)."""
     rng = np.random.default_rng(seed)
     indicator = (labels == np.arange(labels.max() + 1)[:, None]).astype(np.float32)
     indicator /= indicator.sum(1, keepdims=True)

@@ -170,8 +170,7 @@ class Layout:
     """Where a family keeps the parameters of a block. blocks: what their names begin with, before the layer's number.
     attention: what the names of attention's begin with, within the block, where the MLP's begin with `mlp.`. matrices:
     the names of W_Q, W_K, W_V, W_O and W_out within the block (some may share one, fused along its last axis). gains:
-    of its two norms. input_first: a matrix is kept as (in, out), like GPT-2's Conv1D, not as (out, in), like
-    nn.Linear."""
+    of its two norms. input_first: a matrix is kept as (in, out), like Conv1D's, not as (out, in), like nn.Linear's."""
 
     blocks: str
     attention: str
