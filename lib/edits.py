@@ -198,22 +198,17 @@ def targets(model: PreTrainedModel, values: dict[Slice, Tensor]) -> list[Tensor]
     """The model's own tensors (views, where a slice is part of one) that the values replace. Raises EditError."""
     parameters = dict(model.named_parameters())
     for part, value in values.items():
-        if fault := _misfit(parameters.get(part.name), part, value):
+        whole, fault = parameters.get(part.name), ""
+        if whole is None:
+            fault = f"the model has no parameter {part.name}"
+        elif part.start is not None and not 0 <= part.start < (part.stop or 0) <= whole.shape[-1]:
+            fault = f"{part.name} has the columns 0 to {whole.shape[-1]}, and the edit is for {part}"
+        elif ((own := part.of(whole)).shape, own.dtype) != (value.shape, value.dtype):
+            held = f"the edit's values have {tuple(value.shape)} in {value.dtype}"
+            fault = f"{part} has the shape {tuple(own.shape)} in {own.dtype}, and {held}"
+        if fault:
             raise EditError(f"{fault}; the edit is of another model, or was altered.")
     return places(model, values)
-
-
-def _misfit(whole: Tensor | None, part: Slice, value: Tensor) -> str:
-    """Why a value cannot stand in its place of a parameter; empty if it can."""
-    if whole is None:
-        return f"the model has no parameter {part.name}"
-    if part.start is not None and not 0 <= part.start < (part.stop or 0) <= whole.shape[-1]:
-        return f"{part.name} has the columns 0 to {whole.shape[-1]}, and the edit is for {part}"
-    target = part.of(whole)
-    if (target.shape, target.dtype) != (value.shape, value.dtype):
-        held = f"the edit's values have {tuple(value.shape)} in {value.dtype}"
-        return f"{part} has the shape {tuple(target.shape)} in {target.dtype}, and {held}"
-    return ""
 
 
 def outside_sha256(model: PreTrainedModel, slices: Sequence[Slice]) -> str:

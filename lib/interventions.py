@@ -128,18 +128,15 @@ def ablate_top_neurons(model: Model, texts: Sequence[str], answers: Ids, layer: 
         final = _final_streams(model, batch, before, Site(layer), first, -write[None])
         both = model.weights.norm_final(torch.cat((last.stream[None], final)))
         logits = (both * model.weights.W_U[:, tokens].T).sum(-1)
-        direct = -trace.gather(1, chosen[:, None])[:, 0]
-        effects = {"direct": direct.tolist(), "total": (logits[1] - logits[0]).tolist()}
-        tables.append(pd.DataFrame({"neuron": chosen.tolist(), **effects}))
+        direct, total = -trace.gather(1, chosen[:, None])[:, 0], logits[1] - logits[0]
+        tables.append(pd.DataFrame({"neuron": chosen.tolist(), "direct": direct.tolist(), "total": total.tolist()}))
     return pd.concat(tables, ignore_index=True).assign(prompt=list(texts), way="zero")
 
 
 def summarise_ablations(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     """A row a part and way of an `ablate` table: direct and total effect, means with bootstrap 95 % intervals."""
-    rows = [
-        (part, way, len(group), group.direct.mean(), *mean_interval(group.total, seed=seed))
-        for (part, way), group in table.groupby(["part", "way"], sort=False)
-    ]
+    groups = table.groupby(["part", "way"], sort=False)
+    rows = [(*of, len(group), group.direct.mean(), *mean_interval(group.total, seed=seed)) for of, group in groups]
     return pd.DataFrame(rows, columns=["part", "way", "n", "direct", "total", "low", "high"])
 
 
@@ -253,7 +250,7 @@ def patched_streams(
     model: Model, run: CachedRun, z: Z, mlps: MLPs | None = None, *, start: int = 0, below: Rows | None = None
 ) -> Iterator[Rows]:
     """The patched last rows that leave each layer from `start` up: those of the layers below, one layer further, then a
-    head each (and the MLP, if mlps are given), the n prompts together. below: what enters `start`, by the same weights."""
+    head each (and the MLP, if mlps are given), for all n prompts. below: what enters `start`, by the same weights."""
     rows = run.final[:0] if below is None else below
     before = torch.arange(run.tokens.shape[1]) < run.last[:, None]
     for i in range(start, model.weights.n_layers):
