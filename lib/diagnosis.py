@@ -67,13 +67,9 @@ class Contributions:
 
 @dataclass(frozen=True)
 class Traced(Contributions):
-    """curve: the logit difference summed up to each layer; error: the largest by which a trace misses its logit."""
+    """curve: the logit difference summed up to each layer."""
 
     curve: Float[Tensor, "n n_layers+1"]
-    error: float
-
-
-TENSORS = ("attribution", "difference", "margin", "curve")
 
 
 @dataclass(frozen=True)
@@ -86,11 +82,6 @@ class Evidence:
     sites: tuple[Site, ...]
     control: Traced
     failing: Traced
-
-    @property
-    def completeness(self) -> float:
-        """The largest error of a trace, in logits."""
-        return max(self.failing.error, self.control.error)
 
     def verdict(self, rows: NDArray | None = None) -> Verdict:
         """What `decide` reads off these facts, or off a resample of them."""
@@ -191,7 +182,7 @@ def contributions(model: Model, seen: Capture, pairs: Int[Tensor, "n 2"], bank: 
     attribution = right - (by_answer.sum(1) - right) / max(1, len(bank) - 1)
     trace = logit_trace(model, seen, pairs).difference()
     difference, curve = torch.cat((trace.heads.flatten(2), trace.mlps), -1)[:, 0], trace.cumulative[:, 0]
-    return Traced(attribution, difference, curve[:, -1], curve, max(answers.error, trace.error))
+    return Traced(attribution, difference, curve[:, -1], curve)
 
 
 def _trace(model: Model, texts: Sequence[str], pairs: Tensor, bank: Tensor, progress: str | None) -> Traced:
@@ -201,8 +192,7 @@ def _trace(model: Model, texts: Sequence[str], pairs: Tensor, bank: Tensor, prog
         contributions(model, capture(model, texts[i : i + BATCH]), pairs[i : i + BATCH], bank)
         for i in tqdm(starts, desc=progress, disable=progress is None or len(starts) < 2, leave=False)
     ]
-    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in TENSORS}
-    return Traced(**tensors, error=max(part.error for part in parts))
+    return Traced(*(torch.cat(values) for values in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 def control_mean(
@@ -216,12 +206,11 @@ def control_mean(
 def _mean(traced: Traced, told: Bool[Tensor, "control fact"]) -> Traced:
     """The `control_mean` of traces of the prompts that tell, control by control."""
     means = {}
-    for name in TENSORS:
-        values = getattr(traced, name)
+    for name, values in vars(traced).items():
         by_control = values.new_zeros(*told.shape, *values.shape[1:])
         by_control[told] = values
         means[name] = control_mean(by_control, told)
-    return Traced(**means, error=traced.error)
+    return Traced(**means)
 
 
 def decide(
@@ -261,7 +250,7 @@ def prescribe(model: Model, case: Case) -> Verdict:
 def diagnose_cases(
     model: Model,
     cases: Sequence[Case],
-    static: JointMap,
+    maps: JointMap,
     *,
     large: bool = False,
     seed: int = 0,
@@ -272,7 +261,7 @@ def diagnose_cases(
     for case in cases:
         table = case_table(model, case, large=large, progress=progress)
         try:
-            diagnoses.append(diagnose(gather(model, case, table, progress=progress), case, static, seed=seed))
+            diagnoses.append(diagnose(gather(model, case, table, progress=progress), case, maps, seed=seed))
         except NoFailure as reason:
             reasons.append(str(reason))
     if not diagnoses:

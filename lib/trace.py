@@ -41,8 +41,7 @@ BATCH = 8  # prompts traced at a time
 
 @dataclass(frozen=True)
 class Capture:
-    """What one forward pass showed at each prompt's last position. `everywhere` is the stream of all positions
-    (padded on the right) where it was asked for."""
+    """What one forward pass showed of each prompt (padded on the right) at one position, its last."""
 
     prompts: tuple[str, ...]
     tokens: Int[Tensor, "b t"]
@@ -51,13 +50,6 @@ class Capture:
     z: Float[Tensor, "b n_layers n_heads d_head"]
     mlps: Float[Tensor, "b n_layers d_model"]  # with the output bias
     logits: Float[Tensor, "b vocab"]
-    everywhere: Float[Tensor, "b n_layers+1 t d_model"] | None
-
-    def streams(self) -> Float[Tensor, "b n_layers+1 t d_model"]:
-        """The stream of all positions. Raises DataError where it was not asked for."""
-        if self.everywhere is None:
-            raise DataError("attention and the subject's stream need `capture(..., everywhere=True)`.")
-        return self.everywhere
 
 
 Hook = Callable[[Tensor], Tensor | None]
@@ -92,15 +84,16 @@ def hooked(
 
 
 @torch.no_grad()
-def capture(model: Model, prompts: Sequence[str], *, everywhere: bool = False) -> Capture:
-    """One forward pass over a batch of prompts. Raises DataError for an empty or too long prompt."""
+def capture(model: Model, prompts: Sequence[str], *, at: Int[Tensor, " b"] | None = None) -> Capture:
+    """One forward pass over a batch of prompts. at: the position that is looked at in each, instead of the last.
+    Raises DataError for an empty or too long prompt."""
     tokens, last = model.encode(prompts)
+    last = last if at is None else at
     rows, blocks = torch.arange(len(prompts)), model.weights.blocks
     seen: dict[str, list[Tensor]] = {"stream": [], "z": [], "mlps": []}
 
     def keep(name: str) -> Hook:
-        whole = everywhere and name == "stream"
-        return lambda x: seen[name].append(x if whole else x[rows, last])
+        return lambda x: seen[name].append(x[rows, last])
 
     before = dict.fromkeys([*(b.module for b in blocks), model.weights.norm_final_module], keep("stream"))
     before |= dict.fromkeys((b.heads_out for b in blocks), keep("z"))
@@ -108,8 +101,7 @@ def capture(model: Model, prompts: Sequence[str], *, everywhere: bool = False) -
         logits = model.module(tokens, use_cache=False).logits[rows, last]
     stream, z, mlps = (torch.stack(values, 1) for values in seen.values())
     z = rearrange(z, "b l (n h) -> b l n h", n=model.weights.n_heads)
-    at_last = stream[rows, :, last] if everywhere else stream
-    return Capture(tuple(prompts), tokens, last, at_last, z, mlps, logits, stream if everywhere else None)
+    return Capture(tuple(prompts), tokens, last, stream, z, mlps, logits)
 
 
 @dataclass(frozen=True)
@@ -235,14 +227,6 @@ def logit_lens(
     return chosen - logits.logsumexp(-1, keepdim=True), ranks
 
 
-@torch.no_grad()
-def last_patterns(model: Model, seen: Capture) -> Float[Tensor, "b n_layers n_heads t"]:
-    """Attention from each prompt's last token to every position. The capture must be `everywhere`."""
-    rows, layers = torch.arange(len(seen.prompts)), zip(model.weights.blocks, seen.streams().unbind(1), strict=False)
-    patterns = [block.attn.pattern(block.norm_attn(x))[rows, :, seen.last] for block, x in layers]
-    return torch.stack(patterns, 1)
-
-
 def subject_positions(model: Model, prompt: str, name: str) -> list[int]:
     """Positions of the tokens that spell the fact's subject in a prompt. Raises DataError if it is not there."""
     start = prompt.find(name)
@@ -256,15 +240,15 @@ def subject_attention(
     model: Model, patterns: Float[Tensor, "b n_layers n_heads t"], prompts: Sequence[str], names: Sequence[str]
 ) -> Float[Tensor, "b n_layers n_heads"]:
     """Attention from the last token to the tokens of each prompt's subject, summed over them (0 to 1). patterns: from
-    each prompt's last token to every position (`last_patterns`, or a run's)."""
+    each prompt's last token to every position (`interventions.run_with_cache`)."""
     places = [subject_positions(model, prompt, name) for prompt, name in zip(prompts, names, strict=True)]
     return torch.stack([pattern[..., place].sum(-1) for pattern, place in zip(patterns, places, strict=True)])
 
 
-def subject_stream_norm(model: Model, seen: Capture, names: Sequence[str]) -> Float[Tensor, "b n_layers+1"]:
+def subject_stream_norm(model: Model, prompts: Sequence[str], names: Sequence[str]) -> Float[Tensor, "b n_layers+1"]:
     """Norm of the residual stream at the last token of each prompt's subject, before each layer and after the last."""
-    at = torch.tensor([subject_positions(model, p, n)[-1] for p, n in zip(seen.prompts, names, strict=True)])
-    return seen.streams()[torch.arange(len(names)), :, at].norm(dim=-1)
+    at = torch.tensor([subject_positions(model, p, n)[-1] for p, n in zip(prompts, names, strict=True)])
+    return capture(model, prompts, at=at).stream.norm(dim=-1)
 
 
 def components(model: Model) -> tuple[Site, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from operator import attrgetter
 
 import pandas as pd
 import torch
@@ -21,13 +22,14 @@ from torch import Tensor
 from lib.diagnosis import Diagnosis, diagnose_cases
 from lib.facts import Case, load_cases, load_templates, prompts
 from lib.files import DATA
+from lib.interventions import run_with_cache
 from lib.models import Model
 from lib.recall import first_tokens, study_facts
 from lib.results import Results
 from lib.sites import Site
 from lib.static import TOP, JointMap, RelationMap, join, qk_overlap, relation_maps
-from lib.statistics import rank_correlation, top_overlap
-from lib.trace import BATCH, capture, components, last_patterns, logit_lens, logit_traces, subject_attention
+from lib.statistics import ByHead, rank_correlation, top_overlap
+from lib.trace import BATCH, capture, components, logit_lens, logit_traces, subject_attention
 
 HEADS = 4  # knowledge heads whose attention is shown
 
@@ -82,12 +84,8 @@ def report_cases(report: Results, diagnoses: Sequence[Diagnosis]) -> None:
 
 def same_findings(diagnoses: Sequence[Diagnosis], repeated: Sequence[Diagnosis]) -> bool:
     """Whether two rounds of diagnosis agree on every case: head, suppressor and kind; the shares may differ."""
-
-    def findings(of: Sequence[Diagnosis]) -> set[tuple]:
-        verdicts = {d.case.name: d.verdict for d in of}
-        return {(name, v.knowledge_head, v.suppressor, v.failure_kind) for name, v in verdicts.items()}
-
-    return findings(diagnoses) == findings(repeated)
+    finding = attrgetter("case.name", "verdict.knowledge_head", "verdict.suppressor", "verdict.failure_kind")
+    return {*map(finding, diagnoses)} == {*map(finding, repeated)}
 
 
 def organism_truth() -> list[dict[str, str]]:
@@ -113,12 +111,7 @@ def judge_rule(organism: Model, *, seed: int = 0) -> pd.DataFrame:
 
 
 def static_agreement(
-    model: Model,
-    maps: dict[str, RelationMap],
-    joint: JointMap,
-    attribution: Float[Tensor, "n_layers n_heads"],
-    *,
-    seed: int = 0,
+    model: Model, maps: dict[str, RelationMap], joint: JointMap, attribution: ByHead, *, seed: int = 0
 ) -> pd.DataFrame:
     """Static scores of all heads against their direct logit attribution: the joint map, the enriched map alone, and
     two controls that should fail, the joint map of permuted answers and QK overlap."""
@@ -174,8 +167,8 @@ def attention_table(model: Model, diagnoses: Sequence[Diagnosis]) -> pd.DataFram
     for d in diagnoses:
         facts = d.evidence.facts
         for kind, text in _templates(d.case).items():
-            seen = capture(model, prompts(facts, text), everywhere=True)
-            attention = subject_attention(model, last_patterns(model, seen), seen.prompts, [f.subject for f in facts])
+            run = run_with_cache(model, prompts(facts, text))
+            attention = subject_attention(model, run.patterns, run.prompts, [f.subject for f in facts])
             for site in heads:
                 to_subject = attention[:, site.layer, site.head].tolist()
                 rows += [(d.case.title, kind, f.subject, str(site), w) for f, w in zip(facts, to_subject, strict=True)]
@@ -187,7 +180,7 @@ def attention_pair(model: Model, diagnosis: Diagnosis) -> dict[str, tuple[list[s
     head, rows = diagnosis.verdict.knowledge_head, {}
     for kind, text in _templates(diagnosis.case).items():
         (prompt,) = prompts(diagnosis.evidence.facts[:1], text)
-        seen = capture(model, [prompt], everywhere=True)
-        tokens = [model.token_text(t) for t in seen.tokens[0].tolist()]
-        rows[f"{kind}: {prompt}"] = (tokens, last_patterns(model, seen)[0, head.layer, head.head])
+        run = run_with_cache(model, [prompt])
+        tokens = [model.token_text(t) for t in run.tokens[0].tolist()]
+        rows[f"{kind}: {prompt}"] = (tokens, run.patterns[0, head.layer, head.head])
     return rows
