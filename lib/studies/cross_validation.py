@@ -21,10 +21,10 @@ from lib import peers
 from lib.diagnosis import Verdict, prescribe
 from lib.errors import DataError
 from lib.facts import Case, Fact, load_cases, load_templates, prompts
-from lib.forward import Pack, above, pack, resid_post, resid_pre
+from lib.forward import Pack, above, pack, resid_pre, streams
 from lib.interventions import Part, ablate, prefill, read_logit_differences, summarise_ablations
 from lib.models import Model, load
-from lib.peers import Lenses, NeuronAttributions, agreement, attribute_neurons
+from lib.peers import Curves, Lenses, NeuronAttributions, Tokens, agreement, attribute_neurons
 from lib.recall import first_tokens, tell, trainable
 from lib.results import Results
 from lib.show.sentences import say
@@ -47,14 +47,14 @@ def agreement_by_layer(neurons: NeuronAttributions, *, seed: int = 0) -> pd.Data
 
 
 def agreement_by_template(
-    neurons: NeuronAttributions, layer: int, names: Sequence[str], *, seed: int = 0
+    found: NeuronAttributions, layer: int, names: Sequence[str], *, seed: int = 0
 ) -> pd.DataFrame:
     """The same at one layer (0-based), a row a template (names: of each prompt), beside the other-prompt control drawn
     from the same template."""
-    i, generator, rows = neurons.layers.index(layer), torch.Generator().manual_seed(seed), []
+    i, generator, rows = found.layers.index(layer), torch.Generator().manual_seed(seed), []
     for name in dict.fromkeys(names):
         pick = torch.tensor([n == name for n in names]).nonzero()[:, 0]
-        trace, gradient = neurons.trace[pick, i], neurons.gradient[pick, i]
+        trace, gradient = found.trace[pick, i], found.gradient[pick, i]
         other = gradient[torch.randperm(len(pick), generator=generator, device="cpu")]
         same, control = agreement(trace, gradient).mean(), agreement(trace, other).mean()
         rows.append({"template": name, "n": len(pick), **same.to_dict(), "other_prompt": control.top1})
@@ -87,9 +87,7 @@ def parts_of(model: Model, verdict: Verdict, neuron: int, *, seed: int = 0, cont
     }
 
 
-def ablate_all(
-    model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], parts: dict[str, list[Part]]
-) -> pd.DataFrame:
+def ablate_all(model: Model, texts: Sequence[str], answers: Tokens, parts: dict[str, list[Part]]) -> pd.DataFrame:
     """An `ablate` table of all parts, `part` being the kind: several random parts are averaged prompt by prompt."""
     prefilled = prefill(model, texts, min(part.site.layer for group in parts.values() for part in group))
     tables = []
@@ -100,18 +98,13 @@ def ablate_all(
     return pd.concat(tables, ignore_index=True)
 
 
-def total_effects(
-    model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], parts: Sequence[Part], way: str
-) -> dict[Part, float]:
+def total_effects(model: Model, texts: Sequence[str], answers: Tokens, parts: list[Part], way: str) -> pd.Series:
     """What the loss of each part, by one way of ablation, changes of the answers' logits (total, mean over prompts)."""
-    prefilled = prefill(model, texts, min(part.site.layer for part in parts))
-    tables = {part: ablate(model, texts, answers, part, prefilled=prefilled) for part in parts}
-    return {part: float(table[table.way == way].total.mean()) for part, table in tables.items()}
+    table = ablate_all(model, texts, answers, {str(part): [part] for part in parts})
+    return table[table.way == way].groupby("part", sort=False).total.mean()
 
 
-def three_tools(
-    model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], verdict: Verdict, lenses: Lenses
-) -> pd.DataFrame:
+def three_tools(model: Model, texts: Sequence[str], answers: Tokens, verdict: Verdict, lenses: Lenses) -> pd.DataFrame:
     """One row a question, one column a tool, on the same prompts; `-` where a tool does not answer it."""
     knowledge, weights = verdict.knowledge_head, model.weights
     neurons = attribute_neurons(model, texts, answers, [knowledge.layer])
@@ -121,16 +114,16 @@ def three_tools(
     heads = [Part(Site(layer, head)) for layer in nearby for head in range(weights.n_heads)]
     without_neuron = total_effects(model, texts, answers, top, "zero")
     without_head = total_effects(model, texts, answers, heads, "resample")
-    neuron, head = (min(effects, key=effects.__getitem__) for effects in (without_neuron, without_head))
+    neuron, head = without_neuron.idxmin().split()[-1], without_head.idxmin()
     best, their_head = int(trace.argmax()), lenses.table.their_head.mode()[0]
-    lens, wrote = f"L{peers.routing_layer(lenses.theirs) + 1} (lens)", f"L{head.site.layer + 1}"
-    helps = _sign(trace.max()), _sign(gradient[best]), "-", _sign(-without_neuron[top[0]])
+    lens, wrote = f"L{peers.routing_layer(lenses.theirs) + 1} (lens)", head.split()[0]
+    helps = _sign(trace.max()), _sign(gradient[best]), "-", _sign(-without_neuron.iloc[0])
     rows = [
         ("Which layer writes the answer?", f"L{knowledge.layer + 1}", "-", lens, wrote),
-        ("Which head?", str(knowledge), "-", f"{their_head} (most of the prompts)", str(head)),
-        ("Which neuron of that layer?", str(best), str(int(gradient.argmax())), "-", str(neuron.neuron)),
+        ("Which head?", str(knowledge), "-", f"{their_head} (most of the prompts)", head),
+        ("Which neuron of that layer?", str(best), str(int(gradient.argmax())), "-", neuron),
         ("Does that neuron help the answer?", *helps),
-        ("Does that head help the answer?", "yes", "-", "yes", _sign(-without_head[Part(knowledge)])),
+        ("Does that head help the answer?", "yes", "-", "yes", _sign(-without_head[str(knowledge)])),
     ]
     return pd.DataFrame(rows, columns=["question", "this book's trace", "Captum", "TransformerLens", "patching"])
 
@@ -171,9 +164,7 @@ def organism_through_transformerlens() -> dict[str, pd.DataFrame]:
     return {"organism": peers.against_transformerlens(model, texts, answers).table}
 
 
-def routing_chance(
-    curves: Float[Tensor, "prompt n_layers+1"], layer: int, *, shuffles: int = 1000, seed: int = 0
-) -> float:
+def routing_chance(curves: Curves, layer: int, *, shuffles: int = 1000, seed: int = 0) -> float:
     """The control of a lens: how often the mean curve rises most over this layer if the rises of each prompt are put
     into a random order of layers."""
     rises, generator = curves.diff(), torch.Generator().manual_seed(seed)
@@ -221,7 +212,7 @@ def suppressor_words(table: pd.DataFrame) -> str:
 
 @torch.no_grad()
 def patch_heads(
-    model: Model, facts: Sequence[Fact], failing: str, control: str, competitors: Int[Tensor, " fact"]
+    model: Model, facts: Sequence[Fact], failing: str, control: str, competitors: Tokens
 ) -> dict[str, Float[Tensor, "n_layers n_heads fact"]]:
     """Every head of the failing prompt, one at a time, made to do what it does under the control template: at the last
     position, and at the last token of the subject. The share of the lost logit difference (answer minus competitor)
@@ -232,33 +223,30 @@ def patch_heads(
     bad, good = pack(model, failing_ids), pack(model, control_ids)
     copies = pack(model, failing_ids * weights.n_heads)  # one for each head that is patched
     pairs = torch.stack((answers, competitors), 1)
+    entering, seen = streams(model, bad, range(weights.n_layers)), list[Tensor]()
+    with hooked(before=dict.fromkeys((block.heads_out for block in weights.blocks), seen.append)):
+        told = _pack_logit_differences(model, good, pairs)
     base = _pack_logit_differences(model, bad, pairs)
-    lost = _pack_logit_differences(model, good, pairs) - base
     to, of = (_places(model, batch, t, facts) for batch, t in zip((bad, good), texts, strict=True))
     shares = {name: torch.zeros(weights.n_layers, weights.n_heads, len(facts)) for name in to}
-    good_stream, bad_stream = resid_pre(model, good, 0), resid_pre(model, bad, 0)
     for layer, block in enumerate(tqdm(weights.blocks, desc="patching")):
-        seen: list[Tensor] = []
-        with hooked(before={block.heads_out: seen.append}):
-            good_stream = resid_post(model, good, good_stream, layer)
+        z = seen[layer].view(-1, weights.n_heads, weights.d_head)
         for name in to:
-            z = seen[0].view(-1, weights.n_heads, weights.d_head)[of[name]]
-            patch = _head_by_head(z, to[name], len(bad.tokens))
+            patch = _head_by_head(z[of[name]], to[name], len(bad.tokens))
             with hooked(before={block.heads_out: patch}):
-                final = above(model, copies, layer, bad_stream.repeat(weights.n_heads, 1))[copies.last]
+                final = above(model, copies, layer, entering[layer].repeat(weights.n_heads, 1))[copies.last]
             now = read_logit_differences(model, final.view(weights.n_heads, len(facts), -1), pairs)
-            shares[name][layer] = (now - base) / lost
-        bad_stream = resid_post(model, bad, bad_stream, layer)
+            shares[name][layer] = (now - base) / (told - base)
     return shares
 
 
 def _head_by_head(z: Float[Tensor, "fact n_heads d_head"], rows: Int[Tensor, " fact"], length: int) -> Hook:
     """For a pack that holds the texts, of `length` tokens, once for each head: in the h-th copy, head h gets z."""
+    heads = torch.arange(z.shape[1])[:, None]
 
     def change(x: Tensor) -> Tensor:
-        copies = x.reshape(z.shape[1], length, z.shape[1], -1).clone()  # (copy, token, head, d_head)
-        for head in range(z.shape[1]):
-            copies[head, rows, head] = z[:, head]
+        copies = x.reshape(len(heads), length, len(heads), -1).clone()  # (copy, token, head, d_head)
+        copies[heads, rows, heads] = z.transpose(0, 1)
         return copies.view(x.shape)
 
     return change
