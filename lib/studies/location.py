@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,10 +26,10 @@ from lib.errors import EditError
 from lib.evaluation import ELSEWHERE, Protocol, bled, build_protocol, build_protocols, kinds, questions, score_questions
 from lib.facts import Case, load_cases, load_templates, prompts
 from lib.models import Model
+from lib.peers import attribute_neurons
 from lib.recall import first_tokens, trainable
 from lib.sites import Site
 from lib.studies import experiment, once_a_model
-from lib.trace import capture, hooked, logit_direction
 from lib.training import Task, Trained, tasks_at, train
 from lib.weights import part_masks
 
@@ -184,10 +183,7 @@ def _picked(model: Model, layer: int, part: str, pick: str, seed: int) -> list[i
 
 def strongest_neurons(model: Model, layer: int, k: int) -> list[int]:
     """The neurons of a layer that write most of the case's answers under its first control template."""
-    case, block, seen = setting(model).case, model.weights.blocks[layer], list[Tensor]()
-    with hooked(before={block.mlp_out: seen.append}):
-        state = capture(model, prompts(case.facts, load_templates()[case.controls[0]]))
-    answers = first_tokens(model, case.facts)
-    neurons = seen[0].reshape(*state.tokens.shape, -1)[torch.arange(len(answers)), state.last]
-    written = (neurons * (logit_direction(model, state.stream[:, -1], answers) @ block.mlp.W_out.T)).mean(0)
+    case = setting(model).case
+    asked = prompts(case.facts, load_templates()[case.controls[0]]), first_tokens(model, case.facts)
+    written = attribute_neurons(model, *asked, [layer]).trace[:, 0].mean(0)
     return sorted(written.topk(k).indices.tolist())
