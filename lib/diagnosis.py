@@ -46,6 +46,9 @@ STABLE = 0.95  # share of resampled facts that must agree with all of them
 STATIC_P = 0.05
 RESAMPLES = 1000
 
+Label = str | None  # of a progress bar
+Told = Bool[Tensor, "control fact"]
+
 
 class NoFailure(DataError):
     """A case has no fact that is known and not told."""
@@ -74,8 +77,7 @@ class Traced(Contributions):
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the facts of one case show, by component: under the control templates that tell each, and under the failing
-    one."""
+    """What the facts of one case show, by component, under the controls that tell each and the failing template."""
 
     facts: tuple[Fact, ...]
     competitors: tuple[str, ...]
@@ -138,7 +140,7 @@ class Diagnosis:
         return where | vars(self.verdict) | {name: getattr(self, name) for name in rated}
 
 
-def case_table(model: Model, case: Case, *, large: bool = False, progress: str | None = None) -> pd.DataFrame:
+def case_table(model: Model, case: Case, *, large: bool = False, progress: Label = None) -> pd.DataFrame:
     """A `tell` table of the case's template and controls, over the eight or (large) the study part of the large set."""
     templates = load_templates()
     facts = study_facts(model, case) if large else scorable(model, case.facts)
@@ -146,7 +148,7 @@ def case_table(model: Model, case: Case, *, large: bool = False, progress: str |
     return tell(model, facts, chosen, progress=progress)
 
 
-def gather(model: Model, case: Case, table: pd.DataFrame, *, progress: str | None = None) -> Evidence:
+def gather(model: Model, case: Case, table: pd.DataFrame, *, progress: Label = None) -> Evidence:
     """Trace the failing and the control prompts of every fact in a `case_table` that is known and not told.
     Raises NoFailure if there is none: then there is nothing to locate."""
     states = known_and_told(table, case)
@@ -185,7 +187,7 @@ def contributions(model: Model, seen: Capture, pairs: Int[Tensor, "n 2"], bank: 
     return Traced(attribution, difference, curve[:, -1], curve)
 
 
-def _trace(model: Model, texts: Sequence[str], pairs: Tensor, bank: Tensor, progress: str | None) -> Traced:
+def _trace(model: Model, texts: Sequence[str], pairs: Tensor, bank: Tensor, progress: Label) -> Traced:
     """`contributions` to any number of prompts, in batches."""
     starts = range(0, len(texts), BATCH)
     parts = [
@@ -195,15 +197,13 @@ def _trace(model: Model, texts: Sequence[str], pairs: Tensor, bank: Tensor, prog
     return Traced(*(torch.cat(values) for values in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
-def control_mean(
-    values: Float[Tensor, "control fact ..."], told: Bool[Tensor, "control fact"]
-) -> Float[Tensor, "fact ..."]:
+def control_mean(values: Float[Tensor, "control fact ..."], told: Told) -> Float[Tensor, "fact ..."]:
     """Each fact's mean over the controls that tell it, summed control by control."""
     weight = told.float().view(*told.shape, *[1] * (values.dim() - 2))
     return sum((values * weight).unbind(), start=torch.zeros(())) / weight.sum(0)
 
 
-def _mean(traced: Traced, told: Bool[Tensor, "control fact"]) -> Traced:
+def _mean(traced: Traced, told: Told) -> Traced:
     """The `control_mean` of traces of the prompts that tell, control by control."""
     means = {}
     for name, values in vars(traced).items():
@@ -233,10 +233,8 @@ def diagnose(evidence: Evidence, case: Case, static: JointMap, *, seed: int = 0)
     rng, n = np.random.default_rng(seed), len(evidence.facts)
     verdict = evidence.verdict()
     resampled = [evidence.verdict(rng.integers(n, size=n)) for _ in range(RESAMPLES)]
-    agreement = {
-        part: float(np.mean([getattr(v, part) == getattr(verdict, part) for v in resampled]))
-        for part in ("knowledge_head", "failure_kind", "suppressor")
-    }
+    found = ("knowledge_head", "failure_kind", "suppressor")
+    agreement = {k: float(np.mean([getattr(v, k) == getattr(verdict, k) for v in resampled])) for k in found}
     at = (verdict.knowledge_head.layer, verdict.knowledge_head.head)
     score, p, rank = float(static.score[at]), float(static.p[at]), static.rank(verdict.knowledge_head)
     return Diagnosis(case, evidence, verdict, agreement, static_score=score, static_p=p, static_rank=rank)
@@ -248,13 +246,7 @@ def prescribe(model: Model, case: Case) -> Verdict:
 
 
 def diagnose_cases(
-    model: Model,
-    cases: Sequence[Case],
-    maps: JointMap,
-    *,
-    large: bool = False,
-    seed: int = 0,
-    progress: str | None = None,
+    model: Model, cases: Sequence[Case], maps: JointMap, *, large: bool = False, seed: int = 0, progress: Label = None
 ) -> list[Diagnosis]:
     """Diagnose each case that has a fact known and not told. Raises DataError, with each case's reason, if none has."""
     diagnoses, reasons = [], []

@@ -32,6 +32,7 @@ from lib.models import Model
 from lib.sites import Site
 
 Vectors = Float[Tensor, "text d_model"]  # of the residual stream
+Tokens = Int[Tensor, "b n"]  # whose logits are traced, n for each prompt
 Convention = Literal["raw", "scaled", "centred"]
 CONVENTIONS: tuple[Convention, ...] = ("raw", "scaled", "centred")
 TOLERANCE = 1e-3  # logits: fp32 rounding over a few hundred terms of size 10 stays below it, a term left out does not
@@ -53,12 +54,11 @@ class Capture:
 
 
 Hook = Callable[[Tensor], Tensor | None]
+Hooks = Mapping[nn.Module, Hook] | None
 
 
 @contextmanager
-def hooked(
-    *, before: Mapping[nn.Module, Hook] | None = None, after: Mapping[nn.Module, Hook] | None = None
-) -> Iterator[None]:
+def hooked(*, before: Hooks = None, after: Hooks = None) -> Iterator[None]:
     """While the context lasts, a hook sees what enters a module (before) or leaves it (after). Where it returns a
     tensor, the model goes on with that. All hooks are gone afterwards, also after an exception."""
 
@@ -109,7 +109,7 @@ class LogitTrace:
     """Contributions to the logits of n tokens for each prompt. `constant` is the final norm's own bias."""
 
     convention: Convention
-    tokens: Int[Tensor, "b n"]
+    tokens: Tokens
     embed: Float[Tensor, "b n"]
     heads: Float[Tensor, "b n n_layers n_heads"]
     mlps: Float[Tensor, "b n n_layers"]
@@ -136,10 +136,7 @@ class LogitTrace:
         return replace(self, tokens=self.tokens[:, :1], **differences)
 
 
-@torch.no_grad()
-def logit_trace(
-    model: Model, seen: Capture, tokens: Int[Tensor, "b n"], convention: Convention = "scaled"
-) -> LogitTrace:
+def logit_trace(model: Model, seen: Capture, tokens: Tokens, convention: Convention = "scaled") -> LogitTrace:
     """Every term's contribution to the logits of the given tokens (one row a prompt). Raises CompletenessError if
     the terms miss the model's own logit by more than TOLERANCE (`raw`: times the largest term, which no norm tames)
     and by more than ROUNDINGS of the precision."""
@@ -148,7 +145,7 @@ def logit_trace(
 
 @torch.no_grad()
 def logit_traces(
-    model: Model, seen: Capture, tokens: Int[Tensor, "b n"], conventions: Sequence[Convention] = CONVENTIONS
+    model: Model, seen: Capture, tokens: Tokens, conventions: Sequence[Convention] = CONVENTIONS
 ) -> dict[Convention, LogitTrace]:
     """`logit_trace` in several conventions, which differ only in the direction that every term is read along: what a
     head writes into the stream is computed once."""
@@ -182,7 +179,7 @@ def logit_traces(
 
 
 def _readout(
-    model: Model, seen: Capture, tokens: Int[Tensor, "b n"], convention: Convention
+    model: Model, seen: Capture, tokens: Tokens, convention: Convention
 ) -> tuple[Float[Tensor, "b n d_model"], Float[Tensor, "b n"], Float[Tensor, "b n"]]:
     """The residual direction that each token's logit reads in a convention, the part of the logit that no term
     carries, and what all terms must sum to."""
@@ -215,7 +212,7 @@ def before_norm(model: Model, final: Vectors, read: Vectors) -> Vectors:
 
 @torch.no_grad()
 def logit_lens(
-    model: Model, seen: Capture, tokens: Int[Tensor, "b n"]
+    model: Model, seen: Capture, tokens: Tokens
 ) -> tuple[Float[Tensor, "b n_layers+1 n"], Int[Tensor, "b n_layers+1 n"]]:
     """Log-probability and rank (1 is the top) of the tokens if the stream were read out after each layer, each
     layer with its own norm scale (nostalgebraist 2020). Early layers are read in a basis they may not use: the lens

@@ -1,10 +1,5 @@
-"""The book's findings, asked again with other people's tools (chapter 5; the source page's "cross-validation").
-
-neurons        agreement with Captum, by layer and by template, beside controls that should show none
-ablation       the named head and neuron taken away, beside random ones of the same layer; the suppressors
-patch_heads    every head patched by whole forward passes of the model's own blocks, at two positions
-three_tools    one table: a row a question, a column a tool
-"""
+"""The book's findings, asked again with other people's tools (chapter 5; the source page's "cross-validation"): neurons
+with Captum, and heads and neurons by ablation and by patching, each beside controls that should show nothing."""
 
 from __future__ import annotations
 
@@ -67,9 +62,6 @@ def large_prompts(model: Model, case: Case, *, templates: int = 10) -> pd.DataFr
     chosen = list(load_templates().items())[:templates]
     parts = [table.assign(template=name, prompt=prompts(case.large, text)) for name, text in chosen]
     return pd.concat(parts, ignore_index=True)[["template", "prompt", "answer_token"]]
-
-
-# The agreement table
 
 
 def parts_of(model: Model, verdict: Verdict, neuron: int, *, seed: int = 0, controls: int = 5) -> dict[str, list[Part]]:
@@ -136,9 +128,6 @@ def agreed(table: pd.DataFrame) -> int:
     """On how many questions every tool that answers says the same."""
     answers = table.set_index("question").map(lambda text: text.split(" (")[0])
     return sum(len(set(row) - {"-"}) == 1 for row in answers.to_numpy().tolist())
-
-
-# What chapter 5 calls
 
 
 def same_as_captum(model: Model, sample: pd.DataFrame, layers: Sequence[int]) -> pd.DataFrame:

@@ -1,12 +1,5 @@
-"""What chapter 2 shows beside the diagnosis itself.
-
-completeness, convention_terms         the exact trace over many prompts; one prompt's terms, by convention
-report_cases, same_findings            the findings, and whether they repeat themselves
-organism_truth, judge_rule             the rule on the organism, where the truth is known
-static_agreement                       do the weights rate the heads as the trace does?
-lens_by_case, first_in_top             when the answer wins, by the logit lens
-attention_table, attention_pair        where the knowledge heads look, under the control and the failing template
-"""
+"""What chapter 2 shows beside the diagnosis itself: the exact trace over many prompts, the rule where the truth is
+known, whether the weights rate the heads as the trace does, when the answer wins, and where the knowledge heads look."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""Is it the diagnosis that makes an edit work? Edits at every layer, and at random places of equal size.
-
-    edit_at     one pathway at any layer, under the one recipe and at one rate for all: the layer sweep
-    edit_near   the same beside the diagnosed layer, wherever that is
-    part_at     an equal number of parameters of that layer, chosen by the diagnosis or at random
+"""Is it the diagnosis that makes an edit work? Edits at every layer (`edit_at`), and at random places of equal size
+(`part_at`), all under the one recipe and at one rate.
 
 Localisation need not inform editing (Hase et al. 2023), and edits at random heads can do as well as at localised ones
 (Wang and Veitch 2025): so every edit is put beside what it is when the place is drawn. Each run is a plain function of
@@ -23,11 +20,11 @@ from torch import Tensor
 
 from lib.diagnosis import Verdict, case_table, gather
 from lib.errors import EditError
-from lib.evaluation import ELSEWHERE, Protocol, bled, build_protocol, build_protocols, kinds, questions, score_questions
+from lib.evaluation import ELSEWHERE, Protocol, bled, build_protocols, kinds, questions, score_questions
 from lib.facts import Case, load_cases, load_templates, prompts
 from lib.models import Model
 from lib.peers import attribute_neurons
-from lib.recall import first_tokens, trainable
+from lib.recall import first_tokens, tell, trainable
 from lib.sites import Site
 from lib.studies import experiment, once_a_model
 from lib.training import Task, Trained, tasks_at, train
@@ -76,19 +73,13 @@ def prepared(model: Model) -> dict[int, tuple[Task, Protocol]]:
 
 @once_a_model
 def untold(model: Model) -> dict[str, list[str]]:
-    """The other countries that are known and not told, by split. A control template is asked only about those that
-    none before it told."""
+    """The other countries that are known and not told, by split."""
     case, asked = setting(model).case, prepared(model)[0][1].questions
-    table, known = questions(model, case), set[str]()
-    failed = list(asked.subject[(asked.set == "large") & ~asked.told_before])
-    for control in case.controls:
-        rest = table.subject.isin([name for name in failed if name not in known])
-        part = table[(table.set == "large") & (table.template == control) & rest]
-        if len(part):
-            told = score_questions(model, build_protocol(model, case, 0, texts={}, table=part), None)
-            known |= set(told.subject[told.told])
-    split = asked[asked.set == "large"].set_index("subject").split
-    return {s: [name for name in failed if name in known and split[name] == s] for s in SPLITS}
+    failed = set(asked.subject[(asked.set == "large") & ~asked.told_before])
+    facts = [f for f in case.large if f.subject in failed]
+    telling = {name: load_templates()[name] for name in case.controls}
+    known = set(tell(model, facts, telling).query("told").subject) if facts else set()
+    return {s: [f.subject for f in facts if f.subject in known and f.split == s] for s in SPLITS}
 
 
 def protocols(

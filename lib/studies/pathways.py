@@ -1,10 +1,4 @@
-"""Pathways head to head: the runs of a sweep, their controls, and one table.
-
-train_at     one pathway at one rate and seed, on true or false facts: what a sweep runs
-further      what follows from a finished grid: more seeds, false facts, more steps
-gather       the comparison that the finished runs make, with the edits of the first seed
-controls     false facts, which the model cannot know; more steps, for a pathway that misses its goal
-"""
+"""Pathways head to head: the runs of a sweep (`train_at`), what is `further` to run, their controls, and one table."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""What chapter 4 says of the edits' side effects, and the same question where the truth is known.
-
-pathway_entry     what results keep of one pathway
-report_effects    the numbers of the chapter's prose
-planted_edit      on the organism, whose failures are failures of routing because they were planted as such
-"""
+"""What chapter 4 says of the edits' side effects, and the same question where the truth is known (`planted_edit`)."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import dask
-from distributed import Client, Future, KilledWorker, LocalCluster, Security, as_completed
+from distributed import Client, KilledWorker, LocalCluster, Security, as_completed
 from distributed.core import rpc
 
 from lib.errors import SweepError
@@ -79,9 +79,7 @@ def each(client: Client, function: Callable[..., Any], calls: dict[str, dict[str
 def _finished(
     client: Client, function: Callable[..., Any], calls: dict[str, dict[str, Any]], how: str = "run"
 ) -> Iterator[tuple[str, Any]]:
-    keys: dict[Future, str] = {}
-    for key, arguments in calls.items():
-        keys[client.submit(function, **arguments, key=(how, key), pure=True)] = key
+    keys = {client.submit(function, **given, key=(how, key), pure=True): key for key, given in calls.items()}
     try:
         for future, outcome in as_completed(list(keys), loop=client.loop, with_results=True, raise_errors=False):
             if future.status not in ("finished", "error"):
