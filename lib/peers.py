@@ -47,9 +47,6 @@ def require_tools() -> dict[str, str]:
         ) from error
 
 
-# Captum: gradient x activation against the trace, neuron by neuron
-
-
 @dataclass(frozen=True)
 class NeuronAttributions:
     """For each prompt and each of a few layers: the trace's contribution of every neuron to the target's logit, and
@@ -114,12 +111,9 @@ def agreement(one: Float[Tensor, "prompt d_mlp"], other: Float[Tensor, "prompt d
     return pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
 
 
-def top_neuron(model: Model, texts: Sequence[str], answers: Tokens, layer: int) -> int:
-    """The neuron of a layer that writes most of the answers on average."""
-    return int(attribute_neurons(model, texts, answers, [layer]).trace[:, 0].mean(0).argmax())
-
-
-# TransformerLens: the same model through another library
+def top_neurons(model: Model, texts: Sequence[str], answers: Tokens, layer: int, k: int = 1) -> list[int]:
+    """The k neurons of a layer that write most of the answers on average, in their order in the layer."""
+    return sorted(attribute_neurons(model, texts, answers, [layer]).trace[:, 0].mean(0).topk(k).indices.tolist())
 
 
 def bridge(model: Model):

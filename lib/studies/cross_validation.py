@@ -26,6 +26,7 @@ from lib.show.sentences import say
 from lib.sites import Site
 from lib.trace import Hook, hooked, subject_positions
 
+Patched = dict[str, Float[Tensor, "n_layers n_heads fact"]]  # by position
 AROUND = 2  # layers on each side of the knowledge head's, in which patching looks for a head
 
 
@@ -200,9 +201,7 @@ def suppressor_words(table: pd.DataFrame) -> str:
 
 
 @torch.no_grad()
-def patch_heads(
-    model: Model, facts: Sequence[Fact], failing: str, control: str, competitors: Tokens
-) -> dict[str, Float[Tensor, "n_layers n_heads fact"]]:
+def patch_heads(model: Model, facts: Sequence[Fact], failing: str, control: str, competitors: Tokens) -> Patched:
     """Every head of the failing prompt, one at a time, made to do what it does under the control template: at the last
     position, and at the last token of the subject. The share of the lost logit difference (answer minus competitor)
     that comes back; 1 is all of it."""
@@ -252,7 +251,7 @@ def _pack_logit_differences(model: Model, batch: Pack, pairs: Int[Tensor, "text 
     return read_logit_differences(model, above(model, batch, 0, resid_pre(model, batch, 0))[batch.last], pairs)
 
 
-def patch_case_heads(model: Model, case: Case) -> dict[str, Float[Tensor, "n_layers n_heads fact"]]:
+def patch_case_heads(model: Model, case: Case) -> Patched:
     """`patch_heads` over the case's untold facts, from its first control template."""
     templates = load_templates()
     table = tell(model, case.facts, {case.template: templates[case.template]})

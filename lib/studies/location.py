@@ -23,7 +23,7 @@ from lib.errors import EditError
 from lib.evaluation import ELSEWHERE, Protocol, bled, build_protocols, kinds, questions, score_questions
 from lib.facts import Case, load_cases, load_templates, prompts
 from lib.models import Model
-from lib.peers import attribute_neurons
+from lib.peers import top_neurons
 from lib.recall import first_tokens, tell, trainable
 from lib.sites import Site
 from lib.studies import experiment, once_a_model
@@ -168,13 +168,7 @@ def _picked(model: Model, layer: int, part: str, pick: str, seed: int) -> list[i
         away = [head] if part == "head" and layer == knowledge.layer else []
         return sorted(draw.choice(np.setdiff1d(np.arange(sizes[part]), away), counts[part], replace=False).tolist())
     if part == "neurons":
-        return strongest_neurons(model, layer, counts[part])
+        case = setting(model).case
+        asked = prompts(case.facts, load_templates()[case.controls[0]]), first_tokens(model, case.facts)
+        return top_neurons(model, *asked, layer, counts[part])
     return [head] if part == "head" else [head // group * width + i for i in range(width)]
-
-
-def strongest_neurons(model: Model, layer: int, k: int) -> list[int]:
-    """The neurons of a layer that write most of the case's answers under its first control template."""
-    case = setting(model).case
-    asked = prompts(case.facts, load_templates()[case.controls[0]]), first_tokens(model, case.facts)
-    written = attribute_neurons(model, *asked, [layer]).trace[:, 0].mean(0)
-    return sorted(written.topk(k).indices.tolist())

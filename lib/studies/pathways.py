@@ -18,7 +18,7 @@ from lib.errors import EditError
 from lib.facts import load_cases
 from lib.models import Model
 from lib.recall import tell, trainable
-from lib.studies import experiment, once_a_model, one_thread
+from lib.studies import Row, experiment, once_a_model, one_thread
 from lib.training import Comparison, Task, Trained, chosen_rows, false_facts, task_at, train
 from lib.weights import PATHWAYS, count_parameters, pathway_slices
 
@@ -29,9 +29,7 @@ PAPER = ("full", "attention", "ffn", "v_only")  # the source page's four; Q-only
 
 
 @experiment
-def train_at(
-    model: Model, *, pathway: str, rate: float, facts: str = "true", longer: int = 1, seed: int = 0
-) -> dict[str, Any]:
+def train_at(model: Model, *, pathway: str, rate: float, facts: str = "true", longer: int = 1, seed: int = 0) -> Row:
     """Train a pathway of the diagnosed layer on the model's first case. facts: `true` or `false`; longer: times the
     recipe's limit of steps. The outcome, and two curves by step. Raises EditError for other words."""
     if facts not in ("true", "false"):
