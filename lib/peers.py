@@ -158,7 +158,8 @@ def against_transformerlens(model: Model, texts: Sequence[str], answers: Tokens)
         lenses, others = (our_lens, their_lens), max(1, len(answers) - 1)
         curves.append([x[:, i] - (x.sum(1) - x[:, i]) / others for x in lenses])
         pairs = (seen.logits[0], logits[0, -1]), (ours, theirs), lenses
-        rows.append((text, *(float((a - b).abs().max()) for a, b in pairs), _strongest(ours), _strongest(theirs)))
+        strongest = (str(Site(*divmod(int(heads.argmax()), weights.n_heads))) for heads in (ours, theirs))
+        rows.append((text, *(float((a - b).abs().max()) for a, b in pairs), *strongest))
     ours, theirs = (torch.stack(c) for c in zip(*curves, strict=True))
     return Lenses(pd.DataFrame(rows, columns=columns), ours, theirs)
 
@@ -167,7 +168,3 @@ def routing_layer(curves: Curves) -> int:
     """The layer (0-based) over which the mean curve rises most: where the lens sees this answer, rather than other
     answers of its kind, appear."""
     return int(curves.mean(0).diff().argmax())
-
-
-def _strongest(heads: Float[Tensor, "n_layers n_heads"]) -> str:
-    return str(Site(*divmod(int(heads.argmax()), heads.shape[1])))

@@ -33,13 +33,12 @@ def rank_correlation(
     layers: heads of a layer are no independent draws, they share key/value heads and what they can read."""
     rng = np.random.default_rng(seed)
     rho = float(spearmanr(a.flatten().cpu().numpy(), b.flatten().cpu().numpy()).statistic)
-    ra, rb = (rankdata(grid.flatten().cpu().numpy()).reshape(grid.shape) for grid in (a, b))
+    rows = a.shape if by_layer else (-1, 1)
+    ra, rb = (rankdata(grid.flatten().cpu().numpy()).reshape(rows) for grid in (a, b))
     ra, rb = ra - ra.mean(), rb - rb.mean()
-
-    def shuffled() -> NDArray:
-        return rng.permutation(ra) if by_layer else rng.permutation(ra.ravel()).reshape(ra.shape)
-
-    null = np.array([(shuffled() * rb).sum() for _ in range(permutations)]) / np.sqrt((ra**2).sum() * (rb**2).sum())
+    null = np.array([(rng.permutation(ra) * rb).sum() for _ in range(permutations)]) / np.sqrt(
+        (ra**2).sum() * (rb**2).sum()
+    )
     return rho, float((1 + (np.abs(null) >= abs(rho) - 1e-12).sum()) / (1 + permutations))
 
 

@@ -131,9 +131,8 @@ class LogitTrace:
 
     def difference(self) -> LogitTrace:
         """The first token's contributions minus the second's, kept as a trace of one token (answer - competitor)."""
-        terms = {name: values for name, values in vars(self).items() if name not in ("convention", "tokens")}
-        differences = {name: values[:, :1] - values[:, 1:2] for name, values in terms.items()}
-        return replace(self, tokens=self.tokens[:, :1], **differences)
+        terms = {k: x[:, :1] - x[:, 1:2] for k, x in vars(self).items() if k not in ("convention", "tokens")}
+        return replace(self, tokens=self.tokens[:, :1], **terms)
 
 
 def logit_trace(model: Model, seen: Capture, tokens: Tokens, convention: Convention = "scaled") -> LogitTrace:

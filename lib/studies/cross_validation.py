@@ -42,9 +42,7 @@ def agreement_by_layer(neurons: NeuronAttributions, *, seed: int = 0) -> pd.Data
     return pd.DataFrame(rows)
 
 
-def agreement_by_template(
-    found: NeuronAttributions, layer: int, names: Sequence[str], *, seed: int = 0
-) -> pd.DataFrame:
+def agreement_by_template(found: NeuronAttributions, layer: int, names: list[str], *, seed: int = 0) -> pd.DataFrame:
     """The same at one layer (0-based), a row a template (names: of each prompt), beside the other-prompt control drawn
     from the same template."""
     i, generator, rows = found.layers.index(layer), torch.Generator().manual_seed(seed), []
