@@ -95,10 +95,9 @@ def judge_rule(organism: Model, *, seed: int = 0) -> pd.DataFrame:
     rows = []
     for truth in organism_truth():
         d = by_template[truth["template"]]
-        named = (str(d.verdict.knowledge_head), d.verdict.failure_kind, str(d.verdict.suppressor or "none"))
-        true = (truth["knowledge_head"], truth["kind"], truth["suppressor"] or "none")
-        both = (" / ".join(true), " / ".join(named))
-        rows.append((d.case.title, *both, d.verdict.unwritten, d.stability, named == true))
+        named = f"{d.verdict.knowledge_head} / {d.verdict.failure_kind} / {d.verdict.suppressor or 'none'}"
+        true = f"{truth['knowledge_head']} / {truth['kind']} / {truth['suppressor'] or 'none'}"
+        rows.append((d.case.title, true, named, d.verdict.unwritten, d.stability, named == true))
     columns = ["case", "planted: head / kind / suppressor", "named by the rule", "unwritten", "stability", "agrees"]
     return pd.DataFrame(rows, columns=columns)
 

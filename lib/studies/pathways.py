@@ -63,22 +63,18 @@ def further(grid: pd.DataFrame, *, seed: int = 0, seeds: int = 10) -> list[dict[
 def gather(model: Model, task: Task, grid: pd.DataFrame, runs: pd.DataFrame) -> Comparison:
     """The comparison that two finished sweeps make (`pathways`, and what is `further`), with the first seed's runs once
     more, for their edits. Raises EditError where one of these does not reach what its row does."""
-    best = chosen_rows(grid)
-    with one_thread():  # as a sweep runs it: sums are added in the same order
-        first = {row.pathway: _retrained(model, task, row) for row in tqdm(list(best.itertuples()), desc="the edits")}
+    best, first = chosen_rows(grid), dict[str, Trained]()
+    for row in tqdm(list(best.itertuples()), desc="the edits"):
+        with one_thread():  # as a sweep runs it: sums are added in the same order
+            run = first[row.pathway] = train(model, task, row.pathway, rate=row.rate, seed=row.seed)
+        if run.reached != row.reached or run.diverged != row.diverged:
+            raise EditError(
+                f"{row.pathway} at rate {row.rate:g} came out otherwise than in the sweep ({run.steps} steps, not "
+                f"{row.steps}); delete _build/sweeps/{model.name} and run the chapter again with QKV_RUNS=off."
+            )
     is_best = grid.merge(best[["pathway", "rate"]], how="left", indicator=True)["_merge"] == "both"
     tried = in_order(grid.drop(columns=[*CURVES, *WAYS]).assign(chosen=is_best.to_numpy()), "rate")
     return Comparison(tried, in_order(runs[(runs.facts == "true") & (runs.longer == 1)], "seed"), first)
-
-
-def _retrained(model: Model, task: Task, row: Any) -> Trained:
-    run = train(model, task, row.pathway, rate=row.rate, seed=row.seed)
-    if run.reached != row.reached or run.diverged != row.diverged:
-        raise EditError(
-            f"{row.pathway} at rate {row.rate:g} came out otherwise than in the sweep ({run.steps} steps, not "
-            f"{row.steps}); delete _build/sweeps/{model.name} and run the chapter again with QKV_RUNS=off."
-        )
-    return run
 
 
 def in_order(table: pd.DataFrame, within: str) -> pd.DataFrame:

@@ -45,11 +45,8 @@ def _require_scheduler(address: str) -> None:
     """Asked with a limit of time, because Dask's own client waits for ever at a port where something else listens."""
 
     async def kind() -> str:
-        peer = rpc(address, connection_args=Security().get_connection_args("client"))
-        try:
+        async with rpc(address, connection_args=Security().get_connection_args("client")) as peer:
             return (await asyncio.wait_for(peer.identity(), TIMEOUT))["type"]
-        finally:
-            await peer.close_rpc()
 
     try:
         with ThreadPoolExecutor(1) as aside:  # a notebook has a loop of its own in this thread
