@@ -46,6 +46,9 @@ STABLE = 0.95  # share of resampled facts that must agree with all of them
 STATIC_P = 0.05
 RESAMPLES = 1000
 
+Label = str | None  # of a progress bar
+Told = Bool[Tensor, "control fact"]
+
 
 class NoFailure(DataError):
     """A case has no fact that is known and not told."""
@@ -67,30 +70,20 @@ class Contributions:
 
 @dataclass(frozen=True)
 class Traced(Contributions):
-    """curve: the logit difference summed up to each layer; error: the largest by which a trace misses its logit."""
+    """curve: the logit difference summed up to each layer."""
 
     curve: Float[Tensor, "n n_layers+1"]
-    error: float
-
-
-TENSORS = ("attribution", "difference", "margin", "curve")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the facts of one case show, by component: under the control templates that tell each, and under the failing
-    one."""
+    """What the facts of one case show, by component, under the controls that tell each and the failing template."""
 
     facts: tuple[Fact, ...]
     competitors: tuple[str, ...]
     sites: tuple[Site, ...]
     control: Traced
     failing: Traced
-
-    @property
-    def completeness(self) -> float:
-        """The largest error of a trace, in logits."""
-        return max(self.failing.error, self.control.error)
 
     def verdict(self, rows: NDArray | None = None) -> Verdict:
         """What `decide` reads off these facts, or off a resample of them."""
@@ -147,7 +140,7 @@ class Diagnosis:
         return where | vars(self.verdict) | {name: getattr(self, name) for name in rated}
 
 
-def case_table(model: Model, case: Case, *, large: bool = False, progress: str | None = None) -> pd.DataFrame:
+def case_table(model: Model, case: Case, *, large: bool = False, progress: Label = None) -> pd.DataFrame:
     """A `tell` table of the case's template and controls, over the eight or (large) the study part of the large set."""
     templates = load_templates()
     facts = study_facts(model, case) if large else scorable(model, case.facts)
@@ -155,7 +148,7 @@ def case_table(model: Model, case: Case, *, large: bool = False, progress: str |
     return tell(model, facts, chosen, progress=progress)
 
 
-def gather(model: Model, case: Case, table: pd.DataFrame, *, progress: str | None = None) -> Evidence:
+def gather(model: Model, case: Case, table: pd.DataFrame, *, progress: Label = None) -> Evidence:
     """Trace the failing and the control prompts of every fact in a `case_table` that is known and not told.
     Raises NoFailure if there is none: then there is nothing to locate."""
     states = known_and_told(table, case)
@@ -191,37 +184,33 @@ def contributions(model: Model, seen: Capture, pairs: Int[Tensor, "n 2"], bank: 
     attribution = right - (by_answer.sum(1) - right) / max(1, len(bank) - 1)
     trace = logit_trace(model, seen, pairs).difference()
     difference, curve = torch.cat((trace.heads.flatten(2), trace.mlps), -1)[:, 0], trace.cumulative[:, 0]
-    return Traced(attribution, difference, curve[:, -1], curve, max(answers.error, trace.error))
+    return Traced(attribution, difference, curve[:, -1], curve)
 
 
-def _trace(model: Model, texts: Sequence[str], pairs: Tensor, bank: Tensor, progress: str | None) -> Traced:
+def _trace(model: Model, texts: Sequence[str], pairs: Tensor, bank: Tensor, progress: Label) -> Traced:
     """`contributions` to any number of prompts, in batches."""
     starts = range(0, len(texts), BATCH)
     parts = [
         contributions(model, capture(model, texts[i : i + BATCH]), pairs[i : i + BATCH], bank)
         for i in tqdm(starts, desc=progress, disable=progress is None or len(starts) < 2, leave=False)
     ]
-    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in TENSORS}
-    return Traced(**tensors, error=max(part.error for part in parts))
+    return Traced(*(torch.cat(values) for values in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
-def control_mean(
-    values: Float[Tensor, "control fact ..."], told: Bool[Tensor, "control fact"]
-) -> Float[Tensor, "fact ..."]:
+def control_mean(values: Float[Tensor, "control fact ..."], told: Told) -> Float[Tensor, "fact ..."]:
     """Each fact's mean over the controls that tell it, summed control by control."""
     weight = told.float().view(*told.shape, *[1] * (values.dim() - 2))
     return sum((values * weight).unbind(), start=torch.zeros(())) / weight.sum(0)
 
 
-def _mean(traced: Traced, told: Bool[Tensor, "control fact"]) -> Traced:
+def _mean(traced: Traced, told: Told) -> Traced:
     """The `control_mean` of traces of the prompts that tell, control by control."""
     means = {}
-    for name in TENSORS:
-        values = getattr(traced, name)
+    for name, values in vars(traced).items():
         by_control = values.new_zeros(*told.shape, *values.shape[1:])
         by_control[told] = values
         means[name] = control_mean(by_control, told)
-    return Traced(**means, error=traced.error)
+    return Traced(**means)
 
 
 def decide(
@@ -244,10 +233,8 @@ def diagnose(evidence: Evidence, case: Case, static: JointMap, *, seed: int = 0)
     rng, n = np.random.default_rng(seed), len(evidence.facts)
     verdict = evidence.verdict()
     resampled = [evidence.verdict(rng.integers(n, size=n)) for _ in range(RESAMPLES)]
-    agreement = {
-        part: float(np.mean([getattr(v, part) == getattr(verdict, part) for v in resampled]))
-        for part in ("knowledge_head", "failure_kind", "suppressor")
-    }
+    found = ("knowledge_head", "failure_kind", "suppressor")
+    agreement = {k: float(np.mean([getattr(v, k) == getattr(verdict, k) for v in resampled])) for k in found}
     at = (verdict.knowledge_head.layer, verdict.knowledge_head.head)
     score, p, rank = float(static.score[at]), float(static.p[at]), static.rank(verdict.knowledge_head)
     return Diagnosis(case, evidence, verdict, agreement, static_score=score, static_p=p, static_rank=rank)
@@ -259,20 +246,14 @@ def prescribe(model: Model, case: Case) -> Verdict:
 
 
 def diagnose_cases(
-    model: Model,
-    cases: Sequence[Case],
-    static: JointMap,
-    *,
-    large: bool = False,
-    seed: int = 0,
-    progress: str | None = None,
+    model: Model, cases: Sequence[Case], maps: JointMap, *, large: bool = False, seed: int = 0, progress: Label = None
 ) -> list[Diagnosis]:
     """Diagnose each case that has a fact known and not told. Raises DataError, with each case's reason, if none has."""
     diagnoses, reasons = [], []
     for case in cases:
         table = case_table(model, case, large=large, progress=progress)
         try:
-            diagnoses.append(diagnose(gather(model, case, table, progress=progress), case, static, seed=seed))
+            diagnoses.append(diagnose(gather(model, case, table, progress=progress), case, maps, seed=seed))
         except NoFailure as reason:
             reasons.append(str(reason))
     if not diagnoses:

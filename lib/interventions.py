@@ -183,7 +183,7 @@ class CachedRun:
         """As `trace.capture` would have it."""
         rows = torch.arange(len(self.prompts))
         stream = torch.stack([*(layer.stream[rows, self.last] for layer in self.layers), self.final], 1)
-        return Capture(self.prompts, self.tokens, self.last, stream, self.z, self.mlps, self.logits, None)
+        return Capture(self.prompts, self.tokens, self.last, stream, self.z, self.mlps, self.logits)
 
     def take(self, rows: Sequence[int]) -> CachedRun:
         """Some of the prompts."""

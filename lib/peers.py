@@ -30,6 +30,7 @@ from lib.trace import capture, logit_direction, logit_trace
 
 TOOLS = ("captum", "transformer-lens")
 Tokens = Int[Tensor, " prompt"]
+Curves = Float[Tensor, "prompt n_layers+1"]
 BATCH = 8
 TOP = 5  # neurons compared as a set
 
@@ -37,19 +38,13 @@ TOP = 5  # neurons compared as a set
 def require_tools() -> dict[str, str]:
     """The versions of the tools that this chapter is about. Raises DataError for one that is not installed: a
     cross-validation without the other side is none, and must not look like one."""
-    versions = {}
-    for name in TOOLS:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError as error:
-            raise DataError(
-                f"{name} is not installed, so nothing can be checked against it; install it with "
-                "`pip install -r requirements.txt` and run the chapter again."
-            ) from error
-    return versions
-
-
-# Captum: gradient x activation against the trace, neuron by neuron
+    try:
+        return {name: version(name) for name in TOOLS}
+    except PackageNotFoundError as error:
+        raise DataError(
+            f"{error.name} is not installed, so nothing can be checked against it; install it with "
+            "`pip install -r requirements.txt` and run the chapter again."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -83,14 +78,14 @@ def attribute_neurons(
 
 
 def captum_attributions(
-    model: Model, texts: Sequence[str], targets: Tokens, layers: Sequence[int], *, progress: str | None = "Captum"
+    model: Model, texts: Sequence[str], targets: Tokens, layers: Sequence[int]
 ) -> Float[Tensor, "prompt layer d_mlp"]:
     """Gradient x activation by Captum itself: a full forward and backward pass for each batch of prompts."""
     from captum.attr import LayerGradientXActivation
 
     modules = [model.weights.blocks[i].mlp_out for i in layers]
     out = []
-    for start in tqdm(range(0, len(texts), BATCH), desc=progress, disable=progress is None):
+    for start in tqdm(range(0, len(texts), BATCH), desc="Captum"):
         tokens, last = model.encode(texts[start : start + BATCH])
         rows, target = torch.arange(len(last)), targets[start : start + BATCH]
 
@@ -116,12 +111,9 @@ def agreement(one: Float[Tensor, "prompt d_mlp"], other: Float[Tensor, "prompt d
     return pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
 
 
-def top_neuron(model: Model, texts: Sequence[str], answers: Tokens, layer: int) -> int:
-    """The neuron of a layer that writes most of the answers on average."""
-    return int(attribute_neurons(model, texts, answers, [layer]).trace[:, 0].mean(0).argmax())
-
-
-# TransformerLens: the same model through another library
+def top_neurons(model: Model, texts: Sequence[str], answers: Tokens, layer: int, k: int = 1) -> list[int]:
+    """The k neurons of a layer that write most of the answers on average, in their order in the layer."""
+    return sorted(attribute_neurons(model, texts, answers, [layer]).trace[:, 0].mean(0).topk(k).indices.tolist())
 
 
 def bridge(model: Model):
@@ -142,8 +134,8 @@ class Lenses:
     most of the answer by each. The curves: the logit lens by layer, answer minus the mean of the other answers."""
 
     table: pd.DataFrame
-    ours: Float[Tensor, "prompt n_layers+1"]
-    theirs: Float[Tensor, "prompt n_layers+1"]
+    ours: Curves
+    theirs: Curves
 
 
 @torch.no_grad()
@@ -166,16 +158,13 @@ def against_transformerlens(model: Model, texts: Sequence[str], answers: Tokens)
         lenses, others = (our_lens, their_lens), max(1, len(answers) - 1)
         curves.append([x[:, i] - (x.sum(1) - x[:, i]) / others for x in lenses])
         pairs = (seen.logits[0], logits[0, -1]), (ours, theirs), lenses
-        rows.append((text, *(float((a - b).abs().max()) for a, b in pairs), _strongest(ours), _strongest(theirs)))
+        strongest = (str(Site(*divmod(int(heads.argmax()), weights.n_heads))) for heads in (ours, theirs))
+        rows.append((text, *(float((a - b).abs().max()) for a, b in pairs), *strongest))
     ours, theirs = (torch.stack(c) for c in zip(*curves, strict=True))
     return Lenses(pd.DataFrame(rows, columns=columns), ours, theirs)
 
 
-def routing_layer(curves: Float[Tensor, "prompt n_layers+1"]) -> int:
+def routing_layer(curves: Curves) -> int:
     """The layer (0-based) over which the mean curve rises most: where the lens sees this answer, rather than other
     answers of its kind, appear."""
     return int(curves.mean(0).diff().argmax())
-
-
-def _strongest(heads: Float[Tensor, "n_layers n_heads"]) -> str:
-    return str(Site(*divmod(int(heads.argmax()), heads.shape[1])))

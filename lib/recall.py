@@ -108,21 +108,11 @@ def tell(
         wrong[answer] = float("-inf")
         strongest = int(wrong.argmax())
         other = wrong[strongest].item()
-        rows.append(
-            {
-                "template": name,
-                **asdict(fact),
-                "prompt": prompt,
-                "told": logit > other,
-                "rank": int((row > logit).sum()) + 1,
-                "prob": (row[answer] - row.logsumexp(-1)).exp().item(),
-                "top": model.token_text(int(row.argmax())),
-                "answer_token": answer,
-                "competitor_token": strongest,
-                "competitor": model.token_text(strongest),
-                "margin": logit - other,
-            }
-        )
+        question = {"template": name, **asdict(fact), "prompt": prompt, "told": logit > other}
+        prob = (row[answer] - row.logsumexp(-1)).exp().item()
+        top = {"rank": int((row > logit).sum()) + 1, "prob": prob, "top": model.token_text(int(row.argmax()))}
+        rival = {"competitor_token": strongest, "competitor": model.token_text(strongest)}
+        rows.append({**question, **top, "answer_token": answer, **rival, "margin": logit - other})
     return pd.DataFrame(rows)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,9 +15,10 @@ from torch import Tensor
 from lib.errors import DataError
 
 ByHead = Float[Tensor, "n_layers n_heads"]
+Interval = tuple[float, float]
 
 
-def exact_interval(successes: int, n: int) -> tuple[float, float]:
+def exact_interval(successes: int, n: int) -> Interval:
     """Clopper-Pearson interval of a share. n = 0 gives (0, 1): nothing is known."""
     if n == 0:
         return 0.0, 1.0
@@ -33,13 +33,12 @@ def rank_correlation(
     layers: heads of a layer are no independent draws, they share key/value heads and what they can read."""
     rng = np.random.default_rng(seed)
     rho = float(spearmanr(a.flatten().cpu().numpy(), b.flatten().cpu().numpy()).statistic)
-    ra, rb = (rankdata(grid.flatten().cpu().numpy()).reshape(grid.shape) for grid in (a, b))
+    rows = a.shape if by_layer else (-1, 1)
+    ra, rb = (rankdata(grid.flatten().cpu().numpy()).reshape(rows) for grid in (a, b))
     ra, rb = ra - ra.mean(), rb - rb.mean()
-
-    def shuffled() -> NDArray:
-        return rng.permutation(ra) if by_layer else rng.permutation(ra.ravel()).reshape(ra.shape)
-
-    null = np.array([(shuffled() * rb).sum() for _ in range(permutations)]) / np.sqrt((ra**2).sum() * (rb**2).sum())
+    null = np.array([(rng.permutation(ra) * rb).sum() for _ in range(permutations)]) / np.sqrt(
+        (ra**2).sum() * (rb**2).sum()
+    )
     return rho, float((1 + (np.abs(null) >= abs(rho) - 1e-12).sum()) / (1 + permutations))
 
 
@@ -61,7 +60,7 @@ def paired(before: pd.Series, after: pd.Series) -> dict[str, float]:
     return counts | {"p": float(p), "lost_low": low, "lost_high": high}
 
 
-def block_interval(change: pd.Series, block: pd.Series, seed: int) -> tuple[float, float]:
+def block_interval(change: pd.Series, block: pd.Series, seed: int) -> Interval:
     """Bootstrap interval of the mean change, over blocks of neighbouring tokens, which are no independent draws."""
     sums, sizes = change.groupby(block).sum().to_numpy(), change.groupby(block).size().to_numpy()
 
@@ -78,9 +77,7 @@ def mean_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, flo
     return float(np.mean(values)), *_resampled((np.asarray(values),), np.mean, seed=seed)
 
 
-def _resampled(
-    samples: tuple[NDArray, ...], statistic: Callable[..., Any], *, seed: int, **options: bool
-) -> tuple[float, float]:
+def _resampled(samples: tuple[NDArray, ...], statistic: Callable, *, seed: int, **options: bool) -> Interval:
     law = bootstrap(samples, statistic, n_resamples=2000, method="percentile", random_state=seed, **options)
     return float(law.confidence_interval.low), float(law.confidence_interval.high)
 

@@ -32,6 +32,7 @@ from lib.models import Model
 from lib.sites import Site
 
 Vectors = Float[Tensor, "text d_model"]  # of the residual stream
+Tokens = Int[Tensor, "b n"]  # whose logits are traced, n for each prompt
 Convention = Literal["raw", "scaled", "centred"]
 CONVENTIONS: tuple[Convention, ...] = ("raw", "scaled", "centred")
 TOLERANCE = 1e-3  # logits: fp32 rounding over a few hundred terms of size 10 stays below it, a term left out does not
@@ -41,8 +42,7 @@ BATCH = 8  # prompts traced at a time
 
 @dataclass(frozen=True)
 class Capture:
-    """What one forward pass showed at each prompt's last position. `everywhere` is the stream of all positions
-    (padded on the right) where it was asked for."""
+    """What one forward pass showed of each prompt (padded on the right) at one position, its last."""
 
     prompts: tuple[str, ...]
     tokens: Int[Tensor, "b t"]
@@ -51,22 +51,14 @@ class Capture:
     z: Float[Tensor, "b n_layers n_heads d_head"]
     mlps: Float[Tensor, "b n_layers d_model"]  # with the output bias
     logits: Float[Tensor, "b vocab"]
-    everywhere: Float[Tensor, "b n_layers+1 t d_model"] | None
-
-    def streams(self) -> Float[Tensor, "b n_layers+1 t d_model"]:
-        """The stream of all positions. Raises DataError where it was not asked for."""
-        if self.everywhere is None:
-            raise DataError("attention and the subject's stream need `capture(..., everywhere=True)`.")
-        return self.everywhere
 
 
 Hook = Callable[[Tensor], Tensor | None]
+Hooks = Mapping[nn.Module, Hook] | None
 
 
 @contextmanager
-def hooked(
-    *, before: Mapping[nn.Module, Hook] | None = None, after: Mapping[nn.Module, Hook] | None = None
-) -> Iterator[None]:
+def hooked(*, before: Hooks = None, after: Hooks = None) -> Iterator[None]:
     """While the context lasts, a hook sees what enters a module (before) or leaves it (after). Where it returns a
     tensor, the model goes on with that. All hooks are gone afterwards, also after an exception."""
 
@@ -92,15 +84,16 @@ def hooked(
 
 
 @torch.no_grad()
-def capture(model: Model, prompts: Sequence[str], *, everywhere: bool = False) -> Capture:
-    """One forward pass over a batch of prompts. Raises DataError for an empty or too long prompt."""
+def capture(model: Model, prompts: Sequence[str], *, at: Int[Tensor, " b"] | None = None) -> Capture:
+    """One forward pass over a batch of prompts. at: the position that is looked at in each, instead of the last.
+    Raises DataError for an empty or too long prompt."""
     tokens, last = model.encode(prompts)
+    last = last if at is None else at
     rows, blocks = torch.arange(len(prompts)), model.weights.blocks
     seen: dict[str, list[Tensor]] = {"stream": [], "z": [], "mlps": []}
 
     def keep(name: str) -> Hook:
-        whole = everywhere and name == "stream"
-        return lambda x: seen[name].append(x if whole else x[rows, last])
+        return lambda x: seen[name].append(x[rows, last])
 
     before = dict.fromkeys([*(b.module for b in blocks), model.weights.norm_final_module], keep("stream"))
     before |= dict.fromkeys((b.heads_out for b in blocks), keep("z"))
@@ -108,8 +101,7 @@ def capture(model: Model, prompts: Sequence[str], *, everywhere: bool = False) -
         logits = model.module(tokens, use_cache=False).logits[rows, last]
     stream, z, mlps = (torch.stack(values, 1) for values in seen.values())
     z = rearrange(z, "b l (n h) -> b l n h", n=model.weights.n_heads)
-    at_last = stream[rows, :, last] if everywhere else stream
-    return Capture(tuple(prompts), tokens, last, at_last, z, mlps, logits, stream if everywhere else None)
+    return Capture(tuple(prompts), tokens, last, stream, z, mlps, logits)
 
 
 @dataclass(frozen=True)
@@ -117,7 +109,7 @@ class LogitTrace:
     """Contributions to the logits of n tokens for each prompt. `constant` is the final norm's own bias."""
 
     convention: Convention
-    tokens: Int[Tensor, "b n"]
+    tokens: Tokens
     embed: Float[Tensor, "b n"]
     heads: Float[Tensor, "b n n_layers n_heads"]
     mlps: Float[Tensor, "b n n_layers"]
@@ -139,15 +131,11 @@ class LogitTrace:
 
     def difference(self) -> LogitTrace:
         """The first token's contributions minus the second's, kept as a trace of one token (answer - competitor)."""
-        terms = {name: values for name, values in vars(self).items() if name not in ("convention", "tokens")}
-        differences = {name: values[:, :1] - values[:, 1:2] for name, values in terms.items()}
-        return replace(self, tokens=self.tokens[:, :1], **differences)
+        terms = {k: x[:, :1] - x[:, 1:2] for k, x in vars(self).items() if k not in ("convention", "tokens")}
+        return replace(self, tokens=self.tokens[:, :1], **terms)
 
 
-@torch.no_grad()
-def logit_trace(
-    model: Model, seen: Capture, tokens: Int[Tensor, "b n"], convention: Convention = "scaled"
-) -> LogitTrace:
+def logit_trace(model: Model, seen: Capture, tokens: Tokens, convention: Convention = "scaled") -> LogitTrace:
     """Every term's contribution to the logits of the given tokens (one row a prompt). Raises CompletenessError if
     the terms miss the model's own logit by more than TOLERANCE (`raw`: times the largest term, which no norm tames)
     and by more than ROUNDINGS of the precision."""
@@ -156,7 +144,7 @@ def logit_trace(
 
 @torch.no_grad()
 def logit_traces(
-    model: Model, seen: Capture, tokens: Int[Tensor, "b n"], conventions: Sequence[Convention] = CONVENTIONS
+    model: Model, seen: Capture, tokens: Tokens, conventions: Sequence[Convention] = CONVENTIONS
 ) -> dict[Convention, LogitTrace]:
     """`logit_trace` in several conventions, which differ only in the direction that every term is read along: what a
     head writes into the stream is computed once."""
@@ -190,7 +178,7 @@ def logit_traces(
 
 
 def _readout(
-    model: Model, seen: Capture, tokens: Int[Tensor, "b n"], convention: Convention
+    model: Model, seen: Capture, tokens: Tokens, convention: Convention
 ) -> tuple[Float[Tensor, "b n d_model"], Float[Tensor, "b n"], Float[Tensor, "b n"]]:
     """The residual direction that each token's logit reads in a convention, the part of the logit that no term
     carries, and what all terms must sum to."""
@@ -223,7 +211,7 @@ def before_norm(model: Model, final: Vectors, read: Vectors) -> Vectors:
 
 @torch.no_grad()
 def logit_lens(
-    model: Model, seen: Capture, tokens: Int[Tensor, "b n"]
+    model: Model, seen: Capture, tokens: Tokens
 ) -> tuple[Float[Tensor, "b n_layers+1 n"], Int[Tensor, "b n_layers+1 n"]]:
     """Log-probability and rank (1 is the top) of the tokens if the stream were read out after each layer, each
     layer with its own norm scale (nostalgebraist 2020). Early layers are read in a basis they may not use: the lens
@@ -233,14 +221,6 @@ def logit_lens(
     chosen = logits.gather(-1, tokens[:, None].expand(-1, logits.shape[1], -1))
     ranks = torch.stack([(logits > c[..., None]).sum(-1) + 1 for c in chosen.unbind(-1)], -1)
     return chosen - logits.logsumexp(-1, keepdim=True), ranks
-
-
-@torch.no_grad()
-def last_patterns(model: Model, seen: Capture) -> Float[Tensor, "b n_layers n_heads t"]:
-    """Attention from each prompt's last token to every position. The capture must be `everywhere`."""
-    rows, layers = torch.arange(len(seen.prompts)), zip(model.weights.blocks, seen.streams().unbind(1), strict=False)
-    patterns = [block.attn.pattern(block.norm_attn(x))[rows, :, seen.last] for block, x in layers]
-    return torch.stack(patterns, 1)
 
 
 def subject_positions(model: Model, prompt: str, name: str) -> list[int]:
@@ -256,15 +236,15 @@ def subject_attention(
     model: Model, patterns: Float[Tensor, "b n_layers n_heads t"], prompts: Sequence[str], names: Sequence[str]
 ) -> Float[Tensor, "b n_layers n_heads"]:
     """Attention from the last token to the tokens of each prompt's subject, summed over them (0 to 1). patterns: from
-    each prompt's last token to every position (`last_patterns`, or a run's)."""
+    each prompt's last token to every position (`interventions.run_with_cache`)."""
     places = [subject_positions(model, prompt, name) for prompt, name in zip(prompts, names, strict=True)]
     return torch.stack([pattern[..., place].sum(-1) for pattern, place in zip(patterns, places, strict=True)])
 
 
-def subject_stream_norm(model: Model, seen: Capture, names: Sequence[str]) -> Float[Tensor, "b n_layers+1"]:
+def subject_stream_norm(model: Model, prompts: Sequence[str], names: Sequence[str]) -> Float[Tensor, "b n_layers+1"]:
     """Norm of the residual stream at the last token of each prompt's subject, before each layer and after the last."""
-    at = torch.tensor([subject_positions(model, p, n)[-1] for p, n in zip(seen.prompts, names, strict=True)])
-    return seen.streams()[torch.arange(len(names)), :, at].norm(dim=-1)
+    at = torch.tensor([subject_positions(model, p, n)[-1] for p, n in zip(prompts, names, strict=True)])
+    return capture(model, prompts, at=at).stream.norm(dim=-1)
 
 
 def components(model: Model) -> tuple[Site, ...]:

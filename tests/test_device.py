@@ -18,7 +18,7 @@ from lib.recall import study_facts, trainable
 from lib.studies import planted
 from lib.studies.distillation import learn_at
 from lib.sweeps import experiments
-from lib.trace import capture, last_patterns, logit_lens, logit_traces, subject_attention
+from lib.trace import capture, logit_lens, logit_traces, subject_attention
 from lib.weights import view
 from tests import simulated
 
@@ -42,11 +42,13 @@ def asked(model: Model):
 
 def traces(model: Model) -> Numbers:
     case, failing, _, answers = asked(model)
-    seen = capture(model, failing, everywhere=True)
+    seen = capture(model, failing)
     found = logit_traces(model, seen, answers[:, None])
     return [t.heads for t in found.values()] + [
         *logit_lens(model, seen, answers[:, None]),
-        subject_attention(model, last_patterns(model, seen), seen.prompts, [f.subject for f in case.facts]),
+        subject_attention(
+            model, interventions.run_with_cache(model, failing).patterns, failing, [f.subject for f in case.facts]
+        ),
     ]
 
 

@@ -69,7 +69,6 @@ def test_the_diagnosis_names_what_was_planted(organism_diagnoses, planted):
     assert found.verdict.failure_kind == planted["kind"]
     assert str(found.verdict.knowledge_head) == planted["knowledge_head"]
     assert (str(found.verdict.suppressor) if found.verdict.suppressor else None) == planted["suppressor"]
-    assert found.evidence.completeness < 1e-3
 
 
 def test_static_and_dynamic_evidence_agree_on_the_organism(organism_diagnoses):
@@ -86,7 +85,6 @@ def test_smollm2_cases(smollm2):
     assert first.verdict.knowledge_head == question.verdict.knowledge_head == Site.parse("L24 H4")
     assert (first.verdict.failure_kind, question.verdict.failure_kind) == ("not retrieved", "overridden")
     assert question.verdict.suppressor == Site.parse("L30 MLP")
-    assert max(first.evidence.completeness, question.evidence.completeness) <= 1e-3
 
 
 def test_a_case_without_a_failure_says_so(organism):

@@ -7,17 +7,9 @@ import torch
 
 from lib import facts
 from lib.errors import CompletenessError, DataError
+from lib.interventions import run_with_cache
 from lib.models import Model
-from lib.trace import (
-    CONVENTIONS,
-    capture,
-    hooked,
-    last_patterns,
-    logit_lens,
-    logit_trace,
-    subject_attention,
-    subject_positions,
-)
+from lib.trace import CONVENTIONS, capture, hooked, logit_lens, logit_trace, subject_attention, subject_positions
 
 PROMPTS = ["The capital of France is", "Japan's capital city is", "One two three four five six seven"]
 
@@ -148,13 +140,17 @@ def test_lens_uses_each_layers_own_scale(tiny):
 
 
 def test_last_patterns_are_probabilities_over_the_prompt_only(tiny):
-    seen = capture(tiny, PROMPTS, everywhere=True)
-    patterns = last_patterns(tiny, seen)
-    torch.testing.assert_close(patterns.sum(-1), torch.ones(patterns.shape[:-1]))
+    seen = run_with_cache(tiny, PROMPTS)
+    torch.testing.assert_close(seen.patterns.sum(-1), torch.ones(seen.patterns.shape[:-1]))
     for i, last in enumerate(seen.last.tolist()):
-        assert patterns[i, ..., last + 1 :].sum() == 0
-    with pytest.raises(DataError, match="everywhere=True"):
-        last_patterns(tiny, capture(tiny, PROMPTS))
+        assert seen.patterns[i, ..., last + 1 :].sum() == 0
+
+
+def test_another_position_is_seen_as_the_last_one_of_a_shorter_prompt(tiny):
+    ids = tiny.token_ids(PROMPTS[2])
+    seen, alone = capture(tiny, PROMPTS[2:], at=torch.tensor([2])), capture(tiny, [tiny.tokenizer.decode(ids[:3])])
+    for part in ("stream", "z", "mlps", "logits"):
+        torch.testing.assert_close(getattr(seen, part), getattr(alone, part), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.model
@@ -166,8 +162,8 @@ def test_subject_positions_find_every_token_of_the_subject(smollm2):
     assert subject_positions(smollm2, "Fiji's capital city is", "Fiji")[0] == 0
     with pytest.raises(DataError, match="does not stand in the prompt"):
         subject_positions(smollm2, prompt, "Ghana")
-    seen = capture(smollm2, [prompt], everywhere=True)
-    assert 0 <= subject_attention(smollm2, last_patterns(smollm2, seen), [prompt], ["Burkina Faso"]).min() <= 1
+    patterns = run_with_cache(smollm2, [prompt]).patterns
+    assert 0 <= subject_attention(smollm2, patterns, [prompt], ["Burkina Faso"]).min() <= 1
 
 
 @pytest.mark.model

@@ -24,7 +24,8 @@ import torch
 
 from lib.models import Model
 
-Experiment = TypeVar("Experiment", bound=Callable[..., dict[str, Any]])
+Row = dict[str, Any]  # names and plain JSON values
+Experiment = TypeVar("Experiment", bound=Callable[..., Row])
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

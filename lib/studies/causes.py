@@ -22,7 +22,7 @@ from lib.forward import next_token_logits
 from lib.models import Model
 from lib.recall import first_tokens, load_prefixes, scorable, study_facts, tell
 from lib.static import load_token_types
-from lib.trace import capture, subject_stream_norm
+from lib.trace import subject_stream_norm
 
 
 def prefix_runs(model: Model, cases: Sequence[Case], *, large: bool, progress: str | None = None) -> pd.DataFrame:
@@ -94,7 +94,7 @@ def subject_streams(
     text, known, names = load_templates(), load_prefixes(model), [f.subject for f in facts]
     lines = {f"failing, prefix {p}": prompts(facts, text[case.template], known[p]) for p in prefixes if p in known}
     lines[f"control: {text[case.controls[0]]}"] = prompts(facts, text[case.controls[0]])
-    return {label: subject_stream_norm(model, capture(model, p, everywhere=True), names) for label, p in lines.items()}
+    return {label: subject_stream_norm(model, p, names) for label, p in lines.items()}
 
 
 def stream_peaks(streams: dict[str, Float[Tensor, "fact n_layers+1"]]) -> dict[str, float]:

@@ -1,10 +1,5 @@
-"""The book's findings, asked again with other people's tools (chapter 5; the source page's "cross-validation").
-
-neurons        agreement with Captum, by layer and by template, beside controls that should show none
-ablation       the named head and neuron taken away, beside random ones of the same layer; the suppressors
-patch_heads    every head patched by whole forward passes of the model's own blocks, at two positions
-three_tools    one table: a row a question, a column a tool
-"""
+"""The book's findings, asked again with other people's tools (chapter 5; the source page's "cross-validation"): neurons
+with Captum, and heads and neurons by ablation and by patching, each beside controls that should show nothing."""
 
 from __future__ import annotations
 
@@ -21,16 +16,17 @@ from lib import peers
 from lib.diagnosis import Verdict, prescribe
 from lib.errors import DataError
 from lib.facts import Case, Fact, load_cases, load_templates, prompts
-from lib.forward import Pack, above, pack, resid_post, resid_pre
+from lib.forward import Pack, above, pack, resid_pre, streams
 from lib.interventions import Part, ablate, prefill, read_logit_differences, summarise_ablations
 from lib.models import Model, load
-from lib.peers import Lenses, NeuronAttributions, agreement, attribute_neurons
+from lib.peers import Curves, Lenses, NeuronAttributions, Tokens, agreement, attribute_neurons
 from lib.recall import first_tokens, tell, trainable
 from lib.results import Results
 from lib.show.sentences import say
 from lib.sites import Site
 from lib.trace import Hook, hooked, subject_positions
 
+Patched = dict[str, Float[Tensor, "n_layers n_heads fact"]]  # by position
 AROUND = 2  # layers on each side of the knowledge head's, in which patching looks for a head
 
 
@@ -46,15 +42,13 @@ def agreement_by_layer(neurons: NeuronAttributions, *, seed: int = 0) -> pd.Data
     return pd.DataFrame(rows)
 
 
-def agreement_by_template(
-    neurons: NeuronAttributions, layer: int, names: Sequence[str], *, seed: int = 0
-) -> pd.DataFrame:
+def agreement_by_template(found: NeuronAttributions, layer: int, names: list[str], *, seed: int = 0) -> pd.DataFrame:
     """The same at one layer (0-based), a row a template (names: of each prompt), beside the other-prompt control drawn
     from the same template."""
-    i, generator, rows = neurons.layers.index(layer), torch.Generator().manual_seed(seed), []
+    i, generator, rows = found.layers.index(layer), torch.Generator().manual_seed(seed), []
     for name in dict.fromkeys(names):
         pick = torch.tensor([n == name for n in names]).nonzero()[:, 0]
-        trace, gradient = neurons.trace[pick, i], neurons.gradient[pick, i]
+        trace, gradient = found.trace[pick, i], found.gradient[pick, i]
         other = gradient[torch.randperm(len(pick), generator=generator, device="cpu")]
         same, control = agreement(trace, gradient).mean(), agreement(trace, other).mean()
         rows.append({"template": name, "n": len(pick), **same.to_dict(), "other_prompt": control.top1})
@@ -67,9 +61,6 @@ def large_prompts(model: Model, case: Case, *, templates: int = 10) -> pd.DataFr
     chosen = list(load_templates().items())[:templates]
     parts = [table.assign(template=name, prompt=prompts(case.large, text)) for name, text in chosen]
     return pd.concat(parts, ignore_index=True)[["template", "prompt", "answer_token"]]
-
-
-# The agreement table
 
 
 def parts_of(model: Model, verdict: Verdict, neuron: int, *, seed: int = 0, controls: int = 5) -> dict[str, list[Part]]:
@@ -87,9 +78,7 @@ def parts_of(model: Model, verdict: Verdict, neuron: int, *, seed: int = 0, cont
     }
 
 
-def ablate_all(
-    model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], parts: dict[str, list[Part]]
-) -> pd.DataFrame:
+def ablate_all(model: Model, texts: Sequence[str], answers: Tokens, parts: dict[str, list[Part]]) -> pd.DataFrame:
     """An `ablate` table of all parts, `part` being the kind: several random parts are averaged prompt by prompt."""
     prefilled = prefill(model, texts, min(part.site.layer for group in parts.values() for part in group))
     tables = []
@@ -100,18 +89,13 @@ def ablate_all(
     return pd.concat(tables, ignore_index=True)
 
 
-def total_effects(
-    model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], parts: Sequence[Part], way: str
-) -> dict[Part, float]:
+def total_effects(model: Model, texts: Sequence[str], answers: Tokens, parts: list[Part], way: str) -> pd.Series:
     """What the loss of each part, by one way of ablation, changes of the answers' logits (total, mean over prompts)."""
-    prefilled = prefill(model, texts, min(part.site.layer for part in parts))
-    tables = {part: ablate(model, texts, answers, part, kept=prefilled) for part in parts}
-    return {part: float(table[table.way == way].total.mean()) for part, table in tables.items()}
+    table = ablate_all(model, texts, answers, {str(part): [part] for part in parts})
+    return table[table.way == way].groupby("part", sort=False).total.mean()
 
 
-def three_tools(
-    model: Model, texts: Sequence[str], answers: Int[Tensor, " prompt"], verdict: Verdict, lenses: Lenses
-) -> pd.DataFrame:
+def three_tools(model: Model, texts: Sequence[str], answers: Tokens, verdict: Verdict, lenses: Lenses) -> pd.DataFrame:
     """One row a question, one column a tool, on the same prompts; `-` where a tool does not answer it."""
     knowledge, weights = verdict.knowledge_head, model.weights
     neurons = attribute_neurons(model, texts, answers, [knowledge.layer])
@@ -121,16 +105,16 @@ def three_tools(
     heads = [Part(Site(layer, head)) for layer in nearby for head in range(weights.n_heads)]
     without_neuron = total_effects(model, texts, answers, top, "zero")
     without_head = total_effects(model, texts, answers, heads, "resample")
-    neuron, head = (min(effects, key=effects.__getitem__) for effects in (without_neuron, without_head))
+    neuron, head = without_neuron.idxmin().split()[-1], without_head.idxmin()
     best, their_head = int(trace.argmax()), lenses.table.their_head.mode()[0]
-    lens, wrote = f"L{peers.routing_layer(lenses.theirs) + 1} (lens)", f"L{head.site.layer + 1}"
-    helps = _sign(trace.max()), _sign(gradient[best]), "-", _sign(-without_neuron[top[0]])
+    lens, wrote = f"L{peers.routing_layer(lenses.theirs) + 1} (lens)", head.split()[0]
+    helps = _sign(trace.max()), _sign(gradient[best]), "-", _sign(-without_neuron.iloc[0])
     rows = [
         ("Which layer writes the answer?", f"L{knowledge.layer + 1}", "-", lens, wrote),
-        ("Which head?", str(knowledge), "-", f"{their_head} (most of the prompts)", str(head)),
-        ("Which neuron of that layer?", str(best), str(int(gradient.argmax())), "-", str(neuron.neuron)),
+        ("Which head?", str(knowledge), "-", f"{their_head} (most of the prompts)", head),
+        ("Which neuron of that layer?", str(best), str(int(gradient.argmax())), "-", neuron),
         ("Does that neuron help the answer?", *helps),
-        ("Does that head help the answer?", "yes", "-", "yes", _sign(-without_head[Part(knowledge)])),
+        ("Does that head help the answer?", "yes", "-", "yes", _sign(-without_head[str(knowledge)])),
     ]
     return pd.DataFrame(rows, columns=["question", "this book's trace", "Captum", "TransformerLens", "patching"])
 
@@ -143,9 +127,6 @@ def agreed(table: pd.DataFrame) -> int:
     """On how many questions every tool that answers says the same."""
     answers = table.set_index("question").map(lambda text: text.split(" (")[0])
     return sum(len(set(row) - {"-"}) == 1 for row in answers.to_numpy().tolist())
-
-
-# What chapter 5 calls
 
 
 def same_as_captum(model: Model, sample: pd.DataFrame, layers: Sequence[int]) -> pd.DataFrame:
@@ -171,9 +152,7 @@ def organism_through_transformerlens() -> dict[str, pd.DataFrame]:
     return {"organism": peers.against_transformerlens(model, texts, answers).table}
 
 
-def routing_chance(
-    curves: Float[Tensor, "prompt n_layers+1"], layer: int, *, shuffles: int = 1000, seed: int = 0
-) -> float:
+def routing_chance(curves: Curves, layer: int, *, shuffles: int = 1000, seed: int = 0) -> float:
     """The control of a lens: how often the mean curve rises most over this layer if the rises of each prompt are put
     into a random order of layers."""
     rises, generator = curves.diff(), torch.Generator().manual_seed(seed)
@@ -220,9 +199,7 @@ def suppressor_words(table: pd.DataFrame) -> str:
 
 
 @torch.no_grad()
-def patch_heads(
-    model: Model, facts: Sequence[Fact], failing: str, control: str, competitors: Int[Tensor, " fact"]
-) -> dict[str, Float[Tensor, "n_layers n_heads fact"]]:
+def patch_heads(model: Model, facts: Sequence[Fact], failing: str, control: str, competitors: Tokens) -> Patched:
     """Every head of the failing prompt, one at a time, made to do what it does under the control template: at the last
     position, and at the last token of the subject. The share of the lost logit difference (answer minus competitor)
     that comes back; 1 is all of it."""
@@ -232,33 +209,30 @@ def patch_heads(
     bad, good = pack(model, failing_ids), pack(model, control_ids)
     copies = pack(model, failing_ids * weights.n_heads)  # one for each head that is patched
     pairs = torch.stack((answers, competitors), 1)
+    entering, seen = streams(model, bad, range(weights.n_layers)), list[Tensor]()
+    with hooked(before=dict.fromkeys((block.heads_out for block in weights.blocks), seen.append)):
+        told = _pack_logit_differences(model, good, pairs)
     base = _pack_logit_differences(model, bad, pairs)
-    lost = _pack_logit_differences(model, good, pairs) - base
     to, of = (_places(model, batch, t, facts) for batch, t in zip((bad, good), texts, strict=True))
     shares = {name: torch.zeros(weights.n_layers, weights.n_heads, len(facts)) for name in to}
-    good_stream, bad_stream = resid_pre(model, good, 0), resid_pre(model, bad, 0)
     for layer, block in enumerate(tqdm(weights.blocks, desc="patching")):
-        seen: list[Tensor] = []
-        with hooked(before={block.heads_out: seen.append}):
-            good_stream = resid_post(model, good, good_stream, layer)
+        z = seen[layer].view(-1, weights.n_heads, weights.d_head)
         for name in to:
-            z = seen[0].view(-1, weights.n_heads, weights.d_head)[of[name]]
-            patch = _head_by_head(z, to[name], len(bad.tokens))
+            patch = _head_by_head(z[of[name]], to[name], len(bad.tokens))
             with hooked(before={block.heads_out: patch}):
-                final = above(model, copies, layer, bad_stream.repeat(weights.n_heads, 1))[copies.last]
+                final = above(model, copies, layer, entering[layer].repeat(weights.n_heads, 1))[copies.last]
             now = read_logit_differences(model, final.view(weights.n_heads, len(facts), -1), pairs)
-            shares[name][layer] = (now - base) / lost
-        bad_stream = resid_post(model, bad, bad_stream, layer)
+            shares[name][layer] = (now - base) / (told - base)
     return shares
 
 
 def _head_by_head(z: Float[Tensor, "fact n_heads d_head"], rows: Int[Tensor, " fact"], length: int) -> Hook:
     """For a pack that holds the texts, of `length` tokens, once for each head: in the h-th copy, head h gets z."""
+    heads = torch.arange(z.shape[1])[:, None]
 
     def change(x: Tensor) -> Tensor:
-        copies = x.reshape(z.shape[1], length, z.shape[1], -1).clone()  # (copy, token, head, d_head)
-        for head in range(z.shape[1]):
-            copies[head, rows, head] = z[:, head]
+        copies = x.reshape(len(heads), length, len(heads), -1).clone()  # (copy, token, head, d_head)
+        copies[heads, rows, heads] = z.transpose(0, 1)
         return copies.view(x.shape)
 
     return change
@@ -275,7 +249,7 @@ def _pack_logit_differences(model: Model, batch: Pack, pairs: Int[Tensor, "text 
     return read_logit_differences(model, above(model, batch, 0, resid_pre(model, batch, 0))[batch.last], pairs)
 
 
-def patch_case_heads(model: Model, case: Case) -> dict[str, Float[Tensor, "n_layers n_heads fact"]]:
+def patch_case_heads(model: Model, case: Case) -> Patched:
     """`patch_heads` over the case's untold facts, from its first control template."""
     templates = load_templates()
     table = tell(model, case.facts, {case.template: templates[case.template]})

@@ -1,17 +1,11 @@
-"""What chapter 2 shows beside the diagnosis itself.
-
-completeness, convention_terms         the exact trace over many prompts; one prompt's terms, by convention
-report_cases, same_findings            the findings, and whether they repeat themselves
-organism_truth, judge_rule             the rule on the organism, where the truth is known
-static_agreement                       do the weights rate the heads as the trace does?
-lens_by_case, first_in_top             when the answer wins, by the logit lens
-attention_table, attention_pair        where the knowledge heads look, under the control and the failing template
-"""
+"""What chapter 2 shows beside the diagnosis itself: the trace over many prompts, the rule where the truth is known,
+whether the weights rate the heads as the trace does, when the answer wins, and where the knowledge heads look."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from operator import attrgetter
 
 import pandas as pd
 import torch
@@ -21,13 +15,14 @@ from torch import Tensor
 from lib.diagnosis import Diagnosis, diagnose_cases
 from lib.facts import Case, load_cases, load_templates, prompts
 from lib.files import DATA
+from lib.interventions import run_with_cache
 from lib.models import Model
 from lib.recall import first_tokens, study_facts
 from lib.results import Results
 from lib.sites import Site
 from lib.static import TOP, JointMap, RelationMap, join, qk_overlap, relation_maps
-from lib.statistics import rank_correlation, top_overlap
-from lib.trace import BATCH, capture, components, last_patterns, logit_lens, logit_traces, subject_attention
+from lib.statistics import ByHead, rank_correlation, top_overlap
+from lib.trace import BATCH, capture, components, logit_lens, logit_traces, subject_attention
 
 HEADS = 4  # knowledge heads whose attention is shown
 
@@ -82,12 +77,8 @@ def report_cases(report: Results, diagnoses: Sequence[Diagnosis]) -> None:
 
 def same_findings(diagnoses: Sequence[Diagnosis], repeated: Sequence[Diagnosis]) -> bool:
     """Whether two rounds of diagnosis agree on every case: head, suppressor and kind; the shares may differ."""
-
-    def findings(of: Sequence[Diagnosis]) -> set[tuple]:
-        verdicts = {d.case.name: d.verdict for d in of}
-        return {(name, v.knowledge_head, v.suppressor, v.failure_kind) for name, v in verdicts.items()}
-
-    return findings(diagnoses) == findings(repeated)
+    finding = attrgetter("case.name", "verdict.knowledge_head", "verdict.suppressor", "verdict.failure_kind")
+    return {*map(finding, diagnoses)} == {*map(finding, repeated)}
 
 
 def organism_truth() -> list[dict[str, str]]:
@@ -104,21 +95,15 @@ def judge_rule(organism: Model, *, seed: int = 0) -> pd.DataFrame:
     rows = []
     for truth in organism_truth():
         d = by_template[truth["template"]]
-        named = (str(d.verdict.knowledge_head), d.verdict.failure_kind, str(d.verdict.suppressor or "none"))
-        true = (truth["knowledge_head"], truth["kind"], truth["suppressor"] or "none")
-        both = (" / ".join(true), " / ".join(named))
-        rows.append((d.case.title, *both, d.verdict.unwritten, d.stability, named == true))
+        named = f"{d.verdict.knowledge_head} / {d.verdict.failure_kind} / {d.verdict.suppressor or 'none'}"
+        true = f"{truth['knowledge_head']} / {truth['kind']} / {truth['suppressor'] or 'none'}"
+        rows.append((d.case.title, true, named, d.verdict.unwritten, d.stability, named == true))
     columns = ["case", "planted: head / kind / suppressor", "named by the rule", "unwritten", "stability", "agrees"]
     return pd.DataFrame(rows, columns=columns)
 
 
 def static_agreement(
-    model: Model,
-    maps: dict[str, RelationMap],
-    joint: JointMap,
-    attribution: Float[Tensor, "n_layers n_heads"],
-    *,
-    seed: int = 0,
+    model: Model, maps: dict[str, RelationMap], joint: JointMap, attribution: ByHead, *, seed: int = 0
 ) -> pd.DataFrame:
     """Static scores of all heads against their direct logit attribution: the joint map, the enriched map alone, and
     two controls that should fail, the joint map of permuted answers and QK overlap."""
@@ -174,8 +159,8 @@ def attention_table(model: Model, diagnoses: Sequence[Diagnosis]) -> pd.DataFram
     for d in diagnoses:
         facts = d.evidence.facts
         for kind, text in _templates(d.case).items():
-            seen = capture(model, prompts(facts, text), everywhere=True)
-            attention = subject_attention(model, last_patterns(model, seen), seen.prompts, [f.subject for f in facts])
+            run = run_with_cache(model, prompts(facts, text))
+            attention = subject_attention(model, run.patterns, run.prompts, [f.subject for f in facts])
             for site in heads:
                 to_subject = attention[:, site.layer, site.head].tolist()
                 rows += [(d.case.title, kind, f.subject, str(site), w) for f, w in zip(facts, to_subject, strict=True)]
@@ -187,7 +172,7 @@ def attention_pair(model: Model, diagnosis: Diagnosis) -> dict[str, tuple[list[s
     head, rows = diagnosis.verdict.knowledge_head, {}
     for kind, text in _templates(diagnosis.case).items():
         (prompt,) = prompts(diagnosis.evidence.facts[:1], text)
-        seen = capture(model, [prompt], everywhere=True)
-        tokens = [model.token_text(t) for t in seen.tokens[0].tolist()]
-        rows[f"{kind}: {prompt}"] = (tokens, last_patterns(model, seen)[0, head.layer, head.head])
+        run = run_with_cache(model, [prompt])
+        tokens = [model.token_text(t) for t in run.tokens[0].tolist()]
+        rows[f"{kind}: {prompt}"] = (tokens, run.patterns[0, head.layer, head.head])
     return rows

@@ -1,8 +1,5 @@
-"""Is it the diagnosis that makes an edit work? Edits at every layer, and at random places of equal size.
-
-    edit_at     one pathway at any layer, under the one recipe and at one rate for all: the layer sweep
-    edit_near   the same beside the diagnosed layer, wherever that is
-    part_at     an equal number of parameters of that layer, chosen by the diagnosis or at random
+"""Is it the diagnosis that makes an edit work? Edits at every layer (`edit_at`), and at random places of equal size
+(`part_at`), all under the one recipe and at one rate.
 
 Localisation need not inform editing (Hase et al. 2023), and edits at random heads can do as well as at localised ones
 (Wang and Veitch 2025): so every edit is put beside what it is when the place is drawn. Each run is a plain function of
@@ -18,19 +15,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lib.diagnosis import Verdict, case_table, gather
 from lib.errors import EditError
-from lib.evaluation import ELSEWHERE, Protocol, bled, build_protocol, build_protocols, kinds, questions, score_questions
+from lib.evaluation import ELSEWHERE, Protocol, bled, build_protocols, kinds, questions, score_questions
 from lib.facts import Case, load_cases, load_templates, prompts
 from lib.models import Model
-from lib.recall import first_tokens, trainable
+from lib.peers import top_neurons
+from lib.recall import first_tokens, tell, trainable
 from lib.sites import Site
 from lib.studies import experiment, once_a_model
-from lib.trace import capture, hooked, logit_direction
 from lib.training import Task, Trained, tasks_at, train
 from lib.weights import part_masks
 
@@ -77,19 +73,13 @@ def prepared(model: Model) -> dict[int, tuple[Task, Protocol]]:
 
 @once_a_model
 def untold(model: Model) -> dict[str, list[str]]:
-    """The other countries that are known and not told, by split. A control template is asked only about those that
-    none before it told."""
+    """The other countries that are known and not told, by split."""
     case, asked = setting(model).case, prepared(model)[0][1].questions
-    table, known = questions(model, case), set[str]()
-    failed = list(asked.subject[(asked.set == "large") & ~asked.told_before])
-    for control in case.controls:
-        rest = table.subject.isin([name for name in failed if name not in known])
-        part = table[(table.set == "large") & (table.template == control) & rest]
-        if len(part):
-            told = score_questions(model, build_protocol(model, case, 0, texts={}, table=part), None)
-            known |= set(told.subject[told.told])
-    split = asked[asked.set == "large"].set_index("subject").split
-    return {s: [name for name in failed if name in known and split[name] == s] for s in SPLITS}
+    failed = set(asked.subject[(asked.set == "large") & ~asked.told_before])
+    facts = [f for f in case.large if f.subject in failed]
+    telling = {name: load_templates()[name] for name in case.controls}
+    known = set(tell(model, facts, telling).query("told").subject) if facts else set()
+    return {s: [f.subject for f in facts if f.subject in known and f.split == s] for s in SPLITS}
 
 
 def protocols(
@@ -178,16 +168,7 @@ def _picked(model: Model, layer: int, part: str, pick: str, seed: int) -> list[i
         away = [head] if part == "head" and layer == knowledge.layer else []
         return sorted(draw.choice(np.setdiff1d(np.arange(sizes[part]), away), counts[part], replace=False).tolist())
     if part == "neurons":
-        return strongest_neurons(model, layer, counts[part])
+        case = setting(model).case
+        asked = prompts(case.facts, load_templates()[case.controls[0]]), first_tokens(model, case.facts)
+        return top_neurons(model, *asked, layer, counts[part])
     return [head] if part == "head" else [head // group * width + i for i in range(width)]
-
-
-def strongest_neurons(model: Model, layer: int, k: int) -> list[int]:
-    """The neurons of a layer that write most of the case's answers under its first control template."""
-    case, block, seen = setting(model).case, model.weights.blocks[layer], list[Tensor]()
-    with hooked(before={block.mlp_out: seen.append}):
-        state = capture(model, prompts(case.facts, load_templates()[case.controls[0]]))
-    answers = first_tokens(model, case.facts)
-    neurons = seen[0].reshape(*state.tokens.shape, -1)[torch.arange(len(answers)), state.last]
-    written = (neurons * (logit_direction(model, state.stream[:, -1], answers) @ block.mlp.W_out.T)).mean(0)
-    return sorted(written.topk(k).indices.tolist())

@@ -1,10 +1,4 @@
-"""Pathways head to head: the runs of a sweep, their controls, and one table.
-
-train_at     one pathway at one rate and seed, on true or false facts: what a sweep runs
-further      what follows from a finished grid: more seeds, false facts, more steps
-gather       the comparison that the finished runs make, with the edits of the first seed
-controls     false facts, which the model cannot know; more steps, for a pathway that misses its goal
-"""
+"""Pathways head to head: the runs of a sweep (`train_at`), what is `further` to run, their controls, and one table."""
 
 from __future__ import annotations
 
@@ -24,7 +18,7 @@ from lib.errors import EditError
 from lib.facts import load_cases
 from lib.models import Model
 from lib.recall import tell, trainable
-from lib.studies import experiment, once_a_model, one_thread
+from lib.studies import Row, experiment, once_a_model, one_thread
 from lib.training import Comparison, Task, Trained, chosen_rows, false_facts, task_at, train
 from lib.weights import PATHWAYS, pathway_slices, places
 
@@ -35,9 +29,7 @@ PAPER = ("full", "attention", "ffn", "v_only")  # the source page's four; Q-only
 
 
 @experiment
-def train_at(
-    model: Model, *, pathway: str, rate: float, facts: str = "true", longer: int = 1, seed: int = 0
-) -> dict[str, Any]:
+def train_at(model: Model, *, pathway: str, rate: float, facts: str = "true", longer: int = 1, seed: int = 0) -> Row:
     """Train a pathway of the diagnosed layer on the model's first case. facts: `true` or `false`; longer: times the
     recipe's limit of steps. The outcome, and two curves by step. Raises EditError for other words."""
     if facts not in ("true", "false"):
@@ -71,22 +63,18 @@ def further(grid: pd.DataFrame, *, seed: int = 0, seeds: int = 10) -> list[dict[
 def gather(model: Model, task: Task, grid: pd.DataFrame, runs: pd.DataFrame) -> Comparison:
     """The comparison that two finished sweeps make (`pathways`, and what is `further`), with the first seed's runs once
     more, for their edits. Raises EditError where one of these does not reach what its row does."""
-    best = chosen_rows(grid)
-    with one_thread():  # as a sweep runs it: sums are added in the same order
-        first = {row.pathway: _retrained(model, task, row) for row in tqdm(list(best.itertuples()), desc="the edits")}
+    best, first = chosen_rows(grid), dict[str, Trained]()
+    for row in tqdm(list(best.itertuples()), desc="the edits"):
+        with one_thread():  # as a sweep runs it: sums are added in the same order
+            run = first[row.pathway] = train(model, task, row.pathway, rate=row.rate, seed=row.seed)
+        if run.reached != row.reached or run.diverged != row.diverged:
+            raise EditError(
+                f"{row.pathway} at rate {row.rate:g} came out otherwise than in the sweep ({run.steps} steps, not "
+                f"{row.steps}); delete _build/sweeps/{model.name} and run the chapter again with QKV_RUNS=off."
+            )
     is_best = grid.merge(best[["pathway", "rate"]], how="left", indicator=True)["_merge"] == "both"
     tried = in_order(grid.drop(columns=[*CURVES, *WAYS]).assign(chosen=is_best.to_numpy()), "rate")
     return Comparison(tried, in_order(runs[(runs.facts == "true") & (runs.longer == 1)], "seed"), first)
-
-
-def _retrained(model: Model, task: Task, row: Any) -> Trained:
-    run = train(model, task, row.pathway, rate=row.rate, seed=row.seed)
-    if run.reached != row.reached or run.diverged != row.diverged:
-        raise EditError(
-            f"{row.pathway} at rate {row.rate:g} came out otherwise than in the sweep ({run.steps} steps, not "
-            f"{row.steps}); delete _build/sweeps/{model.name} and run the chapter again with QKV_RUNS=off."
-        )
-    return run
 
 
 def in_order(table: pd.DataFrame, within: str) -> pd.DataFrame:

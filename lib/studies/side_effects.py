@@ -1,9 +1,4 @@
-"""What chapter 4 says of the edits' side effects, and the same question where the truth is known.
-
-pathway_entry     what results keep of one pathway
-report_effects    the numbers of the chapter's prose
-planted_edit      on the organism, whose failures are failures of routing because they were planted as such
-"""
+"""What chapter 4 says of the edits' side effects, and the same question where the truth is known (`planted_edit`)."""
 
 from __future__ import annotations
 
@@ -64,15 +59,16 @@ def pathway_entry(
 def report_effects(
     report: Results, best: str, outcome: pd.DataFrame, texts: pd.DataFrame, general: pd.DataFrame, bled: pd.DataFrame
 ) -> None:
-    """What the chapter's prose says of the recommended pathway, and of all."""
+    """What the chapter's prose says of the recommended pathway, and of all: what it changes and breaks, and how far it
+    carries over, to held-out facts and to countries where it is wrong."""
     by, probes = outcome.set_index(["pathway", "what"]).loc[best], outcome[outcome.what.isin(PROBES)]
-    changed = {kind: [int(by.gained[kind]), int(by.lost[kind])] for kind in ("other relations", ELSEWHERE)}
     right = int(by.before[PROBES].sum())
     report.many({f"{probe}_{key}": int(by[key][probe]) for probe in PROBES for key in ("before", "after", "n")})
     report.many({"own_flips": int((by.gained + by.lost)[PROBES].sum()), "probes_right": right})
     report("all_flips", int((probes.gained + probes.lost).sum()))
     report("resolution", exact_interval(0, right)[1], ".0%")
-    report.many({"other_relations": changed["other relations"], "elsewhere": changed[ELSEWHERE]})
+    for key, kind in (("other_relations", "other relations"), ("elsewhere", ELSEWHERE)):
+        report(key, [int(by.gained[kind]), int(by.lost[kind])])
     report.many({"elsewhere_n": int(by.n[ELSEWHERE]), "neighbours": int(by.n["neighbours"])})
     report("neighbours_lost", int(by.lost["neighbours"]))
     ppl = texts.set_index("pathway").loc[best]
@@ -80,20 +76,16 @@ def report_effects(
     report.many({"ppl_change": (ppl.ratio - 1, "+.2%"), "ppl_tokens": (int(ppl.tokens), ",")})
     report("ppl_interval", (float(ppl.ratio_low - 1), float(ppl.ratio_high - 1)), "+.2%")
     report("ppl_within", "within" if abs(ppl.ratio - 1) <= BAND else "not within")
-    _report_reach(report, best, general[general.split == "held_out"].set_index("pathway"), bled)
-
-
-def _report_reach(report: Results, best: str, held: pd.DataFrame, bleeding: pd.DataFrame) -> None:
-    """How far the edit carries over: to held-out facts, and to countries where it is wrong."""
-    row, most, bled = held.loc[best], held.repaired.max(), bleeding.set_index("pathway").bled
-    bleeds = bool(bled[best] > 2 * max(1, bled[NONE]))  # more than twice as often as without an edit
+    held = general[general.split == "held_out"].set_index("pathway")
+    row, most, wrong = held.loc[best], held.repaired.max(), bled.set_index("pathway").bled
+    bleeds = bool(wrong[best] > 2 * max(1, wrong[NONE]))  # more than twice as often as without an edit
     report.many({key: int(row[key]) for key in ("untold", "repaired", "best_control")})
     report("repaired_share", row.repaired / max(1, row.untold), ".0%")
     report.many({"repaired_interval": ((float(row.low), float(row.high)), ".0%"), "repaired_most": int(most)})
     report("repaired_most_by", str(held.repaired.idxmax()).replace("_", " "))
     report("repaired_verdict", "most" if 2 * most >= held.untold.max() else "a minority")
-    report.many({"bled_before": int(bled[NONE]), "bled_after": int(bled[best])})
-    report.many({"bled_prompts": int(bleeding.prompts.iloc[0]), "bleeds": bleeds})
+    report.many({"bled_before": int(wrong[NONE]), "bled_after": int(wrong[best])})
+    report.many({"bled_prompts": int(bled.prompts.iloc[0]), "bleeds": bleeds})
     report("bled_lesson", BLED if bleeds else "The trained answers stay where they belong.")
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import dask
-from distributed import Client, Future, KilledWorker, LocalCluster, Security, as_completed
+from distributed import Client, KilledWorker, LocalCluster, Security, as_completed
 from distributed.core import rpc
 
 from lib.errors import SweepError
@@ -45,11 +45,8 @@ def _require_scheduler(address: str) -> None:
     """Asked with a limit of time, because Dask's own client waits for ever at a port where something else listens."""
 
     async def kind() -> str:
-        peer = rpc(address, connection_args=Security().get_connection_args("client"))
-        try:
+        async with rpc(address, connection_args=Security().get_connection_args("client")) as peer:
             return (await asyncio.wait_for(peer.identity(), TIMEOUT))["type"]
-        finally:
-            await peer.close_rpc()
 
     try:
         with ThreadPoolExecutor(1) as aside:  # a notebook has a loop of its own in this thread
@@ -79,9 +76,7 @@ def each(client: Client, function: Callable[..., Any], calls: dict[str, dict[str
 def _finished(
     client: Client, function: Callable[..., Any], calls: dict[str, dict[str, Any]], how: str = "run"
 ) -> Iterator[tuple[str, Any]]:
-    keys: dict[Future, str] = {}
-    for key, arguments in calls.items():
-        keys[client.submit(function, **arguments, key=(how, key), pure=True)] = key
+    keys = {client.submit(function, **given, key=(how, key), pure=True): key for key, given in calls.items()}
     try:
         for future, outcome in as_completed(list(keys), loop=client.loop, with_results=True, raise_errors=False):
             if future.status not in ("finished", "error"):

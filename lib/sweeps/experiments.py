@@ -24,7 +24,7 @@ from lib import files
 from lib.errors import BookError, ModelError, SweepError, WorkerError
 from lib.files import ROOT, file_sha256
 from lib.models import Model, load, use_device_of
-from lib.studies import one_thread
+from lib.studies import Row, one_thread
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "einops", "peft")  # numbers may depend on these
 _one_at_a_time = threading.Lock()  # a worker with several threads has one model, and an edit changes it in place
@@ -38,7 +38,7 @@ def listed() -> list[str]:
     return [f"{stem}.{name}" for stem, text in texts.items() for name in re.findall(marked, text)]
 
 
-def find(name: str) -> Callable[..., dict[str, Any]]:
+def find(name: str) -> Callable[..., Row]:
     """The experiment of this name. Raises SweepError for any other function, before its module is loaded."""
     if name not in (known := listed()):
         raise SweepError(
@@ -49,7 +49,7 @@ def find(name: str) -> Callable[..., dict[str, Any]]:
     return getattr(import_module(f"lib.studies.{module}"), function)
 
 
-def complete(name: str, given: dict[str, Any]) -> dict[str, Any]:
+def complete(name: str, given: Row) -> Row:
     """The parameters of a run, its defaults that JSON holds among them, in the order of the function's signature.
     Raises SweepError for one that the experiment does not take, or that it needs and is not given."""
     takes = dict(list(inspect.signature(find(name)).parameters.items())[1:])  # the first one is the model
@@ -90,9 +90,7 @@ def differing(code: dict[str, str], other: dict[str, str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def perform(
-    name: str, model_name: str, parameters: dict[str, Any], *, seed: int, weights: str, code: str
-) -> dict[str, Any]:
+def perform(name: str, model_name: str, parameters: Row, *, seed: int, weights: str, code: str) -> Row:
     """One run, on a worker: {"result": ..., "seconds": ...}. One thread, so that sums are added in the same order
     whatever the machine has to spare; seed is for draws that the experiment does not seed itself. weights, code: what
     whoever asks for the run has. Raises WorkerError where this worker has others, BookError where the experiment gives
@@ -135,7 +133,7 @@ def _sums(model: Model) -> dict[str, int]:
     return {name: int(p.view(torch.int64 if p.nbytes % 8 == 0 else torch.int32).sum()) for name, p in flat.items()}
 
 
-def _plain(name: str, result: Any, parameters: dict[str, Any]) -> dict[str, Any]:
+def _plain(name: str, result: Any, parameters: Row) -> Row:
     if not isinstance(result, dict) or not all(isinstance(key, str) for key in result):
         raise BookError(f"{name} gave {type(result).__name__}, not a dictionary of names and values.")
     if both := sorted(result.keys() & parameters.keys()):
