@@ -131,18 +131,17 @@ class Task:
     untouched: Reference  # what it says, at the compared positions of the windows: (window, positions)
 
 
-def neutral_windows(model: Model, length: int) -> tuple[list[list[int]], int]:
-    """The neutral passages in windows of equal length, and how many of them, the first, are for training: those of
-    every passage but the last half. The others are for choosing. Raises DataError if either part is empty."""
-    paths = sorted((DATA / "passages").glob("neutral_*.txt"))
+def neutral_windows(model: Model, length: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The neutral passages in windows of equal length: those for training, of every passage but the last half, and
+    those for choosing. Raises DataError if there are none of either."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted((DATA / "passages").glob("neutral_*.txt"))]
     cut = [
-        [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
-        for ids in (model.token_ids(p.read_text(encoding="utf-8")) for p in paths)
+        [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)] for ids in map(model.token_ids, texts)
     ]
     training, choosing = (list(chain.from_iterable(part)) for part in (cut[: len(cut) // 2], cut[len(cut) // 2 :]))
     if not training or not choosing:
         raise DataError(f"data/passages needs two neutral passages of {length} tokens for {model.name}.")
-    return training + choosing, len(training)
+    return training, choosing
 
 
 def task_at(model: Model, case: Case, layer: int, recipe: Recipe = DEFAULT) -> Task:
@@ -158,12 +157,12 @@ def tasks_at(model: Model, case: Case, layers: Sequence[int], recipe: Recipe = D
     if odd := [layer for layer in layers if not 0 <= layer < end]:
         raise EditError(f"there is no layer index {odd[0]}: {model.name} has {end}, from 0.")
     _identifiable(model, case.facts)
-    template, (windows, training) = load_templates()[case.template], neutral_windows(model, recipe.window)
-    if training < recipe.windows:
-        raise DataError(f"the neutral passages make {training} windows; the recipe takes {recipe.windows} a step.")
+    template, (training, choosing) = load_templates()[case.template], neutral_windows(model, recipe.window)
+    if len(training) < recipe.windows:
+        raise DataError(f"the neutral passages make {len(training)} windows; the recipe takes {recipe.windows} a step.")
     told = tell(model, case.facts, {case.template: template})
     texts = [model.token_ids(p) for p in told.prompt]
-    batches = list(packs(model, windows))
+    batches = list(packs(model, training + choosing))
     found = [streams(model, batch, [*layers, end]) for batch in batches]
     final = [x[end][_compared(len(batch.last), recipe)] for batch, x in zip(batches, found, strict=True)]
     untouched = reference(model.weights.norm_final_module(torch.cat(final)), model.weights.W_U)
@@ -173,10 +172,10 @@ def tasks_at(model: Model, case: Case, layers: Sequence[int], recipe: Recipe = D
         "template": template,
         "told_before": tuple(told.told.tolist()),
         "recipe": recipe,
-        "texts": pack(model, texts + windows[: recipe.windows]),
+        "texts": pack(model, texts + training[: recipe.windows]),
         "answers": torch.tensor(told.answer_token.tolist()),
-        "windows": windows,
-        "n_training": training,
+        "windows": training + choosing,
+        "n_training": len(training),
         "untouched": untouched[torch.arange(len(untouched.log_z)).view(-1, recipe.positions)],
     }
     return {
@@ -222,13 +221,13 @@ def train(
     history = optimise(model, task, list(leaves.values()), leaves, rate=rate, seed=seed)
     seconds, first, last = perf_counter() - start, history.iloc[0], history.iloc[-1]
     reached = bool(np.isfinite(last.loss) and last.min_margin >= task.recipe.margin)
-    if not reached and not (np.isfinite(last.loss) and last.cross_entropy <= first.cross_entropy):
-        return Trained(pathway, rate, seed, None, history, False, np.nan, seconds)
-    values = {s: v.detach() for s, v in leaves.items()}
-    kl = neutral_kl(model, task, values)
-    recipe = asdict(task.recipe) | {"rate": rate, "steps": len(history) - 1, "reached": reached, "neutral_kl": kl}
-    about = {name: getattr(task, name) for name in ("layer", "facts", "template", "told_before")}
-    edit = make(model, values, pathway=pathway, seed=seed, recipe=recipe, **about)
+    edit, kl = None, np.nan
+    if reached or (np.isfinite(last.loss) and last.cross_entropy <= first.cross_entropy):
+        values = {s: v.detach() for s, v in leaves.items()}
+        kl = neutral_kl(model, task, values)
+        recipe = asdict(task.recipe) | {"rate": rate, "steps": len(history) - 1, "reached": reached, "neutral_kl": kl}
+        about = {name: getattr(task, name) for name in ("layer", "facts", "template", "told_before")}
+        edit = make(model, values, pathway=pathway, seed=seed, recipe=recipe, **about)
     return Trained(pathway, rate, seed, edit, history, reached, kl, seconds)
 
 

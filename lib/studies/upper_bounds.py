@@ -105,12 +105,11 @@ def where_it_can_be_done(*, layers: Sequence[int] = (4, 8), seed: int = 0) -> di
     model = load("organism")
     runs = pd.DataFrame([{"layer": x} | learn_at(model, layer=x, steps=20, seed=seed) for x in layers])
     runs = runs.assign(pathway="full", rank=0, steps=20, truth=TRUTH, seed=seed)
-    run, case = relearned(model, runs.loc[choose(runs)]), trainable(model, load_cases(model.name)[0])
-    measured = evaluation.measure(
-        model, evaluation.build_protocol(model, case, run.edit.layer, texts={}), {"edit": run.edit}, passages=False
-    )
+    edit, case = relearned(model, runs.loc[choose(runs)]), trainable(model, load_cases(model.name)[0])
+    protocol = evaluation.build_protocol(model, case, edit.layer, texts={})
+    measured = evaluation.measure(model, protocol, {"edit": edit}, passages=False)
     row = evaluation.generalisation(measured, case).query("split == 'held_out'").iloc[0]
-    return {"layer": run.edit.layer + 1, "untold": int(row.untold), "repaired": int(row.repaired)}
+    return {"layer": edit.layer + 1, "untold": int(row.untold), "repaired": int(row.repaired)}
 
 
 # What the chapter says of it
