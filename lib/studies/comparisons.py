@@ -58,19 +58,17 @@ def other_layers(means: pd.DataFrame, layer: int) -> pd.DataFrame:
     neutral text (gentler). Raises EditError if the layer was not tried."""
     if layer not in set(means.layer):
         raise EditError(f"the sweep tried no edit at the diagnosed layer {layer}; add it to data/sweeps/layers.yaml.")
-    rows = []
-    for pathway, part in means.groupby("pathway", sort=False):
-        diagnosed, others = part[part.layer == layer].iloc[0], part[part.layer != layer]
-        best = part.sort_values(["held_out_repaired", "facts_told", "kl"], ascending=[False, False, True]).iloc[0]
-        told = others.facts_told >= diagnosed.facts_told
-        repaired = others.held_out_repaired >= diagnosed.held_out_repaired
-        as_good = {"told": told, "repaired": repaired, "as_well": told & repaired}
-        as_good |= {"sooner": told & (others.steps <= diagnosed.steps), "gentler": told & (others.kl <= diagnosed.kl)}
-        counts = {name: int(layers.sum()) for name, layers in as_good.items()}
-        own = {"own_told": float(diagnosed.facts_told), "own_repaired": float(diagnosed.held_out_repaired)}
-        most = {"best_layer": int(best.layer), "most_repaired": float(part.held_out_repaired.max())}
-        rows.append({"pathway": pathway, "others": len(others), **counts, **own, **most})
-    return pd.DataFrame(rows)
+    own = means[means.layer == layer].set_index("pathway")
+    best = means.sort_values(["held_out_repaired", "facts_told", "kl"], ascending=[False, False, True])
+    best = best.drop_duplicates("pathway").set_index("pathway")
+    beside, other = own.loc[means.pathway].set_axis(means.index), means.layer != layer
+    told = other & (means.facts_told >= beside.facts_told)
+    repaired = other & (means.held_out_repaired >= beside.held_out_repaired)
+    counts = {"others": other, "told": told, "repaired": repaired, "as_well": told & repaired}
+    counts |= {"sooner": told & (means.steps <= beside.steps), "gentler": told & (means.kl <= beside.kl)}
+    table = pd.DataFrame(counts).groupby(means.pathway, sort=False).sum()
+    table = table.assign(own_told=own.facts_told, own_repaired=own.held_out_repaired)
+    return table.assign(best_layer=best.layer, most_repaired=best.held_out_repaired).reset_index()
 
 
 def spread(runs: pd.DataFrame, near: pd.DataFrame) -> pd.DataFrame:
@@ -89,12 +87,11 @@ def layer_scores(model: Model, relation: Float[torch.Tensor, "n_layers n_heads"]
     """How strongly each piece of evidence points to each layer: `static` (the strongest head of the relation map,
     input-free), `writes` (what its heads and MLP write of the answers under the controls, where positive) and
     `knowledge head` (its strongest head alone, the score that the rule prescribes by). One row a layer."""
-    writes, n_layers = setting(model).writes, model.weights.n_layers
-    heads = writes[: n_layers * model.weights.n_heads].view(n_layers, -1)  # (n_layers, n_heads)
-    mlps = writes[n_layers * model.weights.n_heads :]  # (n_layers,)
+    writes, shape = setting(model).writes, (model.weights.n_layers, model.weights.n_heads)
+    heads, mlps = writes[: relation.numel()].view(shape), writes[relation.numel() :]
     scores = {"static": relation.max(1).values, "writes": heads.relu().sum(1) + mlps.relu()}
     scores["knowledge head"] = heads.max(1).values
-    layers = {"layer": range(1, n_layers + 1)}
+    layers = {"layer": range(1, len(mlps) + 1)}
     return pd.DataFrame(layers | {name: score.tolist() for name, score in scores.items()})
 
 
@@ -117,17 +114,16 @@ def correlations(means: pd.DataFrame, scores: pd.DataFrame, *, seed: int = 0) ->
 def random_parts(runs: pd.DataFrame) -> pd.DataFrame:
     """Of a sweep of parts: beside each named one, the random ones of equal size. better: how many of these tell more,
     or as many with a larger margin."""
+    measures = {"told": "facts_told", "repaired": "held_out_repaired", "margin": "min_margin", "kl": "kl"}
     rows = []
     for part, picks in runs.groupby("part", sort=False):
         named, random = picks[picks["pick"] == "diagnosed"].iloc[0], picks[picks["pick"] == "random"]
         margin_wins = (random.facts_told == named.facts_told) & (random.min_margin > named.min_margin)
-        row = {"part": part, "parameters": int(named.parameters), "random": len(random), "facts": int(named.facts_n)}
-        row |= {"told": int(named.facts_told), "random_told": random.facts_told.mean()}
-        row |= {"repaired": int(named.held_out_repaired), "random_repaired": random.held_out_repaired.mean()}
-        row |= {"margin": named.min_margin, "random_margin": random.min_margin.mean()}
-        row |= {"kl": named.kl, "random_kl": random.kl.mean()}
-        rows.append(row | {"better": int(((random.facts_told > named.facts_told) | margin_wins).sum())})
-    return pd.DataFrame(rows)
+        row = {"part": part, "parameters": named.parameters, "random": len(random), "facts": named.facts_n}
+        for name, column in measures.items():
+            row |= {name: named[column], f"random_{name}": random[column].mean()}
+        rows.append(row | {"better": ((random.facts_told > named.facts_told) | margin_wins).sum()})
+    return pd.DataFrame(rows).astype(dict.fromkeys(("parameters", "facts", "told", "repaired"), int))
 
 
 # Rivals
