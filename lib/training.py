@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain, product
 from pathlib import Path
 from time import perf_counter
@@ -162,31 +163,25 @@ def tasks_at(model: Model, case: Case, layers: Sequence[int], recipe: Recipe = D
         raise DataError(f"the neutral passages make {len(training)} windows; the recipe takes {recipe.windows} a step.")
     told = tell(model, case.facts, {case.template: template})
     texts = [model.token_ids(p) for p in told.prompt]
-    batches = list(packs(model, training + choosing))
-    found = [streams(model, batch, [*layers, end]) for batch in batches]
-    final = [x[end][_compared(len(batch.last), recipe)] for batch, x in zip(batches, found, strict=True)]
+    found = [(batch, streams(model, batch, [*layers, end])) for batch in packs(model, training + choosing)]
+    final = [x[end][_compared(len(batch.last), recipe)] for batch, x in found]
     untouched = reference(model.weights.norm_final_module(torch.cat(final)), model.weights.W_U)
     prompts = streams(model, pack(model, texts), layers)
-    common: dict[str, Any] = {
-        "facts": case.facts,
-        "template": template,
-        "told_before": tuple(told.told.tolist()),
-        "recipe": recipe,
-        "texts": pack(model, texts + training[: recipe.windows]),
-        "answers": torch.tensor(told.answer_token.tolist()),
-        "windows": training + choosing,
-        "n_training": len(training),
-        "untouched": untouched[torch.arange(len(untouched.log_z)).view(-1, recipe.positions)],
-    }
-    return {
-        layer: Task(
-            layer=layer,
-            prompt_stream=prompts[layer],
-            window_streams=torch.cat([x[layer].view(-1, recipe.window, model.weights.d_model) for x in found]),
-            **common,
-        )
-        for layer in layers
-    }
+    size = (-1, recipe.window, model.weights.d_model)
+    entering = {layer: torch.cat([x[layer].view(size) for _, x in found]) for layer in layers}
+    at_layer = partial(
+        Task,
+        facts=case.facts,
+        template=template,
+        told_before=tuple(told.told.tolist()),
+        recipe=recipe,
+        texts=pack(model, texts + training[: recipe.windows]),
+        answers=torch.tensor(told.answer_token.tolist()),
+        windows=training + choosing,
+        n_training=len(training),
+        untouched=untouched[torch.arange(len(untouched.log_z)).view(-1, recipe.positions)],
+    )
+    return {x: at_layer(layer=x, prompt_stream=prompts[x], window_streams=entering[x]) for x in layers}
 
 
 def slice_values(model: Model, slices: Sequence[Slice]) -> dict[Slice, Tensor]:

@@ -205,11 +205,9 @@ def report_layers(report: Results, means: pd.DataFrame, others: pd.DataFrame, la
 
 def report_spread(report: Results, table: pd.DataFrame) -> None:
     """How far the seed alone moves what is repaired."""
-    repaired = float((table.repaired_max - table.repaired_min).max())
-    told = float((table.told_max - table.told_min).max())
-    verdict = sentence("spread_verdict", repaired=repaired, told=told)
-    seeds = int(table.seeds.min())
-    report.many({"spread_seeds": seeds, "spread_repaired": (repaired, ".0f"), "spread_verdict": verdict})
+    moved = {name: float((table[f"{name}_max"] - table[f"{name}_min"]).max()) for name in ("repaired", "told")}
+    counts = {"spread_seeds": int(table.seeds.min()), "spread_repaired": (moved["repaired"], ".0f")}
+    report.many(counts | {"spread_verdict": sentence("spread_verdict", **moved)})
 
 
 def report_correlations(report: Results, table: pd.DataFrame) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import compress, cycle
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -158,23 +159,20 @@ def lesson(model: Model, case: Case, facts: Sequence[Fact], places: Sequence[str
     can = {f.subject for f in scorable(model, facts)}
     told = np.any([tell(model, facts, {c: text[c]}).told for c in case.controls], axis=0)
     names = [*facts, *(Fact(p, "") for p in places)]
-    turns = [text[case.controls[i % len(case.controls)]] for i in range(len(facts))]  # the controls take turns
-    others = [template.replace("{}", fact.subject) for template, fact in zip(turns, facts, strict=True)]
+    others = [text[c].replace("{}", f.subject) for c, f in zip(cycle(case.controls), facts, strict=False)]  # in turns
     windows, _ = neutral_windows(model, WINDOW)
     final = torch.cat([above(model, t, 0, resid_pre(model, t, 0)) for t in packs(model, windows)])
     compared = final.view(len(windows), WINDOW, -1)[:, torch.tensor(READ)]
-    taught, untouched = (
-        next_token_logits(model, texts, progress=bar).log_softmax(-1)
-        for texts, bar in ((prompts(names, context, prefix), "teacher"), (others, "other prompts"))
-    )
-    pupils = prompts(names, text[case.template])
+    taught = next_token_logits(model, prompts(names, context, prefix), progress="teacher").log_softmax(-1)
+    untouched = next_token_logits(model, others, progress="other prompts").log_softmax(-1)
+    pupils = [model.token_ids(p) for p in prompts(names, text[case.template])]
     return Lesson(
         facts=tuple(facts),
         answers=first_tokens(model, facts),
         known=torch.tensor([bool(t) and f.subject in can for t, f in zip(told, facts, strict=True)]),
         teacher=teacher,
         template=text[case.template],
-        texts=Parts(*([model.token_ids(p) for p in some] for some in (pupils, others)), windows),
+        texts=Parts(pupils, [model.token_ids(p) for p in others], windows),
         targets=Parts(taught, untouched, (compared @ model.weights.W_U).log_softmax(-1)),
     )
 
@@ -185,15 +183,11 @@ def objective_parts(lesson: Lesson, logits: Float[Tensor, "n vocab"], rows: Part
     positions. rows: which of each."""
     targets = [target[at].flatten(0, -2) for target, at in zip(lesson.targets, rows, strict=True)]
     parts = logits.log_softmax(-1).split([len(target) for target in targets])
-    told = [i < len(lesson.facts) and bool(lesson.known[i]) for i in rows.pupils.tolist()]
-    known, pupil = torch.tensor(told, device=rows.pupils.device), parts[0]
-    truth = pupil.new_zeros(())
-    if known.any():
-        truth = F.nll_loss(pupil[known], lesson.answers[rows.pupils[known]])
-    pupils, others, neutral = (
-        F.kl_div(part, target, log_target=True, reduction="none").sum(-1).mean()
-        for part, target in zip(parts, targets, strict=True)
-    )
+    at, pupil = rows.pupils, parts[0]
+    known = torch.tensor([i < len(lesson.facts) and bool(lesson.known[i]) for i in at.tolist()], device=at.device)
+    truth = F.nll_loss(pupil[known], lesson.answers[at[known]]) if known.any() else pupil.new_zeros(())
+    divergences = (F.kl_div(now, y, log_target=True, reduction="none") for now, y in zip(parts, targets, strict=True))
+    pupils, others, neutral = (kl.sum(-1).mean() for kl in divergences)
     return {"pupils": pupils, "truth": truth, "others": others, "neutral": neutral}
 
 
@@ -273,11 +267,11 @@ def _forward(
 
 def _edit(model: Model, lesson: Lesson, config: Config, values: dict[Slice, Tensor], seed: int) -> Edit:
     """The trained values as an edit; its facts are the fit countries that the model knows."""
-    about: dict[str, Any] = {"template": lesson.template, "pathway": config.pathway, "layer": config.layer}
-    facts = tuple(f for f, known in zip(lesson.facts, lesson.known.tolist(), strict=True) if known)
+    facts = tuple(compress(lesson.facts, lesson.known.tolist()))
     told = tuple(tell(model, facts, {"failing": lesson.template}).told.tolist())
-    objective, n = f"self-distillation from {lesson.teacher}", len(lesson.texts.pupils)
-    recipe = {"objective": objective, **asdict(config), "pupils": n}
+    about: dict[str, Any] = {"template": lesson.template, "pathway": config.pathway, "layer": config.layer}
+    recipe = {"objective": f"self-distillation from {lesson.teacher}", **asdict(config)}
+    recipe["pupils"] = len(lesson.texts.pupils)
     return make(model, values, facts=facts, told_before=told, seed=seed, recipe=recipe, **about)
 
 
