@@ -115,8 +115,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Task:
-    """What training a layer (0-based) takes, whichever of its pathways: the streams that enter it, which stay what they
-    are, and what must come out."""
+    """What training a layer (0-based) takes, whichever of its pathways: what enters it, and what must come out."""
 
     facts: tuple[Fact, ...]
     template: str  # its text

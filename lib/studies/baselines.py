@@ -87,8 +87,7 @@ def rival(model: Model, *, name: str) -> dict[str, Any]:
 
 @once_a_model
 def _asked(model: Model) -> dict[int, Protocol]:
-    """All questions but the rarer controls about other countries, and the passages, for each layer at which a rival may
-    begin."""
+    """Passages and all questions but the rarer controls about other countries, by layer where a rival may begin."""
     own = setting(model)
     table = evaluation.questions(model, own.case)
     asked = (table.set != "large") | table.template.isin([own.case.template, own.case.controls[0]])
@@ -138,12 +137,12 @@ def _competitors(model: Model) -> Rival:
     case = setting(model).case
     table = tell(model, case.facts, {"failing": load_templates()[case.template]})
     rivals, answers = sorted(set(table.competitor_token[~table.told])), torch.tensor(table.answer_token.tolist())
-    logits, tried = next_token_logits(model, list(table.prompt)), []
-    for lower in LOWER:
-        bias = torch.zeros(logits.shape[1]).index_fill(0, torch.tensor(rivals), -lower)
-        tried.append((int(((logits + bias).argmax(1) == answers).sum()), lower, bias))
-    _, lower, bias = max(tried, key=lambda row: (row[0], -row[1]))
-    return Rival("competitors lowered", len(rivals), model.weights.n_layers, f"by {lower:g} logits", bias=bias)
+    logits = next_token_logits(model, list(table.prompt))
+    biases = [torch.zeros(logits.shape[1]).index_fill(0, torch.tensor(rivals), -lower) for lower in LOWER]
+    told = [int(((logits + bias).argmax(1) == answers).sum()) for bias in biases]
+    best = told.index(max(told))  # the first: LOWER rises
+    strength = f"by {LOWER[best]:g} logits"
+    return Rival("competitors lowered", len(rivals), model.weights.n_layers, strength, bias=biases[best])
 
 
 def _times(model: Model, site: Site, factor: float) -> AbstractContextManager[None]:

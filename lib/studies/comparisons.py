@@ -36,6 +36,7 @@ SUCCESS = {"facts_told": True, "steps": False, "held_out_repaired": True, "kl": 
 KINDS = dict.fromkeys(("newline", "bos", "example", "head", "opponent", "competitors"), "no training")
 KINDS |= dict.fromkeys(("vector", "gains", "lora"), "few parameters")
 KINDS |= {"closed_form": "closed form", "everything": "everything"}
+DIVERGED = {"facts_told": 0, "held_out_repaired": 0}  # what a run did that left no edit
 GENERAL = 0.5  # share of the held-out, known and untold, that must be told
 
 
@@ -43,13 +44,10 @@ GENERAL = 0.5  # share of the held-out, known and untold, that must be told
 
 
 def by_layer(runs: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds of a layer sweep: one row a pathway and layer. A diverged run tells nothing and repairs
-    nothing."""
+    """Means over seeds of a layer sweep: a row a pathway and layer. A diverged run tells and repairs nothing."""
     columns = ["facts_told", "held_out_repaired", "held_out_n", "steps", "kl", "bled", "bled_n", "probes_lost"]
-    filled = runs.assign(probes_lost=runs.capability_lost + runs.unrelated_lost)
-    filled[["facts_told", "held_out_repaired"]] = filled[["facts_told", "held_out_repaired"]].fillna(0)
-    means = filled.groupby(["pathway", "layer"], sort=False)[columns].mean()
-    return means.assign(reached=runs.groupby(["pathway", "layer"], sort=False).reached.mean()).reset_index()
+    filled = runs.assign(probes_lost=runs.capability_lost + runs.unrelated_lost).fillna(DIVERGED)
+    return filled.groupby(["pathway", "layer"], sort=False)[[*columns, "reached"]].mean().reset_index()
 
 
 def other_layers(means: pd.DataFrame, layer: int) -> pd.DataFrame:
@@ -76,7 +74,7 @@ def spread(runs: pd.DataFrame, near: pd.DataFrame) -> pd.DataFrame:
     most told and repaired, and how many seeds."""
     near = near.drop(columns="distance").rename(columns={"at": "layer"})
     both = pd.concat([runs[runs.layer.isin(set(near.layer))], near]).drop_duplicates(["pathway", "layer", "seed"])
-    by = both.fillna({"facts_told": 0, "held_out_repaired": 0}).groupby(["pathway", "layer"], sort=True)
+    by = both.fillna(DIVERGED).groupby(["pathway", "layer"])
     measures = {"told": "facts_told", "repaired": "held_out_repaired", "steps": "steps", "kl": "kl"}
     ends = {f"{name}_{end}": (column, end) for name, column in measures.items() for end in ("min", "max")}
     return by.agg(seeds=("seed", "size"), **ends).reset_index()
@@ -188,7 +186,7 @@ def report_pathways(report: Results, head: pd.DataFrame, seeds: pd.DataFrame, ch
 
 def report_layers(report: Results, means: pd.DataFrame, others: pd.DataFrame, layer: int) -> None:
     """The layer sweep."""
-    whole = means.groupby("pathway", sort=False).apply(lambda p: int((p.reached > 0).sum()), include_groups=False)
+    whole = (means.reached > 0).groupby(means.pathway, sort=False).sum()
     best, bled = others.loc[others.most_repaired.idxmax()], (float(means.bled.min()), float(means.bled.max()))
     counts: dict[str, Any] = {"reached_by": ", ".join(f"{plain(name)} at {n}" for name, n in whole.items())}
     counts |= {"as_well": int(others.as_well.sum()), "as_well_of": int(others.others.sum())}

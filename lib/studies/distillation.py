@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from lib import evaluation
 from lib.edits import Edit, make
 from lib.errors import DataError, EditError
-from lib.evaluation import BAND, NONE, Measured
+from lib.evaluation import BAND, NONE
 from lib.facts import Case, Fact, load_cases, load_mapping, load_templates, prompts
 from lib.files import DATA
 from lib.forward import above, next_token_logits, pack, packs, resid_pre
@@ -179,8 +179,7 @@ def lesson(model: Model, case: Case, facts: Sequence[Fact], places: Sequence[str
 
 def objective_parts(lesson: Lesson, logits: Float[Tensor, "n vocab"], rows: Parts) -> dict[str, Float[Tensor, ""]]:
     """pupils: KL(teacher || pupil), in nats a row. truth: cross-entropy of the answers that are known. others, neutral:
-    KL(untouched || edited) on other prompts and on windows. logits: of the pupils, the others, then the windows'
-    positions. rows: which of each."""
+    KL(untouched || edited) there. logits: of pupils, other prompts, then windows' positions. rows: which these are."""
     targets = [target[at].flatten(0, -2) for target, at in zip(lesson.targets, rows, strict=True)]
     parts = logits.log_softmax(-1).split([len(target) for target in targets])
     at, pupil = rows.pupils, parts[0]
@@ -194,9 +193,8 @@ def objective_parts(lesson: Lesson, logits: Float[Tensor, "n vocab"], rows: Part
 def learn(
     model: Model, lesson: Lesson, config: Config, *, seed: int = 0, progress: bool = False
 ) -> tuple[Edit, pd.DataFrame]:
-    """One run (Adam, no weight decay): its edit, and a row a step (loss, pupils, truth, others, neutral). seed: of the
-    order in which everything comes. Raises EditError for a layer that is not there, and where the loss stops being a
-    number."""
+    """One run (Adam, no weight decay): its edit, and a row a step with the loss and its parts. seed: of the order in
+    which everything comes. Raises EditError for a layer that is not there, and for a loss that is no number."""
     if not 0 <= config.layer < model.weights.n_layers:
         raise EditError(f"there is no layer index {config.layer}: {model.name} has {model.weights.n_layers}.")
     generator, rows = torch.Generator().manual_seed(seed), []
@@ -312,13 +310,12 @@ def cost(model: Model, case: Case, edit: Edit) -> dict[str, Any]:
     protocol = evaluation.build_protocol(model, case, edit.layer, texts=texts, table=table)
     after = evaluation.score_questions(model, protocol, edit)
     tokens = evaluation.score_passages(model, protocol, {"edit": edit})["edit"]
-    ratio = evaluation.perplexity(Measured({NONE: after, "edit": after}, {NONE: untouched, "edit": tokens})).ratio[0]
     asked, lost = after[after.untold], after.set[after.told_before & ~after.told]
     return {
         "untold": len(asked),
         "repaired": int(asked.told.sum()),
         "log_probability": float(np.log(asked.prob.clip(1e-30)).mean()),
-        "ratio": float(ratio),
+        "ratio": float(np.exp((tokens.nll - untouched.nll).mean())),
         "kl": float(tokens.kl.mean()),
         "capability_lost": int((lost == "capability").sum()),
         "working_lost": int((lost == "eight").sum()),

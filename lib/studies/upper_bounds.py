@@ -41,8 +41,7 @@ sentence = partial(say, "upper_bounds")
 
 
 def untold_facts(model: Model, case: Case, splits: Sequence[str] = SEEN) -> tuple[Fact, ...]:
-    """Facts of the large set, of some splits, that a control template tells and the failing one does not. Raises
-    DataError if there is none."""
+    """Facts of some splits that a control template tells and the failing one does not. Raises DataError for none."""
     facts, text = [f for f in scorable(model, case.large) if f.split in splits], load_templates()
     asked = {name: text[name] for name in (case.template, *case.controls)}
     failed = known_and_told(tell(model, facts, asked), case).routing_failure if facts else []
@@ -70,7 +69,7 @@ def carried(
     prefix: layer (counted from 1), place, told, n. Raises DataError where the prefix changes how a prompt's own words
     are cut into tokens, because then its places have no counterparts."""
     template, end = load_templates()[case.template], model.weights.n_layers
-    layers = range(end) if layers is None else layers
+    layers = layers or range(end)
     without, with_prefix = ([model.token_ids(p) for p in prompts(facts, template, x)] for x in ("", prefix))
     for fact, ids, longer in zip(facts, without, with_prefix, strict=True):
         if longer[-len(ids) :] != ids or len(longer) == len(ids):
