@@ -134,10 +134,9 @@ class Task:
 def neutral_windows(model: Model, length: int) -> tuple[list[list[int]], list[list[int]]]:
     """The neutral passages in windows of equal length: those for training, of every passage but the last half, and
     those for choosing. Raises DataError if there are none of either."""
-    texts = [path.read_text(encoding="utf-8") for path in sorted((DATA / "passages").glob("neutral_*.txt"))]
-    cut = [
-        [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)] for ids in map(model.token_ids, texts)
-    ]
+    paths = sorted((DATA / "passages").glob("neutral_*.txt"))
+    texts = [model.token_ids(path.read_text(encoding="utf-8")) for path in paths]
+    cut = [[ids[i : i + length] for i in range(0, len(ids) - length + 1, length)] for ids in texts]
     training, choosing = (list(chain.from_iterable(part)) for part in (cut[: len(cut) // 2], cut[len(cut) // 2 :]))
     if not training or not choosing:
         raise DataError(f"data/passages needs two neutral passages of {length} tokens for {model.name}.")

@@ -248,7 +248,6 @@ def _closed_form(model: Model) -> Rival:
     task, layout, seen = _task(model), model.weights.layout, list[Tensor]()
     mlp_out, last = model.weights.blocks[task.layer].mlp_out, task.texts.last[: len(task.facts)]
     wanted = torch.zeros(len(last), model.weights.d_model, requires_grad=True)
-
     see = {mlp_out: lambda neurons: seen.append(neurons.detach().flatten(0, -2))}
     add = {mlp_out: lambda out: out.index_add(-2, last, wanted[None] if out.ndim == 3 else wanted)}
     with hooked(before=see, after=add):

@@ -164,24 +164,23 @@ def ladder(rows: pd.DataFrame) -> pd.DataFrame:
 def report_pathways(report: Results, head: pd.DataFrame, seeds: pd.DataFrame, checks: pd.DataFrame) -> None:
     """Chapter 3's comparison: `pathways.head_to_head`, the runs of all seeds, and `pathways.controls`."""
     whole, best = seeds.groupby("pathway", sort=False).reached.all(), by_seed(seeds)
-    reached = [name for name in PAPER if whole.get(name, False)]
+    reached = sum(bool(whole.get(name, False)) for name in PAPER)
     able = head[head.pathway.map(whole)].sort_values("parameters")
     nothing: dict[str, Any] = {"pathway": "none", "parameters": 0, "share": 0.0, "kl": 0.0}
-    smallest = nothing if able.empty else able.iloc[0]
+    smallest, *_ = *able.to_dict("records"), nothing
     false, true = checks[checks.control == "false facts"].set_index("pathway"), head.set_index("pathway")
     learned = [name for name in PAPER if name in false.index and false.reached[name]]
     taken = [", ".join(str(int(steps[name])) for name in learned) for steps in (false.steps, true.steps)]
-    words = {"pathways": len(PAPER), "reached": len(reached), "learned": learned, "steps": taken}
-    report.many({"paper_pathways_reached": len(reached), "paper_pathways": len(PAPER)})
+    words = {"pathways": len(PAPER), "reached": reached, "learned": learned, "steps": taken}
+    report.many({"paper_pathways_reached": reached, "paper_pathways": len(PAPER)})
     report.many({"smallest": listed([smallest["pathway"]]), "smallest_parameters": (int(smallest["parameters"]), ",")})
     report.many({"smallest_share": (float(smallest["share"]), ".2%"), "smallest_kl": (float(smallest["kl"]), ".4f")})
-    report("least_kl", 0.0 if able.empty else float(able.kl.min()), ".4f")
+    report("least_kl", float(min(able.kl, default=0.0)), ".4f")
     report.many({"recommended": listed([best.iloc[0]]), "recommended_seeds": int((best == best.iloc[0]).sum())})
     report("outside_unchanged", "unchanged" if head.outside_unchanged.all() else "NOT unchanged")
     report("q_k_verdict", listed([name for name in ("q_only", "k_only") if whole.get(name, False)]))
-    report("false_pathways", len(learned))
     sentences = ("paper_verdict", "false_found", "false_lesson", "false_short")
-    report.many({key: sentence(key, **words) for key in sentences})
+    report.many({"false_pathways": len(learned)} | {key: sentence(key, **words) for key in sentences})
 
 
 def report_layers(report: Results, means: pd.DataFrame, others: pd.DataFrame, layer: int) -> None:
