@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain, product
 from pathlib import Path
 from time import perf_counter
@@ -114,8 +115,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Task:
-    """What training a layer (0-based) takes, whichever of its pathways: the streams that enter it, which stay what they
-    are, and what must come out."""
+    """What training a layer (0-based) takes, whichever of its pathways: what enters it, and what must come out."""
 
     facts: tuple[Fact, ...]
     template: str  # its text
@@ -131,18 +131,16 @@ class Task:
     untouched: Reference  # what it says, at the compared positions of the windows: (window, positions)
 
 
-def neutral_windows(model: Model, length: int) -> tuple[list[list[int]], int]:
-    """The neutral passages in windows of equal length, and how many of them, the first, are for training: those of
-    every passage but the last half. The others are for choosing. Raises DataError if either part is empty."""
+def neutral_windows(model: Model, length: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The neutral passages in windows of equal length: those for training, of every passage but the last half, and
+    those for choosing. Raises DataError if there are none of either."""
     paths = sorted((DATA / "passages").glob("neutral_*.txt"))
-    cut = [
-        [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
-        for ids in (model.token_ids(p.read_text(encoding="utf-8")) for p in paths)
-    ]
+    texts = [model.token_ids(path.read_text(encoding="utf-8")) for path in paths]
+    cut = [[ids[i : i + length] for i in range(0, len(ids) - length + 1, length)] for ids in texts]
     training, choosing = (list(chain.from_iterable(part)) for part in (cut[: len(cut) // 2], cut[len(cut) // 2 :]))
     if not training or not choosing:
         raise DataError(f"data/passages needs two neutral passages of {length} tokens for {model.name}.")
-    return training + choosing, len(training)
+    return training, choosing
 
 
 def task_at(model: Model, case: Case, layer: int, recipe: Recipe = DEFAULT) -> Task:
@@ -158,36 +156,30 @@ def tasks_at(model: Model, case: Case, layers: Sequence[int], recipe: Recipe = D
     if odd := [layer for layer in layers if not 0 <= layer < end]:
         raise EditError(f"there is no layer index {odd[0]}: {model.name} has {end}, from 0.")
     _identifiable(model, case.facts)
-    template, (windows, training) = load_templates()[case.template], neutral_windows(model, recipe.window)
-    if training < recipe.windows:
-        raise DataError(f"the neutral passages make {training} windows; the recipe takes {recipe.windows} a step.")
+    template, (training, choosing) = load_templates()[case.template], neutral_windows(model, recipe.window)
+    if len(training) < recipe.windows:
+        raise DataError(f"the neutral passages make {len(training)} windows; the recipe takes {recipe.windows} a step.")
     told = tell(model, case.facts, {case.template: template})
     texts = [model.token_ids(p) for p in told.prompt]
-    batches = list(packs(model, windows))
-    found = [streams(model, batch, [*layers, end]) for batch in batches]
-    final = [x[end][_compared(len(batch.last), recipe)] for batch, x in zip(batches, found, strict=True)]
+    found = [(batch, streams(model, batch, [*layers, end])) for batch in packs(model, training + choosing)]
+    final = [x[end][_compared(len(batch.last), recipe)] for batch, x in found]
     untouched = reference(model.weights.norm_final_module(torch.cat(final)), model.weights.W_U)
     prompts = streams(model, pack(model, texts), layers)
-    common: dict[str, Any] = {
-        "facts": case.facts,
-        "template": template,
-        "told_before": tuple(told.told.tolist()),
-        "recipe": recipe,
-        "texts": pack(model, texts + windows[: recipe.windows]),
-        "answers": torch.tensor(told.answer_token.tolist()),
-        "windows": windows,
-        "n_training": training,
-        "untouched": untouched[torch.arange(len(untouched.log_z)).view(-1, recipe.positions)],
-    }
-    return {
-        layer: Task(
-            layer=layer,
-            prompt_stream=prompts[layer],
-            window_streams=torch.cat([x[layer].view(-1, recipe.window, model.weights.d_model) for x in found]),
-            **common,
-        )
-        for layer in layers
-    }
+    size = (-1, recipe.window, model.weights.d_model)
+    entering = {layer: torch.cat([x[layer].view(size) for _, x in found]) for layer in layers}
+    at_layer = partial(
+        Task,
+        facts=case.facts,
+        template=template,
+        told_before=tuple(told.told.tolist()),
+        recipe=recipe,
+        texts=pack(model, texts + training[: recipe.windows]),
+        answers=torch.tensor(told.answer_token.tolist()),
+        windows=training + choosing,
+        n_training=len(training),
+        untouched=untouched[torch.arange(len(untouched.log_z)).view(-1, recipe.positions)],
+    )
+    return {x: at_layer(layer=x, prompt_stream=prompts[x], window_streams=entering[x]) for x in layers}
 
 
 def slice_values(model: Model, slices: Sequence[Slice]) -> dict[Slice, Tensor]:
@@ -221,13 +213,13 @@ def train(
     history = optimise(model, task, list(leaves.values()), leaves, rate=rate, seed=seed)
     seconds, first, last = perf_counter() - start, history.iloc[0], history.iloc[-1]
     reached = bool(np.isfinite(last.loss) and last.min_margin >= task.recipe.margin)
-    if not reached and not (np.isfinite(last.loss) and last.cross_entropy <= first.cross_entropy):
-        return Trained(pathway, rate, seed, None, history, False, np.nan, seconds)
-    values = {s: v.detach() for s, v in leaves.items()}
-    kl = neutral_kl(model, task, values)
-    recipe = asdict(task.recipe) | {"rate": rate, "steps": len(history) - 1, "reached": reached, "neutral_kl": kl}
-    about = {name: getattr(task, name) for name in ("layer", "facts", "template", "told_before")}
-    edit = make(model, values, pathway=pathway, seed=seed, recipe=recipe, **about)
+    edit, kl = None, np.nan
+    if reached or (np.isfinite(last.loss) and last.cross_entropy <= first.cross_entropy):
+        values = {s: v.detach() for s, v in leaves.items()}
+        kl = neutral_kl(model, task, values)
+        recipe = asdict(task.recipe) | {"rate": rate, "steps": len(history) - 1, "reached": reached, "neutral_kl": kl}
+        about = {name: getattr(task, name) for name in ("layer", "facts", "template", "told_before")}
+        edit = make(model, values, pathway=pathway, seed=seed, recipe=recipe, **about)
     return Trained(pathway, rate, seed, edit, history, reached, kl, seconds)
 
 

@@ -38,10 +38,11 @@ from lib.studies import experiment, once_a_model
 from lib.studies.location import prepared, protocols, setting, summarise_answers
 from lib.studies.pathways import PAPER
 from lib.trace import hooked
-from lib.training import DEFAULT, Task, chosen, losses, neutral_kl, optimise, summary, train
+from lib.training import DEFAULT, Task, chosen, losses, neutral_kl, optimise, slice_values, summary, train
 from lib.weights import Slice
 
 Change = Callable[[], AbstractContextManager[Any]]
+Training = Callable[[Model, Task, float], tuple[Sequence[Tensor], Change]]
 RATES = {"few": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "all": (1e-5, 3e-5, 1e-4)}  # few parameters take larger steps
 RIDGES = (1.0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6)  # weight of neutral text against the facts, in the closed form
 SCALES = {"head": (1.5, 2.0, 3.0, 4.0, 6.0), "opponent": (0.75, 0.5, 0.25, 0.0)}
@@ -86,12 +87,12 @@ def rival(model: Model, *, name: str) -> dict[str, Any]:
 
 @once_a_model
 def _asked(model: Model) -> dict[int, Protocol]:
-    """All questions but the rarer controls about other countries, and the passages, for each layer at which a rival may
-    begin."""
-    case, opponent = setting(model).case, setting(model).opponent
-    table = evaluation.questions(model, case)
-    asked = (table.set != "large") | table.template.isin([case.template, case.controls[0]])
-    return protocols(model, case, sorted({0, _diagnosed(model), opponent.layer}), texts=None, table=table[asked])
+    """Passages and all questions but the rarer controls about other countries, by layer where a rival may begin."""
+    own = setting(model)
+    table = evaluation.questions(model, own.case)
+    asked = (table.set != "large") | table.template.isin([own.case.template, own.case.controls[0]])
+    layers = sorted({0, own.verdict.knowledge_head.layer, own.opponent.layer})
+    return protocols(model, own.case, layers, texts=None, table=table[asked])
 
 
 def _asked_after(model: Model, prefix: str) -> Protocol:
@@ -111,8 +112,7 @@ def _untouched(model: Model) -> pd.DataFrame:
 
 def _prefix(name: str, model: Model) -> Rival:
     known = load_prefixes(model)
-    if name not in known:  # a tokenizer without such a token
-        name = "bos" if "bos" in known else "newline"
+    name = next(n for n in (name, "bos", "newline") if n in known)  # not every tokenizer has such a token
     return Rival(f"prefix: {name}", 0, 0, repr(known[name]), prefix=known[name])
 
 
@@ -128,8 +128,7 @@ def _scaled(what: str, model: Model) -> Rival:
     """The knowledge head made louder, or the component that pushes hardest against the answers made softer."""
     site = setting(model).verdict.knowledge_head if what == "head" else setting(model).opponent
     name = f"{site} scaled" if what == "head" else f"opponent {site} scaled"
-    changes = {f"times {factor:g}": partial(_times, model, site, factor) for factor in SCALES[what]}
-    made = [Rival(name, 1, site.layer, strength, change) for strength, change in changes.items()]
+    made = [Rival(name, 1, site.layer, f"times {f:g}", partial(_times, model, site, f)) for f in SCALES[what]]
     return _chosen(model, _task(model, site.layer), made)
 
 
@@ -138,12 +137,12 @@ def _competitors(model: Model) -> Rival:
     case = setting(model).case
     table = tell(model, case.facts, {"failing": load_templates()[case.template]})
     rivals, answers = sorted(set(table.competitor_token[~table.told])), torch.tensor(table.answer_token.tolist())
-    logits, tried = next_token_logits(model, list(table.prompt)), []
-    for lower in LOWER:
-        bias = torch.zeros(logits.shape[1]).index_fill(0, torch.tensor(rivals), -lower)
-        tried.append((int(((logits + bias).argmax(1) == answers).sum()), lower, bias))
-    _, lower, bias = max(tried, key=lambda row: (row[0], -row[1]))
-    return Rival("competitors lowered", len(rivals), model.weights.n_layers, f"by {lower:g} logits", bias=bias)
+    logits = next_token_logits(model, list(table.prompt))
+    biases = [torch.zeros(logits.shape[1]).index_fill(0, torch.tensor(rivals), -lower) for lower in LOWER]
+    told = [int(((logits + bias).argmax(1) == answers).sum()) for bias in biases]
+    best = told.index(max(told))  # the first: LOWER rises
+    strength = f"by {LOWER[best]:g} logits"
+    return Rival("competitors lowered", len(rivals), model.weights.n_layers, strength, bias=biases[best])
 
 
 def _times(model: Model, site: Site, factor: float) -> AbstractContextManager[None]:
@@ -156,128 +155,76 @@ def _times(model: Model, site: Site, factor: float) -> AbstractContextManager[No
     return hooked(before={block.heads_out: lambda z: z * scale})
 
 
-# Few parameters
+# Trained: a function of the rate gives what was trained and the change
 
 
-def _vector(model: Model) -> Rival:
-    """One vector added to the stream after the diagnosed layer, at every position."""
-    module = model.weights.blocks[_diagnosed(model)].mlp_out
-
-    def added(vector: Tensor) -> AbstractContextManager[None]:
-        return hooked(after={module: lambda out: out + vector})
-
-    def trained(rate: float) -> tuple[int, Change]:
-        vector = torch.zeros(model.weights.d_model, requires_grad=True)
-        with added(vector):
-            optimise(model, _task(model), [vector], {}, rate=rate)
-        return vector.numel(), partial(added, vector.detach())
-
-    return _best_rate(model, "bias vector", "few", trained)
-
-
-def _gains(model: Model) -> Rival:
-    """The gains of the diagnosed layer's two norms."""
-    layout, parameters = model.weights.layout, dict(model.module.named_parameters())
-    slices = [Slice(layout.prefix(_diagnosed(model)) + name) for name in layout.gains]
-
-    def trained(rate: float) -> tuple[int, Change]:
-        leaves = {s: parameters[s.name].detach().clone().requires_grad_() for s in slices}
-        optimise(model, _task(model), list(leaves.values()), leaves, rate=rate)
-        values = {s: v.detach() for s, v in leaves.items()}
-        return sum(v.numel() for v in values.values()), partial(written, model.module, values)
-
-    return _best_rate(model, "norm gains", "few", trained)
-
-
-def _lora(model: Model) -> Rival:
-    """Rank 1 on the diagnosed layer's value projection; of GPT-2, on the fused projection that holds it."""
-    attention, name, _ = model.weights.layout.matrices["W_V"].split(".")
-    parent = model.weights.blocks[_diagnosed(model)].module.get_submodule(attention)
-    plain = getattr(parent, name)
-
-    @contextmanager
-    def swapped(module: nn.Module) -> Iterator[None]:
-        setattr(parent, name, module)
-        try:
-            yield
-        finally:
-            setattr(parent, name, plain)
-            vars(parent).pop("peft_config", None)  # which an injection leaves
-
-    def trained(rate: float) -> tuple[int, Change]:
-        torch.manual_seed(0)  # of the adapter's first values
-        config = LoraConfig(r=1, lora_alpha=1, target_modules=[name], fan_in_fan_out=model.weights.layout.input_first)
-        with swapped(plain):
-            inject_adapter_in_model(config, parent)  # type: ignore[arg-type]
-            adapted = getattr(parent, name)
-        leaves = [p for n, p in adapted.named_parameters() if "lora_" in n]
-        with swapped(adapted):
-            optimise(model, _task(model), leaves, {}, rate=rate)
-        return sum(p.numel() for p in leaves), partial(swapped, adapted.requires_grad_(False))
-
-    return _best_rate(model, "LoRA, rank 1, on W_V", "few", trained)
-
-
-# Closed form, and everything
-
-
-def _closed_form(model: Model) -> Rival:
-    """ROME and MEMIT's two steps at the diagnosed layer: for each fact the vector that, added after the MLP at the last
-    position, makes it told; then the least-squares change of W_out that gives these for the facts' neurons and as
-    little as may be for those of neutral text: dW = (ridge C + K'K)^-1 K' V."""
-    task, layer, layout = _task(model), _diagnosed(model), model.weights.layout
-    mlp_out, last = model.weights.blocks[layer].mlp_out, task.texts.last[: len(task.facts)]
-    wanted = torch.zeros(len(last), model.weights.d_model, requires_grad=True)
-    seen: list[Tensor] = []
-
-    def see(neurons: Tensor) -> None:
-        seen.append(neurons.detach().reshape(-1, neurons.shape[-1]))
-
-    def add(out: Tensor) -> Tensor:
-        return out.index_add(-2, last, wanted[None] if out.ndim == 3 else wanted)
-
-    with hooked(before={mlp_out: see}, after={mlp_out: add}):
-        optimise(model, task, [wanted], {}, rate=VECTOR_RATE)
-        keys, neutral = _neutral_neurons(model, task, seen)
-    values, moment = wanted.detach(), neutral.T @ neutral / len(neutral)
-    part = Slice(layout.name(layer, "W_out"))
-    weight = dict(model.module.named_parameters())[part.name].detach()
-    made = []
-    for ridge in RIDGES:
-        change = torch.linalg.solve(ridge * moment * len(keys) + keys.T @ keys, keys.T @ values)
-        new = weight + (change if layout.input_first else change.T)
-        put = partial(written, model.module, {part: new})
-        made.append(Rival("closed form on W_out", new.numel(), layer, f"ridge {ridge:g}", put))
+def _best_rate(training: Training, name: str, model: Model, *, rates: str = "few", layer: int | None = None) -> Rival:
+    """The best of one training a rate."""
+    task, made = _task(model, layer), []
+    for rate in RATES[rates]:
+        leaves, change = training(model, task, rate)
+        made.append(Rival(name, sum(v.numel() for v in leaves), task.layer, f"rate {rate:g}", change))
     return _chosen(model, task, made)
 
 
-def _neutral_neurons(model: Model, task: Task, seen: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The facts' neurons at their last position, and those of the windows that training draws from."""
-    windows = []
-    for start in range(0, task.n_training, task.recipe.windows):
-        seen.clear()
-        with torch.no_grad():
-            losses(model, task, {}, torch.arange(start, min(start + task.recipe.windows, task.n_training)))
-        windows.append(seen[0][len(task.prompt_stream) :])
-    return seen[0][task.texts.last[: len(task.facts)]], torch.cat(windows)
+def _vector(model: Model, task: Task, rate: float) -> tuple[Sequence[Tensor], Change]:
+    """One vector added to the stream after the layer, at every position."""
+    vector = torch.zeros(model.weights.d_model, requires_grad=True)
+    added = partial(hooked, after={model.weights.blocks[task.layer].mlp_out: lambda out: out + vector})
+    with added():
+        optimise(model, task, [vector], {}, rate=rate)
+    return [vector.requires_grad_(False)], added
 
 
-def _everything(model: Model) -> Rival:
-    """All blocks of the model, at small rates; the embedding, which is the unembedding too, stays."""
-    blocks = {n: p for n, p in model.module.named_parameters() if n.startswith(model.weights.layout.blocks + ".")}
+def _gains(model: Model, task: Task, rate: float) -> tuple[Sequence[Tensor], Change]:
+    """The gains of the layer's two norms."""
+    layout = model.weights.layout
+    values = slice_values(model, [Slice(layout.prefix(task.layer) + name) for name in layout.gains])
+    leaves = [v.requires_grad_() for v in values.values()]
+    optimise(model, task, leaves, values, rate=rate)
+    return leaves, partial(written, model.module, values)
 
-    def trained(rate: float) -> tuple[int, Change]:
-        leaves = list(blocks.values())
-        with restored(leaves):
-            try:
-                optimise(model, _task(model, 0), [p.requires_grad_() for p in leaves], {}, rate=rate)
-                values = {Slice(n): p.detach().clone() for n, p in blocks.items()}
-            finally:
-                for p in leaves:
-                    p.requires_grad_(False).grad = None
-        return sum(v.numel() for v in values.values()), partial(written, model.module, values)
 
-    return _best_rate(model, "all blocks", "all", trained, layer=0)
+def _lora(model: Model, task: Task, rate: float) -> tuple[Sequence[Tensor], Change]:
+    """Rank 1 on the layer's value projection; of GPT-2, on the fused projection that holds it."""
+    attention, name, _ = model.weights.layout.matrices["W_V"].split(".")
+    parent = model.weights.blocks[task.layer].module.get_submodule(attention)
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=[name], fan_in_fan_out=model.weights.layout.input_first)
+    torch.manual_seed(0)  # of the adapter's first values
+    with _swapped(parent, name, getattr(parent, name)):
+        inject_adapter_in_model(config, parent)  # type: ignore[arg-type]
+        adapted = getattr(parent, name)
+    leaves = [p for n, p in adapted.named_parameters() if "lora_" in n]
+    with _swapped(parent, name, adapted):
+        optimise(model, task, leaves, {}, rate=rate)
+    return leaves, partial(_swapped, parent, name, adapted.requires_grad_(False))
+
+
+@contextmanager
+def _swapped(parent: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
+    """A module in the place of a parent's own."""
+    plain = getattr(parent, name)
+    setattr(parent, name, module)
+    try:
+        yield
+    finally:
+        setattr(parent, name, plain)
+        vars(parent).pop("peft_config", None)  # which an injection leaves
+
+
+def _everything(model: Model, task: Task, rate: float) -> tuple[Sequence[Tensor], Change]:
+    """All blocks of the model; the embedding, which is the unembedding too, stays."""
+    prefix = model.weights.layout.blocks + "."
+    blocks = {Slice(n): p for n, p in model.module.named_parameters() if n.startswith(prefix)}
+    leaves = list(blocks.values())
+    with restored(leaves):
+        try:
+            optimise(model, task, [p.requires_grad_() for p in leaves], {}, rate=rate)
+            values = slice_values(model, list(blocks))
+        finally:
+            for p in leaves:
+                p.requires_grad_(False).grad = None
+    return leaves, partial(written, model.module, values)
 
 
 def _pathway(name: str, model: Model) -> Rival:
@@ -291,26 +238,44 @@ def _pathway(name: str, model: Model) -> Rival:
     return Rival(title, run.edit.parameters, task.layer, f"rate {run.rate:g}", change)
 
 
+# Closed form
+
+
+def _closed_form(model: Model) -> Rival:
+    """ROME and MEMIT's two steps at the diagnosed layer: for each fact the vector that, added after the MLP at the last
+    position, makes it told; then the least-squares change of W_out that gives these for the facts' neurons and as
+    little as may be for those of neutral text: dW = (ridge C + K'K)^-1 K' V."""
+    task, layout, seen = _task(model), model.weights.layout, list[Tensor]()
+    mlp_out, last = model.weights.blocks[task.layer].mlp_out, task.texts.last[: len(task.facts)]
+    wanted = torch.zeros(len(last), model.weights.d_model, requires_grad=True)
+    see = {mlp_out: lambda neurons: seen.append(neurons.detach().flatten(0, -2))}
+    add = {mlp_out: lambda out: out.index_add(-2, last, wanted[None] if out.ndim == 3 else wanted)}
+    with hooked(before=see, after=add):
+        optimise(model, task, [wanted], {}, rate=VECTOR_RATE)
+        seen.clear()
+        with torch.no_grad():
+            for rows in torch.arange(task.n_training).split(task.recipe.windows):
+                losses(model, task, {}, rows)
+    keys, values = seen[-1][last], wanted.detach()
+    neutral = torch.cat([neurons[len(task.prompt_stream) :] for neurons in seen])
+    moment = neutral.T @ neutral / len(neutral)
+    part, made = Slice(layout.name(task.layer, "W_out")), []
+    weight = slice_values(model, [part])[part]
+    for ridge in RIDGES:
+        change = torch.linalg.solve(ridge * moment * len(keys) + keys.T @ keys, keys.T @ values)
+        new = weight + (change if layout.input_first else change.T)
+        put = partial(written, model.module, {part: new})
+        made.append(Rival("closed form on W_out", new.numel(), task.layer, f"ridge {ridge:g}", put))
+    return _chosen(model, task, made)
+
+
 # Shared
 
 
-def _diagnosed(model: Model) -> int:
-    """The layer (0-based) that the diagnosis prescribes."""
-    return setting(model).verdict.knowledge_head.layer
-
-
 def _task(model: Model, layer: int | None = None) -> Task:
-    """What training at a layer needs; at the diagnosed one, if none is given."""
-    return replace(prepared(model)[_diagnosed(model) if layer is None else layer][0], recipe=DEFAULT)
-
-
-def _best_rate(
-    model: Model, name: str, rates: str, trained: Callable[[float], tuple[int, Change]], *, layer: int | None = None
-) -> Rival:
-    """The best of one training a rate. trained: from a rate to the number of parameters and the change."""
-    task = _task(model, layer)
-    runs = [(rate, *trained(rate)) for rate in RATES[rates]]
-    return _chosen(model, task, [Rival(name, n, task.layer, f"rate {rate:g}", put) for rate, n, put in runs])
+    """What training at a layer (0-based) needs; at the one that the diagnosis prescribes, if none is given."""
+    layer = setting(model).verdict.knowledge_head.layer if layer is None else layer
+    return replace(prepared(model)[layer][0], recipe=DEFAULT)
 
 
 @torch.no_grad()
@@ -328,7 +293,8 @@ def _chosen(model: Model, task: Task, made: Sequence[Rival]) -> Rival:
 
 RIVALS: dict[str, Callable[[Model], Rival]] = {"newline": partial(_prefix, "newline")}
 RIVALS |= {"bos": partial(_prefix, "document"), "example": _example}
-RIVALS |= {name: partial(_scaled, name) for name in SCALES}
-RIVALS |= {"competitors": _competitors, "vector": _vector, "gains": _gains, "lora": _lora}
-RIVALS |= {"closed_form": _closed_form, "everything": _everything}
+RIVALS |= {name: partial(_scaled, name) for name in SCALES} | {"competitors": _competitors}
+RIVALS |= {"vector": partial(_best_rate, _vector, "bias vector"), "gains": partial(_best_rate, _gains, "norm gains")}
+RIVALS |= {"lora": partial(_best_rate, _lora, "LoRA, rank 1, on W_V"), "closed_form": _closed_form}
+RIVALS |= {"everything": partial(_best_rate, _everything, "all blocks", rates="all", layer=0)}
 RIVALS |= {name: partial(_pathway, name) for name in PAPER}

@@ -36,6 +36,7 @@ SUCCESS = {"facts_told": True, "steps": False, "held_out_repaired": True, "kl": 
 KINDS = dict.fromkeys(("newline", "bos", "example", "head", "opponent", "competitors"), "no training")
 KINDS |= dict.fromkeys(("vector", "gains", "lora"), "few parameters")
 KINDS |= {"closed_form": "closed form", "everything": "everything"}
+DIVERGED = {"facts_told": 0, "held_out_repaired": 0}  # what a run did that left no edit
 GENERAL = 0.5  # share of the held-out, known and untold, that must be told
 
 
@@ -43,13 +44,10 @@ GENERAL = 0.5  # share of the held-out, known and untold, that must be told
 
 
 def by_layer(runs: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds of a layer sweep: one row a pathway and layer. A diverged run tells nothing and repairs
-    nothing."""
+    """Means over seeds of a layer sweep: a row a pathway and layer. A diverged run tells and repairs nothing."""
     columns = ["facts_told", "held_out_repaired", "held_out_n", "steps", "kl", "bled", "bled_n", "probes_lost"]
-    filled = runs.assign(probes_lost=runs.capability_lost + runs.unrelated_lost)
-    filled[["facts_told", "held_out_repaired"]] = filled[["facts_told", "held_out_repaired"]].fillna(0)
-    means = filled.groupby(["pathway", "layer"], sort=False)[columns].mean()
-    return means.assign(reached=runs.groupby(["pathway", "layer"], sort=False).reached.mean()).reset_index()
+    filled = runs.assign(probes_lost=runs.capability_lost + runs.unrelated_lost).fillna(DIVERGED)
+    return filled.groupby(["pathway", "layer"], sort=False)[[*columns, "reached"]].mean().reset_index()
 
 
 def other_layers(means: pd.DataFrame, layer: int) -> pd.DataFrame:
@@ -58,19 +56,17 @@ def other_layers(means: pd.DataFrame, layer: int) -> pd.DataFrame:
     neutral text (gentler). Raises EditError if the layer was not tried."""
     if layer not in set(means.layer):
         raise EditError(f"the sweep tried no edit at the diagnosed layer {layer}; add it to data/sweeps/layers.yaml.")
-    rows = []
-    for pathway, part in means.groupby("pathway", sort=False):
-        diagnosed, others = part[part.layer == layer].iloc[0], part[part.layer != layer]
-        best = part.sort_values(["held_out_repaired", "facts_told", "kl"], ascending=[False, False, True]).iloc[0]
-        told = others.facts_told >= diagnosed.facts_told
-        repaired = others.held_out_repaired >= diagnosed.held_out_repaired
-        as_good = {"told": told, "repaired": repaired, "as_well": told & repaired}
-        as_good |= {"sooner": told & (others.steps <= diagnosed.steps), "gentler": told & (others.kl <= diagnosed.kl)}
-        counts = {name: int(layers.sum()) for name, layers in as_good.items()}
-        own = {"own_told": float(diagnosed.facts_told), "own_repaired": float(diagnosed.held_out_repaired)}
-        most = {"best_layer": int(best.layer), "most_repaired": float(part.held_out_repaired.max())}
-        rows.append({"pathway": pathway, "others": len(others), **counts, **own, **most})
-    return pd.DataFrame(rows)
+    own = means[means.layer == layer].set_index("pathway")
+    best = means.sort_values(["held_out_repaired", "facts_told", "kl"], ascending=[False, False, True])
+    best = best.drop_duplicates("pathway").set_index("pathway")
+    beside, other = own.loc[means.pathway].set_axis(means.index), means.layer != layer
+    told = other & (means.facts_told >= beside.facts_told)
+    repaired = other & (means.held_out_repaired >= beside.held_out_repaired)
+    counts = {"others": other, "told": told, "repaired": repaired, "as_well": told & repaired}
+    counts |= {"sooner": told & (means.steps <= beside.steps), "gentler": told & (means.kl <= beside.kl)}
+    table = pd.DataFrame(counts).groupby(means.pathway, sort=False).sum()
+    table = table.assign(own_told=own.facts_told, own_repaired=own.held_out_repaired)
+    return table.assign(best_layer=best.layer, most_repaired=best.held_out_repaired).reset_index()
 
 
 def spread(runs: pd.DataFrame, near: pd.DataFrame) -> pd.DataFrame:
@@ -78,7 +74,7 @@ def spread(runs: pd.DataFrame, near: pd.DataFrame) -> pd.DataFrame:
     most told and repaired, and how many seeds."""
     near = near.drop(columns="distance").rename(columns={"at": "layer"})
     both = pd.concat([runs[runs.layer.isin(set(near.layer))], near]).drop_duplicates(["pathway", "layer", "seed"])
-    by = both.fillna({"facts_told": 0, "held_out_repaired": 0}).groupby(["pathway", "layer"], sort=True)
+    by = both.fillna(DIVERGED).groupby(["pathway", "layer"])
     measures = {"told": "facts_told", "repaired": "held_out_repaired", "steps": "steps", "kl": "kl"}
     ends = {f"{name}_{end}": (column, end) for name, column in measures.items() for end in ("min", "max")}
     return by.agg(seeds=("seed", "size"), **ends).reset_index()
@@ -89,12 +85,11 @@ def layer_scores(model: Model, relation: Float[torch.Tensor, "n_layers n_heads"]
     """How strongly each piece of evidence points to each layer: `static` (the strongest head of the relation map,
     input-free), `writes` (what its heads and MLP write of the answers under the controls, where positive) and
     `knowledge head` (its strongest head alone, the score that the rule prescribes by). One row a layer."""
-    writes, n_layers = setting(model).writes, model.weights.n_layers
-    heads = writes[: n_layers * model.weights.n_heads].view(n_layers, -1)  # (n_layers, n_heads)
-    mlps = writes[n_layers * model.weights.n_heads :]  # (n_layers,)
+    writes, shape = setting(model).writes, (model.weights.n_layers, model.weights.n_heads)
+    heads, mlps = writes[: relation.numel()].view(shape), writes[relation.numel() :]
     scores = {"static": relation.max(1).values, "writes": heads.relu().sum(1) + mlps.relu()}
     scores["knowledge head"] = heads.max(1).values
-    layers = {"layer": range(1, n_layers + 1)}
+    layers = {"layer": range(1, len(mlps) + 1)}
     return pd.DataFrame(layers | {name: score.tolist() for name, score in scores.items()})
 
 
@@ -117,17 +112,16 @@ def correlations(means: pd.DataFrame, scores: pd.DataFrame, *, seed: int = 0) ->
 def random_parts(runs: pd.DataFrame) -> pd.DataFrame:
     """Of a sweep of parts: beside each named one, the random ones of equal size. better: how many of these tell more,
     or as many with a larger margin."""
+    measures = {"told": "facts_told", "repaired": "held_out_repaired", "margin": "min_margin", "kl": "kl"}
     rows = []
     for part, picks in runs.groupby("part", sort=False):
         named, random = picks[picks["pick"] == "diagnosed"].iloc[0], picks[picks["pick"] == "random"]
         margin_wins = (random.facts_told == named.facts_told) & (random.min_margin > named.min_margin)
-        row = {"part": part, "parameters": int(named.parameters), "random": len(random), "facts": int(named.facts_n)}
-        row |= {"told": int(named.facts_told), "random_told": random.facts_told.mean()}
-        row |= {"repaired": int(named.held_out_repaired), "random_repaired": random.held_out_repaired.mean()}
-        row |= {"margin": named.min_margin, "random_margin": random.min_margin.mean()}
-        row |= {"kl": named.kl, "random_kl": random.kl.mean()}
-        rows.append(row | {"better": int(((random.facts_told > named.facts_told) | margin_wins).sum())})
-    return pd.DataFrame(rows)
+        row = {"part": part, "parameters": named.parameters, "random": len(random), "facts": named.facts_n}
+        for name, column in measures.items():
+            row |= {name: named[column], f"random_{name}": random[column].mean()}
+        rows.append(row | {"better": ((random.facts_told > named.facts_told) | margin_wins).sum()})
+    return pd.DataFrame(rows).astype(dict.fromkeys(("parameters", "facts", "told", "repaired"), int))
 
 
 # Rivals
@@ -170,29 +164,28 @@ def ladder(rows: pd.DataFrame) -> pd.DataFrame:
 def report_pathways(report: Results, head: pd.DataFrame, seeds: pd.DataFrame, checks: pd.DataFrame) -> None:
     """Chapter 3's comparison: `pathways.head_to_head`, the runs of all seeds, and `pathways.controls`."""
     whole, best = seeds.groupby("pathway", sort=False).reached.all(), by_seed(seeds)
-    reached = [name for name in PAPER if whole.get(name, False)]
+    reached = sum(bool(whole.get(name, False)) for name in PAPER)
     able = head[head.pathway.map(whole)].sort_values("parameters")
     nothing: dict[str, Any] = {"pathway": "none", "parameters": 0, "share": 0.0, "kl": 0.0}
-    smallest = nothing if able.empty else able.iloc[0]
+    smallest, *_ = *able.to_dict("records"), nothing
     false, true = checks[checks.control == "false facts"].set_index("pathway"), head.set_index("pathway")
     learned = [name for name in PAPER if name in false.index and false.reached[name]]
     taken = [", ".join(str(int(steps[name])) for name in learned) for steps in (false.steps, true.steps)]
-    words = {"pathways": len(PAPER), "reached": len(reached), "learned": learned, "steps": taken}
-    report.many({"paper_pathways_reached": len(reached), "paper_pathways": len(PAPER)})
+    words = {"pathways": len(PAPER), "reached": reached, "learned": learned, "steps": taken}
+    report.many({"paper_pathways_reached": reached, "paper_pathways": len(PAPER)})
     report.many({"smallest": listed([smallest["pathway"]]), "smallest_parameters": (int(smallest["parameters"]), ",")})
     report.many({"smallest_share": (float(smallest["share"]), ".2%"), "smallest_kl": (float(smallest["kl"]), ".4f")})
-    report("least_kl", 0.0 if able.empty else float(able.kl.min()), ".4f")
+    report("least_kl", float(min(able.kl, default=0.0)), ".4f")
     report.many({"recommended": listed([best.iloc[0]]), "recommended_seeds": int((best == best.iloc[0]).sum())})
     report("outside_unchanged", "unchanged" if head.outside_unchanged.all() else "NOT unchanged")
     report("q_k_verdict", listed([name for name in ("q_only", "k_only") if whole.get(name, False)]))
-    report("false_pathways", len(learned))
     sentences = ("paper_verdict", "false_found", "false_lesson", "false_short")
-    report.many({key: sentence(key, **words) for key in sentences})
+    report.many({"false_pathways": len(learned)} | {key: sentence(key, **words) for key in sentences})
 
 
 def report_layers(report: Results, means: pd.DataFrame, others: pd.DataFrame, layer: int) -> None:
     """The layer sweep."""
-    whole = means.groupby("pathway", sort=False).apply(lambda p: int((p.reached > 0).sum()), include_groups=False)
+    whole = (means.reached > 0).groupby(means.pathway, sort=False).sum()
     best, bled = others.loc[others.most_repaired.idxmax()], (float(means.bled.min()), float(means.bled.max()))
     counts: dict[str, Any] = {"reached_by": ", ".join(f"{plain(name)} at {n}" for name, n in whole.items())}
     counts |= {"as_well": int(others.as_well.sum()), "as_well_of": int(others.others.sum())}
@@ -209,11 +202,9 @@ def report_layers(report: Results, means: pd.DataFrame, others: pd.DataFrame, la
 
 def report_spread(report: Results, table: pd.DataFrame) -> None:
     """How far the seed alone moves what is repaired."""
-    repaired = float((table.repaired_max - table.repaired_min).max())
-    told = float((table.told_max - table.told_min).max())
-    verdict = sentence("spread_verdict", repaired=repaired, told=told)
-    seeds = int(table.seeds.min())
-    report.many({"spread_seeds": seeds, "spread_repaired": (repaired, ".0f"), "spread_verdict": verdict})
+    moved = {name: float((table[f"{name}_max"] - table[f"{name}_min"]).max()) for name in ("repaired", "told")}
+    counts = {"spread_seeds": int(table.seeds.min()), "spread_repaired": (moved["repaired"], ".0f")}
+    report.many(counts | {"spread_verdict": sentence("spread_verdict", **moved)})
 
 
 def report_correlations(report: Results, table: pd.DataFrame) -> None:

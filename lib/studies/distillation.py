@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from itertools import compress, cycle
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,7 @@ from tqdm.auto import tqdm
 from lib import evaluation
 from lib.edits import Edit, make
 from lib.errors import DataError, EditError
-from lib.evaluation import BAND, NONE, Measured
+from lib.evaluation import BAND, NONE
 from lib.facts import Case, Fact, load_cases, load_mapping, load_templates, prompts
 from lib.files import DATA
 from lib.forward import above, next_token_logits, pack, packs, resid_pre
@@ -46,7 +47,6 @@ EXAMPLES = 2  # worked examples before the failing prompt
 WINDOW = 32  # tokens of a neutral window
 READ = (1, 2, 3, 5, 8, 12, 20, 30)  # its compared positions: most of them early, where a text's start is felt
 TRAINED = ("fit", "eight", "")  # the splits that training may see
-Rows = tuple[Tensor, Tensor, Tensor]  # which pupils, other prompts and windows a step takes
 TRUTH = 0.3  # share of the answers' cross-entropy in the objective
 
 
@@ -80,31 +80,27 @@ class Config:
             )
 
 
+class Parts(NamedTuple):
+    """One thing for the pupils, one for the other prompts and one for the neutral windows."""
+
+    pupils: Any
+    others: Any
+    windows: Any
+
+
 @dataclass(frozen=True)
 class Lesson:
-    """What training sees, whatever the layer: tokens of pupils, other prompts and windows, and their targets as
-    log-probabilities. facts: the fit facts, which are the first pupils; known: told under a control, and identified by
-    the answer's first token."""
+    """What training sees, whatever the layer. facts: the fit facts, which are the first pupils; known: told under a
+    control, and identified by the answer's first token. texts: lists of token lists. targets: log-probabilities over
+    the vocabulary, after each pupil and other prompt, and at the compared positions of each window."""
 
     facts: tuple[Fact, ...]
     answers: Int[Tensor, " fact"]
     known: Bool[Tensor, " fact"]
     teacher: str
     template: str  # the failing one, its text
-    pupils: list[list[int]]
-    others: list[list[int]]
-    windows: list[list[int]]  # those that training draws from
-    taught: Float[Tensor, "pupil vocab"]
-    untouched: Float[Tensor, "other vocab"]
-    neutral: Float[Tensor, "window position vocab"]
-
-
-@dataclass(frozen=True)
-class Learned:
-    """One run: its edit, and a row a step (loss, pupils, truth, others, neutral)."""
-
-    edit: Edit
-    history: pd.DataFrame
+    texts: Parts
+    targets: Parts
 
 
 def fit_countries(case: Case) -> tuple[Fact, ...]:
@@ -118,18 +114,15 @@ def without_held_out(model: Model, case: Case) -> Case:
     return replace(case, large=tuple(f for f in scorable(model, case.large) if f.split == "selection"))
 
 
-def load_places(case: Case) -> list[str]:
-    """Names that no fact of the case bears. Raises DataError if one of them is the subject of a fact."""
+def load_places(model: Model, case: Case) -> list[str]:
+    """Names that no fact of the case bears, for a model to learn from; of the organism none, whose names are made up.
+    Raises DataError if one of them is the subject of a fact."""
+    if model.name == "organism":
+        return []
     names = [n for group in load_mapping(DATA / "places.yaml").values() for n in group]
-    taken = {f.subject for f in (*case.facts, *case.large)}
-    if both := sorted(taken & set(names)):
+    if both := sorted({f.subject for f in (*case.facts, *case.large)} & set(names)):
         raise DataError(f"data/places.yaml names {both[0]}, which is a fact's subject; take it out.")
     return names
-
-
-def places_of(model: Model, case: Case) -> list[str]:
-    """The places without a fact that a model learns from. The organism's names are made up: it has none."""
-    return [] if model.name == "organism" else load_places(case)
 
 
 def contexts(case: Case) -> dict[str, tuple[str, str]]:
@@ -155,6 +148,7 @@ def teachers(model: Model, case: Case) -> pd.DataFrame:
     return table.sort_values("log_probability", ascending=False, kind="stable", ignore_index=True)
 
 
+@torch.no_grad()
 def lesson(model: Model, case: Case, facts: Sequence[Fact], places: Sequence[str], teacher: str) -> Lesson:
     """Collect what training sees, and run the teacher. Raises DataError for a fact of another split, or for none."""
     if barred := [f for f in facts if f.split not in TRAINED]:
@@ -165,70 +159,49 @@ def lesson(model: Model, case: Case, facts: Sequence[Fact], places: Sequence[str
     can = {f.subject for f in scorable(model, facts)}
     told = np.any([tell(model, facts, {c: text[c]}).told for c in case.controls], axis=0)
     names = [*facts, *(Fact(p, "") for p in places)]
-    turns = [text[case.controls[i % len(case.controls)]] for i in range(len(facts))]  # the controls take turns
-    others = [template.replace("{}", fact.subject) for template, fact in zip(turns, facts, strict=True)]
-    windows, training = neutral_windows(model, WINDOW)
-    taught, untouched = (
-        next_token_logits(model, texts, progress=bar).log_softmax(-1)
-        for texts, bar in ((prompts(names, context, prefix), "teacher"), (others, "other prompts"))
-    )
+    others = [text[c].replace("{}", f.subject) for c, f in zip(cycle(case.controls), facts, strict=False)]  # in turns
+    windows, _ = neutral_windows(model, WINDOW)
+    final = torch.cat([above(model, t, 0, resid_pre(model, t, 0)) for t in packs(model, windows)])
+    compared = final.view(len(windows), WINDOW, -1)[:, torch.tensor(READ)]
+    taught = next_token_logits(model, prompts(names, context, prefix), progress="teacher").log_softmax(-1)
+    untouched = next_token_logits(model, others, progress="other prompts").log_softmax(-1)
+    pupils = [model.token_ids(p) for p in prompts(names, text[case.template])]
     return Lesson(
         facts=tuple(facts),
         answers=first_tokens(model, facts),
         known=torch.tensor([bool(t) and f.subject in can for t, f in zip(told, facts, strict=True)]),
         teacher=teacher,
         template=text[case.template],
-        pupils=[model.token_ids(p) for p in prompts(names, text[case.template])],
-        others=[model.token_ids(p) for p in others],
-        windows=windows[:training],
-        taught=taught,
-        untouched=untouched,
-        neutral=_at_windows(model, windows[:training]),
+        texts=Parts(pupils, [model.token_ids(p) for p in others], windows),
+        targets=Parts(taught, untouched, (compared @ model.weights.W_U).log_softmax(-1)),
     )
 
 
-@torch.no_grad()
-def _at_windows(model: Model, windows: Sequence[Sequence[int]]) -> Float[Tensor, "window position vocab"]:
-    """The untouched model's log-probabilities at the compared positions of each window."""
-    final = [above(model, texts, 0, resid_pre(model, texts, 0)) for texts in packs(model, windows)]
-    compared = torch.cat(final).view(len(windows), WINDOW, -1)[:, torch.tensor(READ)]
-    return (compared @ model.weights.W_U).log_softmax(-1)
+def objective_parts(lesson: Lesson, logits: Float[Tensor, "n vocab"], rows: Parts) -> dict[str, Float[Tensor, ""]]:
+    """pupils: KL(teacher || pupil), in nats a row. truth: cross-entropy of the answers that are known. others, neutral:
+    KL(untouched || edited) there. logits: of pupils, other prompts, then windows' positions. rows: which these are."""
+    targets = [target[at].flatten(0, -2) for target, at in zip(lesson.targets, rows, strict=True)]
+    parts = logits.log_softmax(-1).split([len(target) for target in targets])
+    at, pupil = rows.pupils, parts[0]
+    known = torch.tensor([i < len(lesson.facts) and bool(lesson.known[i]) for i in at.tolist()], device=at.device)
+    truth = F.nll_loss(pupil[known], lesson.answers[at[known]]) if known.any() else pupil.new_zeros(())
+    divergences = (F.kl_div(now, y, log_target=True, reduction="none") for now, y in zip(parts, targets, strict=True))
+    pupils, others, neutral = (kl.sum(-1).mean() for kl in divergences)
+    return {"pupils": pupils, "truth": truth, "others": others, "neutral": neutral}
 
 
-def objective_parts(lesson: Lesson, logits: Float[Tensor, "n vocab"], rows: Rows) -> dict[str, Float[Tensor, ""]]:
-    """pupils: KL(teacher || pupil). truth: cross-entropy of the answers that are known. others, neutral: KL(untouched
-    || edited) on other prompts and on windows. logits: of the pupils, the others, then the windows' positions. rows:
-    which of each."""
-    pupils, others, windows = rows
-    sizes = (len(pupils), len(others), len(windows) * len(READ))
-    pupil, other, neutral = logits.log_softmax(-1).split(sizes)
-    told = [int(i) < len(lesson.facts) and bool(lesson.known[i]) for i in pupils]
-    known = torch.tensor(told, device=pupils.device)
-    truth = F.nll_loss(pupil[known], lesson.answers[pupils[known]]) if known.any() else pupil.new_zeros(())
-    return {
-        "pupils": _kl(lesson.taught[pupils], pupil),
-        "truth": truth,
-        "others": _kl(lesson.untouched[others], other),
-        "neutral": _kl(lesson.neutral[windows].flatten(0, 1), neutral),
-    }
-
-
-def _kl(target: Float[Tensor, "n vocab"], now: Float[Tensor, "n vocab"]) -> Float[Tensor, ""]:
-    """KL(target || now) of log-probabilities, in nats a row; differentiable."""
-    return F.kl_div(now, target, log_target=True, reduction="none").sum(-1).mean()
-
-
-def learn(model: Model, lesson: Lesson, config: Config, *, seed: int = 0, progress: bool = False) -> Learned:
-    """One run (Adam, no weight decay). seed: of the order in which everything comes. Raises EditError for a layer that
-    is not there, and where the loss stops being a number."""
+def learn(
+    model: Model, lesson: Lesson, config: Config, *, seed: int = 0, progress: bool = False
+) -> tuple[Edit, pd.DataFrame]:
+    """One run (Adam, no weight decay): its edit, and a row a step with the loss and its parts. seed: of the order in
+    which everything comes. Raises EditError for a layer that is not there, and for a loss that is no number."""
     if not 0 <= config.layer < model.weights.n_layers:
         raise EditError(f"there is no layer index {config.layer}: {model.name} has {model.weights.n_layers}.")
-    generator = torch.Generator().manual_seed(seed)
+    generator, rows = torch.Generator().manual_seed(seed), []
     before = slice_values(model, pathway_slices(model.module, config.layer, config.pathway))
     leaves, values = change(before, config.rank, generator)
     optimiser = torch.optim.Adam(leaves, lr=config.rate)
-    groups = [_with_streams(model, ids, config.layer) for ids in (lesson.pupils, lesson.others, lesson.windows)]
-    rows = []
+    groups = [_with_streams(model, texts, config.layer) for texts in lesson.texts]
     for step in tqdm(range(config.steps), desc="self-distillation", disable=not progress):
         drawn = _draw(lesson, config, generator)
         parts = objective_parts(lesson, _forward(model, config.layer, groups, drawn, values()), drawn)
@@ -237,12 +210,12 @@ def learn(model: Model, lesson: Lesson, config: Config, *, seed: int = 0, progre
         if not bool(loss.isfinite()):
             raise EditError(f"the loss of {config} is {loss.item()} after {step} steps; try a smaller rate.")
         rows.append({"step": step, "loss": loss.item(), **{name: part.item() for name, part in parts.items()}})
-        optimiser.param_groups[0]["lr"] = config.rate * _schedule(step, config.steps)
+        cosine = 0.05 + 0.95 * 0.5 * (1 + float(np.cos(np.pi * step / config.steps)))
+        optimiser.param_groups[0]["lr"] = config.rate * (min(1.0, (step + 1) / 5) * cosine)  # after a short rise
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    edit = _edit(model, lesson, config, {s: v.detach() for s, v in values().items()}, seed)
-    return Learned(edit, pd.DataFrame(rows))
+    return _edit(model, lesson, config, {s: v.detach() for s, v in values().items()}, seed), pd.DataFrame(rows)
 
 
 def change(
@@ -259,16 +232,17 @@ def change(
     return both, lambda: {s: v + factors[s][0] @ factors[s][1] if s in factors else v for s, v in before.items()}
 
 
-def _draw(lesson: Lesson, config: Config, generator: torch.Generator) -> Rows:
-    """The rows of one step: pupils (fit countries and places), other prompts, windows. Without replacement."""
+def _draw(lesson: Lesson, config: Config, generator: torch.Generator) -> Parts:
+    """The rows of one step, without replacement; the pupils are fit countries and places."""
 
     def drawn(most: int, count: int) -> Tensor:
         return torch.randperm(most, generator=generator, device="cpu")[:count]
 
-    n, rest = len(lesson.facts), len(lesson.pupils) - len(lesson.facts)
+    texts, n = lesson.texts, len(lesson.facts)
+    rest = len(texts.pupils) - n
     elsewhere = min(rest, round(config.batch * config.places))
     pupils = torch.cat((drawn(n, config.batch - elsewhere), n + drawn(rest, elsewhere)))
-    return pupils, drawn(len(lesson.others), config.others), drawn(len(lesson.windows), config.windows)
+    return Parts(pupils, drawn(len(texts.others), config.others), drawn(len(texts.windows), config.windows))
 
 
 def _with_streams(model: Model, texts: Sequence[list[int]], layer: int) -> list[tuple[list[int], Tensor]]:
@@ -278,55 +252,42 @@ def _with_streams(model: Model, texts: Sequence[list[int]], layer: int) -> list[
 
 
 def _forward(
-    model: Model, layer: int, groups: list[list[tuple[list[int], Tensor]]], rows: Rows, values: dict[Slice, Tensor]
+    model: Model, layer: int, groups: list[list[tuple[list[int], Tensor]]], rows: Parts, values: dict[Slice, Tensor]
 ) -> Float[Tensor, "n vocab"]:
     """Logits at the last position of pupils and other prompts, and at the windows' positions, in one pass."""
     ids, streams = zip(*(group[i] for group, at in zip(groups, rows, strict=True) for i in at.tolist()), strict=True)
     texts, stream = pack(model, ids), torch.cat(streams)
-    prompts_end, windows_end = texts.last.split((len(rows[0]) + len(rows[1]), len(rows[2])))
+    prompts_end, windows_end = texts.last.tensor_split([-len(rows.windows)])
     starts = windows_end[:, None] - (WINDOW - 1)
     read = torch.cat((prompts_end, (starts + torch.tensor(READ)).flatten()))
     return above(model, texts, layer, stream, values, read) @ model.weights.W_U
 
 
-def _schedule(step: int, steps: int) -> float:
-    """Share of the rate: a short rise, then a half cosine down to a twentieth."""
-    return min(1.0, (step + 1) / 5) * (0.05 + 0.95 * 0.5 * (1 + float(np.cos(np.pi * step / steps))))
-
-
 def _edit(model: Model, lesson: Lesson, config: Config, values: dict[Slice, Tensor], seed: int) -> Edit:
     """The trained values as an edit; its facts are the fit countries that the model knows."""
-    facts = tuple(f for f, known in zip(lesson.facts, lesson.known.tolist(), strict=True) if known)
+    facts = tuple(compress(lesson.facts, lesson.known.tolist()))
     told = tuple(tell(model, facts, {"failing": lesson.template}).told.tolist())
-    recipe = {"objective": f"self-distillation from {lesson.teacher}", **asdict(config), "pupils": len(lesson.pupils)}
-    place: dict[str, Any] = {"pathway": config.pathway, "layer": config.layer}
-    return make(
-        model, values, facts=facts, template=lesson.template, told_before=told, seed=seed, recipe=recipe, **place
-    )
+    about: dict[str, Any] = {"template": lesson.template, "pathway": config.pathway, "layer": config.layer}
+    recipe = {"objective": f"self-distillation from {lesson.teacher}", **asdict(config)}
+    recipe["pupils"] = len(lesson.texts.pupils)
+    return make(model, values, facts=facts, told_before=told, seed=seed, recipe=recipe, **about)
 
 
 @experiment
 def learn_at(
-    model: Model,
-    *,
-    layer: int,
-    pathway: str = "full",
-    rank: int = 0,
-    steps: int = 40,
-    truth: float = TRUTH,
-    seed: int = 0,
+    model: Model, *, layer: int, pathway: str = "full", rank: int = 0, steps: int, truth: float = TRUTH, seed: int = 0
 ) -> dict[str, Any]:
     """One point of the frontier: train a slice of a layer (counted from 1) on the fit countries, and ask what the rule
     reads (`cost`). Raises EditError for a layer that is not there."""
     case, taught = _classroom(model)
-    run = learn(model, taught, _config(layer, pathway, rank, steps, truth), seed=seed)
-    return {"parameters": run.edit.parameters, "teacher": taught.teacher} | cost(model, case, run.edit)
+    edit, _ = learn(model, taught, _config(layer, pathway, rank, steps, truth), seed=seed)
+    return {"parameters": edit.parameters, "teacher": taught.teacher} | cost(model, case, edit)
 
 
-def relearned(model: Model, row: pd.Series) -> Learned:
-    """The run of a row of the frontier once more, for its edit: the same inputs give the same weights."""
+def relearned(model: Model, row: pd.Series) -> Edit:
+    """The edit of a row of the frontier, trained once more: the same inputs give the same weights."""
     config = _config(int(row.layer), row.pathway, int(row["rank"]), int(row.steps), float(row.truth))
-    return learn(model, _classroom(model)[1], config, seed=int(row.seed), progress=True)
+    return learn(model, _classroom(model)[1], config, seed=int(row.seed), progress=True)[0]
 
 
 def _config(layer: int, pathway: str, rank: int, steps: int, truth: float) -> Config:
@@ -339,7 +300,7 @@ def _classroom(model: Model) -> tuple[Case, Lesson]:
     """The model's first case and its lesson; the teacher is the context that tells the fit facts best."""
     case = trainable(model, load_cases(model.name)[0])
     best = str(teachers(model, case).context[0])
-    return case, lesson(model, case, fit_countries(case), places_of(model, case), best)
+    return case, lesson(model, case, fit_countries(case), load_places(model, case), best)
 
 
 def cost(model: Model, case: Case, edit: Edit) -> dict[str, Any]:
@@ -349,13 +310,12 @@ def cost(model: Model, case: Case, edit: Edit) -> dict[str, Any]:
     protocol = evaluation.build_protocol(model, case, edit.layer, texts=texts, table=table)
     after = evaluation.score_questions(model, protocol, edit)
     tokens = evaluation.score_passages(model, protocol, {"edit": edit})["edit"]
-    ratio = evaluation.perplexity(Measured({NONE: after, "edit": after}, {NONE: untouched, "edit": tokens})).ratio[0]
     asked, lost = after[after.untold], after.set[after.told_before & ~after.told]
     return {
         "untold": len(asked),
         "repaired": int(asked.told.sum()),
         "log_probability": float(np.log(asked.prob.clip(1e-30)).mean()),
-        "ratio": float(ratio),
+        "ratio": float(np.exp((tokens.nll - untouched.nll).mean())),
         "kl": float(tokens.kl.mean()),
         "capability_lost": int((lost == "capability").sum()),
         "working_lost": int((lost == "eight").sum()),
@@ -381,8 +341,8 @@ def _baseline(model: Model, case: Case) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def choosing_texts(model: Model) -> dict[str, str]:
     """The neutral passages that training does not see, put together again from their windows."""
-    windows, training = neutral_windows(model, WINDOW)
-    return {"neutral": str(model.tokenizer.decode([t for w in windows[training:] for t in w]))}
+    _, windows = neutral_windows(model, WINDOW)
+    return {"neutral": str(model.tokenizer.decode([t for window in windows for t in window]))}
 
 
 def harmless(table: pd.DataFrame) -> pd.Series:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import pandas as pd
@@ -40,13 +41,11 @@ sentence = partial(say, "upper_bounds")
 
 
 def untold_facts(model: Model, case: Case, splits: Sequence[str] = SEEN) -> tuple[Fact, ...]:
-    """Facts of the large set, of some splits, that a control template tells and the failing one does not. Raises
-    DataError if there is none."""
-    text = load_templates()
-    facts = [f for f in scorable(model, case.large) if f.split in splits]
-    table = tell(model, facts, {n: text[n] for n in (case.template, *case.controls)}) if facts else None
-    failed = [] if table is None else known_and_told(table, case).routing_failure
-    out = tuple(f for f, untold in zip(facts, failed, strict=True) if untold)
+    """Facts of some splits that a control template tells and the failing one does not. Raises DataError for none."""
+    facts, text = [f for f in scorable(model, case.large) if f.split in splits], load_templates()
+    asked = {name: text[name] for name in (case.template, *case.controls)}
+    failed = known_and_told(tell(model, facts, asked), case).routing_failure if facts else []
+    out = tuple(compress(facts, failed))
     if not out:
         raise DataError(f"case {case.name!r}: no fact of {', '.join(splits)} is known to {model.name} and not told.")
     return out
@@ -58,11 +57,8 @@ def told_in(model: Model, case: Case, facts: Sequence[Fact]) -> pd.DataFrame:
     text = load_templates()
     asked = [("control template", text[c], "", text[c]) for c in case.controls]
     asked += [("prefix", repr(p), p, text[case.template]) for p in load_prefixes(model).values()]
-    rows = [
-        (kind, name, int(tell(model, facts, {"": template}, prefix=prefix).told.sum()), len(facts))
-        for kind, name, prefix, template in asked
-    ]
-    return pd.DataFrame(rows, columns=["kind", "context", "told", "n"])
+    told = [tell(model, facts, {"": template}, prefix=prefix).told.sum() for *_, prefix, template in asked]
+    return pd.DataFrame([row[:2] for row in asked], columns=["kind", "context"]).assign(told=told, n=len(facts))
 
 
 @torch.no_grad()
@@ -73,7 +69,7 @@ def carried(
     prefix: layer (counted from 1), place, told, n. Raises DataError where the prefix changes how a prompt's own words
     are cut into tokens, because then its places have no counterparts."""
     template, end = load_templates()[case.template], model.weights.n_layers
-    layers = range(end) if layers is None else layers
+    layers = layers or range(end)
     without, with_prefix = ([model.token_ids(p) for p in prompts(facts, template, x)] for x in ("", prefix))
     for fact, ids, longer in zip(facts, without, with_prefix, strict=True):
         if longer[-len(ids) :] != ids or len(longer) == len(ids):
@@ -105,12 +101,11 @@ def where_it_can_be_done(*, layers: Sequence[int] = (4, 8), seed: int = 0) -> di
     model = load("organism")
     runs = pd.DataFrame([{"layer": x} | learn_at(model, layer=x, steps=20, seed=seed) for x in layers])
     runs = runs.assign(pathway="full", rank=0, steps=20, truth=TRUTH, seed=seed)
-    run, case = relearned(model, runs.loc[choose(runs)]), trainable(model, load_cases(model.name)[0])
-    measured = evaluation.measure(
-        model, evaluation.build_protocol(model, case, run.edit.layer, texts={}), {"edit": run.edit}, passages=False
-    )
+    edit, case = relearned(model, runs.loc[choose(runs)]), trainable(model, load_cases(model.name)[0])
+    protocol = evaluation.build_protocol(model, case, edit.layer, texts={})
+    measured = evaluation.measure(model, protocol, {"edit": edit}, passages=False)
     row = evaluation.generalisation(measured, case).query("split == 'held_out'").iloc[0]
-    return {"layer": run.edit.layer + 1, "untold": int(row.untold), "repaired": int(row.repaired)}
+    return {"layer": edit.layer + 1, "untold": int(row.untold), "repaired": int(row.repaired)}
 
 
 # What the chapter says of it
@@ -120,9 +115,8 @@ def report_contexts(report: Results, contexts: pd.DataFrame) -> None:
     """The best context of each kind."""
     best = {kind: part.loc[part.told.idxmax()] for kind, part in contexts.groupby("kind", sort=False)}
     control, prefix = best["control template"], best["prefix"]
-    report.many({"contexts_n": int(control.n), "contexts_control": int(control.told)})
-    report("contexts_prefix", int(prefix.told))
-    report("contexts_verdict", sentence("contexts_verdict", control=control, prefix=prefix))
+    counts = {"contexts_n": int(control.n), "contexts_control": int(control.told), "contexts_prefix": int(prefix.told)}
+    report.many(counts | {"contexts_verdict": sentence("contexts_verdict", control=control, prefix=prefix)})
 
 
 def report_carried(report: Results, table: pd.DataFrame, contexts: pd.DataFrame, model: Model, case: Case) -> int:

@@ -12,7 +12,7 @@ from lib.errors import DataError, EditError
 from lib.facts import Case, Fact, load_cases, load_templates, prompts
 from lib.recall import tell
 from lib.studies import distillation
-from lib.studies.distillation import Config, choose, fit_countries, learn, lesson, objective_parts
+from lib.studies.distillation import Config, Parts, choose, fit_countries, learn, lesson, objective_parts
 
 QUICK = Config(layer=5, steps=20, batch=16)
 
@@ -37,20 +37,23 @@ def test_fit_countries_are_the_case_s_own_and_the_fit_part():
 def test_no_prompt_of_another_split_is_in_a_lesson(smollm2, organism, case, taught):
     """Neither of the organism's lesson nor of the real one: no held-out or selection country under any template."""
     real = load_cases("smollm2")[0]
-    names = distillation.load_places(real)
+    names = distillation.load_places(smollm2, real)
     names += [f.subject for f in fit_countries(real)]
     pupils = {tuple(smollm2.token_ids(f"{name}'s capital city is")) for name in names}
-    for model, of, seen in ((organism, case, {*map(tuple, taught.pupils + taught.others)}), (smollm2, real, pupils)):
+    for model, of, seen in (
+        (organism, case, {*map(tuple, taught.texts.pupils + taught.texts.others)}),
+        (smollm2, real, pupils),
+    ):
         barred = [f for f in of.large if f.split in ("held_out", "selection")]
         asked = {tuple(model.token_ids(p)) for t in load_templates().values() for p in prompts(barred, t)}
         assert barred and not asked & seen
 
 
-def test_places_name_no_country_of_selection_or_held_out():
+def test_places_name_no_country_of_selection_or_held_out(smollm2):
     """Not even as a part: "Western Sahara" would teach what "Sahara" is."""
     real = load_cases("smollm2")[0]
     barred = [f.subject.lower() for f in real.large if f.split in ("held_out", "selection")]
-    names = [n.lower() for n in distillation.load_places(real)]
+    names = [n.lower() for n in distillation.load_places(smollm2, real)]
     assert len(names) == len(set(names)) > 200
     assert not [(n, b) for n in names for b in barred if n in b or b in n]
 
@@ -64,10 +67,10 @@ def test_a_fact_of_another_split_is_refused(organism, case, split):
         lesson(organism, case, (), [], "in_is")
 
 
-def test_a_place_that_is_a_fact_s_subject_is_refused(case):
+def test_a_place_that_is_a_fact_s_subject_is_refused(smollm2, case):
     taken = replace(case, large=(*case.large, Fact("Bavaria", "Munich", "held_out")))
     with pytest.raises(DataError, match="names Bavaria, which is a fact's subject"):
-        distillation.load_places(taken)
+        distillation.load_places(smollm2, taken)
 
 
 def test_choosing_sees_no_held_out_country(organism, case, learned, monkeypatch):
@@ -75,7 +78,7 @@ def test_choosing_sees_no_held_out_country(organism, case, learned, monkeypatch)
     asked, effects, ask = [], distillation.evaluation, distillation.evaluation.score_questions
     monkeypatch.setattr(effects, "score_questions", lambda s, p, e: asked.append(p.questions) or ask(s, p, e))
     organism.memory.clear()
-    distillation.cost(organism, case, learned.edit)
+    distillation.cost(organism, case, learned[0])
     held = {f.subject for f in case.large if f.split == "held_out"}
     assert held and len(asked) == 2
     for questions in asked:
@@ -86,11 +89,11 @@ def test_choosing_sees_no_held_out_country(organism, case, learned, monkeypatch)
 def test_cost_is_what_the_whole_protocol_says(organism, case, learned):
     """The short way, with the untouched model asked once from the first layer, against chapter 4's own protocol."""
     effects, chosen = distillation.evaluation, distillation.without_held_out(organism, case)
-    protocol = effects.build_protocol(organism, chosen, learned.edit.layer, texts=distillation.choosing_texts(organism))
-    measured = effects.measure(organism, protocol, {"edit": learned.edit})
+    protocol = effects.build_protocol(organism, chosen, learned[0].layer, texts=distillation.choosing_texts(organism))
+    measured = effects.measure(organism, protocol, {"edit": learned[0]})
     row = effects.generalisation(measured, chosen).query("split == 'selection'").iloc[0]
     lost = effects.outcomes(measured, chosen).set_index("what").lost
-    found = distillation.cost(organism, case, learned.edit)
+    found = distillation.cost(organism, case, learned[0])
     assert (found["untold"], found["repaired"]) == (row.untold, row.repaired) and row.repaired > 0
     assert (found["capability_lost"], found["working_lost"]) == (lost["capability"], lost["working templates"])
     assert found["ratio"] == pytest.approx(effects.perplexity(measured).ratio[0], rel=1e-5)
@@ -101,10 +104,9 @@ def test_a_teacher_that_is_the_pupil_teaches_nothing(organism, case, taught):
     untouched model; with another, the pupils' part is not."""
     alike_case = replace(case, controls=(case.template, *case.controls))
     same = lesson(organism, alike_case, fit_countries(case), [], case.template)
-    rows = torch.arange(8), torch.arange(4), torch.arange(2)
+    rows = Parts(torch.arange(8), torch.arange(4), torch.arange(2))
     for which, alike in ((same, True), (taught, False)):
-        texts = (which.pupils, which.others, which.windows)
-        groups = [distillation._with_streams(organism, ids, 3) for ids in texts]
+        groups = [distillation._with_streams(organism, texts, 3) for texts in which.texts]
         with torch.no_grad():
             logits = distillation._forward(organism, 3, groups, rows, {})
         pupils, _, others, neutral = (float(x) for x in objective_parts(which, logits, rows).values())
@@ -114,21 +116,22 @@ def test_a_teacher_that_is_the_pupil_teaches_nothing(organism, case, taught):
 
 def test_only_the_slice_changes_and_the_planted_failure_is_repaired(organism, case, taught, learned):
     """A planted failure of routing: what is learned from the fit countries makes the selection countries told too."""
-    chosen, slices = distillation.without_held_out(organism, case), tuple(learned.edit.values)
+    (edit, history), chosen = learned, distillation.without_held_out(organism, case)
+    slices = tuple(edit.values)
     text = {case.template: load_templates()[case.template]}
     before, outside = tell(organism, chosen.large, text).told, outside_sha256(organism.module, slices)
-    with applied(organism, learned.edit):
+    with applied(organism, edit):
         after = tell(organism, chosen.large, text).told
         assert outside_sha256(organism.module, slices) == outside
     assert before.sum() <= 2 and after.sum() >= 0.9 * len(after)
-    assert sum(learned.edit.told_after) > sum(learned.edit.told_before)
-    assert learned.history.pupils.iloc[-1] < learned.history.pupils.iloc[0]
-    assert "self-distillation from in_is" in learned.edit.recipe["objective"]
-    assert {f.split for f in learned.edit.facts} <= {"fit", "eight", ""}
+    assert sum(edit.told_after) > sum(edit.told_before)
+    assert history.pupils.iloc[-1] < history.pupils.iloc[0]
+    assert "self-distillation from in_is" in edit.recipe["objective"]
+    assert {f.split for f in edit.facts} <= {"fit", "eight", ""}
 
 
 def test_same_seed_same_edit(organism, taught):
-    one, two, other = (learn(organism, taught, replace(QUICK, steps=2), seed=s).edit.values for s in (3, 3, 4))
+    one, two, other = (learn(organism, taught, replace(QUICK, steps=2), seed=s)[0].values for s in (3, 3, 4))
     assert all(torch.equal(one[s], two[s]) for s in one)
     assert not all(torch.equal(one[s], other[s]) for s in one)
 
@@ -137,7 +140,7 @@ def test_a_low_rank_change_starts_at_none_and_has_that_rank(organism, taught):
     before = training.slice_values(organism, weights.pathway_slices(organism.module, 5, "full"))
     values = distillation.change(before, 2, torch.Generator().manual_seed(0))[1]()
     assert all(torch.equal(values[s], before[s]) for s in before)
-    after = learn(organism, taught, replace(QUICK, rank=2, rate=1e-2, steps=3)).edit.values
+    after = learn(organism, taught, replace(QUICK, rank=2, rate=1e-2, steps=3))[0].values
     for s, v in before.items():
         right = torch.linalg.matrix_rank(after[s] - v, atol=1e-4) == 2 if v.ndim == 2 else torch.equal(after[s], v)
         assert right, s
