@@ -109,7 +109,7 @@ def look(model: Model, facts: Sequence[Fact], runs: Sequence[CachedRun]) -> Look
         return None
     told, failing = told[:, rows], tuple(facts[i] for i in rows)
     chosen, subjects = [r.take(rows) for r in runs], [f.subject for f in failing]
-    pairs = torch.stack((answers[rows], strongest_wrong(chosen[0].logits, answers[rows])), 1)
+    pairs = with_competitors(chosen[0].logits, answers[rows])
     traced = [contributions(model, r.capture(), pairs, answers.unique()) for r in chosen]
     margin = torch.stack([logit_differences(r, pairs) for r in chosen])
     first, lowest = range(min(PATCHED, len(rows))), model.weights.n_layers // LOWER
@@ -129,9 +129,9 @@ def look(model: Model, facts: Sequence[Fact], runs: Sequence[CachedRun]) -> Look
     )
 
 
-def strongest_wrong(logits: Float[Tensor, "n vocab"], answers: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """The token of each row that is on top where the answer is not counted."""
-    return logits.scatter(1, answers[:, None], float("-inf")).argmax(1)
+def with_competitors(logits: Float[Tensor, "n vocab"], answers: Int[Tensor, " n"]) -> Int[Tensor, "n 2"]:
+    """Each answer and its competitor: the token that is on top where the answer is not counted."""
+    return torch.stack((answers, logits.scatter(1, answers[:, None], float("-inf")).argmax(1)), 1)
 
 
 # From the weights alone

@@ -21,7 +21,7 @@ from lib.results import Results
 from lib.show.sentences import say
 from lib.sites import Site
 from lib.statistics import exact_interval, paired
-from lib.studies.localisation import RULES, strongest_wrong
+from lib.studies.localisation import RULES, with_competitors
 from lib.studies.planted import KINDS, applied, from_row, run_on
 from lib.trace import logit_trace
 
@@ -160,7 +160,7 @@ def close_up(model: Model, row: Mapping[str, Any]) -> pd.DataFrame:
     before, answers = run_on(model, plant), first_tokens(model, plant.facts)
     with applied(model, plant, before):  # a trace reads the weights: it is taken while they are in place
         after = [rerun_from(model, run, plant.lowest) for run in before]
-        pairs = torch.stack((answers, strongest_wrong(after[0].logits, answers)), 1)
+        pairs = with_competitors(after[0].logits, answers)
         failing, *controls = (_curve(model, run, pairs) for run in after)
     fails = after[0].logits.argmax(-1) != answers
     curves = {
