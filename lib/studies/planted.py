@@ -38,7 +38,7 @@ from lib.studies import experiment, localisation, once_a_model
 from lib.studies.localisation import Look, Named, told_by, with_competitors
 from lib.trace import subject_positions
 from lib.training import slice_values
-from lib.weights import Slice, pathway_slices
+from lib.weights import pathway_slices
 
 DESIGN = range(0, 1000)  # seeds on which rules and thresholds were chosen
 SCORED = range(1000, 1108)  # seeds on which they are judged, once
@@ -140,8 +140,7 @@ def draw(model: Model, seed: int, attempt: int = 0) -> Plant:
     relation = str(scene.choice(list(relations), p=share / share.sum()))
     failing, controls, facts = _scene(relations[relation], scene)
     readers = ranking(model, relation, failing)
-    draw_damages = _retrieval if kind == NOT_RETRIEVED else _override
-    damages = draw_damages(model, rng, readers, several)
+    damages = (_retrieval if kind == NOT_RETRIEVED else _override)(model, rng, readers, several)
     return Plant(seed, attempt, relation, kind, failing, controls, facts, damages)
 
 
@@ -230,7 +229,6 @@ def smallest(X: Float[Tensor, "n d"], Y: Float[Tensor, "n k"], keep: Float[Tenso
     return D * ((Y * Y).sum() / (reached * Y).sum().clamp(min=1e-9))
 
 
-@torch.no_grad()
 def run_on(model: Model, plant: Plant) -> list[CachedRun]:
     """Runs of the model on the plant's prompts, of the failing template first."""
     return [run_with_cache(model, prompts(plant.facts, template)) for template in (plant.failing, *plant.controls)]
@@ -317,20 +315,14 @@ def _against(
 ) -> Float[Tensor, "fact d_model"]:
     """What must be added to the stream at the last position so that the answer loses `strength` x the mean margin
     against the competitor, directly: minus each answer's direction, minus their mean, or plus the competitor's."""
-    weights = model.weights
-    pairs = with_competitors(seen.logits, answers)
+    weights, pairs = model.weights, with_competitors(seen.logits, answers)
     competitor = pairs[:, 1].mode().values.expand_as(answers)
     columns = weights.W_U[:, torch.cat((answers, competitor))] - weights.W_U.mean(1, keepdim=True)
     right, rival = weights.norm_final.fold(columns).T.chunk(2)
     u = {"each": right, "mean": right.mean(0, keepdim=True).expand_as(right), "competitor": -rival}[damage.how]
     gain = (u * (-rival if damage.how == "competitor" else right)).sum(-1)
-    size = (
-        damage.strength
-        * logit_differences(seen, pairs).mean()
-        * weights.norm_final.scale(seen.final)[:, 0]
-        / gain.mean()
-    )
-    return -u * size[:, None]
+    margin, scale = logit_differences(seen, pairs).mean(), weights.norm_final.scale(seen.final)
+    return -u * (damage.strength * margin * scale / gain.mean())
 
 
 def accepted(before: Bool[Tensor, "template fact"], after: Bool[Tensor, "template fact"]) -> tuple[float, float, bool]:
@@ -401,30 +393,29 @@ def from_row(model: Model, row: Mapping[str, Any]) -> Plant:
 
 def score(model: Model, plant: Plant, verdict: Named) -> dict[str, Any]:
     """A verdict against the truth: kind; distance in layers to the nearest site of the plant; site."""
-    site, sites = verdict.site, truth(model, plant)
-    right = {"kind": verdict.kind == plant.kind, "site": site in sites}
-    return {"named": str(site), "says": verdict.kind, "off": min(abs(site.layer - s.layer) for s in sites), **right}
+    sites = truth(model, plant)
+    off = min(abs(verdict.site.layer - site.layer) for site in sites)
+    right = {"kind": verdict.kind == plant.kind, "off": off, "site": verdict.site in sites}
+    return {"named": str(verdict.site), "says": verdict.kind, **right}
 
 
 def _repairs(model: Model, plant: Plant, look: Look, verdict: Named) -> dict[str, Any]:
     """Train the layer that the diagnosis names; the knowledge head's layer, as the source page prescribes; and a layer
     drawn at random from all others: how many untold facts are told, and what the controls still tell."""
     layer, pathway = verdict.site.layer, "ffn" if verdict.site.mlp else "attention"
-    others, head = [i for i in range(model.weights.n_layers) if i != layer], localisation.knowledge_head(look)
+    written = look.control(look.attribution).mean(0)[: look.heads]
+    knowledge = look.sites[int(written.argmax())].layer  # the head that writes most under the controls
+    others = [i for i in range(model.weights.n_layers) if i != layer]
     drawn = int(np.random.default_rng([plant.seed, RANDOM_LAYER]).choice(others))
-    tries = {"named": (layer, pathway), "knowledge": (head.layer, "attention"), "random": (drawn, pathway)}
+    tries = {"named": (layer, pathway), "knowledge": (knowledge, "attention"), "random": (drawn, pathway)}
     outcomes = {place: retrain(model, look, plant, *place) for place in dict.fromkeys(tries.values())}
-    row: dict[str, Any] = {}
-    for name, place in tries.items():
-        parts = zip(("layer", "told", "kept"), (place[0] + 1, *outcomes[place]), strict=True)
-        row |= {f"repair {name}: {part}": value for part, value in parts}
-    return row
+    return {f"repair {name}: {key}": value for name, place in tries.items() for key, value in outcomes[place].items()}
 
 
-def retrain(model: Model, look: Look, plant: Plant, layer: int, pathway: str) -> tuple[int, float]:
+def retrain(model: Model, look: Look, plant: Plant, layer: int, pathway: str) -> dict[str, float]:
     """Train one slice (Adam, cross-entropy of the answers under the failing template) until every untold fact is told
-    with half a logit to spare, or `STEPS`. How many are told then; and of what the controls told, the share they still
-    tell."""
+    with half a logit to spare, or `STEPS`. layer, from 1; told: how many are told then; kept: of what the controls
+    told, the share that they still tell."""
     answers = first_tokens(model, look.facts)
     values = slice_values(model, pathway_slices(model.module, layer, pathway))
     logits_of = _readout(model, look.facts, [plant.failing], layer)
@@ -440,14 +431,12 @@ def retrain(model: Model, look: Look, plant: Plant, layer: int, pathway: str) ->
     with torch.no_grad():
         logits = _readout(model, look.facts, plant.controls, layer)(values)
     told = (logits.argmax(-1).view(len(plant.controls), -1) == answers) & look.told[1:]
-    return int((spare > 0).sum()), float(told.sum() / look.told[1:].sum())
+    return {"layer": layer + 1, "told": int((spare > 0).sum()), "kept": float(told.sum() / look.told[1:].sum())}
 
 
-def _readout(
-    model: Model, facts: Sequence[Fact], templates: Sequence[str], layer: int
-) -> Callable[[dict[Slice, Tensor]], Float[Tensor, "prompt vocab"]]:
-    """Logits after the facts' prompts, template by template, as a function of a layer's values: what lies below the
-    layer is run once."""
+def _readout(model: Model, facts: Sequence[Fact], templates: Sequence[str], layer: int) -> Callable[..., Tensor]:
+    """Logits (prompt, vocab) after the facts' prompts, template by template, as a function of a layer's values: what
+    lies below the layer is run once."""
     texts = pack(model, [model.token_ids(p) for t in templates for p in prompts(facts, t)])
     stream = resid_pre(model, texts, layer)
     return lambda values: above(model, texts, layer, stream, values, texts.last) @ model.weights.W_U

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import pandas as pd
@@ -33,15 +33,10 @@ SIMPLE = ("most negative attribution", "largest fall", "largest patching effect"
 TRAINED = {"named": "the named layer", "knowledge": "the knowledge head's layer", "random": "a random layer"}
 
 
-def _hits(kind: pd.Series, off: pd.Series, site: pd.Series) -> pd.DataFrame:
-    """A row a plant: whether each of SHARES is right. off: distance in layers."""
-    kind, site = kind.astype(bool), site.astype(bool)
-    return pd.concat([kind, off == 0, off <= 1, site, kind & site], axis=1, keys=SHARES)
-
-
 def hits(runs: pd.DataFrame, rule: str) -> pd.DataFrame:
     """Of accepted runs, a row each: what a rule has right, by SHARES."""
-    return _hits(*(runs[f"{rule}: {part}"] for part in ("kind", "off", "site")))
+    kind, site, off = runs[f"{rule}: kind"].astype(bool), runs[f"{rule}: site"].astype(bool), runs[f"{rule}: off"]
+    return pd.concat([kind, off == 0, off <= 1, site, kind & site], axis=1, keys=SHARES)
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
@@ -49,24 +44,25 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     (exact, within one), sites and kind and site together, each with its exact 95 % interval; beside them, chance, and
     the best constant answer, which knows the most frequent truth of these very plants."""
     runs = runs[runs.accepted]
-    rows = [_shares(rule, hits(runs, rule)) for rule in RULES]
-    return pd.DataFrame([*rows, _constant(runs), _chance(runs)])
+    return pd.DataFrame([*(_shares(runs, rule) for rule in RULES), _constant(runs), _chance(runs)])
 
 
-def _shares(rule: str, right: pd.DataFrame) -> dict[str, Any]:
-    row: dict[str, Any] = {"rule": rule, "n": len(right)}
-    for name in right:
-        low, high = exact_interval(int(right[name].sum()), len(right))
-        row |= {name: float(right[name].mean()), f"{name} low": low, f"{name} high": high}
+def _shares(runs: pd.DataFrame, rule: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"rule": rule, "n": len(runs)}
+    for name, right in hits(runs, rule).items():
+        low, high = exact_interval(int(right.sum()), len(right))
+        row |= {name: float(right.mean()), f"{name} low": low, f"{name} high": high}
     return row
 
 
 def _constant(runs: pd.DataFrame) -> dict[str, Any]:
-    truths = [{Site.parse(s) for s in text.split(", ")} for text in runs.truth]
-    best = Counter(s for sites in truths for s in sorted(sites, key=str)).most_common(1)[0][0]
-    off = pd.Series([min(abs(best.layer - s.layer) for s in sites) for sites in truths], index=runs.index)
-    site = pd.Series([best in sites for sites in truths], index=runs.index)
-    return _shares(f"always {best}", _hits(runs.kind == runs.kind.mode()[0], off, site))
+    truths = [sorted(text.split(", ")) for text in runs.truth]
+    best = Counter(chain.from_iterable(truths)).most_common(1)[0][0]
+    layers = [[Site.parse(site).layer for site in sites] for sites in truths]
+    parts = {"kind": runs.kind == runs.kind.mode()[0], "site": [best in sites for sites in truths]}
+    parts["off"] = [min(abs(Site.parse(best).layer - layer) for layer in some) for some in layers]
+    rule = f"always {best}"
+    return _shares(runs.assign(**{f"{rule}: {part}": values for part, values in parts.items()}), rule)
 
 
 def _chance(runs: pd.DataFrame) -> dict[str, Any]:
@@ -86,9 +82,8 @@ def against(runs: pd.DataFrame, rule: str = "joined") -> pd.DataFrame:
     """A rule beside every other, plant by plant: kind and site right together by the one and not by the other, and
     McNemar's exact p."""
     right = {r: hits(runs[runs.accepted], r)["kind and site"] for r in RULES}
-    tests = {other: paired(right[other], right[rule]) for other in right if other != rule}
-    rows = [(other, test["lost"], test["gained"], test["p"]) for other, test in tests.items()]
-    return pd.DataFrame(rows, columns=["rule", "only it", f"only {rule}", "p"])
+    table = pd.DataFrame([{"rule": other, **paired(right[other], right[rule])} for other in right if other != rule])
+    return table[["rule", "lost", "gained", "p"]].rename(columns={"lost": "only it", "gained": f"only {rule}"})
 
 
 def repaired(runs: pd.DataFrame) -> pd.DataFrame:
@@ -115,12 +110,11 @@ def repairs(runs: pd.DataFrame) -> pd.DataFrame:
 
 def confusions(runs: pd.DataFrame) -> pd.DataFrame:
     """For every rule, how often it says which kind of each planted kind: a row a rule."""
-    runs, rows = runs[runs.accepted], []
-    for rule in RULES:
-        counts = pd.crosstab(runs.kind, runs[f"{rule}: says"]).reindex(index=KINDS, columns=KINDS, fill_value=0)
-        pairs = {f"{planted}, said {said}": int(counts[said][planted]) for planted in KINDS for said in KINDS}
-        rows.append({"rule": rule, **pairs})
-    return pd.DataFrame(rows)
+    runs, table = runs[runs.accepted], pd.DataFrame({"rule": RULES.keys()})
+    for planted, said in product(KINDS, KINDS):
+        of_kind = runs[runs.kind == planted]
+        table[f"{planted}, said {said}"] = [int((of_kind[f"{rule}: says"] == said).sum()) for rule in RULES]
+    return table
 
 
 def by_damage(runs: pd.DataFrame, rule: str = "joined") -> pd.DataFrame:
@@ -133,8 +127,8 @@ def by_damage(runs: pd.DataFrame, rule: str = "joined") -> pd.DataFrame:
 
 def by_model(table: Callable[[pd.DataFrame], pd.DataFrame], runs: pd.DataFrame) -> pd.DataFrame:
     """One of the tables above for each model, under each other."""
-    parts = {name: table(part) for name, part in runs.groupby("model", sort=False)}
-    return pd.concat([part.assign(model=name) for name, part in parts.items()], ignore_index=True)
+    parts = [table(part).assign(model=name) for name, part in runs.groupby("model", sort=False)]
+    return pd.concat(parts, ignore_index=True)
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
