@@ -41,8 +41,7 @@ def prefix_runs(model: Model, cases: Sequence[Case], *, large: bool, progress: s
 
 def prefix_counts(runs: pd.DataFrame) -> pd.DataFrame:
     """Told and n by case and prefix, in the order of the runs."""
-    counts = runs.groupby(["case", "prefix", "text"], sort=False).told.agg(["sum", "count"]).reset_index()
-    return counts.rename(columns={"sum": "told", "count": "n"})
+    return runs.groupby(["case", "prefix", "text"], sort=False).told.agg(told="sum", n="count").reset_index()
 
 
 def prefix_by_pieces(runs: pd.DataFrame, case: Case) -> pd.DataFrame:

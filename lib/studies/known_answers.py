@@ -25,7 +25,6 @@ from lib.files import DATA
 from lib.models import Model
 from lib.results import as_text
 
-ANSWERS = DATA / "gpt2_known_answers.yaml"
 KINDS = {
     "logprobs": "natural log-probability of each token given those before it",
     "loss": "mean next-token cross-entropy in nats",
@@ -73,7 +72,7 @@ class _File(BaseModel):
     answers: Annotated[list[dict[str, Any]], Field(min_length=1)]
 
 
-def load_answers(path: Path = ANSWERS) -> tuple[Answer, ...]:
+def load_answers(path: Path = DATA / "gpt2_known_answers.yaml") -> tuple[Answer, ...]:
     """The recorded figures. Raises DataError for an entry with an unknown kind or source, or without what it reads."""
     file, answers = validated(_File, load_mapping(path), str(path)), []
     for entry in file.answers:

@@ -177,9 +177,8 @@ def ranking(model: Model, relation: str, template: str) -> pd.DataFrame:
         for number, (block, layer) in enumerate(zip(weights.blocks, seen.layers, strict=True)):
             values = block.attn.per_head(layer.values[i])[:, places]
             read[i, number] = torch.einsum("np,nph->nh", layer.pattern[i][:, places], values)
-    lowest = weights.n_layers // localisation.LOWER
-    after = patch_components(model, seen, seen.z - OPPOSITE * read, seen.mlps, pairs, lowest=lowest)
-    after = after[: weights.n_layers * weights.n_heads]
+    z, lowest = seen.z - OPPOSITE * read, weights.n_layers // localisation.LOWER
+    after = patch_components(model, seen, z, seen.mlps, pairs, lowest=lowest)[: weights.n_layers * weights.n_heads]
     fall, lost = (logit_differences(seen, pairs) - after).mean(1), (after < 0).float().mean(1)
     order = fall.argsort(descending=True)[:CANDIDATES]
     sites = [Site(*divmod(i, weights.n_heads)) for i in order.tolist()]
@@ -294,7 +293,7 @@ def _write(model: Model, facts: Sequence[Fact], runs: Sequence[CachedRun], damag
     """A head or MLP made to write against the answers at the last position."""
     block, head = model.weights.blocks[damage.site.layer], damage.site.head
     layers = [r.layers[damage.site.layer] for r in runs]
-    wanted = _against(model, runs[0], first_tokens(model, facts), damage)
+    wanted = _against(model, facts, runs[0], damage)
     if head is None:
         neurons = [block.mlp.neurons(block.norm_mlp(layer.middle)) for layer in layers]
         return [(block.mlp.W_out, smallest(neurons[0], wanted, torch.cat(neurons[1:])))]
@@ -310,12 +309,11 @@ def _write(model: Model, facts: Sequence[Fact], runs: Sequence[CachedRun], damag
     return [(block.attn.W_V[head], signal), (W_O, torch.outer(quiet, wanted.mean(0)) / size)]
 
 
-def _against(
-    model: Model, seen: CachedRun, answers: Int[Tensor, " fact"], damage: Damage
-) -> Float[Tensor, "fact d_model"]:
+def _against(model: Model, facts: Sequence[Fact], seen: CachedRun, damage: Damage) -> Float[Tensor, "fact d_model"]:
     """What must be added to the stream at the last position so that the answer loses `strength` x the mean margin
     against the competitor, directly: minus each answer's direction, minus their mean, or plus the competitor's."""
-    weights, pairs = model.weights, with_competitors(seen.logits, answers)
+    weights, answers = model.weights, first_tokens(model, facts)
+    pairs = with_competitors(seen.logits, answers)
     competitor = pairs[:, 1].mode().values.expand_as(answers)
     columns = weights.W_U[:, torch.cat((answers, competitor))] - weights.W_U.mean(1, keepdim=True)
     right, rival = weights.norm_final.fold(columns).T.chunk(2)
@@ -418,10 +416,17 @@ def retrain(model: Model, look: Look, plant: Plant, layer: int, pathway: str) ->
     told, the share that they still tell."""
     answers = first_tokens(model, look.facts)
     values = slice_values(model, pathway_slices(model.module, layer, pathway))
-    logits_of = _readout(model, look.facts, [plant.failing], layer)
+
+    def readout(templates: Sequence[str]) -> Callable[[], Tensor]:
+        """Logits (prompt, vocab) with the values as they are; what lies below the layer is run once."""
+        texts = pack(model, [model.token_ids(p) for t in templates for p in prompts(look.facts, t)])
+        stream = resid_pre(model, texts, layer)
+        return lambda: above(model, texts, layer, stream, values, texts.last) @ model.weights.W_U
+
+    logits_of = readout([plant.failing])
     optimiser = torch.optim.Adam([v.requires_grad_() for v in values.values()], lr=RATE)
     for step in range(STEPS + 1):
-        logits = logits_of(values)
+        logits = logits_of()
         spare = -logits.detach().gather(1, with_competitors(logits.detach(), answers)).diff()[:, 0]
         if step == STEPS or float(spare.min()) >= SPARE:
             break
@@ -429,14 +434,6 @@ def retrain(model: Model, look: Look, plant: Plant, layer: int, pathway: str) ->
         F.cross_entropy(logits, answers).backward()
         optimiser.step()
     with torch.no_grad():
-        logits = _readout(model, look.facts, plant.controls, layer)(values)
+        logits = readout(plant.controls)()
     told = (logits.argmax(-1).view(len(plant.controls), -1) == answers) & look.told[1:]
     return {"layer": layer + 1, "told": int((spare > 0).sum()), "kept": float(told.sum() / look.told[1:].sum())}
-
-
-def _readout(model: Model, facts: Sequence[Fact], templates: Sequence[str], layer: int) -> Callable[..., Tensor]:
-    """Logits (prompt, vocab) after the facts' prompts, template by template, as a function of a layer's values: what
-    lies below the layer is run once."""
-    texts = pack(model, [model.token_ids(p) for t in templates for p in prompts(facts, t)])
-    stream = resid_pre(model, texts, layer)
-    return lambda values: above(model, texts, layer, stream, values, texts.last) @ model.weights.W_U

@@ -10,11 +10,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from lib.diagnosis import NOT_RETRIEVED
-from lib.interventions import CachedRun, rerun_from
+from lib.interventions import rerun_from
 from lib.models import Model
 from lib.recall import first_tokens
 from lib.results import Results
@@ -155,22 +153,16 @@ def close_up(model: Model, row: Mapping[str, Any]) -> pd.DataFrame:
     with applied(model, plant, before):  # a trace reads the weights: it is taken while they are in place
         after = [rerun_from(model, run, plant.lowest) for run in before]
         pairs = with_competitors(after[0].logits, answers)
-        failing, *controls = (_curve(model, run, pairs) for run in after)
+        traces = [logit_trace(model, run.capture(), pairs) for run in after]
+    traces.append(logit_trace(model, before[0].capture(), pairs))
+    failing, *controls, unplanted = (trace.difference().cumulative[:, 0] for trace in traces)
+    curves = {"controls, planted": torch.stack(controls).mean(0), "failing template, before": unplanted}
+    curves["failing template, planted"] = failing
     fails = after[0].logits.argmax(-1) != answers
-    curves = {
-        "controls, planted": torch.stack(controls).mean(0),
-        "failing template, before": _curve(model, before[0], pairs),
-        "failing template, planted": failing,
-    }
     subjects = [fact.subject for fact, failed in zip(plant.facts, fails.tolist(), strict=True) if failed]
     parts = [pd.DataFrame(values[fails].cpu(), index=subjects).stack() for values in curves.values()]
     table = pd.concat(parts, keys=curves, names=["curve", "fact", "layer"]).rename("logits").reset_index()
-    site = str(plant.damages[0].site)
-    return table.assign(seed=plant.seed, planted=plant.kind, template=plant.failing, site=site)
-
-
-def _curve(model: Model, run: CachedRun, pairs: Tensor) -> Float[Tensor, "fact n_layers+1"]:
-    return logit_trace(model, run.capture(), pairs).difference().cumulative[:, 0]
+    return table.assign(seed=plant.seed, planted=plant.kind, template=plant.failing, site=str(plant.damages[0].site))
 
 
 # What chapter 7's prose says
@@ -187,7 +179,8 @@ def report_scores(report: Results, runs: pd.DataFrame, prefix: str = "") -> None
     joined, best = table.loc["joined"], max(SIMPLE, key=lambda rule: table["kind and site"][rule])
     constant = next(rule for rule in table.index if rule.startswith("always"))
     site, truths = constant.removeprefix("always "), counted.truth[counted.kind == NOT_RETRIEVED].str.split(", ")
-    there, chance = sum(site in sites for sites in truths), table["kind and site"]["chance"]
+    there = {"site": site, "n": len(truths), "there": sum(site in sites for sites in truths)}
+    there |= {"row": table.loc[constant], "chance": table["kind and site"]["chance"]}
     values = {
         "accepted": len(counted),
         "rejected": len(runs) - len(counted),
@@ -200,9 +193,7 @@ def report_scores(report: Results, runs: pd.DataFrame, prefix: str = "") -> None
         "simple_share": (table["kind and site"][best], ".1%"),
         "simple_verdict": say("scoring", "simple", row=table.loc[best], beside=beside.loc[best]),
         "chapter_2_verdict": say("scoring", "chapter_2", row=table.loc["chapter 2"], beside=beside.loc["chapter 2"]),
-        "constant_verdict": say(
-            "scoring", "constant", site=site, row=table.loc[constant], chance=chance, n=len(truths), there=there
-        ),
+        "constant_verdict": say("scoring", "constant", **there),
     }
     report.many({prefix + name: value for name, value in values.items()})
 
