@@ -275,8 +275,7 @@ def _inputs(
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "m d"], Int[Tensor, " fact"]]:
     """The normalised streams of the failing prompts at the places that the damage concerns; those that must be left
     alone, the same of the controls and all other positions of the failing prompts; and the last row of each fact."""
-    X: list[Tensor] = []
-    keep: list[Tensor] = []
+    X, keep = list[Tensor](), list[Tensor]()
     for seen in runs:
         for i, (prompt, fact, last) in enumerate(zip(seen.prompts, facts, seen.last.tolist(), strict=True)):
             stream = seen.layers[damage.site.layer].stream[i, : last + 1]

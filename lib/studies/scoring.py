@@ -42,7 +42,9 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     (exact, within one), sites and kind and site together, each with its exact 95 % interval; beside them, chance, and
     the best constant answer, which knows the most frequent truth of these very plants."""
     runs = runs[runs.accepted]
-    return pd.DataFrame([*(_shares(runs, rule) for rule in RULES), _constant(runs), _chance(runs)])
+    site, layer = runs.chance_site.mean(), runs.chance_layer.mean()  # of one drawn evenly; of the kind, a coin
+    chance = {"rule": "chance", "n": len(runs), "kind": 0.5, "layer": layer, "site": site, "kind and site": site / 2}
+    return pd.DataFrame([*(_shares(runs, rule) for rule in RULES), _constant(runs), chance])
 
 
 def _shares(runs: pd.DataFrame, rule: str) -> dict[str, Any]:
@@ -54,19 +56,12 @@ def _shares(runs: pd.DataFrame, rule: str) -> dict[str, Any]:
 
 
 def _constant(runs: pd.DataFrame) -> dict[str, Any]:
-    truths = [sorted(text.split(", ")) for text in runs.truth]
+    truths = [[Site.parse(site) for site in sorted(text.split(", "))] for text in runs.truth]
     best = Counter(chain.from_iterable(truths)).most_common(1)[0][0]
-    layers = [[Site.parse(site).layer for site in sites] for sites in truths]
     parts = {"kind": runs.kind == runs.kind.mode()[0], "site": [best in sites for sites in truths]}
-    parts["off"] = [min(abs(Site.parse(best).layer - layer) for layer in some) for some in layers]
+    parts["off"] = [min(abs(best.layer - site.layer) for site in sites) for sites in truths]
     rule = f"always {best}"
     return _shares(runs.assign(**{f"{rule}: {part}": values for part, values in parts.items()}), rule)
-
-
-def _chance(runs: pd.DataFrame) -> dict[str, Any]:
-    """Of a site drawn evenly, and a coin for the kind."""
-    site, layer = runs.chance_site.mean(), runs.chance_layer.mean()
-    return {"rule": "chance", "n": len(runs), "kind": 0.5, "layer": layer, "site": site, "kind and site": site / 2}
 
 
 def by_group(runs: pd.DataFrame, rule: str = "joined") -> pd.DataFrame:
@@ -179,8 +174,7 @@ def report_scores(report: Results, runs: pd.DataFrame, prefix: str = "") -> None
     joined, best = table.loc["joined"], max(SIMPLE, key=lambda rule: table["kind and site"][rule])
     constant = next(rule for rule in table.index if rule.startswith("always"))
     site, truths = constant.removeprefix("always "), counted.truth[counted.kind == NOT_RETRIEVED].str.split(", ")
-    there = {"site": site, "n": len(truths), "there": sum(site in sites for sites in truths)}
-    there |= {"row": table.loc[constant], "chance": table["kind and site"]["chance"]}
+    beside_it = {"there": sum(site in sites for sites in truths), "chance": table["kind and site"]["chance"]}
     values = {
         "accepted": len(counted),
         "rejected": len(runs) - len(counted),
@@ -193,7 +187,7 @@ def report_scores(report: Results, runs: pd.DataFrame, prefix: str = "") -> None
         "simple_share": (table["kind and site"][best], ".1%"),
         "simple_verdict": say("scoring", "simple", row=table.loc[best], beside=beside.loc[best]),
         "chapter_2_verdict": say("scoring", "chapter_2", row=table.loc["chapter 2"], beside=beside.loc["chapter 2"]),
-        "constant_verdict": say("scoring", "constant", **there),
+        "constant_verdict": say("scoring", "constant", site=site, row=table.loc[constant], n=len(truths), **beside_it),
     }
     report.many({prefix + name: value for name, value in values.items()})
 
