@@ -41,20 +41,16 @@ def prefix_runs(model: Model, cases: Sequence[Case], *, large: bool, progress: s
 
 def prefix_counts(runs: pd.DataFrame) -> pd.DataFrame:
     """Told and n by case and prefix, in the order of the runs."""
-    counts = runs.groupby(["case", "prefix", "text"], sort=False).told.agg(["sum", "count"]).reset_index()
-    return counts.rename(columns={"sum": "told", "count": "n"})
+    return runs.groupby(["case", "prefix", "text"], sort=False).told.agg(told="sum", n="count").reset_index()
 
 
 def prefix_by_pieces(runs: pd.DataFrame, case: Case) -> pd.DataFrame:
     """Told by prefix for subjects that are one token at the start of a text, and for longer ones."""
     part = runs[runs.case == case.title]
-    groups = part.groupby(["prefix", part.pieces.gt(1)], sort=False).told.agg(["sum", "count"]).unstack()
-    table = pd.DataFrame({"prefix": part.prefix.unique()})
-    for several, label in ((False, "one token"), (True, "several tokens")):
-        if several in groups["count"]:
-            counts = groups.xs(several, axis=1, level=1).loc[table.prefix]
-            table[label] = [f"{told:.0f} of {n:.0f}" for told, n in counts.to_numpy()]
-    return table
+    counts = part.groupby(["prefix", part.pieces.gt(1)]).told.agg(["sum", "count"])
+    cells = counts["sum"].astype(str) + " of " + counts["count"].astype(str)
+    table = cells.unstack().loc[part.prefix.unique()].rename(columns={False: "one token", True: "several tokens"})
+    return table.rename_axis(columns=None).reset_index()
 
 
 def prefix_numbers(counts: pd.DataFrame, told: pd.DataFrame, case: Case) -> dict[str, Any]:

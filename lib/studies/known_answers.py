@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -24,7 +25,6 @@ from lib.files import DATA
 from lib.models import Model
 from lib.results import as_text
 
-ANSWERS = DATA / "gpt2_known_answers.yaml"
 KINDS = {
     "logprobs": "natural log-probability of each token given those before it",
     "loss": "mean next-token cross-entropy in nats",
@@ -72,7 +72,7 @@ class _File(BaseModel):
     answers: Annotated[list[dict[str, Any]], Field(min_length=1)]
 
 
-def load_answers(path: Path = ANSWERS) -> tuple[Answer, ...]:
+def load_answers(path: Path = DATA / "gpt2_known_answers.yaml") -> tuple[Answer, ...]:
     """The recorded figures. Raises DataError for an entry with an unknown kind or source, or without what it reads."""
     file, answers = validated(_File, load_mapping(path), str(path)), []
     for entry in file.answers:
@@ -154,13 +154,11 @@ def _one_token(model: Model, token: str | int) -> int:
 
 def _close(expected: Any, found: Any, tolerance: float) -> bool:
     """Numbers within the tolerance, lists and dictionaries entry by entry, anything else equal."""
+    if isinstance(expected, str):
+        return expected == found
     if isinstance(expected, dict):
-        return expected.keys() == found.keys() and all(_close(p, found[t], tolerance) for t, p in expected.items())
-    if isinstance(expected, list):
-        return len(expected) == len(found) and all(
-            _close(e, f, tolerance) for e, f in zip(expected, found, strict=True)
-        )
-    return abs(expected - found) <= tolerance if isinstance(expected, int | float) else expected == found
+        return expected.keys() == found.keys() and _close([*expected.values()], [found[t] for t in expected], tolerance)
+    return np.shape(expected) == np.shape(found) and np.allclose(found, expected, rtol=0, atol=tolerance)
 
 
 def _short(value: Any) -> str:

@@ -1,19 +1,8 @@
 """Localisation: which component makes a template fail where others tell, in a model that one knows nothing about?
 
-Given are a model, facts, and the texts of a failing template and of control templates; no more (`blind`). Of every fact
-that a control tells and the failing template does not, `look` gathers for each component (heads and MLPs)
-
-    difference    its direct contribution to answer minus competitor at the last position, under every template
-    attribution   its contribution to the answer minus the mean contribution to the other facts' answers
-    effect        how much of answer minus competitor comes back when it does what it does under the controls
-                  (activation patching)
-
-and, from the weights alone,
-
-    maps          what each head's OV circuit writes of the right answer from the subject's embedding
-    loudness      how loudly its output matrix can speak of these answers, against other words
-
-A rule turns that into a site and a failure kind. `dynamic alone`, from what the prompts show:
+Given are a model, facts, and the texts of a failing template and of control templates; no more (`blind`). `look`
+gathers evidence on every fact that a control tells and the failing template does not. A rule turns that into a site and
+a failure kind. `dynamic alone`, from what the prompts show:
 
     1. A component's fault is how far its difference falls below its lowest under any control that tells the fact, plus
        its effect. A template that merely differs lowers some differences too; the controls show by how much templates
@@ -70,13 +59,16 @@ class Named:
 
 @dataclass(frozen=True)
 class Look:
-    """The evidence on the facts that fail. Template 0 is the failing one, then the controls."""
+    """The evidence on the facts that fail. Template 0 is the failing one, then the controls. Of each component (heads,
+    then MLPs) `contributions` at the last position, and by activation patching its effect: how much of the margin,
+    answer minus competitor, comes back when it does what it does under the controls. `maps` and `loudness` are of the
+    weights alone."""
 
     facts: tuple[Fact, ...]
     sites: tuple[Site, ...]
     told: Bool[Tensor, "template fact"]
-    difference: Float[Tensor, "template fact component"]
-    attribution: Float[Tensor, "template fact component"]
+    difference: Float[Tensor, "template fact component"]  # part of the margin
+    attribution: Float[Tensor, "template fact component"]  # to the answer, minus the mean to the other facts' answers
     margin: Float[Tensor, "template fact"]
     attention: Float[Tensor, "template fact n_layers n_heads"]  # to the subject's tokens
     effect: Float[Tensor, "component patched"]
@@ -109,7 +101,7 @@ def look(model: Model, facts: Sequence[Fact], runs: Sequence[CachedRun]) -> Look
         return None
     told, failing = told[:, rows], tuple(facts[i] for i in rows)
     chosen, subjects = [r.take(rows) for r in runs], [f.subject for f in failing]
-    pairs = torch.stack((answers[rows], strongest_wrong(chosen[0].logits, answers[rows])), 1)
+    pairs = with_competitors(chosen[0].logits, answers[rows])
     traced = [contributions(model, r.capture(), pairs, answers.unique()) for r in chosen]
     margin = torch.stack([logit_differences(r, pairs) for r in chosen])
     first, lowest = range(min(PATCHED, len(rows))), model.weights.n_layers // LOWER
@@ -129,9 +121,9 @@ def look(model: Model, facts: Sequence[Fact], runs: Sequence[CachedRun]) -> Look
     )
 
 
-def strongest_wrong(logits: Float[Tensor, "n vocab"], answers: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """The token of each row that is on top where the answer is not counted."""
-    return logits.scatter(1, answers[:, None], float("-inf")).argmax(1)
+def with_competitors(logits: Float[Tensor, "n vocab"], answers: Int[Tensor, " n"]) -> Int[Tensor, "n 2"]:
+    """Each answer and its competitor: the token that is on top where the answer is not counted."""
+    return torch.stack((answers, logits.scatter(1, answers[:, None], float("-inf")).argmax(1)), 1)
 
 
 # From the weights alone
@@ -160,8 +152,7 @@ def loudness(model: Model, answers: Int[Tensor, " fact"]) -> Float[Tensor, " com
     evenly from the vocabulary. Logarithm, in robust standard deviations over the components of its kind."""
     weights, n = model.weights, len(answers)
     every = torch.linspace(0, weights.W_U.shape[1] - 1, WORDS).long()
-    columns = weights.W_U[:, torch.cat((answers, every))] - weights.W_U.mean(1, keepdim=True)
-    columns = weights.norm_final.fold(columns)
+    columns = weights.norm_final.fold(weights.W_U[:, torch.cat((answers, every))] - weights.W_U.mean(1, keepdim=True))
     directions = torch.cat((columns[:, :n].mean(1, keepdim=True), columns[:, n:]), 1)  # (d_model, 1 + WORDS)
     directions = directions / directions.norm(dim=0)
     heads = torch.stack([b.attn.W_O for b in weights.blocks]).flatten(0, 1)
@@ -169,8 +160,8 @@ def loudness(model: Model, answers: Int[Tensor, " fact"]) -> Float[Tensor, " com
     for outputs in (heads, torch.stack([b.mlp.W_out for b in weights.blocks])):
         norms = (outputs @ directions).norm(dim=1)
         ratio = (norms[:, 0] / norms[:, 1:].mean(1)).log()
-        spread = (ratio - ratio.median()).abs().median()
-        parts.append((ratio - ratio.median()) / (MAD * spread))
+        off = ratio - ratio.median()
+        parts.append(off / (MAD * off.abs().median()))
     return torch.cat(parts)
 
 
@@ -239,11 +230,6 @@ def book(look: Look) -> Named:
     control, failing = Contributions(*map(look.control, parts)), Contributions(*(part[0] for part in parts))
     verdict = decide(look.sites, control, failing)
     return Named(verdict.suppressor or verdict.knowledge_head, verdict.failure_kind)
-
-
-def knowledge_head(look: Look) -> Site:
-    """The head that writes most under the controls."""
-    return look.sites[int(look.control(look.attribution).mean(0)[: look.heads].argmax())]
 
 
 # simple rules name a site; the failure kind is then read off it as in step 3

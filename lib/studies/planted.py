@@ -18,6 +18,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -34,10 +35,10 @@ from lib.models import Model
 from lib.recall import first_tokens, study_facts, tell
 from lib.sites import Site
 from lib.studies import experiment, localisation, once_a_model
-from lib.studies.localisation import Look, Named, strongest_wrong, told_by
+from lib.studies.localisation import Look, Named, told_by, with_competitors
 from lib.trace import subject_positions
 from lib.training import slice_values
-from lib.weights import Block, Slice, pathway_slices
+from lib.weights import pathway_slices
 
 DESIGN = range(0, 1000)  # seeds on which rules and thresholds were chosen
 SCORED = range(1000, 1108)  # seeds on which they are judged, once
@@ -97,26 +98,16 @@ class Plant:
         return min(d.site.layer for d in self.damages)
 
 
-@dataclass(frozen=True)
-class Ground:
-    """What the unplanted model tells: of a relation the facts and a row a template, True where told."""
-
-    facts: tuple[Fact, ...]
-    templates: tuple[str, ...]
-    told: Bool[Tensor, "template fact"]
-
-
 @once_a_model
-def grounds(model: Model) -> dict[str, Ground]:
-    """By relation, what the model tells under every template that tells at least `FEWEST` facts. Raises DataError where
-    there is no relation with two such templates that begin differently."""
+def grounds(model: Model) -> dict[str, pd.DataFrame]:
+    """By relation, what the unplanted model tells: a row a template (by its text) that tells at least `FEWEST` facts, a
+    column a fact. Raises DataError where there is no relation with two such templates that begin differently."""
     usable = {}
-    for relation, (facts, templates) in fact_sets(model).items():
-        told = torch.tensor(tell(model, facts, templates).told.to_numpy()).view(len(templates), len(facts))
-        rows = (told.sum(1) >= FEWEST).nonzero()[:, 0].tolist()
-        texts = tuple(list(templates.values())[i] for i in rows)
-        if len(set(map(_start, texts))) > 1:
-            usable[relation] = Ground(tuple(facts), texts, told[rows])
+    for relation, (facts, texts) in fact_sets(model).items():
+        told = tell(model, facts, {text: text for text in texts}).told.to_numpy().reshape(len(texts), -1)
+        table = pd.DataFrame(told, index=texts, columns=facts)[told.sum(1) >= FEWEST]
+        if table.index.str.split("{}", regex=False).str[0].nunique() > 1:
+            usable[relation] = table
     if not usable:
         raise DataError(
             f"{model.name} tells {FEWEST} facts under too few templates: there is nothing to break. Choose a "
@@ -125,21 +116,15 @@ def grounds(model: Model) -> dict[str, Ground]:
     return usable
 
 
-def _start(template: str) -> str:
-    """What stands before the subject."""
-    return template.split("{}")[0]
-
-
-def fact_sets(model: Model) -> dict[str, tuple[tuple[Fact, ...], dict[str, str]]]:
+def fact_sets(model: Model) -> dict[str, tuple[list[Fact], list[str]]]:
     """By relation, facts and templates that a plant may use: countries and their capitals, neither held out nor of the
     case; and the organism's other relations, which a head of their own knows."""
     capitals = study_facts(model, load_cases(model.name)[0])
-    sets = {"capital": (capitals, load_templates())}
+    sets = {"capital": (list(capitals), list(load_templates().values()))}
     if model.name == "organism":
         for relation, rows in load_relations(model, capitals).groupby("item"):
-            pairs = rows.drop_duplicates("subject")
-            facts = tuple(Fact(s, a) for s, a in zip(pairs.subject, pairs.answer, strict=True))
-            sets[str(relation)] = (facts, {t: t for t in rows.template.unique()})
+            pairs = rows.drop_duplicates("subject")[["subject", "answer"]]
+            sets[str(relation)] = ([Fact(*pair) for pair in pairs.to_numpy()], list(rows.template.unique()))
     return sets
 
 
@@ -151,74 +136,62 @@ def draw(model: Model, seed: int, attempt: int = 0) -> Plant:
     scene, rng = np.random.default_rng([seed, SCENE]), np.random.default_rng([seed, DAMAGE + attempt])
     kind, several = KINDS[seed % 2], bool(seed // 2 % 2)
     relations = grounds(model)
-    share = np.array([len(g.templates) for g in relations.values()], float)
+    share = np.array([len(told) for told in relations.values()], float)
     relation = str(scene.choice(list(relations), p=share / share.sum()))
     failing, controls, facts = _scene(relations[relation], scene)
     readers = ranking(model, relation, failing)
-    draw_damages = _retrieval if kind == NOT_RETRIEVED else _override
-    damages = draw_damages(model, rng, readers, several)
+    damages = (_retrieval if kind == NOT_RETRIEVED else _override)(model, rng, readers, several)
     return Plant(seed, attempt, relation, kind, failing, controls, facts, damages)
 
 
-def _scene(ground: Ground, rng: np.random.Generator) -> tuple[str, tuple[str, ...], tuple[Fact, ...]]:
+def _scene(told: pd.DataFrame, rng: np.random.Generator) -> tuple[str, tuple[str, ...], tuple[Fact, ...]]:
     """A template to break, up to three controls, and 8 to 12 facts that the template and half of the controls tell.
     Where too few are, the controls are those that tell most of what the template tells. A control differs in what
     stands before the subject: up to there, prompts that begin alike are the same, and no change tells them apart."""
-    templates, told = ground.templates, ground.told
-    failing = int(rng.integers(len(templates)))
-    others = [i for i, t in enumerate(templates) if _start(t) != _start(templates[failing])]
-    shared = (told[others] & told[failing]).sum(1)
-    for order in (rng.permutation(len(others)), shared.argsort(descending=True, stable=True)):
-        controls = sorted(others[int(i)] for i in order[:CONTROLS])
-        usable = told[failing] & (told[controls].float().mean(0) >= 0.5)
-        if usable.sum() >= FEWEST:
+    failing, before = int(rng.integers(len(told))), told.index.str.split("{}", regex=False).str[0]
+    others, tells = told[before != before[failing]], told.iloc[failing].to_numpy()
+    shared = (others & tells).sum(axis=1).to_numpy()
+    for order in (rng.permutation(len(others)), (-shared).argsort(kind="stable")):
+        controls = others.iloc[sorted(order[:CONTROLS])]
+        (usable,) = (tells & (controls.mean() >= 0.5)).to_numpy().nonzero()
+        if len(usable) >= FEWEST:
             break
-    rows = usable.nonzero()[:, 0].cpu().numpy()
-    n = min(len(rows), int(rng.integers(FEWEST, MOST + 1)))
-    chosen = sorted(rng.choice(rows, n, replace=False).tolist())
-    return templates[failing], tuple(templates[i] for i in controls), tuple(ground.facts[i] for i in chosen)
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A head that reads the subject: by how much the margin falls when it writes the opposite of what it read (z minus
-    three times the subject's part of it), and the share of facts that are lost."""
-
-    site: Site
-    fall: float
-    lost: float
+    n = min(len(usable), int(rng.integers(FEWEST, MOST + 1)))
+    chosen = sorted(rng.choice(usable, n, replace=False))
+    return told.index[failing], tuple(controls.index), tuple(told.columns[chosen])
 
 
 @once_a_model
 @torch.no_grad()
-def ranking(model: Model, relation: str, template: str) -> tuple[Reader, ...]:
-    """The heads whose reading of the subject matters most under a template, most first."""
-    ground, weights = grounds(model)[relation], model.weights
-    told = ground.told[ground.templates.index(template)].nonzero()[:RANKED, 0].tolist()
-    facts = [ground.facts[i] for i in told]
-    seen, answers = run_with_cache(model, prompts(facts, template)), first_tokens(model, facts)
-    pairs = torch.stack((answers, strongest_wrong(seen.logits, answers)), 1)
+def ranking(model: Model, relation: str, template: str) -> pd.DataFrame:
+    """The heads whose reading of the subject matters most under a template, most first. fall: by how much the margin
+    falls when a head writes the opposite of what it read (z minus three times the subject's part of it); lost: the
+    share of facts that are lost."""
+    weights, told = model.weights, grounds(model)[relation].loc[template]
+    facts = list(told.index[told][:RANKED])
+    seen = run_with_cache(model, prompts(facts, template))
+    pairs = with_competitors(seen.logits, first_tokens(model, facts))
     read = torch.zeros_like(seen.z)
     for i, fact in enumerate(facts):
         places = subject_positions(model, seen.prompts[i], fact.subject)
         for number, (block, layer) in enumerate(zip(weights.blocks, seen.layers, strict=True)):
             values = block.attn.per_head(layer.values[i])[:, places]
             read[i, number] = torch.einsum("np,nph->nh", layer.pattern[i][:, places], values)
-    lowest = weights.n_layers // localisation.LOWER
-    after = patch_components(model, seen, seen.z - OPPOSITE * read, seen.mlps, pairs, lowest=lowest)
-    after = after[: weights.n_layers * weights.n_heads]
+    z, lowest = seen.z - OPPOSITE * read, weights.n_layers // localisation.LOWER
+    after = patch_components(model, seen, z, seen.mlps, pairs, lowest=lowest)[: weights.n_layers * weights.n_heads]
     fall, lost = (logit_differences(seen, pairs) - after).mean(1), (after < 0).float().mean(1)
-    order = fall.argsort(descending=True)[:CANDIDATES].tolist()
-    return tuple(Reader(Site(*divmod(i, weights.n_heads)), float(fall[i]), float(lost[i])) for i in order)
+    order = fall.argsort(descending=True)[:CANDIDATES]
+    sites = [Site(*divmod(i, weights.n_heads)) for i in order.tolist()]
+    return pd.DataFrame({"site": sites, "fall": fall[order].tolist(), "lost": lost[order].tolist()})
 
 
-def _retrieval(model: Model, rng: np.random.Generator, readers: Sequence[Reader], several: bool) -> tuple[Damage, ...]:
+def _retrieval(model: Model, rng: np.random.Generator, readers: pd.DataFrame, several: bool) -> tuple[Damage, ...]:
     """A head without which most facts fail, drawn by how much it matters; and a second of the candidates."""
-    fatal = [r for r in readers if r.lost >= FATAL] or list(readers[:1])
-    fall = np.array([r.fall for r in fatal])
-    sites = [fatal[int(rng.choice(len(fatal), p=fall / fall.sum()))].site]
+    fatal = readers[readers.lost >= FATAL] if (readers.lost >= FATAL).any() else readers[:1]
+    share = fatal.fall.to_numpy() / fatal.fall.to_numpy().sum()
+    sites = [fatal.site.iloc[int(rng.choice(len(fatal), p=share))]]
     if several:
-        sites.append([r.site for r in readers if r.site not in sites][int(rng.integers(len(readers) - 1))])
+        sites.append([site for site in readers.site if site not in sites][int(rng.integers(len(readers) - 1))])
     damages = []
     for site in sites:
         matrix = str(rng.choice(list(TURNS)))
@@ -226,9 +199,9 @@ def _retrieval(model: Model, rng: np.random.Generator, readers: Sequence[Reader]
     return tuple(damages)
 
 
-def _override(model: Model, rng: np.random.Generator, readers: Sequence[Reader], several: bool) -> tuple[Damage, ...]:
+def _override(model: Model, rng: np.random.Generator, readers: pd.DataFrame, several: bool) -> tuple[Damage, ...]:
     """A random head or MLP of a random layer above the head that matters most; or two that share the suppression."""
-    weights, low = model.weights, min(readers[0].site.layer + 1, model.weights.n_layers - 1)
+    weights, low = model.weights, min(readers.site[0].layer + 1, model.weights.n_layers - 1)
     places = [(layer, mlp) for layer in range(low, weights.n_layers) for mlp in (False, True)]
     strength = float(np.exp(rng.uniform(*np.log(WEIGHT)))) / (1 + several)
     damages = []
@@ -255,7 +228,6 @@ def smallest(X: Float[Tensor, "n d"], Y: Float[Tensor, "n k"], keep: Float[Tenso
     return D * ((Y * Y).sum() / (reached * Y).sum().clamp(min=1e-9))
 
 
-@torch.no_grad()
 def run_on(model: Model, plant: Plant) -> list[CachedRun]:
     """Runs of the model on the plant's prompts, of the failing template first."""
     return [run_with_cache(model, prompts(plant.facts, template)) for template in (plant.failing, *plant.controls)]
@@ -282,15 +254,11 @@ Change = tuple[Tensor, Tensor]  # a view of one of the model's own matrices, and
 def _turn(model: Model, facts: Sequence[Fact], runs: Sequence[CachedRun], damage: Damage) -> list[Change]:
     """A head's query at the last position, or its key or value at the subject, turned away: multiplied by 1 - strength
     (`negate`); the query made the position's own key (`self`); the value moved towards the next fact's (`swap`)."""
-    block, strength = model.weights.blocks[damage.site.layer], damage.strength
-    attn, head = block.attn, damage.site.head or 0
+    attn, strength, head = model.weights.blocks[damage.site.layer].attn, damage.strength, damage.site.head or 0
     kv_head = head // (len(attn.W_Q) // len(attn.W_K))
     maps = {"q": (attn.W_Q, attn.b_Q, head), "k": (attn.W_K, attn.b_K, kv_head), "v": (attn.W_V, attn.b_V, kv_head)}
     (W, b, index), W_K, b_K = maps[damage.matrix], attn.W_K[kv_head], attn.b_K
-    places = [[[last] for last in seen.last.tolist()] for seen in runs]
-    if damage.matrix != "q":
-        places = [[subject_positions(model, p, f.subject) for p, f in zip(r.prompts, facts, strict=True)] for r in runs]
-    X, keep, ends = _inputs(block, damage.site.layer, runs, places)
+    X, keep, ends = _inputs(model, facts, runs, damage)
     output = X @ W[index] + (0 if b is None else b[index])
     Y = -strength * output
     if damage.how == "self":
@@ -303,16 +271,17 @@ def _turn(model: Model, facts: Sequence[Fact], runs: Sequence[CachedRun], damage
 
 
 def _inputs(
-    block: Block, layer: int, runs: Sequence[CachedRun], places: Sequence[Sequence[list[int]]]
+    model: Model, facts: Sequence[Fact], runs: Sequence[CachedRun], damage: Damage
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "m d"], Int[Tensor, " fact"]]:
-    """The normalised streams of the failing prompts at some places of each; those that must be left alone, the same of
-    the controls and all other positions of the failing prompts; and the last row of each fact."""
-    X: list[Tensor] = []
-    keep: list[Tensor] = []
-    for template, seen in enumerate(runs):
-        for i, last in enumerate(seen.last.tolist()):
-            x, chosen = block.norm_attn(seen.layers[layer].stream[i, : last + 1]), places[template][i]
-            if template == 0:
+    """The normalised streams of the failing prompts at the places that the damage concerns; those that must be left
+    alone, the same of the controls and all other positions of the failing prompts; and the last row of each fact."""
+    X, keep = list[Tensor](), list[Tensor]()
+    for seen in runs:
+        for i, (prompt, fact, last) in enumerate(zip(seen.prompts, facts, seen.last.tolist(), strict=True)):
+            stream = seen.layers[damage.site.layer].stream[i, : last + 1]
+            x = model.weights.blocks[damage.site.layer].norm_attn(stream)
+            chosen = [last] if damage.matrix == "q" else subject_positions(model, prompt, fact.subject)
+            if seen is runs[0]:
                 X.append(x[chosen])
                 chosen = [j for j in range(last + 1) if j not in chosen]
             keep.append(x[chosen])
@@ -323,7 +292,7 @@ def _write(model: Model, facts: Sequence[Fact], runs: Sequence[CachedRun], damag
     """A head or MLP made to write against the answers at the last position."""
     block, head = model.weights.blocks[damage.site.layer], damage.site.head
     layers = [r.layers[damage.site.layer] for r in runs]
-    wanted = _against(model, runs[0], first_tokens(model, facts), damage)
+    wanted = _against(model, facts, runs[0], damage)
     if head is None:
         neurons = [block.mlp.neurons(block.norm_mlp(layer.middle)) for layer in layers]
         return [(block.mlp.W_out, smallest(neurons[0], wanted, torch.cat(neurons[1:])))]
@@ -339,21 +308,18 @@ def _write(model: Model, facts: Sequence[Fact], runs: Sequence[CachedRun], damag
     return [(block.attn.W_V[head], signal), (W_O, torch.outer(quiet, wanted.mean(0)) / size)]
 
 
-def _against(
-    model: Model, seen: CachedRun, answers: Int[Tensor, " fact"], damage: Damage
-) -> Float[Tensor, "fact d_model"]:
+def _against(model: Model, facts: Sequence[Fact], seen: CachedRun, damage: Damage) -> Float[Tensor, "fact d_model"]:
     """What must be added to the stream at the last position so that the answer loses `strength` x the mean margin
     against the competitor, directly: minus each answer's direction, minus their mean, or plus the competitor's."""
-    weights = model.weights
-    wrong = strongest_wrong(seen.logits, answers)
-    margin = (seen.logits.gather(1, answers[:, None]) - seen.logits.gather(1, wrong[:, None])).mean()
-    competitor = wrong.mode().values.expand_as(answers)
+    weights, answers = model.weights, first_tokens(model, facts)
+    pairs = with_competitors(seen.logits, answers)
+    competitor = pairs[:, 1].mode().values.expand_as(answers)
     columns = weights.W_U[:, torch.cat((answers, competitor))] - weights.W_U.mean(1, keepdim=True)
     right, rival = weights.norm_final.fold(columns).T.chunk(2)
     u = {"each": right, "mean": right.mean(0, keepdim=True).expand_as(right), "competitor": -rival}[damage.how]
     gain = (u * (-rival if damage.how == "competitor" else right)).sum(-1)
-    size = damage.strength * margin * weights.norm_final.scale(seen.final)[:, 0] / gain.mean()
-    return -u * size[:, None]
+    margin, scale = logit_differences(seen, pairs).mean(), weights.norm_final.scale(seen.final)
+    return -u * (damage.strength * margin * scale / gain.mean())
 
 
 def accepted(before: Bool[Tensor, "template fact"], after: Bool[Tensor, "template fact"]) -> tuple[float, float, bool]:
@@ -366,14 +332,11 @@ def accepted(before: Bool[Tensor, "template fact"], after: Bool[Tensor, "templat
 
 def truth(model: Model, plant: Plant) -> tuple[Site, ...]:
     """All sites that may be named. A changed key or value is that of every head which shares it."""
-    group, sites = model.weights.n_heads // model.weights.n_kv_heads, []
+    sites: list[Site] = []
     for damage in plant.damages:
-        site = damage.site
-        if damage.matrix in "kv" and site.head is not None:
-            first = site.head // group * group
-            sites += [Site(site.layer, first + i) for i in range(group)]
-        else:
-            sites.append(site)
+        layer, head = damage.site.layer, damage.site.head
+        group = model.weights.n_heads // model.weights.n_kv_heads if damage.matrix in "kv" else 1
+        sites += [damage.site] if head is None else [Site(layer, head // group * group + i) for i in range(group)]
     return tuple(dict.fromkeys(sites))
 
 
@@ -403,18 +366,13 @@ def plant_run(model: Model, *, seed: int, repair: bool = False) -> dict[str, Any
 
 
 def _describe(model: Model, plant: Plant, look: Look) -> dict[str, Any]:
-    sites = truth(model, plant)
-    scene = {"relation": plant.relation, "failing": plant.failing, "controls": list(plant.controls)}
-    facts = {"facts": [f.subject for f in plant.facts], "untold": len(look.facts)}
-    damage = {"kind": plant.kind, "sites": len(plant.damages), "damage": " + ".join(map(str, plant.damages))}
-    return {
-        **{"model": model.name, "accepted": True, "rejected": plant.attempt, **scene, **facts, **damage},
-        "truth": ", ".join(map(str, sites)),
-        "margin_control": float(look.control(look.margin).mean()),
-        "margin_failing": float(look.margin[0].mean()),
-        "chance_site": len(sites) / len(look.sites),
-        "chance_layer": len({s.layer for s in sites}) / model.weights.n_layers,
-    }
+    sites, kept = truth(model, plant), ("relation", "kind", "failing")
+    row = {"model": model.name, "accepted": True, "rejected": plant.attempt}
+    row |= {name: getattr(plant, name) for name in kept} | {"controls": list(plant.controls)}
+    row |= {"facts": [f.subject for f in plant.facts], "untold": len(look.facts), "sites": len(plant.damages)}
+    row |= {"damage": " + ".join(map(str, plant.damages)), "truth": ", ".join(map(str, sites))}
+    layers = {site.layer for site in sites}
+    return row | {"chance_site": len(sites) / len(look.sites), "chance_layer": len(layers) / model.weights.n_layers}
 
 
 def from_row(model: Model, row: Mapping[str, Any]) -> Plant:
@@ -431,66 +389,50 @@ def from_row(model: Model, row: Mapping[str, Any]) -> Plant:
 
 
 def score(model: Model, plant: Plant, verdict: Named) -> dict[str, Any]:
-    """A verdict against the truth: kind; distance in layers to the nearest site of the plant; site. strict: one of the
-    very heads or MLPs that were damaged, not of those that share a key or value with it."""
+    """A verdict against the truth: kind; distance in layers to the nearest site of the plant; site."""
     sites = truth(model, plant)
-    return {
-        "named": str(verdict.site),
-        "says": verdict.kind,
-        "kind": verdict.kind == plant.kind,
-        "off": min(abs(verdict.site.layer - s.layer) for s in sites),
-        "site": verdict.site in sites,
-        "strict": verdict.site in [d.site for d in plant.damages],
-    }
+    off = min(abs(verdict.site.layer - site.layer) for site in sites)
+    right = {"kind": verdict.kind == plant.kind, "off": off, "site": verdict.site in sites}
+    return {"named": str(verdict.site), "says": verdict.kind, **right}
 
 
 def _repairs(model: Model, plant: Plant, look: Look, verdict: Named) -> dict[str, Any]:
     """Train the layer that the diagnosis names; the knowledge head's layer, as the source page prescribes; and a layer
     drawn at random from all others: how many untold facts are told, and what the controls still tell."""
-    others = [i for i in range(model.weights.n_layers) if i != verdict.site.layer]
+    layer, pathway = verdict.site.layer, "ffn" if verdict.site.mlp else "attention"
+    written = look.control(look.attribution).mean(0)[: look.heads]
+    knowledge = look.sites[int(written.argmax())].layer  # the head that writes most under the controls
+    others = [i for i in range(model.weights.n_layers) if i != layer]
     drawn = int(np.random.default_rng([plant.seed, RANDOM_LAYER]).choice(others))
-    pathway = "ffn" if verdict.site.mlp else "attention"
-    tries = {
-        "named": (verdict.site.layer, pathway),
-        "knowledge": (localisation.knowledge_head(look).layer, "attention"),
-        "random": (drawn, pathway),
-    }
+    tries = {"named": (layer, pathway), "knowledge": (knowledge, "attention"), "random": (drawn, pathway)}
     outcomes = {place: retrain(model, look, plant, *place) for place in dict.fromkeys(tries.values())}
-    columns: dict[str, Any] = {}
-    for name, place in tries.items():
-        told, kept = outcomes[place]
-        columns |= {f"repair {name}: layer": place[0] + 1, f"repair {name}: told": told, f"repair {name}: kept": kept}
-    return columns
+    return {f"repair {name}: {key}": value for name, place in tries.items() for key, value in outcomes[place].items()}
 
 
-def retrain(model: Model, look: Look, plant: Plant, layer: int, pathway: str) -> tuple[int, float]:
+def retrain(model: Model, look: Look, plant: Plant, layer: int, pathway: str) -> dict[str, float]:
     """Train one slice (Adam, cross-entropy of the answers under the failing template) until every untold fact is told
-    with half a logit to spare, or `STEPS`. How many are told then; and of what the controls told, the share they still
-    tell."""
+    with half a logit to spare, or `STEPS`. layer, from 1; told: how many are told then; kept: of what the controls
+    told, the share that they still tell."""
     answers = first_tokens(model, look.facts)
     values = slice_values(model, pathway_slices(model.module, layer, pathway))
-    logits_of = _readout(model, look.facts, [plant.failing], layer)
+
+    def readout(templates: Sequence[str]) -> Callable[[], Tensor]:
+        """Logits (prompt, vocab) with the values as they are; what lies below the layer is run once."""
+        texts = pack(model, [model.token_ids(p) for t in templates for p in prompts(look.facts, t)])
+        stream = resid_pre(model, texts, layer)
+        return lambda: above(model, texts, layer, stream, values, texts.last) @ model.weights.W_U
+
+    logits_of = readout([plant.failing])
     optimiser = torch.optim.Adam([v.requires_grad_() for v in values.values()], lr=RATE)
     for step in range(STEPS + 1):
-        logits = logits_of(values)
-        wrong = strongest_wrong(logits.detach(), answers)
-        spare = (logits.gather(1, answers[:, None]) - logits.gather(1, wrong[:, None])).detach()
+        logits = logits_of()
+        spare = -logits.detach().gather(1, with_competitors(logits.detach(), answers)).diff()[:, 0]
         if step == STEPS or float(spare.min()) >= SPARE:
             break
         optimiser.zero_grad()
         F.cross_entropy(logits, answers).backward()
         optimiser.step()
     with torch.no_grad():
-        logits = _readout(model, look.facts, plant.controls, layer)(values)
+        logits = readout(plant.controls)()
     told = (logits.argmax(-1).view(len(plant.controls), -1) == answers) & look.told[1:]
-    return int((spare > 0).sum()), float(told.sum() / look.told[1:].sum())
-
-
-def _readout(
-    model: Model, facts: Sequence[Fact], templates: Sequence[str], layer: int
-) -> Callable[[dict[Slice, Tensor]], Float[Tensor, "prompt vocab"]]:
-    """Logits after the facts' prompts, template by template, as a function of a layer's values: what lies below the
-    layer is run once."""
-    texts = pack(model, [model.token_ids(p) for t in templates for p in prompts(facts, t)])
-    stream = resid_pre(model, texts, layer)
-    return lambda values: above(model, texts, layer, stream, values, texts.last) @ model.weights.W_U
+    return {"layer": layer + 1, "told": int((spare > 0).sum()), "kept": float(told.sum() / look.told[1:].sum())}

@@ -5,23 +5,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from lib.diagnosis import NOT_RETRIEVED
-from lib.interventions import CachedRun, rerun_from
+from lib.interventions import rerun_from
 from lib.models import Model
 from lib.recall import first_tokens
 from lib.results import Results
 from lib.show.sentences import say
 from lib.sites import Site
 from lib.statistics import exact_interval, paired
-from lib.studies.localisation import RULES, strongest_wrong
+from lib.studies.localisation import RULES, with_competitors
 from lib.studies.planted import KINDS, applied, from_row, run_on
 from lib.trace import logit_trace
 
@@ -33,15 +31,10 @@ SIMPLE = ("most negative attribution", "largest fall", "largest patching effect"
 TRAINED = {"named": "the named layer", "knowledge": "the knowledge head's layer", "random": "a random layer"}
 
 
-def _hits(kind: pd.Series, off: pd.Series, site: pd.Series) -> pd.DataFrame:
-    """A row a plant: whether each of SHARES is right. off: distance in layers."""
-    kind, site = kind.astype(bool), site.astype(bool)
-    return pd.concat([kind, off == 0, off <= 1, site, kind & site], axis=1, keys=SHARES)
-
-
 def hits(runs: pd.DataFrame, rule: str) -> pd.DataFrame:
     """Of accepted runs, a row each: what a rule has right, by SHARES."""
-    return _hits(*(runs[f"{rule}: {part}"] for part in ("kind", "off", "site")))
+    kind, site, off = runs[f"{rule}: kind"].astype(bool), runs[f"{rule}: site"].astype(bool), runs[f"{rule}: off"]
+    return pd.concat([kind, off == 0, off <= 1, site, kind & site], axis=1, keys=SHARES)
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
@@ -49,30 +42,26 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     (exact, within one), sites and kind and site together, each with its exact 95 % interval; beside them, chance, and
     the best constant answer, which knows the most frequent truth of these very plants."""
     runs = runs[runs.accepted]
-    rows = [_shares(rule, hits(runs, rule)) for rule in RULES]
-    return pd.DataFrame([*rows, _constant(runs), _chance(runs)])
+    site, layer = runs.chance_site.mean(), runs.chance_layer.mean()  # of one drawn evenly; of the kind, a coin
+    chance = {"rule": "chance", "n": len(runs), "kind": 0.5, "layer": layer, "site": site, "kind and site": site / 2}
+    return pd.DataFrame([*(_shares(runs, rule) for rule in RULES), _constant(runs), chance])
 
 
-def _shares(rule: str, right: pd.DataFrame) -> dict[str, Any]:
-    row: dict[str, Any] = {"rule": rule, "n": len(right)}
-    for name in right:
-        low, high = exact_interval(int(right[name].sum()), len(right))
-        row |= {name: float(right[name].mean()), f"{name} low": low, f"{name} high": high}
+def _shares(runs: pd.DataFrame, rule: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"rule": rule, "n": len(runs)}
+    for name, right in hits(runs, rule).items():
+        low, high = exact_interval(int(right.sum()), len(right))
+        row |= {name: float(right.mean()), f"{name} low": low, f"{name} high": high}
     return row
 
 
 def _constant(runs: pd.DataFrame) -> dict[str, Any]:
-    truths = [{Site.parse(s) for s in text.split(", ")} for text in runs.truth]
-    best = Counter(s for sites in truths for s in sorted(sites, key=str)).most_common(1)[0][0]
-    off = pd.Series([min(abs(best.layer - s.layer) for s in sites) for sites in truths], index=runs.index)
-    site = pd.Series([best in sites for sites in truths], index=runs.index)
-    return _shares(f"always {best}", _hits(runs.kind == runs.kind.mode()[0], off, site))
-
-
-def _chance(runs: pd.DataFrame) -> dict[str, Any]:
-    """Of a site drawn evenly, and a coin for the kind."""
-    site, layer = runs.chance_site.mean(), runs.chance_layer.mean()
-    return {"rule": "chance", "n": len(runs), "kind": 0.5, "layer": layer, "site": site, "kind and site": site / 2}
+    truths = [[Site.parse(site) for site in sorted(text.split(", "))] for text in runs.truth]
+    best = Counter(chain.from_iterable(truths)).most_common(1)[0][0]
+    parts = {"kind": runs.kind == runs.kind.mode()[0], "site": [best in sites for sites in truths]}
+    parts["off"] = [min(abs(best.layer - site.layer) for site in sites) for sites in truths]
+    rule = f"always {best}"
+    return _shares(runs.assign(**{f"{rule}: {part}": values for part, values in parts.items()}), rule)
 
 
 def by_group(runs: pd.DataFrame, rule: str = "joined") -> pd.DataFrame:
@@ -86,9 +75,8 @@ def against(runs: pd.DataFrame, rule: str = "joined") -> pd.DataFrame:
     """A rule beside every other, plant by plant: kind and site right together by the one and not by the other, and
     McNemar's exact p."""
     right = {r: hits(runs[runs.accepted], r)["kind and site"] for r in RULES}
-    tests = {other: paired(right[other], right[rule]) for other in right if other != rule}
-    rows = [(other, test["lost"], test["gained"], test["p"]) for other, test in tests.items()]
-    return pd.DataFrame(rows, columns=["rule", "only it", f"only {rule}", "p"])
+    table = pd.DataFrame([{"rule": other, **paired(right[other], right[rule])} for other in right if other != rule])
+    return table[["rule", "lost", "gained", "p"]].rename(columns={"lost": "only it", "gained": f"only {rule}"})
 
 
 def repaired(runs: pd.DataFrame) -> pd.DataFrame:
@@ -115,12 +103,11 @@ def repairs(runs: pd.DataFrame) -> pd.DataFrame:
 
 def confusions(runs: pd.DataFrame) -> pd.DataFrame:
     """For every rule, how often it says which kind of each planted kind: a row a rule."""
-    runs, rows = runs[runs.accepted], []
-    for rule in RULES:
-        counts = pd.crosstab(runs.kind, runs[f"{rule}: says"]).reindex(index=KINDS, columns=KINDS, fill_value=0)
-        pairs = {f"{planted}, said {said}": int(counts[said][planted]) for planted in KINDS for said in KINDS}
-        rows.append({"rule": rule, **pairs})
-    return pd.DataFrame(rows)
+    runs, table = runs[runs.accepted], pd.DataFrame({"rule": RULES.keys()})
+    for planted, said in product(KINDS, KINDS):
+        of_kind = runs[runs.kind == planted]
+        table[f"{planted}, said {said}"] = [int((of_kind[f"{rule}: says"] == said).sum()) for rule in RULES]
+    return table
 
 
 def by_damage(runs: pd.DataFrame, rule: str = "joined") -> pd.DataFrame:
@@ -133,8 +120,8 @@ def by_damage(runs: pd.DataFrame, rule: str = "joined") -> pd.DataFrame:
 
 def by_model(table: Callable[[pd.DataFrame], pd.DataFrame], runs: pd.DataFrame) -> pd.DataFrame:
     """One of the tables above for each model, under each other."""
-    parts = {name: table(part) for name, part in runs.groupby("model", sort=False)}
-    return pd.concat([part.assign(model=name) for name, part in parts.items()], ignore_index=True)
+    parts = [table(part).assign(model=name) for name, part in runs.groupby("model", sort=False)]
+    return pd.concat(parts, ignore_index=True)
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -160,23 +147,17 @@ def close_up(model: Model, row: Mapping[str, Any]) -> pd.DataFrame:
     before, answers = run_on(model, plant), first_tokens(model, plant.facts)
     with applied(model, plant, before):  # a trace reads the weights: it is taken while they are in place
         after = [rerun_from(model, run, plant.lowest) for run in before]
-        pairs = torch.stack((answers, strongest_wrong(after[0].logits, answers)), 1)
-        failing, *controls = (_curve(model, run, pairs) for run in after)
+        pairs = with_competitors(after[0].logits, answers)
+        traces = [logit_trace(model, run.capture(), pairs) for run in after]
+    traces.append(logit_trace(model, before[0].capture(), pairs))
+    failing, *controls, unplanted = (trace.difference().cumulative[:, 0] for trace in traces)
+    curves = {"controls, planted": torch.stack(controls).mean(0), "failing template, before": unplanted}
+    curves["failing template, planted"] = failing
     fails = after[0].logits.argmax(-1) != answers
-    curves = {
-        "controls, planted": torch.stack(controls).mean(0),
-        "failing template, before": _curve(model, before[0], pairs),
-        "failing template, planted": failing,
-    }
     subjects = [fact.subject for fact, failed in zip(plant.facts, fails.tolist(), strict=True) if failed]
     parts = [pd.DataFrame(values[fails].cpu(), index=subjects).stack() for values in curves.values()]
     table = pd.concat(parts, keys=curves, names=["curve", "fact", "layer"]).rename("logits").reset_index()
-    site = str(plant.damages[0].site)
-    return table.assign(seed=plant.seed, planted=plant.kind, template=plant.failing, site=site)
-
-
-def _curve(model: Model, run: CachedRun, pairs: Tensor) -> Float[Tensor, "fact n_layers+1"]:
-    return logit_trace(model, run.capture(), pairs).difference().cumulative[:, 0]
+    return table.assign(seed=plant.seed, planted=plant.kind, template=plant.failing, site=str(plant.damages[0].site))
 
 
 # What chapter 7's prose says
@@ -193,7 +174,7 @@ def report_scores(report: Results, runs: pd.DataFrame, prefix: str = "") -> None
     joined, best = table.loc["joined"], max(SIMPLE, key=lambda rule: table["kind and site"][rule])
     constant = next(rule for rule in table.index if rule.startswith("always"))
     site, truths = constant.removeprefix("always "), counted.truth[counted.kind == NOT_RETRIEVED].str.split(", ")
-    there, chance = sum(site in sites for sites in truths), table["kind and site"]["chance"]
+    beside_it = {"there": sum(site in sites for sites in truths), "chance": table["kind and site"]["chance"]}
     values = {
         "accepted": len(counted),
         "rejected": len(runs) - len(counted),
@@ -206,9 +187,7 @@ def report_scores(report: Results, runs: pd.DataFrame, prefix: str = "") -> None
         "simple_share": (table["kind and site"][best], ".1%"),
         "simple_verdict": say("scoring", "simple", row=table.loc[best], beside=beside.loc[best]),
         "chapter_2_verdict": say("scoring", "chapter_2", row=table.loc["chapter 2"], beside=beside.loc["chapter 2"]),
-        "constant_verdict": say(
-            "scoring", "constant", site=site, row=table.loc[constant], chance=chance, n=len(truths), there=there
-        ),
+        "constant_verdict": say("scoring", "constant", site=site, row=table.loc[constant], n=len(truths), **beside_it),
     }
     report.many({prefix + name: value for name, value in values.items()})
 
