@@ -17,7 +17,6 @@ import pandas as pd
 from IPython import get_ipython
 from jaxtyping import Float
 from matplotlib import pyplot as plt
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -38,8 +37,10 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 GREY, BLACK = "#777777", "#000000"
 TYPE_COLOURS = (RED, BLUE, GREEN, ORANGE, GREY, PINK, SKY, BLACK)
 PATHWAY_COLOURS = {"full": BLACK, "attention": BLUE, "ffn": ORANGE, "v_only": GREEN, "q_only": PINK, "k_only": RED}
+PATHWAY_COLOURS |= {"none": GREY}
 KIND_COLOURS = {"no training": GREY, "few parameters": BLUE, "closed form": PINK, "pathway": ORANGE}
 KIND_COLOURS |= {"everything": RED, "general": GREEN}
+Grid = Float[Tensor, "n_layers n_heads"]
 WIDE = 16  # a model of more layers gets wide panels, one below another, and every third layer a number
 NAMED = 6  # heads of a scatter that bear their names
 LEFT_EDGE = 0.3  # where no parameters stand on a logarithmic axis of their number
@@ -55,27 +56,20 @@ def style() -> None:
 
 
 def head_heatmap(
-    grids: dict[str, Float[Tensor, "n_layers n_heads"]],
-    *,
-    label: str,
-    signed: bool = False,
-    mark: Sequence[Site] = (),
-    chance: tuple[float, float, float] | None = None,
+    grids: dict[str, Grid], *, label: str, signed: bool = False, mark: Sequence[Site] = (), chance: Sequence[float] = ()
 ) -> Figure:
     """One panel a grid, layers across and heads down, one colour scale for all. mark: heads to frame.
     chance: mean, low, high of a null, drawn on the colour bar."""
-    arrays = {title: grid.cpu().numpy() for title, grid in grids.items()}
-    layers, heads = next(iter(arrays.values())).shape
-    wide, n = layers > WIDE, len(grids)
-    fig, axes = _panels(n, 1, (9, 0.9 + 2.5 * n)) if wide else _panels(1, n, (1.5 + 4.4 * n, 4.2))
-    values = np.stack(list(arrays.values()))
+    values = np.stack([grid.cpu().numpy() for grid in grids.values()])
+    n, layers, heads = values.shape
+    fig, axes = _panels(n, 1, (9, 0.9 + 2.5 * n)) if layers > WIDE else _panels(1, n, (1.5 + 4.4 * n, 4.2))
     top = float(np.abs(values).max() if signed else values.max()) or 1.0
-    for ax, (title, grid) in zip(axes.flat, arrays.items(), strict=True):
-        ax.imshow(grid.T, aspect="auto", cmap="RdBu_r" if signed else "viridis", vmin=-top if signed else 0, vmax=top)
+    colours, bottom, edge = ("RdBu_r", -top, "black") if signed else ("viridis", 0, "white")
+    for ax, title, grid in zip(axes.flat, grids, values, strict=True):
+        ax.imshow(grid.T, aspect="auto", cmap=colours, vmin=bottom, vmax=top)
         _head_axes(ax, layers, heads)
         ax.set_title(title, loc="left")
         for layer, head in ((site.layer, site.head) for site in mark if site.head is not None):
-            edge = "black" if signed else "white"
             ax.add_patch(mpl.patches.Rectangle((layer - 0.5, head - 0.5), 1, 1, fill=False, ec=edge, lw=2))
     bar = fig.colorbar(axes[0, 0].images[0], ax=axes, label=label, fraction=0.05, pad=0.02)
     if chance:
@@ -100,12 +94,12 @@ def k_norm_by_layer(table: pd.DataFrame) -> Figure:
     """K-norm of each token type relative to the layer's mean over types, with bootstrap bands."""
     centre = table.groupby("layer")["mean"].transform("mean")
     relative = table.assign(**{column: table[column] / centre for column in ("low", "mean", "high")})
-    fig, ax = _panel((9, 4.4))
+    fig, ax = _panel((9, 4.4), ylabel="K-norm, relative to\nthe mean of the types")
     for colour, (name, part) in zip(TYPE_COLOURS, relative.groupby("type", sort=False), strict=False):
         ax.fill_between(part.layer + 1, part.low, part.high, color=colour, alpha=0.15, lw=0)
         ax.plot(part.layer + 1, part["mean"], color=colour, lw=3 if name == "proper_noun" else 1.3, label=words(name))
     ax.axhline(1, color="black", lw=0.6)
-    ax.set(xlabel="layer", ylabel="K-norm, relative to\nthe mean of the types", xlim=(1, table.layer.max() + 1))
+    ax.set(xlabel="layer", xlim=(1, table.layer.max() + 1))
     return _legend(fig, ncols=4)
 
 
@@ -124,7 +118,7 @@ def told_matrix(table: pd.DataFrame) -> Figure:
 
 def cumulative_curves(diagnoses: Sequence[Diagnosis]) -> Figure:
     """Answer minus competitor by layer, in logits: each failing prompt thin, means bold, controls beside them."""
-    fig, axes = _panels(1, len(diagnoses), (4.9 * len(diagnoses), 4))
+    fig, axes = _panels(1, len(diagnoses), (4.9 * len(diagnoses), 4), ylabel="answer − competitor (logits)")
     for ax, d in zip(axes.flat, diagnoses, strict=True):
         _curves(ax, d.evidence.control.curve.T.cpu().numpy(), BLUE, "told under control templates", (0.6, 0.45))
         _curves(ax, d.evidence.failing.curve.T.cpu().numpy(), RED, "failing template", (0.6, 0.45))
@@ -133,7 +127,6 @@ def cumulative_curves(diagnoses: Sequence[Diagnosis]) -> Figure:
         if d.verdict.suppressor:
             _mark_layer(ax, d.verdict.suppressor, ORANGE, 0.03)
         ax.set(xlabel="layers summed", title=f"{d.case.title} (n = {len(d.evidence.facts)})")
-    axes[0, 0].set_ylabel("answer − competitor (logits)")
     return _legend(fig, ncols=2)
 
 
@@ -149,12 +142,11 @@ def writing_heatmaps(diagnosis: Diagnosis) -> Figure:
 
 def lens_ranks(ranks: dict[str, Float[Tensor, "fact n_layers+1"]]) -> Figure:
     """Median rank of the answer in the logit lens by layer, with the middle half of the facts."""
-    fig, ax = _panel((8.5, 3.8))
+    fig, ax = _panel((8.5, 3.8), yscale="log", xlabel="after layer", ylabel="rank of the answer\n(1 is the top)")
     for (name, by_fact), colour in zip(ranks.items(), (BLUE, RED, ORANGE, PINK, GREY), strict=False):
         low, middle, high = np.quantile(by_fact.cpu().numpy(), (0.25, 0.5, 0.75), axis=0)
         ax.fill_between(range(len(middle)), low, high, color=colour, alpha=0.15, lw=0)
         ax.plot(middle, color=colour, lw=2.5, label=name)
-    ax.set(yscale="log", xlabel="after layer", ylabel="rank of the answer\n(1 is the top)")
     ax.invert_yaxis()
     ax.legend(loc="upper left")
     return fig
@@ -162,11 +154,10 @@ def lens_ranks(ranks: dict[str, Float[Tensor, "fact n_layers+1"]]) -> Figure:
 
 def attention_rows(rows: dict[str, tuple[list[str], Float[Tensor, " t"]]], head: Site) -> Figure:
     """Attention of one head from the last token to each token of a few prompts."""
-    fig, axes = _panels(len(rows), 1, (9, 1.15 * len(rows) + 0.6))
+    fig, axes = _panels(len(rows), 1, (9, 1.15 * len(rows) + 0.6), yticks=[])
     for ax, (title, (tokens, weights)) in zip(axes.flat, rows.items(), strict=True):
         ax.imshow(weights.cpu().numpy()[None], aspect="auto", cmap="Blues", vmin=0, vmax=1)
         ax.set_xticks(range(len(tokens)), [visible(t) for t in tokens], fontsize=9)
-        ax.set(yticks=[])
         ax.set_title(title, loc="left", fontsize=10, fontweight="normal")
         ax.spines[:].set_visible(False)
         for i, w in enumerate(weights.tolist()):
@@ -178,7 +169,7 @@ def attention_rows(rows: dict[str, tuple[list[str], Float[Tensor, " t"]]], head:
 def attention_by_template(table: pd.DataFrame) -> Figure:
     """Attention from the last token to the subject, one dot a fact: failing against control, by head and case."""
     heads = list(table.site.unique())
-    fig, panels = _split(table, "case", (4.9 * table.case.nunique(), 3.4))
+    fig, panels = _split(table, "case", (4.9 * table.case.nunique(), 3.4), ylabel="attention to the subject")
     for ax, case, by_case in panels:
         for kind, colour, shift in (("control", BLUE, -0.15), ("failing", RED, 0.15)):
             part = by_case[by_case.kind == kind]
@@ -188,7 +179,6 @@ def attention_by_template(table: pd.DataFrame) -> Figure:
             ax.scatter(np.arange(len(heads)) + shift, means, s=240, marker="_", color=colour, lw=3)
         ax.set_xticks(range(len(heads)), heads)
         ax.set(title=case, ylim=(-0.03, 1.03))
-    fig.axes[0].set_ylabel("attention to the subject")
     return _legend(fig, ncols=2)
 
 
@@ -208,19 +198,17 @@ def prefix_bars(table: pd.DataFrame) -> Figure:
 
 def subject_norms(norms: dict[str, Float[Tensor, "fact n_layers+1"]]) -> Figure:
     """Norm of the residual stream at the subject's last token, layer by layer, one thin line a fact."""
-    fig, ax = _panel((8.5, 3.8))
+    label = "norm of the subject's\nresidual stream"
+    fig, ax = _panel((8.5, 3.8), yscale="log", xlabel="after layer", ylabel=label)
     for (name, values), colour in zip(norms.items(), (RED, BLUE, ORANGE, PINK, GREEN), strict=False):
         _curves(ax, values.T.cpu().numpy(), colour, name, (0.6, 0.5))
-    ax.set(yscale="log", xlabel="after layer", ylabel="norm of the subject's\nresidual stream")
     ax.legend(loc="lower right")
     return fig
 
 
-def static_against_dynamic(
-    static: Float[Tensor, "n_layers n_heads"], dynamic: Float[Tensor, "n_layers n_heads"]
-) -> Figure:
+def static_against_dynamic(static: Grid, dynamic: Grid) -> Figure:
     """Every head: the relation map's score against what it writes; the strongest are named."""
-    fig, ax = _panel((7, 4.2))
+    fig, ax = _panel((7, 4.2), ylabel="written of the answer\nunder controls (logits)")
     x, y = static.flatten().cpu().numpy(), dynamic.flatten().cpu().numpy()
     ax.scatter(x, y, s=22, color=BLUE, alpha=0.6, lw=0)
     ax.axhline(0, color="black", lw=0.6)
@@ -229,7 +217,6 @@ def static_against_dynamic(
         _name_point(ax, str(Site(*divmod(int(i), static.shape[1]))), x[i], y[i], (6, 4))
     ax.set_xlim(-0.03 * x.max(), 1.15 * x.max() + 1e-9)
     ax.set_xlabel("relation map: share of countries with their\ncapital in the head's top 10 (no input)")
-    ax.set_ylabel("written of the answer\nunder controls (logits)")
     return fig
 
 
@@ -270,7 +257,7 @@ def before_after(table: pd.DataFrame) -> Figure:
 def price(table: pd.DataFrame, seeds: pd.DataFrame) -> Figure:
     """Parameters of each pathway against its KL on the neutral passages: a dot a seed, filled where the goal was
     reached."""
-    fig, ax = _panel((8, 4))
+    fig, ax = _panel((8, 4), xscale="log", yscale="log", ylabel="KL on neutral passages\n(nats a token)")
     for row in table.itertuples():
         part, colour = seeds[seeds.pathway == row.pathway], PATHWAY_COLOURS[row.pathway]
         fill = np.where(part.reached, colour, "white")
@@ -278,8 +265,7 @@ def price(table: pd.DataFrame, seeds: pd.DataFrame) -> Figure:
         name = f"{words(row.pathway)}: {int(part.reached.sum())}/{len(part)}"
         y, offset = (part.kl.min(), -15) if row.pathway == "k_only" else (part.kl.max(), 7)
         _name_point(ax, name, row.parameters, y, (0, offset), ha="center", color=colour, fontsize=10)
-    ax.set(xscale="log", yscale="log", xlabel="parameters trained", ylabel="KL on neutral passages\n(nats a token)")
-    ax.margins(0.15, 0.2)
+    ax.set(xlabel="parameters trained", xmargin=0.15, ymargin=0.2)
     return fig
 
 
@@ -301,14 +287,13 @@ def probe_matrix(measured: Measured) -> Figure:
 
 def perplexity_ratios(table: pd.DataFrame, band: float) -> Figure:
     """Perplexity after over before, with bootstrap intervals; grey: within the band around 1."""
-    fig, ax = _panel((8, 0.45 * len(table) + 1.1))
+    fig, ax = _panel((8, 0.45 * len(table) + 1.1), xlabel="perplexity after the edit / before")
     ax.axvspan(1 - band, 1 + band, color="#dddddd", lw=0)
     ax.axvline(1, color="black", lw=0.6)
     y = np.arange(len(table))
     _intervals(ax, y, table.ratio_low, table.ratio, table.ratio_high, _colours(table), s=40)
     ax.set_yticks(y, table.pathway.map(words))
     ax.invert_yaxis()
-    ax.set_xlabel("perplexity after the edit / before")
     return fig
 
 
@@ -463,7 +448,8 @@ def planted_curves(table: pd.DataFrame) -> Figure:
     """Answer minus competitor by layer before and after planting, a panel a plant; facts thin, means bold."""
     colours = {"controls, planted": GREY, "failing template, before": BLUE, "failing template, planted": RED}
     table = table.sort_values("seed", kind="stable")
-    fig, panels = _split(table, "seed", (4.9 * table.seed.nunique(), 4), sharey=False)
+    size, label = (4.9 * table.seed.nunique(), 4), "answer − competitor (logits)"
+    fig, panels = _split(table, "seed", size, sharey=False, xlabel="layers summed", ylabel=label)
     for ax, _, plant in panels:
         for name, part in plant.groupby("curve", sort=False):
             lines = part.pivot(index="layer", columns="fact", values="logits")
@@ -472,9 +458,7 @@ def planted_curves(table: pd.DataFrame) -> Figure:
         ax.axhline(0, color="black", lw=0.6)
         first = plant.iloc[0]
         _mark_layer(ax, Site.parse(first.site), ORANGE, 0.97)
-        ax.set(xlabel="layers summed")
         ax.set_title(f"{first.planted}\n{first.template.replace('{}', '…')}", loc="left", fontsize=9.5)
-    fig.axes[0].set_ylabel("answer − competitor (logits)")
     return _legend(fig, ncols=3)
 
 
@@ -546,7 +530,7 @@ def cost_ratios(table: pd.DataFrame) -> Figure:
 
 def cost_growth(points: pd.DataFrame) -> Figure:
     """Seconds of a trace and of a plain forward pass, by what grows."""
-    fig, panels = _split(points, "grows", (11, 3.2), sharey=False)
+    fig, panels = _split(points, "grows", (11, 3.2), sharey=False, ylabel="seconds")
     for ax, grows, part in panels:
         part = part.sort_values("at")
         ax.plot(part["at"], part.trace_s, "o-", ms=4, color=BLUE, label="trace, three conventions")
@@ -556,7 +540,6 @@ def cost_growth(points: pd.DataFrame) -> Figure:
         ax.set_xticks(ticks, [EngFormatter(sep="", places=0)(v) for v in ticks])
         ax.xaxis.set_minor_locator(NullLocator())
         ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
-    fig.axes[0].set_ylabel("seconds")
     return _legend(fig, ncols=2)
 
 
@@ -568,24 +551,28 @@ def visible(token: str) -> str:
 # How they are drawn
 
 
-def _panels(rows: int, columns: int, size: tuple[float, float], *, sharey: bool = False) -> tuple[Figure, np.ndarray]:
-    """A figure that pyplot forgets at once: a notebook shows it when a cell returns it, and not a second time."""
-    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=sharey)
+def _panels(
+    rows: int, columns: int, size: tuple[float, float], *, sharey: bool = False, ylabel: str = "", **settings: Any
+) -> tuple[Figure, np.ndarray]:
+    """A figure that pyplot forgets at once: a notebook shows it when a cell returns it, and not a second time.
+    ylabel: of the first panel; settings: of every panel."""
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=sharey, subplot_kw=settings)
+    axes[0, 0].set_ylabel(ylabel)
     plt.close(fig)
     return fig, axes
 
 
-def _panel(size: tuple[float, float]) -> tuple[Figure, Axes]:
-    fig, axes = _panels(1, 1, size)
+def _panel(size: tuple[float, float], **settings: Any) -> tuple[Figure, Axes]:
+    fig, axes = _panels(1, 1, size, **settings)
     return fig, axes[0, 0]
 
 
 def _split(
-    table: pd.DataFrame, column: str, size: tuple[float, float], *, rows: int = 1, sharey: bool = True
+    table: pd.DataFrame, column: str, size: tuple[float, float], *, rows: int = 1, sharey: bool = True, **settings: Any
 ) -> tuple[Figure, list[tuple[Axes, Any, pd.DataFrame]]]:
     """A panel a value of a column, in rows, with the value and its part of the table."""
     parts = list(table.groupby(column, sort=False))
-    fig, axes = _panels(rows, -(-len(parts) // rows), size, sharey=sharey)
+    fig, axes = _panels(rows, -(-len(parts) // rows), size, sharey=sharey, **settings)
     for ax in axes.flat[len(parts) :]:
         ax.set_visible(False)
     return fig, [(ax, value, part) for ax, (value, part) in zip(axes.flat, parts, strict=False)]
@@ -643,9 +630,9 @@ def _matrix(
     ax.spines[:].set_visible(False)
 
 
-def _legend(fig: Figure, *, ncols: int, handles: Sequence[Artist] = ()) -> Figure:
+def _legend(fig: Figure, *, ncols: int, handles: Sequence[mpl.artist.Artist] = ()) -> Figure:
     """The figure with a legend above the panels: of the handles, or of what the panels label, each label once."""
-    labelled: dict[str, Artist] = {}
+    labelled: dict[str, mpl.artist.Artist] = {}
     for ax in fig.axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             labelled.setdefault(label, handle)
@@ -660,11 +647,9 @@ def _rows_down(fig: Figure, below: str) -> Figure:
     return fig
 
 
-def _dots(colours: dict[str, str], **look: Any) -> list[Artist]:
+def _dots(colours: dict[str, str], **look: Any) -> list[mpl.artist.Artist]:
     """Handles of a legend: a dot a label."""
-    return [
-        mpl.lines.Line2D([], [], **{"marker": "o", "color": c, "label": words(k), **look}) for k, c in colours.items()
-    ]
+    return [mpl.lines.Line2D([], [], marker="o", color=c, label=words(k), **look) for k, c in colours.items()]
 
 
 def _apart(values: Iterable[float], least: float = 1.4) -> list[float]:
