@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib import __version__, interventions
+from lib import __version__, interventions, static
 from lib.diagnosis import contributions
 from lib.edits import Edit, applied, check, load_all
 from lib.errors import ChapterError, EditError
@@ -37,15 +37,7 @@ from lib.models import Model
 from lib.recall import study_facts, tell, trainable
 from lib.results import Results, chapter_folder, reach, read, results_path
 from lib.show.figures import visible
-from lib.static import (
-    RelationMap,
-    head_roles,
-    k_norms_by_head,
-    load_token_types,
-    qk_overlap,
-    relation_maps,
-    subject_embeddings,
-)
+from lib.static import RelationMap
 
 EDITS = "03_four_pathways"
 TAKEN = {  # what is read from the chapters' results
@@ -198,8 +190,11 @@ def collect(model: Model, *, progress: bool = True) -> PageData:
     cases = [trainable(model, c) for c in whole]
     edits = made_edits(model, cases, reported[EDITS]["edits"])
     asked = [_case_prompts(model, replace(c, facts=c.facts[:MOST])) for c in cases]
-    static = _StaticDiagnostics.of(model, study_facts(model, whole[0]), asked, seed)
-    measured = _measure(model, static, asked, edits, progress)
+    sources = tuple(dict.fromkeys(fact for case in asked for fact in case.case.facts))
+    groups = torch.tensor([[float(fact in case.case.facts) for fact in sources] for case in asked])
+    study, types = study_facts(model, whole[0]), static.load_token_types(model)
+    reader = _WeightReader(study, types, sources, groups / groups.sum(1, keepdim=True), seed)
+    measured = _measure(model, reader, asked, edits, progress)
     texts = {text: i for i, text in enumerate(dict.fromkeys(text for case in asked for text in case.texts))}
     by_state = [_arrays_of_state(weighed, asked, runs, texts) for weighed, runs in measured]
     arrays = {key: np.stack([state[key] for state in by_state]) for key in by_state[0]}
@@ -214,10 +209,10 @@ def collect(model: Model, *, progress: bool = True) -> PageData:
             for case, full, *by_case in zip(asked, whole, *(runs for _, runs in measured), strict=True)
         ),
         texts={text: tuple(visible(model.token_text(t)) for t in model.token_ids(text)) for text in texts},
-        sources=static.sources,
-        types=tuple(static.types),
+        sources=sources,
+        types=tuple(types),
         words=tuple(model.token_text(int(i)) for i in ids),
-        studied=len(static.study),
+        studied=len(study),
         reported=reported,
         arrays={key: value.astype(STORED[value.dtype.kind]) for key, value in arrays.items()},
     )
@@ -226,28 +221,29 @@ def collect(model: Model, *, progress: bool = True) -> PageData:
 
 
 def _measure(
-    model: Model, static: _StaticDiagnostics, asked: Sequence[_CasePrompts], edits: dict[str, Edit], progress: bool
+    model: Model, reader: _WeightReader, asked: Sequence[_CasePrompts], edits: dict[str, Edit], progress: bool
 ) -> list[tuple[dict[str, NDArray], tuple[_CaseRun, ...]]]:
     """By state, the untouched model first: what the weights say, and the runs by case."""
-    maps = relation_maps(model, static.study, progress="relation maps" if progress else None)
-    untouched = static.arrays(model, range(model.weights.n_layers), maps)
+    maps = static.relation_maps(model, reader.study, progress="relation maps" if progress else None)
+    untouched = reader.arrays(model, range(model.weights.n_layers), maps)
     first_runs, baselines = zip(*(_run_case(model, case) for case in asked), strict=True)
     measured = [(untouched, first_runs)]
     for edit in tqdm(edits.values(), desc="edits", disable=not progress):
         with applied(model, edit):
-            arrays, pairs = static.edited(model, untouched, maps, edit), zip(asked, baselines, strict=True)
-            measured.append((arrays, tuple(_run_case(model, case, before, edit.layer)[0] for case, before in pairs)))
+            pairs = zip(asked, baselines, strict=True)
+            runs = tuple(_run_case(model, case, before, edit.layer)[0] for case, before in pairs)
+            measured.append((reader.edited(model, untouched, maps, edit), runs))
     return measured
 
 
 def _arrays_of_state(
-    static: dict[str, NDArray], asked: Sequence[_CasePrompts], runs: Sequence[_CaseRun], texts: Iterable[str]
+    weighed: dict[str, NDArray], asked: Sequence[_CasePrompts], runs: Sequence[_CaseRun], texts: Iterable[str]
 ) -> dict[str, NDArray]:
     """The arrays of PageData for one state. runs: by case."""
     by_case = zip(asked, runs, strict=True)
     dynamic = {f"{key}/{case.case.name}": values for case, run in by_case for key, values in run.arrays.items()}
     patterns = dict(chain.from_iterable(run.patterns.items() for run in runs))
-    return static | dynamic | {"patterns": np.concatenate([patterns[text] for text in texts], -1)}
+    return weighed | dynamic | {"patterns": np.concatenate([patterns[text] for text in texts], -1)}
 
 
 def agree(data: PageData) -> None:
@@ -333,10 +329,9 @@ def _run_case(
         run = interventions.run_with_cache(model, case.texts)
     pairs = case.pairs.repeat(len(case.templates), 1)
     traced, shape = contributions(model, run.capture(), pairs, case.pairs[:, 0].unique()), run.z.shape[1:3]
-    arrays = {}
-    for key, values in (("writes", traced.attribution), ("pushes", traced.difference)):
-        by_head = values[:, : math.prod(shape)].unflatten(1, shape)  # heads come before MLPs
-        arrays[key] = rearrange(by_head, "p l h -> l h p").cpu().numpy()
+    by_head = {"writes": traced.attribution, "pushes": traced.difference}
+    heads, by_site = math.prod(shape), "prompt (layer head) -> layer head prompt"  # heads come before MLPs
+    arrays = {k: rearrange(v[:, :heads], by_site, layer=shape[0]).cpu().numpy() for k, v in by_head.items()}
     baseline = _Baseline(run, [], torch.empty(0))
     if case.untold:
         arrays["patching"], baseline = _patch_heads(model, case, run, before, layer)
@@ -366,7 +361,7 @@ def _patch_heads(
 
 
 @dataclass(frozen=True)
-class _StaticDiagnostics:
+class _WeightReader:
     """The words and facts that the weights are asked about. sources: the facts whose subjects a value channel reads;
     groups: (case, source), which of them to take the mean of."""
 
@@ -376,12 +371,6 @@ class _StaticDiagnostics:
     groups: Float[Tensor, "case source"]
     seed: int
 
-    @classmethod
-    def of(cls, model: Model, study: tuple[Fact, ...], asked: Sequence[_CasePrompts], seed: int) -> _StaticDiagnostics:
-        sources = tuple(dict.fromkeys(fact for case in asked for fact in case.case.facts))
-        groups = torch.tensor([[float(fact in case.case.facts) for fact in sources] for case in asked])
-        return cls(study, load_token_types(model), sources, groups / groups.sum(1, keepdim=True), seed)
-
     def edited(
         self, model: Model, untouched: dict[str, NDArray], maps: dict[str, RelationMap], edit: Edit
     ) -> dict[str, NDArray]:
@@ -390,11 +379,8 @@ class _StaticDiagnostics:
         if edit.layer and edit.pathway == "ffn":
             return untouched  # no head's weights are touched
         layers = [edit.layer] if edit.layer else list(range(model.weights.n_layers))
-        spliced = {}
-        for name, edited in relation_maps(model, self.study, layers=layers).items():
-            hits = maps[name].hits.clone()
-            hits[layers] = edited.hits
-            spliced[name] = RelationMap(hits)
+        again, at = static.relation_maps(model, self.study, layers=layers), torch.tensor(layers)
+        spliced = {name: RelationMap(m.hits.index_copy(0, at, again[name].hits)) for name, m in maps.items()}
         arrays = {key: value.copy() for key, value in untouched.items()}
         for key, value in self.arrays(model, layers, spliced).items():
             arrays[key][layers] = value
@@ -403,14 +389,14 @@ class _StaticDiagnostics:
     def arrays(self, model: Model, layers: Sequence[int], maps: dict[str, RelationMap]) -> dict[str, NDArray]:
         """What the weights of some layers say, (layer, head, ...)."""
         weights, shape = model.weights, (len(layers), model.weights.n_heads)
-        roles = head_roles(model, self.types, list(maps.values()), seed=self.seed, layers=layers)
+        roles = static.head_roles(model, self.types, list(maps.values()), seed=self.seed, layers=layers)
         codes = {"none": -1, **{name: i for i, name in enumerate(self.types)}}
         words = [*self.types.values(), [i for ids in self.types.values() for i in ids]]  # each type's, and all
-        by_key_head = torch.stack([k_norms_by_head(weights, ids)[layers].mean(-1) for ids in words], -1)
+        by_key_head = torch.stack([static.k_norms_by_head(weights, ids)[layers].mean(-1) for ids in words], -1)
         group = weights.n_heads // weights.n_kv_heads  # query heads that share a key head
         norms = repeat(by_key_head, "l kv t -> l (kv group) t", group=group).cpu().numpy()
         return {
-            "qk_overlap": qk_overlap(weights)[layers].cpu().numpy(),
+            "qk_overlap": static.qk_overlap(weights)[layers].cpu().numpy(),
             "k_norm": norms[..., -1],
             "k_norm_by_type": norms[..., :-1],
             "relation": torch.stack([m.score[layers] for m in maps.values()], -1).cpu().numpy(),
@@ -430,7 +416,7 @@ def _value_channels(
     norm, W_V, W_O and the unembedding, as logits in standard deviations over the vocabulary: the TOP highest and the
     TOP lowest tokens of each subject and of each case's mean; and the rank of each subject's answer."""
     weights = model.weights
-    e = subject_embeddings(model, sources)["enriched"]
+    e = static.subject_embeddings(model, sources)["enriched"]
     answers = torch.tensor([[model.first_token(f.answer)] for f in sources])
     W_U, ids, scores, ranks = weights.norm_final.fold(weights.W_U), [], [], []
     for block in (weights.blocks[i] for i in layers):
