@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -67,8 +66,7 @@ class State:
 
 @dataclass(frozen=True)
 class Prompt:
-    """text: index into the page's texts. By state: whether the answer is told, the top token, answer minus
-    competitor."""
+    """text: index into the page's texts. By state: is the answer told, the top token, answer minus competitor."""
 
     text: int
     template: str
@@ -196,7 +194,7 @@ def collect(model: Model, *, progress: bool = True) -> PageData:
     reader = _WeightReader(study, types, sources, groups / groups.sum(1, keepdim=True), seed)
     measured = _measure(model, reader, asked, edits, progress)
     texts = {text: i for i, text in enumerate(dict.fromkeys(text for case in asked for text in case.texts))}
-    by_state = [_arrays_of_state(weighed, asked, runs, texts) for weighed, runs in measured]
+    by_state = [_state_arrays(weighed, runs, texts) for weighed, runs in measured]
     arrays = {key: np.stack([state[key] for state in by_state]) for key in by_state[0]}
     ids, arrays["tokens"] = np.unique(arrays["tokens"], return_inverse=True)
     states = [State(name, edit.layer, reported[EDITS]["pathways"][name]) for name, edit in edits.items()]
@@ -236,13 +234,10 @@ def _measure(
     return measured
 
 
-def _arrays_of_state(
-    weighed: dict[str, NDArray], asked: Sequence[_CasePrompts], runs: Sequence[_CaseRun], texts: Iterable[str]
-) -> dict[str, NDArray]:
+def _state_arrays(weighed: dict[str, NDArray], runs: Sequence[_CaseRun], texts: Iterable[str]) -> dict[str, NDArray]:
     """The arrays of PageData for one state. runs: by case."""
-    by_case = zip(asked, runs, strict=True)
-    dynamic = {f"{key}/{case.case.name}": values for case, run in by_case for key, values in run.arrays.items()}
-    patterns = dict(chain.from_iterable(run.patterns.items() for run in runs))
+    dynamic = {key: values for run in runs for key, values in run.arrays.items()}
+    patterns = {text: values for run in runs for text, values in run.patterns.items()}
     return weighed | dynamic | {"patterns": np.concatenate([patterns[text] for text in texts], -1)}
 
 
@@ -251,10 +246,9 @@ def agree(data: PageData) -> None:
     the best head's patching effect, which chapter 5 measures in another way. Raises ChapterError: then the results are
     not of this model, these data or this library."""
     whole = [case for case in data.cases if not case.left_out]
+    told = {case.case.name: sum(p.told[0] for p in case.prompts if not p.control) for case in whole}
     rows = [("01_static_diagnostics", "qk_overlap_mean", float(data.arrays["qk_overlap"][0].mean()))]
-    for case in whole:
-        count = sum(p.told[0] for p in case.prompts if not p.control)
-        rows.append(("02_knowledge_path", f"told.{case.case.name}", float(count)))
+    rows += [("02_knowledge_path", f"told.{name}", count) for name, count in told.items()]
     patched = data.arrays.get(f"patching/{data.cases[0].case.name}")
     if patched is not None and data.cases[0] in whole:
         rows.append(("05_cross_validation", "sweep_last_share", float(np.nanmean(patched[0], -1).max())))
@@ -299,8 +293,8 @@ def _case_prompts(model: Model, case: Case) -> _CasePrompts:
 
 @dataclass(frozen=True)
 class _CaseRun:
-    """One state's answers to a case: by prompt whether it is told, the top token, answer minus competitor. arrays:
-    (layer, head, ...). patterns: by text, (layer, head, byte)."""
+    """One state's run of a case. arrays: by name in PageData, (layer, head, ...). patterns: by text,
+    (layer, head, byte). answers: by prompt, whether it is told, the top token, answer minus competitor."""
 
     arrays: dict[str, NDArray]
     patterns: dict[str, NDArray]
@@ -335,6 +329,7 @@ def _run_case(
     baseline = _Baseline(run, [], torch.empty(0))
     if case.untold:
         arrays["patching"], baseline = _patch_heads(model, case, run, before, layer)
+    arrays = {f"{key}/{case.case.name}": values for key, values in arrays.items()}
     answer, wrong = run.logits.gather(1, pairs[:, :1])[:, 0], run.logits.scatter(1, pairs[:, :1], float("-inf"))
     told = (answer > wrong.amax(-1)).tolist()
     top = [visible(model.token_text(int(t))) for t in run.logits.argmax(-1)]

@@ -35,7 +35,8 @@ def render(data: PageData) -> str:
     scripts = {"vega": bundle, "js": PARTS[2].read_text(encoding="utf-8")}
     if odd := [name for name, script in scripts.items() if "</script" in script.lower()]:
         raise DataError(f"the script {odd[0]} would end its own element; it cannot be written into a page.")
-    sums = " ".join(f"'sha256-{_sum(script)}'" for script in scripts.values())
+    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts.values())
+    sums = " ".join(f"'sha256-{digest}'" for digest in digests)
     layers, heads = content["shape"]
     parts = {
         "policy": f"default-src 'none'; script-src {sums}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
@@ -49,10 +50,6 @@ def render(data: PageData) -> str:
     }
     page = PARTS[0].read_text(encoding="utf-8")
     return re.sub(r"\{(" + "|".join(parts) + r")\}", lambda hole: parts[hole[1]], page)
-
-
-def _sum(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _page(data: PageData) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -24,14 +24,12 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 from torch import Tensor
 
+from lib.diagnosis import Diagnosis
+from lib.evaluation import Measured
 from lib.show.sentences import words
 from lib.show.tables import UNTOUCHED, WORDS
 from lib.sites import Site
 from lib.statistics import exact_interval
-
-if TYPE_CHECKING:
-    from lib.diagnosis import Diagnosis
-    from lib.evaluation import Measured
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 GREY, BLACK = "#777777", "#000000"
@@ -237,8 +235,7 @@ def training_curves(seeds: pd.DataFrame, margin: float) -> Figure:
 
 
 def before_after(table: pd.DataFrame) -> Figure:
-    """Probability of each fact's answer under the failing template, before (grey) and after each pathway's edit;
-    filled where the answer is told."""
+    """Probability of each answer under the failing template, before (grey) and after each edit; filled where told."""
     before = table[table.pathway == "none"].set_index("subject")
     y = np.arange(len(before))
     fig, panels = _split(table[table.pathway != "none"], "pathway", (9.8, 0.55 * len(before) + 1.6), rows=2)
@@ -255,8 +252,7 @@ def before_after(table: pd.DataFrame) -> Figure:
 
 
 def price(table: pd.DataFrame, seeds: pd.DataFrame) -> Figure:
-    """Parameters of each pathway against its KL on the neutral passages: a dot a seed, filled where the goal was
-    reached."""
+    """Parameters of a pathway against its KL on neutral passages: a dot a seed, filled where the goal was reached."""
     fig, ax = _panel((8, 4), xscale="log", yscale="log", ylabel="KL on neutral passages\n(nats a token)")
     for row in table.itertuples():
         part, colour = seeds[seeds.pathway == row.pathway], PATHWAY_COLOURS[row.pathway]
@@ -291,7 +287,7 @@ def perplexity_ratios(table: pd.DataFrame, band: float) -> Figure:
     ax.axvspan(1 - band, 1 + band, color="#dddddd", lw=0)
     ax.axvline(1, color="black", lw=0.6)
     y = np.arange(len(table))
-    _intervals(ax, y, table.ratio_low, table.ratio, table.ratio_high, _colours(table), s=40)
+    _intervals(ax, y, table.ratio_low, table.ratio, table.ratio_high, table.pathway.map(PATHWAY_COLOURS), s=40)
     ax.set_yticks(y, table.pathway.map(words))
     ax.invert_yaxis()
     return fig
@@ -304,7 +300,7 @@ def outcomes(table: pd.DataFrame, kinds: Sequence[str]) -> Figure:
         y, before, after = np.arange(len(part)), part.before / part.n, part.after / part.n
         ax.hlines(y, before, after, color="#bbbbbb", lw=2, zorder=1)
         ax.scatter(before, y, color=GREY, s=30, zorder=2)
-        ax.scatter(after, y, color=_colours(part), s=46, zorder=3)
+        ax.scatter(after, y, color=part.pathway.map(PATHWAY_COLOURS), s=46, zorder=3)
         ax.set(xlim=(-0.05, 1.05), yticks=y, yticklabels=part.pathway.map(words))
         ax.set_title(f"{kind.replace(', ', ',' + chr(10))}, n = {part.n.iloc[0]}", fontsize=9.5, loc="left")
         ax.grid(axis="x")
@@ -313,15 +309,14 @@ def outcomes(table: pd.DataFrame, kinds: Sequence[str]) -> Figure:
 
 def bleeding(table: pd.DataFrame, control: pd.DataFrame) -> Figure:
     """Prompts about other countries that are wrongly answered with a trained answer, by pathway."""
-    fig, ax = _panel((8, 3.4))
+    fig, ax = _panel((8, 3.4), ylabel=f"trained answers, wrongly\n(of {table.prompts.iloc[0]} prompts)")
     x = np.arange(len(table))
-    ax.bar(x, table.bled, color=_colours(table), width=0.6, alpha=0.85)
+    ax.bar(x, table.bled, color=table.pathway.map(PATHWAY_COLOURS), width=0.6, alpha=0.85)
     ax.scatter(x[1:] + 0.36, control.bled[1:], marker="x", color="black", s=36, label="noise of the same size")
     for i, count in enumerate(table.bled):
         _name_point(ax, str(count), i, count, (0, 3), ha="center", fontsize=10)
     ax.set_xticks(x, table.pathway.replace(UNTOUCHED).map(words))
-    label = f"trained answers, wrongly\n(of {table.prompts.iloc[0]} prompts)"
-    ax.set(ylabel=label, ylim=(0, 1.15 * table.bled.max() + 1))
+    ax.set_ylim(0, 1.15 * table.bled.max() + 1)
     return _legend(fig, ncols=1)
 
 
@@ -332,7 +327,7 @@ def generalisation(table: pd.DataFrame, control: pd.DataFrame) -> Figure:
     fig, ax = _panel((8, 3.6))
     x, n = np.arange(len(part)), part.untold
     share = part.repaired / n
-    ax.bar(x, share, color=_colours(part), width=0.6, alpha=0.85)
+    ax.bar(x, share, color=part.pathway.map(PATHWAY_COLOURS), width=0.6, alpha=0.85)
     ends = np.abs(part[["low", "high"]].to_numpy().T - share.to_numpy())
     ax.errorbar(x, share, yerr=ends, fmt="none", ecolor=GREY, lw=1.5, capsize=3)
     ax.scatter(x + 0.36, noise.repaired / noise.untold, marker="x", color="black", s=36, label="noise of the same size")
@@ -356,7 +351,8 @@ def carried(table: pd.DataFrame, whole: int, layer: int) -> Figure:
 
 def frontier(runs: pd.DataFrame, harmless: pd.Series, pick: int) -> Figure:
     """Repaired selection countries against KL on neutral text; a point a configuration."""
-    fig, ax = _panel((8.5, 4.2))
+    untold = runs.untold.iloc[0]
+    fig, ax = _panel((8.5, 4.2), xscale="log", ylabel=f"repaired, of {untold}\nselection countries")
     for (low, part), colour in zip(runs.groupby(runs["rank"] > 0), (BLUE, ORANGE), strict=False):
         fill = np.where(harmless[part.index], colour, "white")
         name = "low rank" if low else "any change"
@@ -364,10 +360,8 @@ def frontier(runs: pd.DataFrame, harmless: pd.Series, pick: int) -> Figure:
     ax.scatter(runs.kl[pick], runs.repaired[pick], s=190, facecolors="none", edgecolors="black", lw=1.5)
     for row in runs.itertuples():
         _name_point(ax, f"L{row.layer}", row.kl, row.repaired, (5, 5))
-    untold = runs.untold.iloc[0]
     ax.axhline(untold / 2, color="black", lw=1, ls="--")
-    ax.set(xscale="log", xlabel="KL on neutral text (nats a token)", ylim=(-0.5, untold / 2 + 1))
-    ax.set_ylabel(f"repaired, of {untold}\nselection countries")
+    ax.set(xlabel="KL on neutral text (nats a token)", ylim=(-0.5, untold / 2 + 1))
     return _legend(fig, ncols=2)
 
 
@@ -388,20 +382,19 @@ def effects_of_parts(table: pd.DataFrame) -> Figure:
 def layer_sweep(means: pd.DataFrame, layer: int) -> Figure:
     """Told, held-out repaired and harm by layer, one line a pathway. layer: the diagnosed one, counted from 1."""
     panels = {"facts_told": "facts told", "held_out_repaired": "held-out repaired", "kl": "KL on neutral text (nats)"}
-    fig, axes = _panels(1, 3, (10, 3.6))
+    fig, axes = _panels(1, 3, (10, 3.6), xlabel="layer")
     for ax, (column, label) in zip(axes.flat, panels.items(), strict=True):
         for i, (name, part) in enumerate(means.sort_values("layer").groupby("pathway", sort=False)):
             beside = part.layer + 0.2 * (i - 1.5)  # so that equal values are all seen
             ax.plot(beside, part[column], "o-", ms=3.5, lw=1.2, color=PATHWAY_COLOURS[name], label=words(name))
         ax.axvline(layer, color="black", lw=1, ls=":")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.set(xlabel="layer", ylabel=label)
+        ax.set_ylabel(label)
     told, repaired, kl = axes[0]
     told.set_ylim(-0.3, means.facts_told.max() + 0.3)
     repaired.set_ylim(-0.5, means.held_out_n.max() + 0.5)
-    for ax in (told, repaired):
-        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     kl.set_yscale("log")
+    for axis in (told.xaxis, repaired.xaxis, kl.xaxis, told.yaxis, repaired.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     return _legend(fig, ncols=6)
 
 
@@ -424,21 +417,18 @@ def correlations(table: pd.DataFrame) -> Figure:
 def ladder(rows: pd.DataFrame, general: float) -> Figure:
     """Facts told and held-out facts repaired over the number of changed parameters, one labelled dot a method. general:
     the share of the held-out facts from which a method generalises."""
-    fig, axes = _panels(2, 1, (9.5, 6.4))
-    told, repaired = axes[:, 0]
-    for ax, measure, size, label in (
-        (told, "facts_told", "facts_n", "facts told"),
-        (repaired, "held_out_repaired", "held_out_n", "held-out repaired"),
-    ):
+    panels = {"facts told": ("facts_told", "facts_n"), "held-out repaired": ("held_out_repaired", "held_out_n")}
+    fig, axes = _panels(2, 1, (9.5, 6.4), xscale="log")
+    for ax, (label, (measure, size)) in zip(axes.flat, panels.items(), strict=True):
         top = rows[size].max()
         ax.axhline(top, color="#cccccc", lw=0.8)
         for (x, y), group in rows.assign(x=rows.parameters.clip(lower=LEFT_EDGE)).groupby(["x", measure]):
             ax.plot(x, y, "o", color=KIND_COLOURS[group.kind.iloc[0]], ms=7)
             numbers = ", ".join(str(i + 1) for i in group.index)  # dots in one place share a label
             _name_point(ax, numbers, x, y, (0, 6), fontsize=8, ha="center")
-        ax.set(xscale="log", ylabel=label, ylim=(-0.05 * top, 1.15 * top))
-    repaired.axhline(general * rows.held_out_n.max(), color="black", lw=1, ls=":")
-    repaired.set_xlabel("changed parameters (left edge: none)")
+        ax.set(ylabel=label, ylim=(-0.05 * top, 1.15 * top))
+    ax.axhline(general * top, color="black", lw=1, ls=":")
+    ax.set_xlabel("changed parameters (left edge: none)")
     names = [f"{i} {name}" + ("" if i % 4 else "\n") for i, name in enumerate(rows.rival, 1)]  # four a line
     fig.supxlabel("   ".join(names), fontsize=8)
     return _legend(fig, ncols=6, handles=_dots({k: c for k, c in KIND_COLOURS.items() if k in set(rows.kind)}, lw=0))
@@ -466,23 +456,20 @@ def rule_scores(table: pd.DataFrame, goals: dict[str, float]) -> Figure:
     """Share of plants of which each rule is right, with exact intervals; one panel a question, one colour a model.
     Dashed: the goal. Diamonds: chance, which has no interval."""
     panels = {"kind": "failure kind", "layer": "exact layer", "kind and site": "kind and site"}
-    fig, axes = _panels(1, len(panels), (10, 3.9), sharey=True)
-    models = list(table.model.unique())
+    fig, axes = _panels(1, len(panels), (10, 3.9), sharey=True, xlim=(-0.03, 1.03))
+    rules = table.rule.str.replace(r"^always .*", "best constant", regex=True).unique()
+    models = table.model.nunique()
     for ax, (question, label) in zip(axes.flat, panels.items(), strict=True):
-        for i, name in enumerate(models):
-            part = table[table.model == name]
-            part = part.assign(y=np.arange(len(part)) + 0.3 * (i - (len(models) - 1) / 2))
-            colour, has_interval = (BLUE, ORANGE)[i % 2], part[f"{question} low"].notna()
-            rules, chance = part[has_interval], part[~has_interval]
-            ends = (rules[f"{question} low"], rules[question], rules[f"{question} high"])
-            _intervals(ax, rules.y, *ends, colour, s=30, label=name)
-            ax.scatter(chance[question], chance.y, color=colour, s=30, marker="D", zorder=3)
+        for i, (name, part) in enumerate(table.groupby("model", sort=False)):
+            y, colour = np.arange(len(part)) + 0.3 * (i - (models - 1) / 2), (BLUE, ORANGE)[i % 2]
+            low, share, high = (part[f"{question}{end}"] for end in (" low", "", " high"))
+            _intervals(ax, y, low, share.where(low.notna()), high, colour, s=30, label=name)
+            ax.scatter(share.where(low.isna()), y, color=colour, s=30, marker="D", zorder=3)
         if question in goals:
             ax.axvline(goals[question], color="black", lw=1, ls="--")
-        ax.set(xlim=(-0.03, 1.03), title=label)
+        ax.set_title(label)
         ax.set_xticks((0, 0.25, 0.5, 0.75, 1), ("0", "", "50 %", "", "100 %"))
         ax.grid(axis="x")
-    rules = table[table.model == models[0]].rule.str.replace(r"^always .*", "best constant", regex=True)
     axes[0, 0].set_yticks(range(len(rules)), rules)
     return _legend(_rows_down(fig, "share of plants"), ncols=2)
 
@@ -597,11 +584,6 @@ def _name_point(ax: Axes, text: str, x: float, y: float, offset: tuple[float, fl
     ax.annotate(text, (x, y), xytext=offset, textcoords="offset points", **{"fontsize": 9, **look})
 
 
-def _colours(table: pd.DataFrame) -> list[str]:
-    """Colours of a table's pathways, row by row."""
-    return [PATHWAY_COLOURS.get(name, GREY) for name in table.pathway]
-
-
 def _curves(ax: Axes, by_layer: Any, colour: str, label: str, thin: tuple[float, float], **look: Any) -> None:
     """Of layer x fact: a line a fact, thin (width, opacity), and their mean bold (look)."""
     table, (width, opacity) = pd.DataFrame(by_layer), thin
@@ -632,10 +614,7 @@ def _matrix(
 
 def _legend(fig: Figure, *, ncols: int, handles: Sequence[mpl.artist.Artist] = ()) -> Figure:
     """The figure with a legend above the panels: of the handles, or of what the panels label, each label once."""
-    labelled: dict[str, mpl.artist.Artist] = {}
-    for ax in fig.axes:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            labelled.setdefault(label, handle)
+    labelled = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     fig.legend(handles=list(handles or labelled.values()), ncols=ncols, loc="outside upper center")
     return fig
 
@@ -652,11 +631,10 @@ def _dots(colours: dict[str, str], **look: Any) -> list[mpl.artist.Artist]:
     return [mpl.lines.Line2D([], [], marker="o", color=c, label=words(k), **look) for k, c in colours.items()]
 
 
-def _apart(values: Iterable[float], least: float = 1.4) -> list[float]:
-    """Of values, those far enough from one another to bear a label each on a logarithmic axis, the largest among
-    them."""
+def _apart(values: Iterable[float]) -> list[float]:
+    """Of values, those far enough apart to bear a label each on a logarithmic axis, the largest among them."""
     apart: list[float] = []
     for value in sorted(values, reverse=True):
-        if not apart or apart[-1] >= least * value:
+        if not apart or apart[-1] >= 1.4 * value:
             apart.append(value)
     return apart[::-1]
