@@ -31,7 +31,7 @@ from lib.edits import Edit, applied, check, load_all
 from lib.errors import ChapterError, EditError
 from lib.facts import Case, Fact, load_cases, load_templates, prompts
 from lib.files import file_sha256
-from lib.interventions import CachedRun
+from lib.interventions import CachedRun, rerun_from, run_with_cache
 from lib.models import Model
 from lib.recall import study_facts, tell, trainable
 from lib.results import Results, chapter_folder, reach, read, results_path
@@ -52,6 +52,7 @@ _SIZES = {"seeks": "effect", "advertises": "effect", "copy": "score", "relation"
 ROLE_NUMBERS = tuple(f"{role}_{number}" for role, size in _SIZES.items() for number in (size, "p"))
 UNTOUCHED = "none"
 RERUN = "Run `python -m lib run {} --model {} --force`."
+Arrays = dict[str, NDArray]
 STORED = {"u": np.uint8, "i": np.int32, "f": np.float32}  # by kind of number
 
 
@@ -132,7 +133,7 @@ class PageData:
     words: tuple[str, ...]
     studied: int
     reported: dict[str, dict[str, Any]]
-    arrays: dict[str, NDArray]
+    arrays: Arrays
 
 
 def taken(model: Model) -> tuple[dict[str, dict[str, Any]], int]:
@@ -187,7 +188,7 @@ def collect(model: Model, *, progress: bool = True) -> PageData:
     whole = load_cases(model.name)
     cases = [trainable(model, c) for c in whole]
     edits = made_edits(model, cases, reported[EDITS]["edits"])
-    asked = [_case_prompts(model, replace(c, facts=c.facts[:MOST])) for c in cases]
+    asked = [_asked(model, replace(c, facts=c.facts[:MOST])) for c in cases]
     sources = tuple(dict.fromkeys(fact for case in asked for fact in case.case.facts))
     groups = torch.tensor([[float(fact in case.case.facts) for fact in sources] for case in asked])
     study, types = study_facts(model, whole[0]), static.load_token_types(model)
@@ -219,8 +220,8 @@ def collect(model: Model, *, progress: bool = True) -> PageData:
 
 
 def _measure(
-    model: Model, reader: _WeightReader, asked: Sequence[_CasePrompts], edits: dict[str, Edit], progress: bool
-) -> list[tuple[dict[str, NDArray], tuple[_CaseRun, ...]]]:
+    model: Model, reader: _WeightReader, asked: Sequence[_Asked], edits: dict[str, Edit], progress: bool
+) -> list[tuple[Arrays, tuple[_CaseRun, ...]]]:
     """By state, the untouched model first: what the weights say, and the runs by case."""
     maps = static.relation_maps(model, reader.study, progress="relation maps" if progress else None)
     untouched = reader.arrays(model, range(model.weights.n_layers), maps)
@@ -234,7 +235,7 @@ def _measure(
     return measured
 
 
-def _state_arrays(weighed: dict[str, NDArray], runs: Sequence[_CaseRun], texts: Iterable[str]) -> dict[str, NDArray]:
+def _state_arrays(weighed: Arrays, runs: Sequence[_CaseRun], texts: Iterable[str]) -> Arrays:
     """The arrays of PageData for one state. runs: by case."""
     dynamic = {key: values for run in runs for key, values in run.arrays.items()}
     patterns = {text: values for run in runs for text, values in run.patterns.items()}
@@ -262,9 +263,9 @@ def agree(data: PageData) -> None:
 
 
 @dataclass(frozen=True)
-class _CasePrompts:
-    """What is put to the model of a case. pairs: answer and competitor of each fact, by the failing prompt. untold:
-    facts that the failing prompt does not tell."""
+class _Asked:
+    """What is put to the model of a case. texts: the prompts, template by template, the failing one first. pairs:
+    answer and competitor of each fact, by the failing prompt. untold: facts that the failing prompt does not tell."""
 
     case: Case
     templates: tuple[str, ...]
@@ -273,15 +274,11 @@ class _CasePrompts:
     competitors: tuple[str, ...]
     untold: tuple[int, ...]
 
-    def at(self, template: str) -> list[int]:
-        """Indices of the untold facts' prompts with a template."""
-        return [self.templates.index(template) * len(self.case.facts) + i for i in self.untold]
 
-
-def _case_prompts(model: Model, case: Case) -> _CasePrompts:
+def _asked(model: Model, case: Case) -> _Asked:
     texts, names = load_templates(), tuple(dict.fromkeys((case.template, *case.controls)))
     table = tell(model, case.facts, {case.template: texts[case.template]})
-    return _CasePrompts(
+    return _Asked(
         case,
         names,
         tuple(prompt for name in names for prompt in prompts(case.facts, texts[name])),
@@ -296,8 +293,8 @@ class _CaseRun:
     """One state's run of a case. arrays: by name in PageData, (layer, head, ...). patterns: by text,
     (layer, head, byte). answers: by prompt, whether it is told, the top token, answer minus competitor."""
 
-    arrays: dict[str, NDArray]
-    patterns: dict[str, NDArray]
+    arrays: Arrays
+    patterns: Arrays
     answers: list[tuple[bool, str, float]]
 
 
@@ -313,14 +310,11 @@ class _Baseline:
 
 @torch.no_grad()
 def _run_case(
-    model: Model, case: _CasePrompts, before: _Baseline | None = None, layer: int = 0
+    model: Model, case: _Asked, before: _Baseline | None = None, layer: int = 0
 ) -> tuple[_CaseRun, _Baseline]:
     """A case's answers, and what an edited model needs of the untouched one. before: that, for a model that is edited
     in a layer (0-based)."""
-    if before:
-        run = interventions.rerun_from(model, before.run, layer)
-    else:
-        run = interventions.run_with_cache(model, case.texts)
+    run = rerun_from(model, before.run, layer) if before else run_with_cache(model, case.texts)
     pairs = case.pairs.repeat(len(case.templates), 1)
     traced, shape = contributions(model, run.capture(), pairs, case.pairs[:, 0].unique()), run.z.shape[1:3]
     by_head = {"writes": traced.attribution, "pushes": traced.difference}
@@ -338,13 +332,14 @@ def _run_case(
 
 
 def _patch_heads(
-    model: Model, case: _CasePrompts, run: CachedRun, before: _Baseline | None, layer: int
+    model: Model, case: _Asked, run: CachedRun, before: _Baseline | None, layer: int
 ) -> tuple[NDArray, _Baseline]:
     """Share of the margin lost by the untouched model that each head brings back (layer, head, fact), as
     `cross_validation.patch_case_heads` has it; and the run with its patched rows."""
     weights, untold = model.weights, list(case.untold)
     pairs = case.pairs[untold]
-    failing, control = (run.take(case.at(name)) for name in (case.case.template, case.case.controls[0]))
+    n, names = len(case.pairs), (case.case.template, case.case.controls[0])
+    failing, control = (run.take([case.templates.index(name) * n + i for i in untold]) for name in names)
     base = interventions.logit_differences(failing, pairs)
     lost = before.lost if before else interventions.logit_differences(control, pairs) - base
     below = before.streams[layer - 1] if before and layer else None
@@ -366,9 +361,7 @@ class _WeightReader:
     groups: Float[Tensor, "case source"]
     seed: int
 
-    def edited(
-        self, model: Model, untouched: dict[str, NDArray], maps: dict[str, RelationMap], edit: Edit
-    ) -> dict[str, NDArray]:
+    def edited(self, model: Model, untouched: Arrays, maps: dict[str, RelationMap], edit: Edit) -> Arrays:
         """The arrays of the untouched model, with the edited layer's own; all layers where the edit is of the first
         one, whose MLP the enriched embedding passes on its way to every head. maps: of the untouched model."""
         if edit.layer and edit.pathway == "ffn":
@@ -381,7 +374,7 @@ class _WeightReader:
             arrays[key][layers] = value
         return arrays
 
-    def arrays(self, model: Model, layers: Sequence[int], maps: dict[str, RelationMap]) -> dict[str, NDArray]:
+    def arrays(self, model: Model, layers: Sequence[int], maps: dict[str, RelationMap]) -> Arrays:
         """What the weights of some layers say, (layer, head, ...)."""
         weights, shape = model.weights, (len(layers), model.weights.n_heads)
         roles = static.head_roles(model, self.types, list(maps.values()), seed=self.seed, layers=layers)
@@ -399,20 +392,18 @@ class _WeightReader:
             "seeks": roles.seeks.map(codes).to_numpy().reshape(shape),
             "advertises": roles.advertises.map(codes).to_numpy().reshape(shape),
             "value": roles.value.map(VALUE_ROLES.index).to_numpy().reshape(shape),
-            **_value_channels(model, self.sources, self.groups, layers),
+            **_value_channels(model, self, layers),
         }
 
 
 @torch.no_grad()
-def _value_channels(
-    model: Model, sources: Sequence[Fact], groups: Float[Tensor, "case source"], layers: Sequence[int]
-) -> dict[str, NDArray]:
+def _value_channels(model: Model, reader: _WeightReader, layers: Sequence[int]) -> Arrays:
     """What each head of the layers would write on reading the enriched embedding of a subject's last token, through
     norm, W_V, W_O and the unembedding, as logits in standard deviations over the vocabulary: the TOP highest and the
     TOP lowest tokens of each subject and of each case's mean; and the rank of each subject's answer."""
     weights = model.weights
-    e = static.subject_embeddings(model, sources)["enriched"]
-    answers = torch.tensor([[model.first_token(f.answer)] for f in sources])
+    e = static.subject_embeddings(model, reader.sources)["enriched"]
+    answers = torch.tensor([[model.first_token(f.answer)] for f in reader.sources])
     W_U, ids, scores, ranks = weights.norm_final.fold(weights.W_U), [], [], []
     for block in (weights.blocks[i] for i in layers):
         v = einsum(block.norm_attn(e), block.attn.per_head(block.attn.W_V), "s d, n d h -> n s h")
@@ -420,7 +411,7 @@ def _value_channels(
             logits = out @ W_U
             z = (logits - logits.mean(-1, keepdim=True)) / logits.std(-1, keepdim=True).clamp_min(1e-30)
             ranks.append((z > z.gather(1, answers)).sum(-1) + 1)
-            ends = [torch.cat((z, groups @ z)).topk(TOP, -1, largest=largest) for largest in (True, False)]
+            ends = [torch.cat((z, reader.groups @ z)).topk(TOP, -1, largest=largest) for largest in (True, False)]
             ids.append(torch.stack([end.indices for end in ends], 1))
             scores.append(torch.stack([end.values for end in ends], 1))
     parts = {"tokens": ids, "token_scores": scores, "answer_ranks": ranks}
@@ -428,7 +419,7 @@ def _value_channels(
 
 
 def _case_data(
-    case: _CasePrompts, runs: Sequence[_CaseRun], all_facts: int, texts: dict[str, int], finding: dict[str, Any] | None
+    case: _Asked, runs: Sequence[_CaseRun], all_facts: int, texts: dict[str, int], finding: dict[str, Any] | None
 ) -> CaseData:
     n = len(case.case.facts)
     asked = tuple(
@@ -441,7 +432,7 @@ def _case_data(
 
 
 @torch.no_grad()
-def _attention_bytes(model: Model, run: CachedRun) -> dict[str, NDArray]:
+def _attention_bytes(model: Model, run: CachedRun) -> Arrays:
     """Attention of every head on every prompt, by prompt: the lower triangle row by row, (layer, head, byte)."""
     blocks = zip(model.weights.blocks, run.layers, strict=True)
     patterns = torch.stack([block.attn.pattern(block.norm_attn(layer.stream)) for block, layer in blocks], 1)

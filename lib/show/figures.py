@@ -107,7 +107,7 @@ def told_matrix(table: pd.DataFrame) -> Figure:
     fig, ax = _panel((10, 0.42 * len(templates) + 1))
     told = table.pivot(index="template", columns="subject", values="told").loc[templates, subjects]
     names = [f"{words(name)}  {count}/{len(subjects)}" for name, count in told.sum(1).items()]
-    _matrix(ax, told, BLUE, rows=names, columns=subjects)
+    _matrix(ax, told.set_axis(names), BLUE)
     for row in table.itertuples():
         x, y, colour = subjects.index(row.subject), templates.index(row.template), "white" if row.told else "black"
         ax.text(x, y, visible(row.top), ha="center", va="center", fontsize=9, color=colour)
@@ -273,7 +273,7 @@ def probe_matrix(measured: Measured) -> Figure:
     counts = right.groupby(base.set[pick]).sum()
     names = [f"{words(UNTOUCHED.get(n, n))}\n{counts[n]['capability']} + {counts[n]['unrelated']}" for n in right]
     fig, ax = _panel((7.4, 0.27 * len(right) + 1))
-    _matrix(ax, right, SKY, rows=base["item"][pick].map(words), columns=names, fontsize=9)
+    _matrix(ax, right.set_axis(base["item"][pick].map(words)).set_axis(names, axis=1), SKY, fontsize=9)
     for y, x in zip(*np.nonzero(right.ne(right["none"], axis=0).to_numpy()), strict=True):
         colour = GREEN if right.iloc[y, x] else RED
         ax.add_patch(mpl.patches.Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, fill=False, ec=colour, lw=2.5))
@@ -597,16 +597,15 @@ def _intervals(ax: Axes, y: Any, low: pd.Series, middle: pd.Series, high: pd.Ser
     ax.scatter(middle, y, **{"color": colour, "zorder": 3, **look})
 
 
-def _matrix(
-    ax: Axes, filled: pd.DataFrame, colour: str, *, rows: Sequence[str], columns: Sequence[str], fontsize: float = 11
-) -> None:
-    """Cells, filled where true, with thin lines between them and the names at the left and on top."""
+def _matrix(ax: Axes, filled: pd.DataFrame, colour: str, *, fontsize: float = 11) -> None:
+    """Cells, filled where true, with thin lines between them and the table's names at the left and on top."""
+    n_rows, n_columns = filled.shape
     ax.imshow(filled.to_numpy(), aspect="auto", cmap=ListedColormap(["#ffffff", colour]), vmin=0, vmax=1)
-    ax.set_xticks(range(len(columns)), columns)
+    ax.set_xticks(range(n_columns), filled.columns)
     ax.xaxis.tick_top()
-    ax.set_yticks(range(len(rows)), rows, fontsize=fontsize)
-    ax.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
-    ax.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
+    ax.set_yticks(range(n_rows), filled.index, fontsize=fontsize)
+    ax.set_xticks(np.arange(n_columns + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(n_rows + 1) - 0.5, minor=True)
     ax.grid(which="minor", color="#cccccc", lw=0.6)
     ax.tick_params(which="both", length=0)
     ax.spines[:].set_visible(False)
