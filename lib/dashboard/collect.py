@@ -50,7 +50,6 @@ TOP = 8  # tokens that a value channel promotes most, and suppresses most
 VALUE_ROLES = ("neither", "copies", "suppresses", "maps relation")  # the first is drawn grey, as "none" is
 _SIZES = {"seeks": "effect", "advertises": "effect", "copy": "score", "relation": "score"}
 ROLE_NUMBERS = tuple(f"{role}_{number}" for role, size in _SIZES.items() for number in (size, "p"))
-UNTOUCHED = "none"
 RERUN = "Run `python -m lib run {} --model {} --force`."
 Arrays = dict[str, NDArray]
 STORED = {"u": np.uint8, "i": np.int32, "f": np.float32}  # by kind of number
@@ -137,9 +136,8 @@ class PageData:
 
 
 def taken(model: Model) -> tuple[dict[str, dict[str, Any]], int]:
-    """What the page takes from the chapters' results, and the seed they ran with. Raises ChapterError for a file that
-    is missing, unreadable, of another model, other weights or another version, that lacks a key or holds a value
-    that is no number."""
+    """What the page takes from the chapters' results, and the seed they ran with. Raises ChapterError as `read` does,
+    and for a file that is of another version, lacks a key or holds a value that is no number."""
     reported, seeds = {}, set()
     for chapter, keys in TAKEN.items():
         path, rerun = results_path(model.name, chapter), RERUN.format(chapter, model.name)
@@ -188,7 +186,7 @@ def collect(model: Model, *, progress: bool = True) -> PageData:
     whole = load_cases(model.name)
     cases = [trainable(model, c) for c in whole]
     edits = made_edits(model, cases, reported[EDITS]["edits"])
-    asked = [_asked(model, replace(c, facts=c.facts[:MOST])) for c in cases]
+    asked = [_prepared(model, replace(c, facts=c.facts[:MOST])) for c in cases]
     sources = tuple(dict.fromkeys(fact for case in asked for fact in case.case.facts))
     groups = torch.tensor([[float(fact in case.case.facts) for fact in sources] for case in asked])
     study, types = study_facts(model, whole[0]), static.load_token_types(model)
@@ -202,7 +200,7 @@ def collect(model: Model, *, progress: bool = True) -> PageData:
     findings = reported["02_knowledge_path"]["diagnosis"]
     data = PageData(
         provenance={k: v for k, v in Results("dashboard", model, seed=seed).provenance.items() if k != "start"},
-        states=(State(UNTOUCHED, None, {}), *states),
+        states=(State("none", None, {}), *states),
         cases=tuple(
             _case_data(case, by_case, len(full.facts), texts, findings.get(full.name))
             for case, full, *by_case in zip(asked, whole, *(runs for _, runs in measured), strict=True)
@@ -275,7 +273,7 @@ class _Asked:
     untold: tuple[int, ...]
 
 
-def _asked(model: Model, case: Case) -> _Asked:
+def _prepared(model: Model, case: Case) -> _Asked:
     texts, names = load_templates(), tuple(dict.fromkeys((case.template, *case.controls)))
     table = tell(model, case.facts, {case.template: texts[case.template]})
     return _Asked(

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +57,14 @@ def _page(data: PageData) -> dict[str, Any]:
     first = data.reported["01_static_diagnostics"]
     low, high = first["qk_overlap_band"]
     checked = data.reported["05_cross_validation"]
-    lengths = [len(tokens) * (len(tokens) + 1) // 2 for tokens in data.texts.values()]
+    lengths = (len(tokens) * (len(tokens) + 1) // 2 for tokens in data.texts.values())
+    texts = zip(data.texts.items(), accumulate(lengths, initial=0), strict=False)  # the last start is the end
     return {
         "shape": data.arrays["qk_overlap"].shape[1:],
         "measures": [m | ({"labels": _labels(data, m["key"])} if m["kind"] == "role" else {}) for m in MEASURES],
         "states": [_state(s, data.reported[EDITS]["recommended"]) for s in data.states],
         "cases": [_case(c, data.sources) for c in data.cases],
-        "texts": [
-            {"text": text, "tokens": tokens, "start": start}
-            for (text, tokens), start in zip(data.texts.items(), np.cumsum([0, *lengths[:-1]]).tolist(), strict=True)
-        ],
+        "texts": [{"text": text, "tokens": tokens, "start": start} for (text, tokens), start in texts],
         "facts": len(data.sources),
         "top": TOP,
         "types": data.types,
@@ -186,7 +184,4 @@ def filled(part: Any, **values: Any) -> Any:
     return values[part[1:]] if isinstance(part, str) and part.startswith("$") else part
 
 
-THEMES = {
-    name: filled(CHARTS["theme"], **colours, category=[colours["none"], *CATEGORIES])
-    for name, colours in CHARTS["themes"].items()
-}
+THEMES = {k: filled(CHARTS["theme"], **c, category=[c["none"], *CATEGORIES]) for k, c in CHARTS["themes"].items()}

@@ -152,12 +152,11 @@ def lens_ranks(ranks: dict[str, Float[Tensor, "fact n_layers+1"]]) -> Figure:
 
 def attention_rows(rows: dict[str, tuple[list[str], Float[Tensor, " t"]]], head: Site) -> Figure:
     """Attention of one head from the last token to each token of a few prompts."""
-    fig, axes = _panels(len(rows), 1, (9, 1.15 * len(rows) + 0.6), yticks=[])
+    fig, axes = _panels(len(rows), 1, (9, 1.15 * len(rows) + 0.6), yticks=[], frame_on=False)
     for ax, (title, (tokens, weights)) in zip(axes.flat, rows.items(), strict=True):
         ax.imshow(weights.cpu().numpy()[None], aspect="auto", cmap="Blues", vmin=0, vmax=1)
         ax.set_xticks(range(len(tokens)), [visible(t) for t in tokens], fontsize=9)
         ax.set_title(title, loc="left", fontsize=10, fontweight="normal")
-        ax.spines[:].set_visible(False)
         for i, w in enumerate(weights.tolist()):
             ax.text(i, 0, f"{w:.2f}", ha="center", va="center", fontsize=9, color="white" if w > 0.5 else "black")
     fig.suptitle(f"{head}: attention from the last token")

@@ -67,13 +67,11 @@ class _Cell(Formatter):
 def arranged(name: str, table: pd.DataFrame) -> pd.DataFrame:
     """The columns that columns.yaml lists under a name, of a table that has what they are made from. Raises KeyError
     for a name, or a column of the table, that is not there."""
-    rows = table.rename_axis("index").reset_index().to_dict("records")
-    columns = {}
-    for label, template in COLUMNS[name].items():
-        if "{" in template:
-            columns[label] = [_text(template, {"#": i, **row}) for i, row in enumerate(rows, 1)]
-        else:
-            columns[label] = table[template].tolist()
+    rows = [{"#": i, **row} for i, row in enumerate(table.rename_axis("index").reset_index().to_dict("records"), 1)]
+    columns = {
+        label: [_text(template, row) for row in rows] if "{" in template else table[template].tolist()
+        for label, template in COLUMNS[name].items()
+    }
     names = columns.pop(ROW_NAMES, table.index)
     return pd.DataFrame(columns, index=names)
 
