@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -26,26 +25,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib import __version__, interventions
+from lib import __version__, interventions, static
 from lib.diagnosis import contributions
 from lib.edits import Edit, applied, check, load_all
 from lib.errors import ChapterError, EditError
 from lib.facts import Case, Fact, load_cases, load_templates, prompts
 from lib.files import file_sha256
-from lib.interventions import CachedRun
+from lib.interventions import CachedRun, rerun_from, run_with_cache
 from lib.models import Model
 from lib.recall import study_facts, tell, trainable
 from lib.results import Results, chapter_folder, reach, read, results_path
 from lib.show.figures import visible
-from lib.static import (
-    RelationMap,
-    head_roles,
-    k_norms_by_head,
-    load_token_types,
-    qk_overlap,
-    relation_maps,
-    subject_embeddings,
-)
+from lib.static import RelationMap
 
 EDITS = "03_four_pathways"
 TAKEN = {  # what is read from the chapters' results
@@ -59,8 +50,8 @@ TOP = 8  # tokens that a value channel promotes most, and suppresses most
 VALUE_ROLES = ("neither", "copies", "suppresses", "maps relation")  # the first is drawn grey, as "none" is
 _SIZES = {"seeks": "effect", "advertises": "effect", "copy": "score", "relation": "score"}
 ROLE_NUMBERS = tuple(f"{role}_{number}" for role, size in _SIZES.items() for number in (size, "p"))
-UNTOUCHED = "none"
 RERUN = "Run `python -m lib run {} --model {} --force`."
+Arrays = dict[str, NDArray]
 STORED = {"u": np.uint8, "i": np.int32, "f": np.float32}  # by kind of number
 
 
@@ -75,8 +66,7 @@ class State:
 
 @dataclass(frozen=True)
 class Prompt:
-    """text: index into the page's texts. By state: whether the answer is told, the top token, answer minus
-    competitor."""
+    """text: index into the page's texts. By state: is the answer told, the top token, answer minus competitor."""
 
     text: int
     template: str
@@ -142,13 +132,12 @@ class PageData:
     words: tuple[str, ...]
     studied: int
     reported: dict[str, dict[str, Any]]
-    arrays: dict[str, NDArray]
+    arrays: Arrays
 
 
 def taken(model: Model) -> tuple[dict[str, dict[str, Any]], int]:
-    """What the page takes from the chapters' results, and the seed they ran with. Raises ChapterError for a file that
-    is missing, unreadable, of another model, other weights or another version, that lacks a key or holds a value
-    that is no number."""
+    """What the page takes from the chapters' results, and the seed they ran with. Raises ChapterError as `read` does,
+    and for a file that is of another version, lacks a key or holds a value that is no number."""
     reported, seeds = {}, set()
     for chapter, keys in TAKEN.items():
         path, rerun = results_path(model.name, chapter), RERUN.format(chapter, model.name)
@@ -197,27 +186,30 @@ def collect(model: Model, *, progress: bool = True) -> PageData:
     whole = load_cases(model.name)
     cases = [trainable(model, c) for c in whole]
     edits = made_edits(model, cases, reported[EDITS]["edits"])
-    asked = [_case_prompts(model, replace(c, facts=c.facts[:MOST])) for c in cases]
-    static = _StaticDiagnostics.of(model, study_facts(model, whole[0]), asked, seed)
-    measured = _measure(model, static, asked, edits, progress)
+    asked = [_prepared(model, replace(c, facts=c.facts[:MOST])) for c in cases]
+    sources = tuple(dict.fromkeys(fact for case in asked for fact in case.case.facts))
+    groups = torch.tensor([[float(fact in case.case.facts) for fact in sources] for case in asked])
+    study, types = study_facts(model, whole[0]), static.load_token_types(model)
+    reader = _WeightReader(study, types, sources, groups / groups.sum(1, keepdim=True), seed)
+    measured = _measure(model, reader, asked, edits, progress)
     texts = {text: i for i, text in enumerate(dict.fromkeys(text for case in asked for text in case.texts))}
-    by_state = [_arrays_of_state(weighed, asked, runs, texts) for weighed, runs in measured]
+    by_state = [_state_arrays(weighed, runs, texts) for weighed, runs in measured]
     arrays = {key: np.stack([state[key] for state in by_state]) for key in by_state[0]}
     ids, arrays["tokens"] = np.unique(arrays["tokens"], return_inverse=True)
     states = [State(name, edit.layer, reported[EDITS]["pathways"][name]) for name, edit in edits.items()]
     findings = reported["02_knowledge_path"]["diagnosis"]
     data = PageData(
         provenance={k: v for k, v in Results("dashboard", model, seed=seed).provenance.items() if k != "start"},
-        states=(State(UNTOUCHED, None, {}), *states),
+        states=(State("none", None, {}), *states),
         cases=tuple(
             _case_data(case, by_case, len(full.facts), texts, findings.get(full.name))
             for case, full, *by_case in zip(asked, whole, *(runs for _, runs in measured), strict=True)
         ),
         texts={text: tuple(visible(model.token_text(t)) for t in model.token_ids(text)) for text in texts},
-        sources=static.sources,
-        types=tuple(static.types),
+        sources=sources,
+        types=tuple(types),
         words=tuple(model.token_text(int(i)) for i in ids),
-        studied=len(static.study),
+        studied=len(study),
         reported=reported,
         arrays={key: value.astype(STORED[value.dtype.kind]) for key, value in arrays.items()},
     )
@@ -226,28 +218,26 @@ def collect(model: Model, *, progress: bool = True) -> PageData:
 
 
 def _measure(
-    model: Model, static: _StaticDiagnostics, asked: Sequence[_CasePrompts], edits: dict[str, Edit], progress: bool
-) -> list[tuple[dict[str, NDArray], tuple[_CaseRun, ...]]]:
+    model: Model, reader: _WeightReader, asked: Sequence[_Asked], edits: dict[str, Edit], progress: bool
+) -> list[tuple[Arrays, tuple[_CaseRun, ...]]]:
     """By state, the untouched model first: what the weights say, and the runs by case."""
-    maps = relation_maps(model, static.study, progress="relation maps" if progress else None)
-    untouched = static.arrays(model, range(model.weights.n_layers), maps)
+    maps = static.relation_maps(model, reader.study, progress="relation maps" if progress else None)
+    untouched = reader.arrays(model, range(model.weights.n_layers), maps)
     first_runs, baselines = zip(*(_run_case(model, case) for case in asked), strict=True)
     measured = [(untouched, first_runs)]
     for edit in tqdm(edits.values(), desc="edits", disable=not progress):
         with applied(model, edit):
-            arrays, pairs = static.edited(model, untouched, maps, edit), zip(asked, baselines, strict=True)
-            measured.append((arrays, tuple(_run_case(model, case, before, edit.layer)[0] for case, before in pairs)))
+            pairs = zip(asked, baselines, strict=True)
+            runs = tuple(_run_case(model, case, before, edit.layer)[0] for case, before in pairs)
+            measured.append((reader.edited(model, untouched, maps, edit), runs))
     return measured
 
 
-def _arrays_of_state(
-    static: dict[str, NDArray], asked: Sequence[_CasePrompts], runs: Sequence[_CaseRun], texts: Iterable[str]
-) -> dict[str, NDArray]:
+def _state_arrays(weighed: Arrays, runs: Sequence[_CaseRun], texts: Iterable[str]) -> Arrays:
     """The arrays of PageData for one state. runs: by case."""
-    by_case = zip(asked, runs, strict=True)
-    dynamic = {f"{key}/{case.case.name}": values for case, run in by_case for key, values in run.arrays.items()}
-    patterns = dict(chain.from_iterable(run.patterns.items() for run in runs))
-    return static | dynamic | {"patterns": np.concatenate([patterns[text] for text in texts], -1)}
+    dynamic = {key: values for run in runs for key, values in run.arrays.items()}
+    patterns = {text: values for run in runs for text, values in run.patterns.items()}
+    return weighed | dynamic | {"patterns": np.concatenate([patterns[text] for text in texts], -1)}
 
 
 def agree(data: PageData) -> None:
@@ -255,10 +245,9 @@ def agree(data: PageData) -> None:
     the best head's patching effect, which chapter 5 measures in another way. Raises ChapterError: then the results are
     not of this model, these data or this library."""
     whole = [case for case in data.cases if not case.left_out]
+    told = {case.case.name: sum(p.told[0] for p in case.prompts if not p.control) for case in whole}
     rows = [("01_static_diagnostics", "qk_overlap_mean", float(data.arrays["qk_overlap"][0].mean()))]
-    for case in whole:
-        count = sum(p.told[0] for p in case.prompts if not p.control)
-        rows.append(("02_knowledge_path", f"told.{case.case.name}", float(count)))
+    rows += [("02_knowledge_path", f"told.{name}", count) for name, count in told.items()]
     patched = data.arrays.get(f"patching/{data.cases[0].case.name}")
     if patched is not None and data.cases[0] in whole:
         rows.append(("05_cross_validation", "sweep_last_share", float(np.nanmean(patched[0], -1).max())))
@@ -272,9 +261,9 @@ def agree(data: PageData) -> None:
 
 
 @dataclass(frozen=True)
-class _CasePrompts:
-    """What is put to the model of a case. pairs: answer and competitor of each fact, by the failing prompt. untold:
-    facts that the failing prompt does not tell."""
+class _Asked:
+    """What is put to the model of a case. texts: the prompts, template by template, the failing one first. pairs:
+    answer and competitor of each fact, by the failing prompt. untold: facts that the failing prompt does not tell."""
 
     case: Case
     templates: tuple[str, ...]
@@ -283,15 +272,11 @@ class _CasePrompts:
     competitors: tuple[str, ...]
     untold: tuple[int, ...]
 
-    def at(self, template: str) -> list[int]:
-        """Indices of the untold facts' prompts with a template."""
-        return [self.templates.index(template) * len(self.case.facts) + i for i in self.untold]
 
-
-def _case_prompts(model: Model, case: Case) -> _CasePrompts:
+def _prepared(model: Model, case: Case) -> _Asked:
     texts, names = load_templates(), tuple(dict.fromkeys((case.template, *case.controls)))
     table = tell(model, case.facts, {case.template: texts[case.template]})
-    return _CasePrompts(
+    return _Asked(
         case,
         names,
         tuple(prompt for name in names for prompt in prompts(case.facts, texts[name])),
@@ -303,11 +288,11 @@ def _case_prompts(model: Model, case: Case) -> _CasePrompts:
 
 @dataclass(frozen=True)
 class _CaseRun:
-    """One state's answers to a case: by prompt whether it is told, the top token, answer minus competitor. arrays:
-    (layer, head, ...). patterns: by text, (layer, head, byte)."""
+    """One state's run of a case. arrays: by name in PageData, (layer, head, ...). patterns: by text,
+    (layer, head, byte). answers: by prompt, whether it is told, the top token, answer minus competitor."""
 
-    arrays: dict[str, NDArray]
-    patterns: dict[str, NDArray]
+    arrays: Arrays
+    patterns: Arrays
     answers: list[tuple[bool, str, float]]
 
 
@@ -323,23 +308,20 @@ class _Baseline:
 
 @torch.no_grad()
 def _run_case(
-    model: Model, case: _CasePrompts, before: _Baseline | None = None, layer: int = 0
+    model: Model, case: _Asked, before: _Baseline | None = None, layer: int = 0
 ) -> tuple[_CaseRun, _Baseline]:
     """A case's answers, and what an edited model needs of the untouched one. before: that, for a model that is edited
     in a layer (0-based)."""
-    if before:
-        run = interventions.rerun_from(model, before.run, layer)
-    else:
-        run = interventions.run_with_cache(model, case.texts)
+    run = rerun_from(model, before.run, layer) if before else run_with_cache(model, case.texts)
     pairs = case.pairs.repeat(len(case.templates), 1)
     traced, shape = contributions(model, run.capture(), pairs, case.pairs[:, 0].unique()), run.z.shape[1:3]
-    arrays = {}
-    for key, values in (("writes", traced.attribution), ("pushes", traced.difference)):
-        by_head = values[:, : math.prod(shape)].unflatten(1, shape)  # heads come before MLPs
-        arrays[key] = rearrange(by_head, "p l h -> l h p").cpu().numpy()
+    by_head = {"writes": traced.attribution, "pushes": traced.difference}
+    heads, by_site = math.prod(shape), "prompt (layer head) -> layer head prompt"  # heads come before MLPs
+    arrays = {k: rearrange(v[:, :heads], by_site, layer=shape[0]).cpu().numpy() for k, v in by_head.items()}
     baseline = _Baseline(run, [], torch.empty(0))
     if case.untold:
         arrays["patching"], baseline = _patch_heads(model, case, run, before, layer)
+    arrays = {f"{key}/{case.case.name}": values for key, values in arrays.items()}
     answer, wrong = run.logits.gather(1, pairs[:, :1])[:, 0], run.logits.scatter(1, pairs[:, :1], float("-inf"))
     told = (answer > wrong.amax(-1)).tolist()
     top = [visible(model.token_text(int(t))) for t in run.logits.argmax(-1)]
@@ -348,13 +330,14 @@ def _run_case(
 
 
 def _patch_heads(
-    model: Model, case: _CasePrompts, run: CachedRun, before: _Baseline | None, layer: int
+    model: Model, case: _Asked, run: CachedRun, before: _Baseline | None, layer: int
 ) -> tuple[NDArray, _Baseline]:
     """Share of the margin lost by the untouched model that each head brings back (layer, head, fact), as
     `cross_validation.patch_case_heads` has it; and the run with its patched rows."""
     weights, untold = model.weights, list(case.untold)
     pairs = case.pairs[untold]
-    failing, control = (run.take(case.at(name)) for name in (case.case.template, case.case.controls[0]))
+    n, names = len(case.pairs), (case.case.template, case.case.controls[0])
+    failing, control = (run.take([case.templates.index(name) * n + i for i in untold]) for name in names)
     base = interventions.logit_differences(failing, pairs)
     lost = before.lost if before else interventions.logit_differences(control, pairs) - base
     below = before.streams[layer - 1] if before and layer else None
@@ -366,7 +349,7 @@ def _patch_heads(
 
 
 @dataclass(frozen=True)
-class _StaticDiagnostics:
+class _WeightReader:
     """The words and facts that the weights are asked about. sources: the facts whose subjects a value channel reads;
     groups: (case, source), which of them to take the mean of."""
 
@@ -376,41 +359,30 @@ class _StaticDiagnostics:
     groups: Float[Tensor, "case source"]
     seed: int
 
-    @classmethod
-    def of(cls, model: Model, study: tuple[Fact, ...], asked: Sequence[_CasePrompts], seed: int) -> _StaticDiagnostics:
-        sources = tuple(dict.fromkeys(fact for case in asked for fact in case.case.facts))
-        groups = torch.tensor([[float(fact in case.case.facts) for fact in sources] for case in asked])
-        return cls(study, load_token_types(model), sources, groups / groups.sum(1, keepdim=True), seed)
-
-    def edited(
-        self, model: Model, untouched: dict[str, NDArray], maps: dict[str, RelationMap], edit: Edit
-    ) -> dict[str, NDArray]:
+    def edited(self, model: Model, untouched: Arrays, maps: dict[str, RelationMap], edit: Edit) -> Arrays:
         """The arrays of the untouched model, with the edited layer's own; all layers where the edit is of the first
         one, whose MLP the enriched embedding passes on its way to every head. maps: of the untouched model."""
         if edit.layer and edit.pathway == "ffn":
             return untouched  # no head's weights are touched
         layers = [edit.layer] if edit.layer else list(range(model.weights.n_layers))
-        spliced = {}
-        for name, edited in relation_maps(model, self.study, layers=layers).items():
-            hits = maps[name].hits.clone()
-            hits[layers] = edited.hits
-            spliced[name] = RelationMap(hits)
+        again, at = static.relation_maps(model, self.study, layers=layers), torch.tensor(layers)
+        spliced = {name: RelationMap(m.hits.index_copy(0, at, again[name].hits)) for name, m in maps.items()}
         arrays = {key: value.copy() for key, value in untouched.items()}
         for key, value in self.arrays(model, layers, spliced).items():
             arrays[key][layers] = value
         return arrays
 
-    def arrays(self, model: Model, layers: Sequence[int], maps: dict[str, RelationMap]) -> dict[str, NDArray]:
+    def arrays(self, model: Model, layers: Sequence[int], maps: dict[str, RelationMap]) -> Arrays:
         """What the weights of some layers say, (layer, head, ...)."""
         weights, shape = model.weights, (len(layers), model.weights.n_heads)
-        roles = head_roles(model, self.types, list(maps.values()), seed=self.seed, layers=layers)
+        roles = static.head_roles(model, self.types, list(maps.values()), seed=self.seed, layers=layers)
         codes = {"none": -1, **{name: i for i, name in enumerate(self.types)}}
         words = [*self.types.values(), [i for ids in self.types.values() for i in ids]]  # each type's, and all
-        by_key_head = torch.stack([k_norms_by_head(weights, ids)[layers].mean(-1) for ids in words], -1)
+        by_key_head = torch.stack([static.k_norms_by_head(weights, ids)[layers].mean(-1) for ids in words], -1)
         group = weights.n_heads // weights.n_kv_heads  # query heads that share a key head
         norms = repeat(by_key_head, "l kv t -> l (kv group) t", group=group).cpu().numpy()
         return {
-            "qk_overlap": qk_overlap(weights)[layers].cpu().numpy(),
+            "qk_overlap": static.qk_overlap(weights)[layers].cpu().numpy(),
             "k_norm": norms[..., -1],
             "k_norm_by_type": norms[..., :-1],
             "relation": torch.stack([m.score[layers] for m in maps.values()], -1).cpu().numpy(),
@@ -418,20 +390,18 @@ class _StaticDiagnostics:
             "seeks": roles.seeks.map(codes).to_numpy().reshape(shape),
             "advertises": roles.advertises.map(codes).to_numpy().reshape(shape),
             "value": roles.value.map(VALUE_ROLES.index).to_numpy().reshape(shape),
-            **_value_channels(model, self.sources, self.groups, layers),
+            **_value_channels(model, self, layers),
         }
 
 
 @torch.no_grad()
-def _value_channels(
-    model: Model, sources: Sequence[Fact], groups: Float[Tensor, "case source"], layers: Sequence[int]
-) -> dict[str, NDArray]:
+def _value_channels(model: Model, reader: _WeightReader, layers: Sequence[int]) -> Arrays:
     """What each head of the layers would write on reading the enriched embedding of a subject's last token, through
     norm, W_V, W_O and the unembedding, as logits in standard deviations over the vocabulary: the TOP highest and the
     TOP lowest tokens of each subject and of each case's mean; and the rank of each subject's answer."""
     weights = model.weights
-    e = subject_embeddings(model, sources)["enriched"]
-    answers = torch.tensor([[model.first_token(f.answer)] for f in sources])
+    e = static.subject_embeddings(model, reader.sources)["enriched"]
+    answers = torch.tensor([[model.first_token(f.answer)] for f in reader.sources])
     W_U, ids, scores, ranks = weights.norm_final.fold(weights.W_U), [], [], []
     for block in (weights.blocks[i] for i in layers):
         v = einsum(block.norm_attn(e), block.attn.per_head(block.attn.W_V), "s d, n d h -> n s h")
@@ -439,7 +409,7 @@ def _value_channels(
             logits = out @ W_U
             z = (logits - logits.mean(-1, keepdim=True)) / logits.std(-1, keepdim=True).clamp_min(1e-30)
             ranks.append((z > z.gather(1, answers)).sum(-1) + 1)
-            ends = [torch.cat((z, groups @ z)).topk(TOP, -1, largest=largest) for largest in (True, False)]
+            ends = [torch.cat((z, reader.groups @ z)).topk(TOP, -1, largest=largest) for largest in (True, False)]
             ids.append(torch.stack([end.indices for end in ends], 1))
             scores.append(torch.stack([end.values for end in ends], 1))
     parts = {"tokens": ids, "token_scores": scores, "answer_ranks": ranks}
@@ -447,7 +417,7 @@ def _value_channels(
 
 
 def _case_data(
-    case: _CasePrompts, runs: Sequence[_CaseRun], all_facts: int, texts: dict[str, int], finding: dict[str, Any] | None
+    case: _Asked, runs: Sequence[_CaseRun], all_facts: int, texts: dict[str, int], finding: dict[str, Any] | None
 ) -> CaseData:
     n = len(case.case.facts)
     asked = tuple(
@@ -460,7 +430,7 @@ def _case_data(
 
 
 @torch.no_grad()
-def _attention_bytes(model: Model, run: CachedRun) -> dict[str, NDArray]:
+def _attention_bytes(model: Model, run: CachedRun) -> Arrays:
     """Attention of every head on every prompt, by prompt: the lower triangle row by row, (layer, head, byte)."""
     blocks = zip(model.weights.blocks, run.layers, strict=True)
     patterns = torch.stack([block.attn.pattern(block.norm_attn(layer.stream)) for block, layer in blocks], 1)

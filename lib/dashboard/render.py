@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ def render(data: PageData) -> str:
     scripts = {"vega": bundle, "js": PARTS[2].read_text(encoding="utf-8")}
     if odd := [name for name, script in scripts.items() if "</script" in script.lower()]:
         raise DataError(f"the script {odd[0]} would end its own element; it cannot be written into a page.")
-    sums = " ".join(f"'sha256-{_sum(script)}'" for script in scripts.values())
+    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts.values())
+    sums = " ".join(f"'sha256-{digest}'" for digest in digests)
     layers, heads = content["shape"]
     parts = {
         "policy": f"default-src 'none'; script-src {sums}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
@@ -51,25 +52,19 @@ def render(data: PageData) -> str:
     return re.sub(r"\{(" + "|".join(parts) + r")\}", lambda hole: parts[hole[1]], page)
 
 
-def _sum(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
 def _page(data: PageData) -> dict[str, Any]:
     """The data as JSON. Numbers are base64 of little-endian values."""
     first = data.reported["01_static_diagnostics"]
     low, high = first["qk_overlap_band"]
     checked = data.reported["05_cross_validation"]
-    lengths = [len(tokens) * (len(tokens) + 1) // 2 for tokens in data.texts.values()]
+    lengths = (len(tokens) * (len(tokens) + 1) // 2 for tokens in data.texts.values())
+    texts = zip(data.texts.items(), accumulate(lengths, initial=0), strict=False)  # the last start is the end
     return {
         "shape": data.arrays["qk_overlap"].shape[1:],
         "measures": [m | ({"labels": _labels(data, m["key"])} if m["kind"] == "role" else {}) for m in MEASURES],
         "states": [_state(s, data.reported[EDITS]["recommended"]) for s in data.states],
         "cases": [_case(c, data.sources) for c in data.cases],
-        "texts": [
-            {"text": text, "tokens": tokens, "start": start}
-            for (text, tokens), start in zip(data.texts.items(), np.cumsum([0, *lengths[:-1]]).tolist(), strict=True)
-        ],
+        "texts": [{"text": text, "tokens": tokens, "start": start} for (text, tokens), start in texts],
         "facts": len(data.sources),
         "top": TOP,
         "types": data.types,
@@ -189,7 +184,4 @@ def filled(part: Any, **values: Any) -> Any:
     return values[part[1:]] if isinstance(part, str) and part.startswith("$") else part
 
 
-THEMES = {
-    name: filled(CHARTS["theme"], **colours, category=[colours["none"], *CATEGORIES])
-    for name, colours in CHARTS["themes"].items()
-}
+THEMES = {k: filled(CHARTS["theme"], **c, category=[c["none"], *CATEGORIES]) for k, c in CHARTS["themes"].items()}

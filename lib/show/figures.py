@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -17,7 +17,6 @@ import pandas as pd
 from IPython import get_ipython
 from jaxtyping import Float
 from matplotlib import pyplot as plt
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -25,21 +24,21 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 from torch import Tensor
 
+from lib.diagnosis import Diagnosis
+from lib.evaluation import Measured
 from lib.show.sentences import words
 from lib.show.tables import UNTOUCHED, WORDS
 from lib.sites import Site
 from lib.statistics import exact_interval
 
-if TYPE_CHECKING:
-    from lib.diagnosis import Diagnosis
-    from lib.evaluation import Measured
-
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 GREY, BLACK = "#777777", "#000000"
 TYPE_COLOURS = (RED, BLUE, GREEN, ORANGE, GREY, PINK, SKY, BLACK)
 PATHWAY_COLOURS = {"full": BLACK, "attention": BLUE, "ffn": ORANGE, "v_only": GREEN, "q_only": PINK, "k_only": RED}
+PATHWAY_COLOURS |= {"none": GREY}
 KIND_COLOURS = {"no training": GREY, "few parameters": BLUE, "closed form": PINK, "pathway": ORANGE}
 KIND_COLOURS |= {"everything": RED, "general": GREEN}
+Grid = Float[Tensor, "n_layers n_heads"]
 WIDE = 16  # a model of more layers gets wide panels, one below another, and every third layer a number
 NAMED = 6  # heads of a scatter that bear their names
 LEFT_EDGE = 0.3  # where no parameters stand on a logarithmic axis of their number
@@ -55,27 +54,20 @@ def style() -> None:
 
 
 def head_heatmap(
-    grids: dict[str, Float[Tensor, "n_layers n_heads"]],
-    *,
-    label: str,
-    signed: bool = False,
-    mark: Sequence[Site] = (),
-    chance: tuple[float, float, float] | None = None,
+    grids: dict[str, Grid], *, label: str, signed: bool = False, mark: Sequence[Site] = (), chance: Sequence[float] = ()
 ) -> Figure:
     """One panel a grid, layers across and heads down, one colour scale for all. mark: heads to frame.
     chance: mean, low, high of a null, drawn on the colour bar."""
-    arrays = {title: grid.cpu().numpy() for title, grid in grids.items()}
-    layers, heads = next(iter(arrays.values())).shape
-    wide, n = layers > WIDE, len(grids)
-    fig, axes = _panels(n, 1, (9, 0.9 + 2.5 * n)) if wide else _panels(1, n, (1.5 + 4.4 * n, 4.2))
-    values = np.stack(list(arrays.values()))
+    values = np.stack([grid.cpu().numpy() for grid in grids.values()])
+    n, layers, heads = values.shape
+    fig, axes = _panels(n, 1, (9, 0.9 + 2.5 * n)) if layers > WIDE else _panels(1, n, (1.5 + 4.4 * n, 4.2))
     top = float(np.abs(values).max() if signed else values.max()) or 1.0
-    for ax, (title, grid) in zip(axes.flat, arrays.items(), strict=True):
-        ax.imshow(grid.T, aspect="auto", cmap="RdBu_r" if signed else "viridis", vmin=-top if signed else 0, vmax=top)
+    colours, bottom, edge = ("RdBu_r", -top, "black") if signed else ("viridis", 0, "white")
+    for ax, title, grid in zip(axes.flat, grids, values, strict=True):
+        ax.imshow(grid.T, aspect="auto", cmap=colours, vmin=bottom, vmax=top)
         _head_axes(ax, layers, heads)
         ax.set_title(title, loc="left")
         for layer, head in ((site.layer, site.head) for site in mark if site.head is not None):
-            edge = "black" if signed else "white"
             ax.add_patch(mpl.patches.Rectangle((layer - 0.5, head - 0.5), 1, 1, fill=False, ec=edge, lw=2))
     bar = fig.colorbar(axes[0, 0].images[0], ax=axes, label=label, fraction=0.05, pad=0.02)
     if chance:
@@ -100,12 +92,12 @@ def k_norm_by_layer(table: pd.DataFrame) -> Figure:
     """K-norm of each token type relative to the layer's mean over types, with bootstrap bands."""
     centre = table.groupby("layer")["mean"].transform("mean")
     relative = table.assign(**{column: table[column] / centre for column in ("low", "mean", "high")})
-    fig, ax = _panel((9, 4.4))
+    fig, ax = _panel((9, 4.4), ylabel="K-norm, relative to\nthe mean of the types")
     for colour, (name, part) in zip(TYPE_COLOURS, relative.groupby("type", sort=False), strict=False):
         ax.fill_between(part.layer + 1, part.low, part.high, color=colour, alpha=0.15, lw=0)
         ax.plot(part.layer + 1, part["mean"], color=colour, lw=3 if name == "proper_noun" else 1.3, label=words(name))
     ax.axhline(1, color="black", lw=0.6)
-    ax.set(xlabel="layer", ylabel="K-norm, relative to\nthe mean of the types", xlim=(1, table.layer.max() + 1))
+    ax.set(xlabel="layer", xlim=(1, table.layer.max() + 1))
     return _legend(fig, ncols=4)
 
 
@@ -115,7 +107,7 @@ def told_matrix(table: pd.DataFrame) -> Figure:
     fig, ax = _panel((10, 0.42 * len(templates) + 1))
     told = table.pivot(index="template", columns="subject", values="told").loc[templates, subjects]
     names = [f"{words(name)}  {count}/{len(subjects)}" for name, count in told.sum(1).items()]
-    _matrix(ax, told, BLUE, rows=names, columns=subjects)
+    _matrix(ax, told.set_axis(names), BLUE)
     for row in table.itertuples():
         x, y, colour = subjects.index(row.subject), templates.index(row.template), "white" if row.told else "black"
         ax.text(x, y, visible(row.top), ha="center", va="center", fontsize=9, color=colour)
@@ -124,7 +116,7 @@ def told_matrix(table: pd.DataFrame) -> Figure:
 
 def cumulative_curves(diagnoses: Sequence[Diagnosis]) -> Figure:
     """Answer minus competitor by layer, in logits: each failing prompt thin, means bold, controls beside them."""
-    fig, axes = _panels(1, len(diagnoses), (4.9 * len(diagnoses), 4))
+    fig, axes = _panels(1, len(diagnoses), (4.9 * len(diagnoses), 4), ylabel="answer − competitor (logits)")
     for ax, d in zip(axes.flat, diagnoses, strict=True):
         _curves(ax, d.evidence.control.curve.T.cpu().numpy(), BLUE, "told under control templates", (0.6, 0.45))
         _curves(ax, d.evidence.failing.curve.T.cpu().numpy(), RED, "failing template", (0.6, 0.45))
@@ -133,7 +125,6 @@ def cumulative_curves(diagnoses: Sequence[Diagnosis]) -> Figure:
         if d.verdict.suppressor:
             _mark_layer(ax, d.verdict.suppressor, ORANGE, 0.03)
         ax.set(xlabel="layers summed", title=f"{d.case.title} (n = {len(d.evidence.facts)})")
-    axes[0, 0].set_ylabel("answer − competitor (logits)")
     return _legend(fig, ncols=2)
 
 
@@ -149,12 +140,11 @@ def writing_heatmaps(diagnosis: Diagnosis) -> Figure:
 
 def lens_ranks(ranks: dict[str, Float[Tensor, "fact n_layers+1"]]) -> Figure:
     """Median rank of the answer in the logit lens by layer, with the middle half of the facts."""
-    fig, ax = _panel((8.5, 3.8))
+    fig, ax = _panel((8.5, 3.8), yscale="log", xlabel="after layer", ylabel="rank of the answer\n(1 is the top)")
     for (name, by_fact), colour in zip(ranks.items(), (BLUE, RED, ORANGE, PINK, GREY), strict=False):
         low, middle, high = np.quantile(by_fact.cpu().numpy(), (0.25, 0.5, 0.75), axis=0)
         ax.fill_between(range(len(middle)), low, high, color=colour, alpha=0.15, lw=0)
         ax.plot(middle, color=colour, lw=2.5, label=name)
-    ax.set(yscale="log", xlabel="after layer", ylabel="rank of the answer\n(1 is the top)")
     ax.invert_yaxis()
     ax.legend(loc="upper left")
     return fig
@@ -162,13 +152,11 @@ def lens_ranks(ranks: dict[str, Float[Tensor, "fact n_layers+1"]]) -> Figure:
 
 def attention_rows(rows: dict[str, tuple[list[str], Float[Tensor, " t"]]], head: Site) -> Figure:
     """Attention of one head from the last token to each token of a few prompts."""
-    fig, axes = _panels(len(rows), 1, (9, 1.15 * len(rows) + 0.6))
+    fig, axes = _panels(len(rows), 1, (9, 1.15 * len(rows) + 0.6), yticks=[], frame_on=False)
     for ax, (title, (tokens, weights)) in zip(axes.flat, rows.items(), strict=True):
         ax.imshow(weights.cpu().numpy()[None], aspect="auto", cmap="Blues", vmin=0, vmax=1)
         ax.set_xticks(range(len(tokens)), [visible(t) for t in tokens], fontsize=9)
-        ax.set(yticks=[])
         ax.set_title(title, loc="left", fontsize=10, fontweight="normal")
-        ax.spines[:].set_visible(False)
         for i, w in enumerate(weights.tolist()):
             ax.text(i, 0, f"{w:.2f}", ha="center", va="center", fontsize=9, color="white" if w > 0.5 else "black")
     fig.suptitle(f"{head}: attention from the last token")
@@ -178,7 +166,7 @@ def attention_rows(rows: dict[str, tuple[list[str], Float[Tensor, " t"]]], head:
 def attention_by_template(table: pd.DataFrame) -> Figure:
     """Attention from the last token to the subject, one dot a fact: failing against control, by head and case."""
     heads = list(table.site.unique())
-    fig, panels = _split(table, "case", (4.9 * table.case.nunique(), 3.4))
+    fig, panels = _split(table, "case", (4.9 * table.case.nunique(), 3.4), ylabel="attention to the subject")
     for ax, case, by_case in panels:
         for kind, colour, shift in (("control", BLUE, -0.15), ("failing", RED, 0.15)):
             part = by_case[by_case.kind == kind]
@@ -188,7 +176,6 @@ def attention_by_template(table: pd.DataFrame) -> Figure:
             ax.scatter(np.arange(len(heads)) + shift, means, s=240, marker="_", color=colour, lw=3)
         ax.set_xticks(range(len(heads)), heads)
         ax.set(title=case, ylim=(-0.03, 1.03))
-    fig.axes[0].set_ylabel("attention to the subject")
     return _legend(fig, ncols=2)
 
 
@@ -208,19 +195,17 @@ def prefix_bars(table: pd.DataFrame) -> Figure:
 
 def subject_norms(norms: dict[str, Float[Tensor, "fact n_layers+1"]]) -> Figure:
     """Norm of the residual stream at the subject's last token, layer by layer, one thin line a fact."""
-    fig, ax = _panel((8.5, 3.8))
+    label = "norm of the subject's\nresidual stream"
+    fig, ax = _panel((8.5, 3.8), yscale="log", xlabel="after layer", ylabel=label)
     for (name, values), colour in zip(norms.items(), (RED, BLUE, ORANGE, PINK, GREEN), strict=False):
         _curves(ax, values.T.cpu().numpy(), colour, name, (0.6, 0.5))
-    ax.set(yscale="log", xlabel="after layer", ylabel="norm of the subject's\nresidual stream")
     ax.legend(loc="lower right")
     return fig
 
 
-def static_against_dynamic(
-    static: Float[Tensor, "n_layers n_heads"], dynamic: Float[Tensor, "n_layers n_heads"]
-) -> Figure:
+def static_against_dynamic(static: Grid, dynamic: Grid) -> Figure:
     """Every head: the relation map's score against what it writes; the strongest are named."""
-    fig, ax = _panel((7, 4.2))
+    fig, ax = _panel((7, 4.2), ylabel="written of the answer\nunder controls (logits)")
     x, y = static.flatten().cpu().numpy(), dynamic.flatten().cpu().numpy()
     ax.scatter(x, y, s=22, color=BLUE, alpha=0.6, lw=0)
     ax.axhline(0, color="black", lw=0.6)
@@ -229,7 +214,6 @@ def static_against_dynamic(
         _name_point(ax, str(Site(*divmod(int(i), static.shape[1]))), x[i], y[i], (6, 4))
     ax.set_xlim(-0.03 * x.max(), 1.15 * x.max() + 1e-9)
     ax.set_xlabel("relation map: share of countries with their\ncapital in the head's top 10 (no input)")
-    ax.set_ylabel("written of the answer\nunder controls (logits)")
     return fig
 
 
@@ -250,8 +234,7 @@ def training_curves(seeds: pd.DataFrame, margin: float) -> Figure:
 
 
 def before_after(table: pd.DataFrame) -> Figure:
-    """Probability of each fact's answer under the failing template, before (grey) and after each pathway's edit;
-    filled where the answer is told."""
+    """Probability of each answer under the failing template, before (grey) and after each edit; filled where told."""
     before = table[table.pathway == "none"].set_index("subject")
     y = np.arange(len(before))
     fig, panels = _split(table[table.pathway != "none"], "pathway", (9.8, 0.55 * len(before) + 1.6), rows=2)
@@ -268,9 +251,8 @@ def before_after(table: pd.DataFrame) -> Figure:
 
 
 def price(table: pd.DataFrame, seeds: pd.DataFrame) -> Figure:
-    """Parameters of each pathway against its KL on the neutral passages: a dot a seed, filled where the goal was
-    reached."""
-    fig, ax = _panel((8, 4))
+    """Parameters of a pathway against its KL on neutral passages: a dot a seed, filled where the goal was reached."""
+    fig, ax = _panel((8, 4), xscale="log", yscale="log", ylabel="KL on neutral passages\n(nats a token)")
     for row in table.itertuples():
         part, colour = seeds[seeds.pathway == row.pathway], PATHWAY_COLOURS[row.pathway]
         fill = np.where(part.reached, colour, "white")
@@ -278,8 +260,7 @@ def price(table: pd.DataFrame, seeds: pd.DataFrame) -> Figure:
         name = f"{words(row.pathway)}: {int(part.reached.sum())}/{len(part)}"
         y, offset = (part.kl.min(), -15) if row.pathway == "k_only" else (part.kl.max(), 7)
         _name_point(ax, name, row.parameters, y, (0, offset), ha="center", color=colour, fontsize=10)
-    ax.set(xscale="log", yscale="log", xlabel="parameters trained", ylabel="KL on neutral passages\n(nats a token)")
-    ax.margins(0.15, 0.2)
+    ax.set(xlabel="parameters trained", xmargin=0.15, ymargin=0.2)
     return fig
 
 
@@ -291,7 +272,7 @@ def probe_matrix(measured: Measured) -> Figure:
     counts = right.groupby(base.set[pick]).sum()
     names = [f"{words(UNTOUCHED.get(n, n))}\n{counts[n]['capability']} + {counts[n]['unrelated']}" for n in right]
     fig, ax = _panel((7.4, 0.27 * len(right) + 1))
-    _matrix(ax, right, SKY, rows=base["item"][pick].map(words), columns=names, fontsize=9)
+    _matrix(ax, right.set_axis(base["item"][pick].map(words)).set_axis(names, axis=1), SKY, fontsize=9)
     for y, x in zip(*np.nonzero(right.ne(right["none"], axis=0).to_numpy()), strict=True):
         colour = GREEN if right.iloc[y, x] else RED
         ax.add_patch(mpl.patches.Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, fill=False, ec=colour, lw=2.5))
@@ -301,14 +282,13 @@ def probe_matrix(measured: Measured) -> Figure:
 
 def perplexity_ratios(table: pd.DataFrame, band: float) -> Figure:
     """Perplexity after over before, with bootstrap intervals; grey: within the band around 1."""
-    fig, ax = _panel((8, 0.45 * len(table) + 1.1))
+    fig, ax = _panel((8, 0.45 * len(table) + 1.1), xlabel="perplexity after the edit / before")
     ax.axvspan(1 - band, 1 + band, color="#dddddd", lw=0)
     ax.axvline(1, color="black", lw=0.6)
     y = np.arange(len(table))
-    _intervals(ax, y, table.ratio_low, table.ratio, table.ratio_high, _colours(table), s=40)
+    _intervals(ax, y, table.ratio_low, table.ratio, table.ratio_high, table.pathway.map(PATHWAY_COLOURS), s=40)
     ax.set_yticks(y, table.pathway.map(words))
     ax.invert_yaxis()
-    ax.set_xlabel("perplexity after the edit / before")
     return fig
 
 
@@ -319,7 +299,7 @@ def outcomes(table: pd.DataFrame, kinds: Sequence[str]) -> Figure:
         y, before, after = np.arange(len(part)), part.before / part.n, part.after / part.n
         ax.hlines(y, before, after, color="#bbbbbb", lw=2, zorder=1)
         ax.scatter(before, y, color=GREY, s=30, zorder=2)
-        ax.scatter(after, y, color=_colours(part), s=46, zorder=3)
+        ax.scatter(after, y, color=part.pathway.map(PATHWAY_COLOURS), s=46, zorder=3)
         ax.set(xlim=(-0.05, 1.05), yticks=y, yticklabels=part.pathway.map(words))
         ax.set_title(f"{kind.replace(', ', ',' + chr(10))}, n = {part.n.iloc[0]}", fontsize=9.5, loc="left")
         ax.grid(axis="x")
@@ -328,15 +308,14 @@ def outcomes(table: pd.DataFrame, kinds: Sequence[str]) -> Figure:
 
 def bleeding(table: pd.DataFrame, control: pd.DataFrame) -> Figure:
     """Prompts about other countries that are wrongly answered with a trained answer, by pathway."""
-    fig, ax = _panel((8, 3.4))
+    fig, ax = _panel((8, 3.4), ylabel=f"trained answers, wrongly\n(of {table.prompts.iloc[0]} prompts)")
     x = np.arange(len(table))
-    ax.bar(x, table.bled, color=_colours(table), width=0.6, alpha=0.85)
+    ax.bar(x, table.bled, color=table.pathway.map(PATHWAY_COLOURS), width=0.6, alpha=0.85)
     ax.scatter(x[1:] + 0.36, control.bled[1:], marker="x", color="black", s=36, label="noise of the same size")
     for i, count in enumerate(table.bled):
         _name_point(ax, str(count), i, count, (0, 3), ha="center", fontsize=10)
     ax.set_xticks(x, table.pathway.replace(UNTOUCHED).map(words))
-    label = f"trained answers, wrongly\n(of {table.prompts.iloc[0]} prompts)"
-    ax.set(ylabel=label, ylim=(0, 1.15 * table.bled.max() + 1))
+    ax.set_ylim(0, 1.15 * table.bled.max() + 1)
     return _legend(fig, ncols=1)
 
 
@@ -347,7 +326,7 @@ def generalisation(table: pd.DataFrame, control: pd.DataFrame) -> Figure:
     fig, ax = _panel((8, 3.6))
     x, n = np.arange(len(part)), part.untold
     share = part.repaired / n
-    ax.bar(x, share, color=_colours(part), width=0.6, alpha=0.85)
+    ax.bar(x, share, color=part.pathway.map(PATHWAY_COLOURS), width=0.6, alpha=0.85)
     ends = np.abs(part[["low", "high"]].to_numpy().T - share.to_numpy())
     ax.errorbar(x, share, yerr=ends, fmt="none", ecolor=GREY, lw=1.5, capsize=3)
     ax.scatter(x + 0.36, noise.repaired / noise.untold, marker="x", color="black", s=36, label="noise of the same size")
@@ -371,7 +350,8 @@ def carried(table: pd.DataFrame, whole: int, layer: int) -> Figure:
 
 def frontier(runs: pd.DataFrame, harmless: pd.Series, pick: int) -> Figure:
     """Repaired selection countries against KL on neutral text; a point a configuration."""
-    fig, ax = _panel((8.5, 4.2))
+    untold = runs.untold.iloc[0]
+    fig, ax = _panel((8.5, 4.2), xscale="log", ylabel=f"repaired, of {untold}\nselection countries")
     for (low, part), colour in zip(runs.groupby(runs["rank"] > 0), (BLUE, ORANGE), strict=False):
         fill = np.where(harmless[part.index], colour, "white")
         name = "low rank" if low else "any change"
@@ -379,10 +359,8 @@ def frontier(runs: pd.DataFrame, harmless: pd.Series, pick: int) -> Figure:
     ax.scatter(runs.kl[pick], runs.repaired[pick], s=190, facecolors="none", edgecolors="black", lw=1.5)
     for row in runs.itertuples():
         _name_point(ax, f"L{row.layer}", row.kl, row.repaired, (5, 5))
-    untold = runs.untold.iloc[0]
     ax.axhline(untold / 2, color="black", lw=1, ls="--")
-    ax.set(xscale="log", xlabel="KL on neutral text (nats a token)", ylim=(-0.5, untold / 2 + 1))
-    ax.set_ylabel(f"repaired, of {untold}\nselection countries")
+    ax.set(xlabel="KL on neutral text (nats a token)", ylim=(-0.5, untold / 2 + 1))
     return _legend(fig, ncols=2)
 
 
@@ -403,20 +381,19 @@ def effects_of_parts(table: pd.DataFrame) -> Figure:
 def layer_sweep(means: pd.DataFrame, layer: int) -> Figure:
     """Told, held-out repaired and harm by layer, one line a pathway. layer: the diagnosed one, counted from 1."""
     panels = {"facts_told": "facts told", "held_out_repaired": "held-out repaired", "kl": "KL on neutral text (nats)"}
-    fig, axes = _panels(1, 3, (10, 3.6))
+    fig, axes = _panels(1, 3, (10, 3.6), xlabel="layer")
     for ax, (column, label) in zip(axes.flat, panels.items(), strict=True):
         for i, (name, part) in enumerate(means.sort_values("layer").groupby("pathway", sort=False)):
             beside = part.layer + 0.2 * (i - 1.5)  # so that equal values are all seen
             ax.plot(beside, part[column], "o-", ms=3.5, lw=1.2, color=PATHWAY_COLOURS[name], label=words(name))
         ax.axvline(layer, color="black", lw=1, ls=":")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.set(xlabel="layer", ylabel=label)
+        ax.set_ylabel(label)
     told, repaired, kl = axes[0]
     told.set_ylim(-0.3, means.facts_told.max() + 0.3)
     repaired.set_ylim(-0.5, means.held_out_n.max() + 0.5)
-    for ax in (told, repaired):
-        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     kl.set_yscale("log")
+    for axis in (told.xaxis, repaired.xaxis, kl.xaxis, told.yaxis, repaired.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     return _legend(fig, ncols=6)
 
 
@@ -439,21 +416,18 @@ def correlations(table: pd.DataFrame) -> Figure:
 def ladder(rows: pd.DataFrame, general: float) -> Figure:
     """Facts told and held-out facts repaired over the number of changed parameters, one labelled dot a method. general:
     the share of the held-out facts from which a method generalises."""
-    fig, axes = _panels(2, 1, (9.5, 6.4))
-    told, repaired = axes[:, 0]
-    for ax, measure, size, label in (
-        (told, "facts_told", "facts_n", "facts told"),
-        (repaired, "held_out_repaired", "held_out_n", "held-out repaired"),
-    ):
+    panels = {"facts told": ("facts_told", "facts_n"), "held-out repaired": ("held_out_repaired", "held_out_n")}
+    fig, axes = _panels(2, 1, (9.5, 6.4), xscale="log")
+    for ax, (label, (measure, size)) in zip(axes.flat, panels.items(), strict=True):
         top = rows[size].max()
         ax.axhline(top, color="#cccccc", lw=0.8)
         for (x, y), group in rows.assign(x=rows.parameters.clip(lower=LEFT_EDGE)).groupby(["x", measure]):
             ax.plot(x, y, "o", color=KIND_COLOURS[group.kind.iloc[0]], ms=7)
             numbers = ", ".join(str(i + 1) for i in group.index)  # dots in one place share a label
             _name_point(ax, numbers, x, y, (0, 6), fontsize=8, ha="center")
-        ax.set(xscale="log", ylabel=label, ylim=(-0.05 * top, 1.15 * top))
-    repaired.axhline(general * rows.held_out_n.max(), color="black", lw=1, ls=":")
-    repaired.set_xlabel("changed parameters (left edge: none)")
+        ax.set(ylabel=label, ylim=(-0.05 * top, 1.15 * top))
+    ax.axhline(general * top, color="black", lw=1, ls=":")
+    ax.set_xlabel("changed parameters (left edge: none)")
     names = [f"{i} {name}" + ("" if i % 4 else "\n") for i, name in enumerate(rows.rival, 1)]  # four a line
     fig.supxlabel("   ".join(names), fontsize=8)
     return _legend(fig, ncols=6, handles=_dots({k: c for k, c in KIND_COLOURS.items() if k in set(rows.kind)}, lw=0))
@@ -463,7 +437,8 @@ def planted_curves(table: pd.DataFrame) -> Figure:
     """Answer minus competitor by layer before and after planting, a panel a plant; facts thin, means bold."""
     colours = {"controls, planted": GREY, "failing template, before": BLUE, "failing template, planted": RED}
     table = table.sort_values("seed", kind="stable")
-    fig, panels = _split(table, "seed", (4.9 * table.seed.nunique(), 4), sharey=False)
+    size, label = (4.9 * table.seed.nunique(), 4), "answer − competitor (logits)"
+    fig, panels = _split(table, "seed", size, sharey=False, xlabel="layers summed", ylabel=label)
     for ax, _, plant in panels:
         for name, part in plant.groupby("curve", sort=False):
             lines = part.pivot(index="layer", columns="fact", values="logits")
@@ -472,9 +447,7 @@ def planted_curves(table: pd.DataFrame) -> Figure:
         ax.axhline(0, color="black", lw=0.6)
         first = plant.iloc[0]
         _mark_layer(ax, Site.parse(first.site), ORANGE, 0.97)
-        ax.set(xlabel="layers summed")
         ax.set_title(f"{first.planted}\n{first.template.replace('{}', '…')}", loc="left", fontsize=9.5)
-    fig.axes[0].set_ylabel("answer − competitor (logits)")
     return _legend(fig, ncols=3)
 
 
@@ -482,23 +455,20 @@ def rule_scores(table: pd.DataFrame, goals: dict[str, float]) -> Figure:
     """Share of plants of which each rule is right, with exact intervals; one panel a question, one colour a model.
     Dashed: the goal. Diamonds: chance, which has no interval."""
     panels = {"kind": "failure kind", "layer": "exact layer", "kind and site": "kind and site"}
-    fig, axes = _panels(1, len(panels), (10, 3.9), sharey=True)
-    models = list(table.model.unique())
+    fig, axes = _panels(1, len(panels), (10, 3.9), sharey=True, xlim=(-0.03, 1.03))
+    rules = table.rule.str.replace(r"^always .*", "best constant", regex=True).unique()
+    models = table.model.nunique()
     for ax, (question, label) in zip(axes.flat, panels.items(), strict=True):
-        for i, name in enumerate(models):
-            part = table[table.model == name]
-            part = part.assign(y=np.arange(len(part)) + 0.3 * (i - (len(models) - 1) / 2))
-            colour, has_interval = (BLUE, ORANGE)[i % 2], part[f"{question} low"].notna()
-            rules, chance = part[has_interval], part[~has_interval]
-            ends = (rules[f"{question} low"], rules[question], rules[f"{question} high"])
-            _intervals(ax, rules.y, *ends, colour, s=30, label=name)
-            ax.scatter(chance[question], chance.y, color=colour, s=30, marker="D", zorder=3)
+        for i, (name, part) in enumerate(table.groupby("model", sort=False)):
+            y, colour = np.arange(len(part)) + 0.3 * (i - (models - 1) / 2), (BLUE, ORANGE)[i % 2]
+            low, share, high = (part[f"{question}{end}"] for end in (" low", "", " high"))
+            _intervals(ax, y, low, share.where(low.notna()), high, colour, s=30, label=name)
+            ax.scatter(share.where(low.isna()), y, color=colour, s=30, marker="D", zorder=3)
         if question in goals:
             ax.axvline(goals[question], color="black", lw=1, ls="--")
-        ax.set(xlim=(-0.03, 1.03), title=label)
+        ax.set_title(label)
         ax.set_xticks((0, 0.25, 0.5, 0.75, 1), ("0", "", "50 %", "", "100 %"))
         ax.grid(axis="x")
-    rules = table[table.model == models[0]].rule.str.replace(r"^always .*", "best constant", regex=True)
     axes[0, 0].set_yticks(range(len(rules)), rules)
     return _legend(_rows_down(fig, "share of plants"), ncols=2)
 
@@ -546,7 +516,7 @@ def cost_ratios(table: pd.DataFrame) -> Figure:
 
 def cost_growth(points: pd.DataFrame) -> Figure:
     """Seconds of a trace and of a plain forward pass, by what grows."""
-    fig, panels = _split(points, "grows", (11, 3.2), sharey=False)
+    fig, panels = _split(points, "grows", (11, 3.2), sharey=False, ylabel="seconds")
     for ax, grows, part in panels:
         part = part.sort_values("at")
         ax.plot(part["at"], part.trace_s, "o-", ms=4, color=BLUE, label="trace, three conventions")
@@ -556,7 +526,6 @@ def cost_growth(points: pd.DataFrame) -> Figure:
         ax.set_xticks(ticks, [EngFormatter(sep="", places=0)(v) for v in ticks])
         ax.xaxis.set_minor_locator(NullLocator())
         ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
-    fig.axes[0].set_ylabel("seconds")
     return _legend(fig, ncols=2)
 
 
@@ -568,24 +537,28 @@ def visible(token: str) -> str:
 # How they are drawn
 
 
-def _panels(rows: int, columns: int, size: tuple[float, float], *, sharey: bool = False) -> tuple[Figure, np.ndarray]:
-    """A figure that pyplot forgets at once: a notebook shows it when a cell returns it, and not a second time."""
-    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=sharey)
+def _panels(
+    rows: int, columns: int, size: tuple[float, float], *, sharey: bool = False, ylabel: str = "", **settings: Any
+) -> tuple[Figure, np.ndarray]:
+    """A figure that pyplot forgets at once: a notebook shows it when a cell returns it, and not a second time.
+    ylabel: of the first panel; settings: of every panel."""
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=sharey, subplot_kw=settings)
+    axes[0, 0].set_ylabel(ylabel)
     plt.close(fig)
     return fig, axes
 
 
-def _panel(size: tuple[float, float]) -> tuple[Figure, Axes]:
-    fig, axes = _panels(1, 1, size)
+def _panel(size: tuple[float, float], **settings: Any) -> tuple[Figure, Axes]:
+    fig, axes = _panels(1, 1, size, **settings)
     return fig, axes[0, 0]
 
 
 def _split(
-    table: pd.DataFrame, column: str, size: tuple[float, float], *, rows: int = 1, sharey: bool = True
+    table: pd.DataFrame, column: str, size: tuple[float, float], *, rows: int = 1, sharey: bool = True, **settings: Any
 ) -> tuple[Figure, list[tuple[Axes, Any, pd.DataFrame]]]:
     """A panel a value of a column, in rows, with the value and its part of the table."""
     parts = list(table.groupby(column, sort=False))
-    fig, axes = _panels(rows, -(-len(parts) // rows), size, sharey=sharey)
+    fig, axes = _panels(rows, -(-len(parts) // rows), size, sharey=sharey, **settings)
     for ax in axes.flat[len(parts) :]:
         ax.set_visible(False)
     return fig, [(ax, value, part) for ax, (value, part) in zip(axes.flat, parts, strict=False)]
@@ -610,11 +583,6 @@ def _name_point(ax: Axes, text: str, x: float, y: float, offset: tuple[float, fl
     ax.annotate(text, (x, y), xytext=offset, textcoords="offset points", **{"fontsize": 9, **look})
 
 
-def _colours(table: pd.DataFrame) -> list[str]:
-    """Colours of a table's pathways, row by row."""
-    return [PATHWAY_COLOURS.get(name, GREY) for name in table.pathway]
-
-
 def _curves(ax: Axes, by_layer: Any, colour: str, label: str, thin: tuple[float, float], **look: Any) -> None:
     """Of layer x fact: a line a fact, thin (width, opacity), and their mean bold (look)."""
     table, (width, opacity) = pd.DataFrame(by_layer), thin
@@ -628,27 +596,23 @@ def _intervals(ax: Axes, y: Any, low: pd.Series, middle: pd.Series, high: pd.Ser
     ax.scatter(middle, y, **{"color": colour, "zorder": 3, **look})
 
 
-def _matrix(
-    ax: Axes, filled: pd.DataFrame, colour: str, *, rows: Sequence[str], columns: Sequence[str], fontsize: float = 11
-) -> None:
-    """Cells, filled where true, with thin lines between them and the names at the left and on top."""
+def _matrix(ax: Axes, filled: pd.DataFrame, colour: str, *, fontsize: float = 11) -> None:
+    """Cells, filled where true, with thin lines between them and the table's names at the left and on top."""
+    n_rows, n_columns = filled.shape
     ax.imshow(filled.to_numpy(), aspect="auto", cmap=ListedColormap(["#ffffff", colour]), vmin=0, vmax=1)
-    ax.set_xticks(range(len(columns)), columns)
+    ax.set_xticks(range(n_columns), filled.columns)
     ax.xaxis.tick_top()
-    ax.set_yticks(range(len(rows)), rows, fontsize=fontsize)
-    ax.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
-    ax.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
+    ax.set_yticks(range(n_rows), filled.index, fontsize=fontsize)
+    ax.set_xticks(np.arange(n_columns + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(n_rows + 1) - 0.5, minor=True)
     ax.grid(which="minor", color="#cccccc", lw=0.6)
     ax.tick_params(which="both", length=0)
     ax.spines[:].set_visible(False)
 
 
-def _legend(fig: Figure, *, ncols: int, handles: Sequence[Artist] = ()) -> Figure:
+def _legend(fig: Figure, *, ncols: int, handles: Sequence[mpl.artist.Artist] = ()) -> Figure:
     """The figure with a legend above the panels: of the handles, or of what the panels label, each label once."""
-    labelled: dict[str, Artist] = {}
-    for ax in fig.axes:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            labelled.setdefault(label, handle)
+    labelled = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     fig.legend(handles=list(handles or labelled.values()), ncols=ncols, loc="outside upper center")
     return fig
 
@@ -660,18 +624,15 @@ def _rows_down(fig: Figure, below: str) -> Figure:
     return fig
 
 
-def _dots(colours: dict[str, str], **look: Any) -> list[Artist]:
+def _dots(colours: dict[str, str], **look: Any) -> list[mpl.artist.Artist]:
     """Handles of a legend: a dot a label."""
-    return [
-        mpl.lines.Line2D([], [], **{"marker": "o", "color": c, "label": words(k), **look}) for k, c in colours.items()
-    ]
+    return [mpl.lines.Line2D([], [], marker="o", color=c, label=words(k), **look) for k, c in colours.items()]
 
 
-def _apart(values: Iterable[float], least: float = 1.4) -> list[float]:
-    """Of values, those far enough from one another to bear a label each on a logarithmic axis, the largest among
-    them."""
+def _apart(values: Iterable[float]) -> list[float]:
+    """Of values, those far enough apart to bear a label each on a logarithmic axis, the largest among them."""
     apart: list[float] = []
     for value in sorted(values, reverse=True):
-        if not apart or apart[-1] >= least * value:
+        if not apart or apart[-1] >= 1.4 * value:
             apart.append(value)
     return apart[::-1]

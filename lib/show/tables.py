@@ -9,11 +9,10 @@ Labels of columns, and what stands under them, are in columns.yaml.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import itables
 import pandas as pd
@@ -22,13 +21,12 @@ from IPython.display import HTML
 from itables.javascript import generate_init_offline_itables_html
 from pandas.io.formats.style import Styler
 
+from lib.diagnosis import Diagnosis
 from lib.facts import Case
 from lib.show.sentences import words
 from lib.statistics import exact_interval
 
-if TYPE_CHECKING:
-    from lib.diagnosis import Diagnosis
-
+# a number, or a text that begins with one: `3 of 8`, `-0.1 to 0.2`
 _NUMBER = r"(?:nan|–|<? ?[-+]?\d[\d.,]*(?:e[-+]\d+)?%?(?:[\s(/].*)?)"
 SHORT_NAME = 12  # characters: a shorter name of a row is a site or a number, and stays on one line
 ROW_NAMES = "row names"  # the label in columns.yaml under which the rows' names stand
@@ -69,13 +67,11 @@ class _Cell(Formatter):
 def arranged(name: str, table: pd.DataFrame) -> pd.DataFrame:
     """The columns that columns.yaml lists under a name, of a table that has what they are made from. Raises KeyError
     for a name, or a column of the table, that is not there."""
-    rows = table.rename_axis("index").reset_index().to_dict("records")
-    columns = {}
-    for label, template in COLUMNS[name].items():
-        if "{" in template:
-            columns[label] = [_text(template, {"#": i, **row}) for i, row in enumerate(rows, 1)]
-        else:
-            columns[label] = table[template].tolist()
+    rows = [{"#": i, **row} for i, row in enumerate(table.rename_axis("index").reset_index().to_dict("records"), 1)]
+    columns = {
+        label: [_text(template, row) for row in rows] if "{" in template else table[template].tolist()
+        for label, template in COLUMNS[name].items()
+    }
     names = columns.pop(ROW_NAMES, table.index)
     return pd.DataFrame(columns, index=names)
 
@@ -108,8 +104,10 @@ def plain(table: pd.DataFrame, *, digits: int = 2, index: bool = False) -> HTML:
     index: show the row names; then texts may wrap."""
     if index:  # names of sites stay on one line, sentences may wrap
         table = table.rename(index=lambda name: name.replace(" ", "\u00a0") if len(name) < SHORT_NAME else name)
-    align = [("th, td", "left"), *((f".col{i}", "right") for i, c in enumerate(table) if _is_numbers(table[c]))]
-    styles = [{"selector": cells, "props": f"text-align: {side}"} for cells, side in align]
+    texts = [column.map(str).str for _, column in table.items() if len(table)]
+    right = [f".col{i}" for i, column in enumerate(texts) if column.fullmatch(_NUMBER).all()]
+    align = {"th, td": "left", **dict.fromkeys(right, "right")}
+    styles = [{"selector": cells, "props": f"text-align: {side}"} for cells, side in align.items()]
     name = hashlib.sha256(table.to_csv().encode()).hexdigest()[:8]  # the same table has the same name in every run
     styler = Styler(table, uuid=name, cell_ids=False, precision=digits, escape="html", na_rep="–")
     styler = styler.format_index(escape="html").format_index(escape="html", axis="columns")
@@ -119,11 +117,6 @@ def plain(table: pd.DataFrame, *, digits: int = 2, index: bool = False) -> HTML:
     wrap = "normal" if index else "nowrap"
     style = f"overflow-x:auto;font-size:85%;white-space:{wrap};font-variant-numeric:tabular-nums"
     return HTML(f'<div class="scroll" style="{style}" tabindex="0" role="region" aria-label="table">{html}</div>')
-
-
-def _is_numbers(column: pd.Series) -> bool:
-    """Whether a column holds nothing but numbers, or texts that begin with one: `3 of 8`, `-0.1 to 0.2`."""
-    return len(column) > 0 and all(re.fullmatch(_NUMBER, str(v)) for v in column)
 
 
 def told_by_template(table: pd.DataFrame) -> pd.DataFrame:
@@ -161,11 +154,6 @@ def diagnoses(cases: Sequence[Diagnosis]) -> pd.DataFrame:
     return arranged("diagnoses", pd.DataFrame(rows)).T
 
 
-def keyed(table: pd.DataFrame, column: str) -> dict[str, dict]:
-    """A table as results keep it: one entry a value of the column."""
-    return {row.pop(column): row for row in table.to_dict("records")}
-
-
 def pathways(head: pd.DataFrame, gpt2: dict[str, dict[str, float]]) -> pd.DataFrame:
     """The head-to-head table of chapter 3; gpt2: the size of each slice there (`pathways.gpt2_sizes`)."""
     return arranged("pathways", head.assign(gpt2=[gpt2[name]["parameters"] for name in head.pathway]))
@@ -196,8 +184,7 @@ def generalisation(table: pd.DataFrame, noise: pd.DataFrame) -> pd.DataFrame:
 
 def frontier(runs: pd.DataFrame) -> pd.DataFrame:
     """Configurations of an edit that should carry over, on the selection countries; the chosen one first."""
-    order = {"by": ["chosen", "layer", "rank"], "ascending": [False, True, True], "kind": "stable"}
-    return arranged("frontier", runs.sort_values(**order))
+    return arranged("frontier", runs.sort_values(["chosen", "layer", "rank"], ascending=[False, True, True]))
 
 
 def writing(table: pd.DataFrame) -> pd.DataFrame:
