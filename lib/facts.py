@@ -62,12 +62,9 @@ def load_facts(name: str | Path) -> tuple[Fact, ...]:
     return facts
 
 
-def _named(facts: Any) -> Any:
-    return load_facts(facts) if isinstance(facts, str) else facts
-
-
 Template = Annotated[str, AfterValidator(_one_hole)]
-Facts = Annotated[tuple[Fact, ...], BeforeValidator(_named)]  # a file of cases names them
+_named = BeforeValidator(lambda facts: load_facts(facts) if isinstance(facts, str) else facts)  # as in a file of cases
+Facts = Annotated[tuple[Fact, ...], _named]
 
 
 @dataclass(frozen=True)

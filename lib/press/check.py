@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import ChapterError
+from lib.facts import load_cases
 from lib.files import ROOT, slug
 from lib.models import canonical, weights_sha256
 from lib.press import claims
@@ -41,8 +42,9 @@ def check(model_name: str, folder: Path = ROOT / "data" / "expected") -> list[tu
 def judged(model_name: str) -> list[claims.Judged]:
     """The source page's claims and what the current results of a model make of them."""
     model_name = canonical(model_name)
-    listed = claims.load(ROOT / "data" / "claims.yaml", chapters=chapter_names())
-    return claims.judge_all(listed, model_name, current_values(model_name))
+    listed, values = claims.load(ROOT / "data" / "claims.yaml", chapters=chapter_names()), current_values(model_name)
+    case = load_cases(model_name)[0].name
+    return [claims.judge(claim, model_name, values, case=case) for claim in listed]
 
 
 def current_values(model_name: str) -> dict[str, dict[str, Any]]:

@@ -1,9 +1,5 @@
 """The source page's statements, held to account: `data/claims.yaml`, and what a run made of each.
 
-    load     the claims; refused where one lacks a key, names an unknown chapter, or has another's id
-    judge    a claim and the results of a model -> verdict, the value found, the reason
-    page     all verdicts as a page of the book; `table` gives the same to the terminal
-
 Four verdicts. `reproduced`: all that the claim must and should satisfy holds. `not reproduced`: something that it must
 satisfy does not. `differs`: it holds as the page measured it, and not by a check that it should survive as well.
 `not run`: a result is missing, or the claim is about GPT-2's weights and another model was run. There is no verdict
@@ -22,10 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from lib.errors import DataError
-from lib.facts import load_cases, load_mapping, validated
+from lib.facts import load_mapping, validated
 from lib.press.texts import chapter_number, fill
 from lib.results import NOT_RUN, as_text, reach, results_path
 
@@ -43,10 +39,8 @@ RELATIONS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 Text = Annotated[str, Field(min_length=1)]
 
 
-class Entry(BaseModel):
+class Entry(BaseModel, extra="forbid", frozen=True, str_strip_whitespace=True):
     """A part of data/claims.yaml: what it does not know, it refuses."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
 
 
 class Check(Entry):
@@ -169,16 +163,10 @@ def load(path: Path, *, chapters: Sequence[str]) -> tuple[Claim, ...]:
     return tuple(claims)
 
 
-def judge_all(claims: Sequence[Claim], model_name: str, results: dict[str, dict[str, Any]]) -> list[Judged]:
-    """Every claim against the results of a model. results: values by chapter, of those chapters only whose results
-    belong to their present inputs."""
-    case = load_cases(model_name)[0].name
-    return [judge(claim, model_name, results, case=case) for claim in claims]
-
-
 def judge(claim: Claim, model_name: str, results: dict[str, dict[str, Any]], *, case: str = "") -> Judged:
-    """The verdict on one claim. case: what `<case>` in a key stands for. Raises DataError for a value of the wrong
-    type, naming the claim, the key and the file."""
+    """The verdict on one claim. results: values by chapter, of those only whose results belong to their present inputs;
+    case: what `<case>` in a key stands for. Raises DataError for a value of the wrong type, naming claim, key and file.
+    """
     if claim.judged_on == "gpt2" and model_name != "gpt2":
         return Judged(claim, NOT_RUN, "", f"Needs GPT-2's weights; this build ran {model_name}.")
     read = _Reader(claim, model_name, results, case)
@@ -200,16 +188,9 @@ def counts(judged: Sequence[Judged]) -> str:
 
 def table(judged: Sequence[Judged], model_name: str) -> pd.DataFrame:
     """One row a claim, as text."""
-    return pd.DataFrame(
-        {
-            "no.": [str(i) for i in range(1, len(judged) + 1)],
-            "claim": [j.claim.says for j in judged],
-            "paper (GPT-2 small)": [j.claim.paper for j in judged],
-            f"this build ({model_name})": [j.found or "–" for j in judged],
-            "verdict": [j.verdict for j in judged],
-            "reason": [j.reason for j in judged],
-        }
-    )
+    columns = ["no.", "claim", "paper (GPT-2 small)", f"this build ({model_name})", "verdict", "reason"]
+    rows = [(str(i), j.claim.says, j.claim.paper, j.found or "–", j.verdict, j.reason) for i, j in enumerate(judged, 1)]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def page(judged: Sequence[Judged], model_name: str) -> str:
@@ -224,8 +205,7 @@ class _Reader(string.Formatter):
         self.claim, self.model_name, self.results, self.case = claim, model_name, results, case
 
     def value(self, key: str) -> Any:
-        chapter, _, path = self.claim.full(key).partition("/")
-        return reach(self.results.get(chapter, {}), path.replace("<case>", self.case))
+        return reach(self.results, self.claim.full(key).replace("/", ".", 1).replace("<case>", self.case))
 
     def holds(self, check: Check) -> bool:
         value = self.value(check.key)
