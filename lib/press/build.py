@@ -34,7 +34,6 @@ from lib.results import PACKAGES, chapter_folder, results_path
 
 _JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"  # this environment's, whatever the PATH says
 DIFFER, TIMES = "% what may differ\n", "% what it took\n"  # comments in a page, in whose place what is made stands
-NAMED = ("torch", "transformers")  # packages whose versions the foot of a chapter names
 
 
 def provenances(model_name: str) -> dict[str, dict[str, Any]]:
@@ -122,17 +121,13 @@ def _require_inputs(model_name: str) -> Path | None:
     weights = weights_sha256(model_name)
     missing = [c for c in chapter_names() if not is_current(model_name, c, None, weights)]
     if missing:
-        raise ChapterError(
-            f"not executed on {model_name} since its inputs changed: {', '.join(missing)}. "
-            f"Run `python -m lib run --model {model_name}` first."
-        )
+        fault = f"not executed on {model_name} since its inputs changed: {', '.join(missing)}"
+        raise ChapterError(f"{fault}. Run `python -m lib run --model {model_name}` first.")
     if not (BOOK / "dashboard.md").is_file():
         return None
     if not dashboard_is_current(model_name, weights):
-        raise ChapterError(
-            f"there is no dashboard of the present results of {model_name}. "
-            f"Run `python -m lib dashboard --model {model_name}` first."
-        )
+        fault = f"there is no dashboard of the present results of {model_name}"
+        raise ChapterError(f"{fault}. Run `python -m lib dashboard --model {model_name}` first.")
     return dashboard_path(model_name)
 
 
@@ -160,7 +155,8 @@ def add_foot(notebook: Path, results: Path) -> None:
     book = nbformat.read(notebook, as_version=4)
     shutil.copy(results, notebook.with_suffix(".json"))
     provenance = json.loads(results.read_text(encoding="utf-8"))["provenance"]
-    book.cells.append(nbformat.v4.new_markdown_cell(foot(provenance, notebook.stem), id=f"{notebook.stem[:2]}-foot"))
+    foot = fill("foot.md", run=provenance, chapter=notebook.stem)
+    book.cells.append(nbformat.v4.new_markdown_cell(foot, id=f"{notebook.stem[:2]}-foot"))
     tagged = {tag: cell for cell in book.cells for tag in cell.metadata.get("tags", [])}
     added, shown = tagged.get("injected-parameters"), tagged.get("parameters")
     if added and shown and _statements(added.source) <= _statements(shown.source):
@@ -170,12 +166,6 @@ def add_foot(notebook: Path, results: Path) -> None:
 
 def _statements(source: str) -> set[str]:
     return {ast.dump(statement) for statement in ast.parse(source).body}
-
-
-def foot(provenance: dict[str, Any], chapter: str) -> str:
-    """Where a chapter's numbers come from, as MyST markdown. provenance: as `Results` keeps it."""
-    packages = [f"{name} {version}" for name, version in provenance["packages"].items() if name in NAMED]
-    return fill("foot.md", run=provenance, packages=packages, chapter=chapter)
 
 
 def tolerances(model_name: str, expected: dict[str, dict[str, dict[str, Any]]]) -> str:

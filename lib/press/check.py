@@ -1,9 +1,5 @@
-"""The numbers of the current results, and whether they are as expected and as the paper claims.
-
-1. Only the results of chapters that belong to their present inputs count; all others are `not run`.
-2. data/expected/<model>.json is a regression test: a value with a tolerance, or with bounds, under chapter and key.
-3. data/claims.yaml holds the paper's claims; `claims` judges them by the same values.
-"""
+"""The numbers of the current results, and whether they are as expected and as the paper claims. Only the results of
+chapters that belong to their present inputs count; all others are `not run`."""
 
 from __future__ import annotations
 
@@ -27,10 +23,8 @@ def check(model_name: str, folder: Path = ROOT / "data" / "expected") -> list[tu
     model_name = canonical(model_name)
     path = folder / f"{slug(model_name)}.json"
     if not path.is_file():
-        raise ChapterError(
-            f"nothing is expected of {model_name!r}: there is no {path}. "
-            "Expected figures exist for this repository's own models."
-        )
+        known = "Expected figures exist for this repository's own models."
+        raise ChapterError(f"nothing is expected of {model_name!r}: there is no {path}. {known}")
     rows, values = [], current_values(model_name)
     for chapter, keys in json.loads(path.read_text(encoding="utf-8")).items():
         for key, wanted in keys.items():

@@ -95,8 +95,7 @@ class Condition(Entry):
 
 
 class Claim(Entry):
-    """A statement of the source page. says: in its words; paper: its value; found: the text of the value here, with
-    `{key}` for results. A key is a dotted path into the claim's chapter, or `chapter/path`."""
+    """A statement of the source page; data/claims.yaml says what each entry is, and what a key is."""
 
     id: Text
     says: Text
@@ -211,12 +210,10 @@ class _Reader(string.Formatter):
         value = self.value(check.key)
         wanted = self.value(check.reference) if check.reference else check.wanted
         if not _fits(check.relation, value, wanted):
-            chapter = self.claim.full(check.key).partition("/")[0]
-            raise DataError(
-                f"claim {self.claim.id!r}: {check.key} in {results_path(self.model_name, chapter)} is {value!r}, which "
-                f"cannot be compared by `{check.relation}` with {wanted!r}. Report another value in the chapter, or "
-                "mend the rule in data/claims.yaml."
-            )
+            file = results_path(self.model_name, self.claim.full(check.key).partition("/")[0])
+            fault = f"cannot be compared by `{check.relation}` with {wanted!r}"
+            remedy = "Report another value in the chapter, or mend the rule in data/claims.yaml."
+            raise DataError(f"claim {self.claim.id!r}: {check.key} in {file} is {value!r}, which {fault}. {remedy}")
         return bool(RELATIONS[check.relation][1](value, wanted))
 
     def reason(self, condition: Condition) -> str:
@@ -230,10 +227,9 @@ class _Reader(string.Formatter):
         try:
             return _shown(value, format_spec)
         except (TypeError, ValueError) as error:
-            raise DataError(
-                f"claim {self.claim.id!r}: the value {value!r} of {results_path(self.model_name, self.claim.chapter)} "
-                f"cannot be written as {format_spec!r}: {error}. Mend the text in data/claims.yaml."
-            ) from error
+            file = results_path(self.model_name, self.claim.chapter)
+            fault = f"cannot be written as {format_spec!r}: {error}. Mend the text in data/claims.yaml."
+            raise DataError(f"claim {self.claim.id!r}: the value {value!r} of {file} {fault}") from error
 
 
 def _fits(relation: str, value: Any, wanted: Any) -> bool:

@@ -175,12 +175,9 @@ def is_current(model_name: str, chapter: str, values: dict[str, Any] | None, wei
         stamp = json.loads(executed.with_suffix(".key").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # a stamp that is missing or cannot be read vouches for nothing
         return False
-    there = executed.exists() and results_path(model_name, chapter).exists()
-    return (
-        there
-        and values in (None, stamp["values"])
-        and stamp["fingerprint"] == fingerprint(model_name, chapter, stamp["values"], weights)
-    )
+    if not (executed.exists() and results_path(model_name, chapter).exists() and values in (None, stamp["values"])):
+        return False
+    return stamp["fingerprint"] == fingerprint(model_name, chapter, stamp["values"], weights)
 
 
 def executed_path(model_name: str, chapter: str) -> Path:
@@ -196,10 +193,8 @@ def check_parameters(notebook: Path, values: dict[str, Any]) -> None:
     """Papermill only warns of a name it does not know, and then runs with the default: refuse it instead."""
     known = papermill.inspect_notebook(str(notebook))
     if unknown := sorted(set(values) - set(known)):
-        raise ChapterError(
-            f"{notebook.name} has no parameter {', '.join(map(repr, unknown))}; "
-            f"its parameters cell knows {', '.join(sorted(known)) or 'none'}."
-        )
+        names, others = ", ".join(map(repr, unknown)), ", ".join(sorted(known)) or "none"
+        raise ChapterError(f"{notebook.name} has no parameter {names}; its parameters cell knows {others}.")
 
 
 def execute(
@@ -229,11 +224,10 @@ def execute(
             text = text.replace(f"{place}/", "")
         write_atomically(output, text)
     except PapermillExecutionError as error:
+        fault = f"{notebook.name}, cell {error.cell_index + 1}, raised {error.ename}: {error.evalue}"
         trace = without_colours("\n".join(error.traceback))
-        raise ChapterError(
-            f"{notebook.name}, cell {error.cell_index + 1}, raised {error.ename}: {error.evalue}\n\n"
-            f"{error.source}\n\n{trace}\n\nAll that it said before stands in {log}."
-        ) from error
+        said = f"All that it said before stands in {log}."
+        raise ChapterError(f"{fault}\n\n{error.source}\n\n{trace}\n\n{said}") from error
     except RuntimeError as error:  # the kernel died, or never came up
         raise ChapterError(f"{notebook.name}: {error}. What it said before stands in {log}.") from error
     finally:

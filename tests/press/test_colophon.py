@@ -2,7 +2,7 @@ import json
 
 import nbformat
 
-from lib.press import build
+from lib.press import build, texts
 
 PROVENANCE = {
     "chapter": "02_x",
@@ -23,7 +23,7 @@ PROVENANCE = {
 
 
 def test_the_foot_names_the_run_and_reads_nothing_as_markup():
-    foot = build.foot(PROVENANCE, "02_knowledge_path")
+    foot = texts.fill("foot.md", run=PROVENANCE, chapter="02_knowledge_path")
     for value in ("`or'ganism`", "`[a](b) $x$`", "ab" * 32, "c0ffee", "2026-01-02T03:04:05", "`6.7`", "`torch 2`"):
         assert value in foot
     assert "02_knowledge_path.json" in foot and "_sources/book/02_knowledge_path.ipynb" in foot
@@ -44,7 +44,7 @@ def staged(tmp_path, injected: str):
 def test_a_chapter_gets_a_foot_its_numbers_and_one_cell_of_parameters(tmp_path):
     book = staged(tmp_path, 'model_name = "smollm2"')
     assert book.cells[1].metadata["tags"] == ["injected-parameters", "remove-cell"]
-    assert book.cells[-1].source == build.foot(PROVENANCE, "02_x")
+    assert book.cells[-1].source == texts.fill("foot.md", run=PROVENANCE, chapter="02_x")
     assert json.loads((tmp_path / "02_x.json").read_text(encoding="utf-8"))["values"] == {"a": 1}
     nbformat.validate(book)
 
