@@ -146,11 +146,10 @@ def _plain(value: Any) -> Any:
 def as_text(value: Any, form: str = "") -> str:
     """A value as the prose shows it. form: a format specification; a list is joined with commas, a pair of numbers is
     an interval."""
-    if isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, int | float) for v in value):
-        return " to ".join(as_text(v, form) for v in value)
     if isinstance(value, list | tuple):
-        return ", ".join(as_text(v, form) for v in value)
-    return format(_plain(value), form) if form else str(_plain(value))
+        pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
+        return (" to " if pair else ", ").join(as_text(v, form) for v in value)
+    return format(_plain(value), form)
 
 
 def _glue(key: str, text: str) -> None:

@@ -1,3 +1,5 @@
+"""What is made from the results while the book is staged."""
+
 import json
 
 import nbformat
