@@ -121,14 +121,14 @@ def check(model_name: ModelOption = "smollm2") -> None:
     """Compare the last run's numbers with data/expected; exit 1 if one misses."""
     from lib.press import check
 
-    rows, lines = check.check(model_name), []
-    for *place, value, holds in rows:
-        lines.append([*place, f"{value:.6g}" if isinstance(value, float) else value, "ok" if holds else "MISS"])
+    rows = check.check(model_name)
+    lines = (
+        [*place, f"{v:.6g}" if isinstance(v, float) else v, "ok" if holds else "MISS"] for *place, v, holds in rows
+    )
     _show(f"expected of {model_name}", ("chapter", "key", "expected", "found", ""), lines)
-    missed = sum(not row[-1] for row in rows)
-    typer.echo(f"{len(rows) - missed} of {len(rows)} hold")
-    if missed:
-        raise typer.Exit(1)
+    held = sum(holds for *_, holds in rows)
+    typer.echo(f"{held} of {len(rows)} hold")
+    raise typer.Exit(int(held < len(rows)))
 
 
 @app.command()
@@ -144,9 +144,8 @@ def claims(model_name: ModelOption = "smollm2") -> None:
     colours = {"reproduced": "green", "not reproduced": "red", "differs": "yellow", "not run": "dim"}
     verdicts = table(judged, model_name)
     verdicts["verdict"] = [Text(verdict, style=colours[verdict]) for verdict in verdicts["verdict"]]
-    _show(
-        f"the source page's claims on {model_name}", verdicts.columns, verdicts.itertuples(index=False), show_lines=True
-    )
+    title = f"the source page's claims on {model_name}"
+    _show(title, verdicts.columns, verdicts.itertuples(index=False), show_lines=True)
     typer.echo(counts(judged))
 
 
@@ -189,20 +188,15 @@ def verify(
     typer.echo(f"  base sha256 {base.weights_sha256}, as the edit names it")
     if folder:
         typer.echo(f"  {path} holds the base model with the edit, bit for bit")
-    shown = (facts["subject"] + " -> " + facts["answer"]).to_frame("fact")
-    for when in ("before", "after"):
-        shown[f"says {when}"] = facts[f"says {when}"].map(repr)
-        shown[f"told {when}"] = facts[f"told {when}"].map({True: "yes", False: "no"})
-        shown[f"p {when}"] = facts[f"p {when}"].map("{:.3f}".format)
-    shown["as recorded"] = facts["as recorded"].map({True: "yes", False: "NO"})
+    forms = {"says": repr, "told": {True: "yes", False: "no"}, "p": "{:.3f}".format, "as": {True: "yes", False: "NO"}}
+    shown = facts.drop(columns=["subject", "answer"]).apply(lambda column: column.map(forms[column.name.split()[0]]))
+    shown.insert(0, "fact", facts["subject"] + " -> " + facts["answer"])
     _show(edit.template, shown.columns, shown.itertuples(index=False))
-    typer.echo(
-        f"{facts['told after'].sum()} of {len(facts)} told after the edit, {facts['told before'].sum()} of "
-        f"{len(facts)} before; {'all as' if facts['as recorded'].all() else 'NOT as'} recorded; "
-        f"{edits.outside_bytes(base.module, slices):,} bytes outside the slice unchanged"
-    )
-    if not facts["as recorded"].all():
-        raise typer.Exit(1)
+    before, after, recorded = facts["told before"].sum(), facts["told after"].sum(), facts["as recorded"].all()
+    told = f"{after} of {len(facts)} told after the edit, {before} of {len(facts)} before"
+    unchanged = f"{edits.outside_bytes(base.module, slices):,} bytes outside the slice unchanged"
+    typer.echo(f"{told}; {'all' if recorded else 'NOT'} as recorded; {unchanged}")
+    raise typer.Exit(int(not recorded))
 
 
 @app.command()

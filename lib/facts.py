@@ -62,18 +62,14 @@ def load_facts(name: str | Path) -> tuple[Fact, ...]:
     return facts
 
 
-def _named(facts: Any) -> Any:
-    return load_facts(facts) if isinstance(facts, str) else facts
-
-
 Template = Annotated[str, AfterValidator(_one_hole)]
-Facts = Annotated[tuple[Fact, ...], BeforeValidator(_named)]  # a file of cases names them
+_named = BeforeValidator(lambda facts: load_facts(facts) if isinstance(facts, str) else facts)  # as in a file of cases
+Facts = Annotated[tuple[Fact, ...], _named]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A fact set with a template that fails, and the control templates under which a fact may be known. template and
-    controls are names of templates; `large` is the set on which the case is studied beyond its own facts."""
+    """template and controls: names of templates; large: the set on which the case is studied beyond its own facts."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -97,9 +93,8 @@ def load_cases(model_name: str, path: Path = DATA / "cases.yaml") -> tuple[Case,
     cases = validated(list[Case], entries.get(model_name, entries.get("any")), f"{path}, cases of {model_name}")
     for case in cases:
         if unknown := [t for t in (case.template, *case.controls) if t not in templates]:
-            raise DataError(
-                f"{path}: case {case.name!r} names the template {unknown[0]!r}, which data/templates.yaml lacks."
-            )
+            named = f"case {case.name!r} names the template {unknown[0]!r}"
+            raise DataError(f"{path}: {named}, which data/templates.yaml lacks.")
     return tuple(cases)
 
 
@@ -135,13 +130,10 @@ def validated(schema: Any, content: Any, where: str, error: type[BookError] = Da
 
 def _fault(fault: Any, known: str) -> str:
     """One fault that pydantic found. known: the fields that the outermost entry may have."""
-    where = ".".join(map(str, fault["loc"]))
-    if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    where, kind = ".".join(map(str, fault["loc"])), fault["type"]
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key {where!r}" + (f" (known: {known})" if known else "")
-    if fault["type"] == "missing":
-        return f"{where} is missing"
-    if fault["type"] == "too_short":
-        return f"{where} is empty; give at least one value"
-    if fault["type"] == "value_error":  # of a validator of ours, which says what to do
+    if kind == "value_error":  # of a validator of ours, which says what to do
         return f"{where}: {fault['ctx']['error']}" if where else str(fault["ctx"]["error"])
-    return f"{where or 'it'}: {fault['msg']}, not {fault['input']!r:.200}"
+    said = {"missing": f"{where} is missing", "too_short": f"{where} is empty; give at least one value"}
+    return said.get(kind, f"{where or 'it'}: {fault['msg']}, not {fault['input']!r:.200}")

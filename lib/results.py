@@ -38,9 +38,10 @@ class Results:
     """The numbers of one chapter on one model. Nothing is on disk before `save`."""
 
     def __init__(self, chapter: str, model: Model, *, seed: int = 0) -> None:
-        self.chapter, self.model_name, self._start = chapter, model.name, time.perf_counter()
+        self.chapter, self._start = chapter, time.perf_counter()
         self.values: dict[str, Any] = {}
         self.path = results_path(model.name, chapter)
+        self.folder = chapter_folder(model.name, chapter)  # of files that others use; emptied before it is run anew
         self.provenance: dict[str, Any] = {
             "chapter": chapter,
             "model": model.name,
@@ -77,11 +78,6 @@ class Results:
         """Keep how long something took: with the provenance, because it is no result and never twice the same."""
         self.provenance.setdefault("timing", {})[key] = seconds
 
-    @property
-    def folder(self) -> Path:
-        """Where this chapter puts files that others use. Emptied before it is run anew."""
-        return chapter_folder(self.model_name, self.chapter)
-
     def figure(self, name: str, figure: Figure) -> Figure:
         """Keep a figure as a picture beside the results, and give it back to be shown."""
         figure.savefig(make_folder(self.path.parent) / f"{name}.png")
@@ -93,8 +89,7 @@ class Results:
         peak_mb = peak // (1024**2 if sys.platform == "darwin" else 1024)
         provenance = {**self.provenance, "seconds": round(time.perf_counter() - self._start, 1), "peak_mb": peak_mb}
         content = json.dumps({"provenance": provenance, "values": self.values}, indent=1, ensure_ascii=False)
-        write_atomically(self.path, content + "\n")
-        return self.path
+        return write_atomically(self.path, content + "\n")
 
 
 def results_path(model_name: str, chapter: str) -> Path:
@@ -145,19 +140,16 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if isinstance(value, torch.Tensor | np.ndarray | np.generic):
         return value.tolist()
-    if isinstance(value, Site):
-        return str(value)
-    return value
+    return str(value) if isinstance(value, Site) else value
 
 
 def as_text(value: Any, form: str = "") -> str:
     """A value as the prose shows it. form: a format specification; a list is joined with commas, a pair of numbers is
     an interval."""
-    if isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, int | float) for v in value):
-        return " to ".join(as_text(v, form) for v in value)
     if isinstance(value, list | tuple):
-        return ", ".join(as_text(v, form) for v in value)
-    return format(_plain(value), form) if form else str(_plain(value))
+        pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
+        return (" to " if pair else ", ").join(as_text(v, form) for v in value)
+    return format(_plain(value), form)
 
 
 def _glue(key: str, text: str) -> None:

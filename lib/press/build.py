@@ -1,14 +1,14 @@
 """Build the dashboard and the HTML book, from what the chapters of one model gave.
 
-1. The dashboard is made from the results and the edits, and kept while these are the same, as
-   _build/dashboard/<model>.html.
-2. The book is staged from the executed copies, the pages of book/ and the page of claims, which is made from the
-   results. Jupyter Book builds it with warnings as errors into a new folder, which gets the dashboard and is put in
-   place of _build/html in one step. What Jupyter Book said stands in _build/logs/<model>/book.log.
+The book is staged from the executed copies, the pages of book/, and what is made from the results: the page of claims,
+the foot of each chapter, the numbers that may come out otherwise elsewhere, the times. Jupyter Book builds it with
+warnings as errors into a new folder, which gets the dashboard and is put in place of _build/html in one step. What it
+said stands in _build/logs/<model>/book.log.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 import subprocess
@@ -20,17 +20,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import yaml
 
 from lib.errors import ChapterError
 from lib.files import BUILD, ROOT, digest, file_sha256, make_folder, modules, slug, write_atomically
 from lib.models import canonical, load, use_device_of, weights_sha256
-from lib.press import claims, colophon
+from lib.press import claims
 from lib.press.check import judged
 from lib.press.execute import BOOK, chapter_names, executed_path, is_current, log_path, shared_inputs, without_colours
+from lib.press.texts import fill
 from lib.results import PACKAGES, chapter_folder, results_path
 
 _JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"  # this environment's, whatever the PATH says
+DIFFER, TIMES = "% what may differ\n", "% what it took\n"  # comments in a page, in whose place what is made stands
 
 
 def provenances(model_name: str) -> dict[str, dict[str, Any]]:
@@ -118,17 +121,13 @@ def _require_inputs(model_name: str) -> Path | None:
     weights = weights_sha256(model_name)
     missing = [c for c in chapter_names() if not is_current(model_name, c, None, weights)]
     if missing:
-        raise ChapterError(
-            f"not executed on {model_name} since its inputs changed: {', '.join(missing)}. "
-            f"Run `python -m lib run --model {model_name}` first."
-        )
+        fault = f"not executed on {model_name} since its inputs changed: {', '.join(missing)}"
+        raise ChapterError(f"{fault}. Run `python -m lib run --model {model_name}` first.")
     if not (BOOK / "dashboard.md").is_file():
         return None
     if not dashboard_is_current(model_name, weights):
-        raise ChapterError(
-            f"there is no dashboard of the present results of {model_name}. "
-            f"Run `python -m lib dashboard --model {model_name}` first."
-        )
+        fault = f"there is no dashboard of the present results of {model_name}"
+        raise ChapterError(f"{fault}. Run `python -m lib dashboard --model {model_name}` first.")
     return dashboard_path(model_name)
 
 
@@ -139,15 +138,42 @@ def _stage(model_name: str, stage: Path) -> None:
         shutil.copy(ROOT / name, stage)
     for chapter in chapter_names():
         shutil.copy(executed_path(model_name, chapter), stage / "book")
-        colophon.add(stage / "book" / f"{chapter}.ipynb", results_path(model_name, chapter))
+        add_foot(stage / "book" / f"{chapter}.ipynb", results_path(model_name, chapter))
     if (ROOT / "data" / "claims.yaml").is_file():
         text = claims.page(judged(model_name), model_name)
         (stage / "book" / "reproduction.md").write_text(text, encoding="utf-8")
     if (path := stage / "book" / "verify.md").is_file():
         expected = ROOT / "data" / "expected" / f"{slug(model_name)}.json"
         wanted = json.loads(expected.read_text(encoding="utf-8")) if expected.is_file() else {}
-        text = path.read_text(encoding="utf-8").replace(colophon.MARK, colophon.tolerances(model_name, wanted))
-        path.write_text(text.replace(colophon.TIMES, colophon.times(provenances(model_name))), encoding="utf-8")
+        text = path.read_text(encoding="utf-8").replace(DIFFER, tolerances(model_name, wanted))
+        path.write_text(text.replace(TIMES, fill("times.md", runs=provenances(model_name))), encoding="utf-8")
+
+
+def add_foot(notebook: Path, results: Path) -> None:
+    """Append the foot to a staged executed chapter, put its results beside it, and show its parameters once: the cell
+    that papermill adds is not shown if it repeats the one above it."""
+    book = nbformat.read(notebook, as_version=4)
+    shutil.copy(results, notebook.with_suffix(".json"))
+    provenance = json.loads(results.read_text(encoding="utf-8"))["provenance"]
+    foot = fill("foot.md", run=provenance, chapter=notebook.stem)
+    book.cells.append(nbformat.v4.new_markdown_cell(foot, id=f"{notebook.stem[:2]}-foot"))
+    tagged = {tag: cell for cell in book.cells for tag in cell.metadata.get("tags", [])}
+    added, shown = tagged.get("injected-parameters"), tagged.get("parameters")
+    if added and shown and _statements(added.source) <= _statements(shown.source):
+        added.metadata["tags"].append("remove-cell")
+    nbformat.write(book, notebook)
+
+
+def _statements(source: str) -> set[str]:
+    return {ast.dump(statement) for statement in ast.parse(source).body}
+
+
+def tolerances(model_name: str, expected: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Which numbers may differ on another machine and by how much, as MyST markdown. expected: as data/expected holds
+    them, by chapter and key; empty where nothing is expected of the model."""
+    entries = [(chapter, key, wanted) for chapter, keys in expected.items() for key, wanted in keys.items()]
+    loose = [entry for entry in entries if "value" not in entry[2] or entry[2].get("tolerance")]
+    return fill("tolerances.md", model_name=model_name, total=len(entries), loose=loose)
 
 
 def _html(stage: Path, output: Path, log: Path) -> Path:

@@ -1,9 +1,5 @@
-"""The numbers of the current results, and whether they are as expected and as the paper claims.
-
-1. Only the results of chapters that belong to their present inputs count; all others are `not run`.
-2. data/expected/<model>.json is a regression test: a value with a tolerance, or with bounds, under chapter and key.
-3. data/claims.yaml holds the paper's claims; `claims` judges them by the same values.
-"""
+"""The numbers of the current results, and whether they are as expected and as the paper claims. Only the results of
+chapters that belong to their present inputs count; all others are `not run`."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import ChapterError
+from lib.facts import load_cases
 from lib.files import ROOT, slug
 from lib.models import canonical, weights_sha256
 from lib.press import claims
@@ -26,10 +23,8 @@ def check(model_name: str, folder: Path = ROOT / "data" / "expected") -> list[tu
     model_name = canonical(model_name)
     path = folder / f"{slug(model_name)}.json"
     if not path.is_file():
-        raise ChapterError(
-            f"nothing is expected of {model_name!r}: there is no {path}. "
-            "Expected figures exist for this repository's own models."
-        )
+        known = "Expected figures exist for this repository's own models."
+        raise ChapterError(f"nothing is expected of {model_name!r}: there is no {path}. {known}")
     rows, values = [], current_values(model_name)
     for chapter, keys in json.loads(path.read_text(encoding="utf-8")).items():
         for key, wanted in keys.items():
@@ -41,8 +36,9 @@ def check(model_name: str, folder: Path = ROOT / "data" / "expected") -> list[tu
 def judged(model_name: str) -> list[claims.Judged]:
     """The source page's claims and what the current results of a model make of them."""
     model_name = canonical(model_name)
-    listed = claims.load(ROOT / "data" / "claims.yaml", chapters=chapter_names())
-    return claims.judge_all(listed, model_name, current_values(model_name))
+    listed, values = claims.load(ROOT / "data" / "claims.yaml", chapters=chapter_names()), current_values(model_name)
+    case = load_cases(model_name)[0].name
+    return [claims.judge(claim, model_name, values, case=case) for claim in listed]
 
 
 def current_values(model_name: str) -> dict[str, dict[str, Any]]:

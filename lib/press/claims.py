@@ -1,9 +1,5 @@
 """The source page's statements, held to account: `data/claims.yaml`, and what a run made of each.
 
-    load     the claims; refused where one lacks a key, names an unknown chapter, or has another's id
-    judge    a claim and the results of a model -> verdict, the value found, the reason
-    page     all verdicts as a page of the book; `table` gives the same to the terminal
-
 Four verdicts. `reproduced`: all that the claim must and should satisfy holds. `not reproduced`: something that it must
 satisfy does not. `differs`: it holds as the page measured it, and not by a check that it should survive as well.
 `not run`: a result is missing, or the claim is about GPT-2's weights and another model was run. There is no verdict
@@ -22,10 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from lib.errors import DataError
-from lib.facts import load_cases, load_mapping, validated
+from lib.facts import load_mapping, validated
 from lib.press.texts import chapter_number, fill
 from lib.results import NOT_RUN, as_text, reach, results_path
 
@@ -43,10 +39,8 @@ RELATIONS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 Text = Annotated[str, Field(min_length=1)]
 
 
-class Entry(BaseModel):
+class Entry(BaseModel, extra="forbid", frozen=True, str_strip_whitespace=True):
     """A part of data/claims.yaml: what it does not know, it refuses."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
 
 
 class Check(Entry):
@@ -101,8 +95,7 @@ class Condition(Entry):
 
 
 class Claim(Entry):
-    """A statement of the source page. says: in its words; paper: its value; found: the text of the value here, with
-    `{key}` for results. A key is a dotted path into the claim's chapter, or `chapter/path`."""
+    """A statement of the source page; data/claims.yaml says what each entry is, and what a key is."""
 
     id: Text
     says: Text
@@ -169,16 +162,10 @@ def load(path: Path, *, chapters: Sequence[str]) -> tuple[Claim, ...]:
     return tuple(claims)
 
 
-def judge_all(claims: Sequence[Claim], model_name: str, results: dict[str, dict[str, Any]]) -> list[Judged]:
-    """Every claim against the results of a model. results: values by chapter, of those chapters only whose results
-    belong to their present inputs."""
-    case = load_cases(model_name)[0].name
-    return [judge(claim, model_name, results, case=case) for claim in claims]
-
-
 def judge(claim: Claim, model_name: str, results: dict[str, dict[str, Any]], *, case: str = "") -> Judged:
-    """The verdict on one claim. case: what `<case>` in a key stands for. Raises DataError for a value of the wrong
-    type, naming the claim, the key and the file."""
+    """The verdict on one claim. results: values by chapter, of those only whose results belong to their present inputs;
+    case: what `<case>` in a key stands for. Raises DataError for a value of the wrong type, naming claim, key and file.
+    """
     if claim.judged_on == "gpt2" and model_name != "gpt2":
         return Judged(claim, NOT_RUN, "", f"Needs GPT-2's weights; this build ran {model_name}.")
     read = _Reader(claim, model_name, results, case)
@@ -200,16 +187,9 @@ def counts(judged: Sequence[Judged]) -> str:
 
 def table(judged: Sequence[Judged], model_name: str) -> pd.DataFrame:
     """One row a claim, as text."""
-    return pd.DataFrame(
-        {
-            "no.": [str(i) for i in range(1, len(judged) + 1)],
-            "claim": [j.claim.says for j in judged],
-            "paper (GPT-2 small)": [j.claim.paper for j in judged],
-            f"this build ({model_name})": [j.found or "–" for j in judged],
-            "verdict": [j.verdict for j in judged],
-            "reason": [j.reason for j in judged],
-        }
-    )
+    columns = ["no.", "claim", "paper (GPT-2 small)", f"this build ({model_name})", "verdict", "reason"]
+    rows = [(str(i), j.claim.says, j.claim.paper, j.found or "–", j.verdict, j.reason) for i, j in enumerate(judged, 1)]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def page(judged: Sequence[Judged], model_name: str) -> str:
@@ -224,19 +204,16 @@ class _Reader(string.Formatter):
         self.claim, self.model_name, self.results, self.case = claim, model_name, results, case
 
     def value(self, key: str) -> Any:
-        chapter, _, path = self.claim.full(key).partition("/")
-        return reach(self.results.get(chapter, {}), path.replace("<case>", self.case))
+        return reach(self.results, self.claim.full(key).replace("/", ".", 1).replace("<case>", self.case))
 
     def holds(self, check: Check) -> bool:
         value = self.value(check.key)
         wanted = self.value(check.reference) if check.reference else check.wanted
         if not _fits(check.relation, value, wanted):
-            chapter = self.claim.full(check.key).partition("/")[0]
-            raise DataError(
-                f"claim {self.claim.id!r}: {check.key} in {results_path(self.model_name, chapter)} is {value!r}, which "
-                f"cannot be compared by `{check.relation}` with {wanted!r}. Report another value in the chapter, or "
-                "mend the rule in data/claims.yaml."
-            )
+            file = results_path(self.model_name, self.claim.full(check.key).partition("/")[0])
+            fault = f"cannot be compared by `{check.relation}` with {wanted!r}"
+            remedy = "Report another value in the chapter, or mend the rule in data/claims.yaml."
+            raise DataError(f"claim {self.claim.id!r}: {check.key} in {file} is {value!r}, which {fault}. {remedy}")
         return bool(RELATIONS[check.relation][1](value, wanted))
 
     def reason(self, condition: Condition) -> str:
@@ -250,10 +227,9 @@ class _Reader(string.Formatter):
         try:
             return _shown(value, format_spec)
         except (TypeError, ValueError) as error:
-            raise DataError(
-                f"claim {self.claim.id!r}: the value {value!r} of {results_path(self.model_name, self.claim.chapter)} "
-                f"cannot be written as {format_spec!r}: {error}. Mend the text in data/claims.yaml."
-            ) from error
+            file = results_path(self.model_name, self.claim.chapter)
+            fault = f"cannot be written as {format_spec!r}: {error}. Mend the text in data/claims.yaml."
+            raise DataError(f"claim {self.claim.id!r}: the value {value!r} of {file} {fault}") from error
 
 
 def _fits(relation: str, value: Any, wanted: Any) -> bool:

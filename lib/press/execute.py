@@ -22,16 +22,16 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
+import nbformat
 import papermill
 import psutil
 from jupyter_client.manager import AsyncKernelManager
 from papermill.exceptions import PapermillExecutionError
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from lib.errors import ChapterError
 from lib.files import BUILD, ROOT, data_files, digest, imports, make_folder, modules, slug, write_atomically
@@ -131,17 +131,22 @@ class _Press:
     progress: Progress
 
     def bring_up(self, chapter: str) -> None:
-        """Execute one chapter, unless it is current."""
-        cells = len(json.loads((BOOK / f"{chapter}.ipynb").read_text(encoding="utf-8"))["cells"]) + 1  # the parameters'
-        bar = self.progress.add_task(chapter, total=cells)
-        if not self.force and is_current(self.model_name, chapter, self.values, self.weights):
-            return self._end(bar, f"{chapter}: nothing changed, kept")
+        """Execute one chapter, unless it is current, and say so."""
+        cells = len(nbformat.read(BOOK / f"{chapter}.ipynb", 4).cells) + 1  # the parameters'
+        bar, start, outcome = self.progress.add_task(chapter, total=cells), time.perf_counter(), "nothing changed, kept"
+        if self.force or not is_current(self.model_name, chapter, self.values, self.weights):
+            self._execute(chapter, lambda cell, cell_index: self.progress.update(bar, completed=cell_index))
+            outcome = f"executed on {self.model_name} in {time.perf_counter() - start:.0f} s"
+        self.progress.update(bar, completed=cells)
+        if self.progress.disable:
+            self.say(f"{chapter}: {outcome}")
+
+    def _execute(self, chapter: str, tick: Callable[..., None]) -> None:
         executed, results = executed_path(self.model_name, chapter), results_path(self.model_name, chapter)
         for old in (executed.with_suffix(".key"), executed, results):  # a failing chapter must not leave older figures
             old.unlink(missing_ok=True)
         shutil.rmtree(chapter_folder(self.model_name, chapter), ignore_errors=True)
-        start, log = time.perf_counter(), log_path(self.model_name, chapter)
-        tick = partial(self._tick, bar)
+        log = log_path(self.model_name, chapter)
         execute(BOOK / f"{chapter}.ipynb", executed, self.values, log=log, threads=self.threads, tick=tick)
         if fault := _unreported(executed, results):
             for file in (executed, results):
@@ -149,15 +154,6 @@ class _Press:
             raise ChapterError(f"{chapter} ran, but {fault}.")
         stamp = fingerprint(self.model_name, chapter, self.values, self.weights)
         write_atomically(executed.with_suffix(".key"), json.dumps({"values": self.values, "fingerprint": stamp}))
-        self._end(bar, f"{chapter}: executed on {self.model_name} in {time.perf_counter() - start:.0f} s")
-
-    def _tick(self, bar: TaskID, cell: Any, cell_index: int) -> None:
-        self.progress.update(bar, completed=cell_index)
-
-    def _end(self, bar: TaskID, line: str) -> None:
-        self.progress.update(bar, completed=self.progress.tasks[bar].total)
-        if self.progress.disable:
-            self.say(line)
 
 
 def _unreported(executed: Path, results: Path) -> str:
@@ -166,8 +162,7 @@ def _unreported(executed: Path, results: Path) -> str:
     if not results.exists():
         return "saved no results; its last cell must call report.save()"
     reported = json.loads(results.read_text(encoding="utf-8"))["values"]
-    cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
-    prose = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    prose = _cells(executed, "markdown")
     lacking = [key for key in dict.fromkeys(re.findall(r"\{glue:text\}`([^`]+)`", prose)) if key not in reported]
     return f"its prose names {', '.join(lacking)}, which it did not report" if lacking else ""
 
@@ -176,14 +171,13 @@ def is_current(model_name: str, chapter: str, values: dict[str, Any] | None, wei
     """Whether the executed copy and the results of a chapter belong to its present inputs. values: the parameters it
     should have been run with; None: whichever it was run with."""
     executed = executed_path(model_name, chapter)
-    if not (executed.exists() and results_path(model_name, chapter).exists()):
-        return False
     try:
         stamp = json.loads(executed.with_suffix(".key").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # a stamp that is missing or cannot be read vouches for nothing
         return False
-    same = values is None or stamp["values"] == values
-    return same and stamp["fingerprint"] == fingerprint(model_name, chapter, stamp["values"], weights)
+    if not (executed.exists() and results_path(model_name, chapter).exists() and values in (None, stamp["values"])):
+        return False
+    return stamp["fingerprint"] == fingerprint(model_name, chapter, stamp["values"], weights)
 
 
 def executed_path(model_name: str, chapter: str) -> Path:
@@ -199,10 +193,8 @@ def check_parameters(notebook: Path, values: dict[str, Any]) -> None:
     """Papermill only warns of a name it does not know, and then runs with the default: refuse it instead."""
     known = papermill.inspect_notebook(str(notebook))
     if unknown := sorted(set(values) - set(known)):
-        raise ChapterError(
-            f"{notebook.name} has no parameter {', '.join(map(repr, unknown))}; "
-            f"its parameters cell knows {', '.join(sorted(known)) or 'none'}."
-        )
+        names, others = ", ".join(map(repr, unknown)), ", ".join(sorted(known)) or "none"
+        raise ChapterError(f"{notebook.name} has no parameter {names}; its parameters cell knows {others}.")
 
 
 def execute(
@@ -232,11 +224,10 @@ def execute(
             text = text.replace(f"{place}/", "")
         write_atomically(output, text)
     except PapermillExecutionError as error:
+        fault = f"{notebook.name}, cell {error.cell_index + 1}, raised {error.ename}: {error.evalue}"
         trace = without_colours("\n".join(error.traceback))
-        raise ChapterError(
-            f"{notebook.name}, cell {error.cell_index + 1}, raised {error.ename}: {error.evalue}\n\n"
-            f"{error.source}\n\n{trace}\n\nAll that it said before stands in {log}."
-        ) from error
+        said = f"All that it said before stands in {log}."
+        raise ChapterError(f"{fault}\n\n{error.source}\n\n{trace}\n\n{said}") from error
     except RuntimeError as error:  # the kernel died, or never came up
         raise ChapterError(f"{notebook.name}: {error}. What it said before stands in {log}.") from error
     finally:
@@ -282,7 +273,10 @@ def shared_inputs() -> list[Path]:
 
 def sources(notebook: Path) -> list[Path]:
     """The files of lib/ that a chapter's cells import, and those that these import, and so on, functions included."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    lines = [line for cell in cells if cell["cell_type"] == "code" for line in "".join(cell["source"]).splitlines()]
-    named = imports("\n".join(line for line in lines if not line.startswith(("%", "!"))))
-    return modules(named, ROOT)
+    code = re.sub(r"^[%!].*", "", _cells(notebook, "code"), flags=re.MULTILINE)
+    return modules(imports(code), ROOT)
+
+
+def _cells(notebook: Path, kind: str) -> str:
+    """The texts of all cells that are `code`, or `markdown`."""
+    return "\n".join(cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == kind)

@@ -202,7 +202,7 @@ def test_one_of_several_is_enough(tmp_path):
 
 def test_the_page_counts_first_and_escapes_what_it_quotes(tmp_path):
     entries = [PLAIN, {**PLAIN, "id": "two", "says": "a * b_c [x]", "judged_on": "gpt2", "note": "As a note."}]
-    judged = claims.judge_all(listed(tmp_path, *entries), "s", {"01_a": {"told": 8, "facts": 8}})
+    judged = [claims.judge(c, "s", {"01_a": {"told": 8, "facts": 8}}) for c in listed(tmp_path, *entries)]
     page = claims.page(judged, "s")
     assert "1 reproduced, 0 not reproduced, 0 differ, 1 not run" in page.splitlines()[2]
     assert r"a \* b\_c \[x\]" in page and "*As a note.*" in page
@@ -284,7 +284,7 @@ def own(name, results, model="smollm2"):
 
 def test_without_a_run_every_claim_is_not_run():
     for model in ("smollm2", "gpt2", "organism"):
-        assert {j.verdict for j in claims.judge_all(OWN, model, {})} == {"not run"}
+        assert {claims.judge(claim, model, {}).verdict for claim in OWN} == {"not run"}
 
 
 def texts_in(code: str) -> set[str]:

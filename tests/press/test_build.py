@@ -1,8 +1,10 @@
+"""What is made from the results while the book is staged."""
+
 import json
 
 import nbformat
 
-from lib.press import colophon
+from lib.press import build, texts
 
 PROVENANCE = {
     "chapter": "02_x",
@@ -23,7 +25,7 @@ PROVENANCE = {
 
 
 def test_the_foot_names_the_run_and_reads_nothing_as_markup():
-    foot = colophon.foot(PROVENANCE, "02_knowledge_path")
+    foot = texts.fill("foot.md", run=PROVENANCE, chapter="02_knowledge_path")
     for value in ("`or'ganism`", "`[a](b) $x$`", "ab" * 32, "c0ffee", "2026-01-02T03:04:05", "`6.7`", "`torch 2`"):
         assert value in foot
     assert "02_knowledge_path.json" in foot and "_sources/book/02_knowledge_path.ipynb" in foot
@@ -37,14 +39,14 @@ def staged(tmp_path, injected: str):
     notebook, results = tmp_path / "02_x.ipynb", tmp_path / "results.json"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), notebook)
     results.write_text(json.dumps({"provenance": PROVENANCE, "values": {"a": 1}}), encoding="utf-8")
-    colophon.add(notebook, results)
+    build.add_foot(notebook, results)
     return nbformat.read(notebook, as_version=4)
 
 
 def test_a_chapter_gets_a_foot_its_numbers_and_one_cell_of_parameters(tmp_path):
     book = staged(tmp_path, 'model_name = "smollm2"')
     assert book.cells[1].metadata["tags"] == ["injected-parameters", "remove-cell"]
-    assert book.cells[-1].source == colophon.foot(PROVENANCE, "02_x")
+    assert book.cells[-1].source == texts.fill("foot.md", run=PROVENANCE, chapter="02_x")
     assert json.loads((tmp_path / "02_x.json").read_text(encoding="utf-8"))["values"] == {"a": 1}
     nbformat.validate(book)
 
@@ -58,8 +60,8 @@ def test_what_may_differ_elsewhere_is_listed_and_the_rest_counted():
         "01_a": {"heads": {"value": 144, "why": "counted"}, "mean": {"value": 0.5, "tolerance": 0.01, "why": "ties"}},
         "04_b": {"steps": {"min": 6, "max": 16, "why": "rounding"}, "p": {"max": 0.01, "why": "level"}},
     }
-    text = colophon.tolerances("organism", expected)
+    text = build.tolerances("organism", expected)
     assert "Of 4 numbers and names that are expected of `organism`, 3 may" in text
     assert "* - 1\n  - `mean`\n  - 0.5 ± 0.01\n  - ties" in text and "`heads`" not in text
     assert "at least 6, at most 16" in text and "\n  - at most 0.01\n" in text
-    assert "nothing is expected" in colophon.tolerances("my/model", {})
+    assert "nothing is expected" in build.tolerances("my/model", {})
