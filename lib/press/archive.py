@@ -75,27 +75,22 @@ def collect(model_name: str) -> dict[str, bytes]:
     """Contents of the archive by name, all but the manifests. Raises ReleaseError for what is missing or outdated, and
     ChapterError for results that another model's run has left there."""
     check.current_values(model_name)
-    run, chapters = BUILD / "results" / slug(model_name), execute.chapter_names()
+    chapters, html, results = execute.chapter_names(), BUILD / "html", BUILD / "results" / slug(model_name)
     pdf, dashboard = BUILD / "book.pdf", build.dashboard_path(model_name)
-    needed = {
-        "book": ("build", BUILD / "html" / "index.html"),
-        "dashboard": ("dashboard", dashboard),
-        "PDF": ("pdf", pdf),
-    }
-    for what, (command, path) in needed.items():
+    needed = [("book", "build", html / "index.html"), ("dashboard", "dashboard", dashboard), ("PDF", "pdf", pdf)]
+    for what, command, path in needed:
         command = f"python -m lib {command} --model {model_name}"
         if not path.is_file():
             raise ReleaseError(f"the {what} is missing: there is no {path}. Run `{command}` first.")
         if path == pdf and path.stat().st_mtime < (BUILD / "html.key").stat().st_mtime:
             raise ReleaseError(f"the PDF, {pdf}, is older than the book it should be made from. Run `{command}` again.")
     found = {"book.pdf": pdf, "dashboard.html": dashboard} | _edits(model_name, chapters)
-    found |= {f"html/{n}": p for n, p in under(BUILD / "html").items()}
-    found |= {f"results/{n}": p for n, p in under(run).items() if p.suffix != ".safetensors"}
+    found |= {f"html/{n}": p for n, p in under(html).items()}
+    found |= {f"results/{n}": p for n, p in under(results).items() if p.suffix != ".safetensors"}
     for chapter in chapters:
         found[f"executed/{chapter}.ipynb"] = execute.executed_path(model_name, chapter)
         found[f"results/{chapter}.json"] = results_path(model_name, chapter)
-    source = {name: ROOT / name for name in _git("ls-files", "-z").split("\0") if name}
-    source = {name: path for name, path in source.items() if path.is_file()}  # a deleted one is named as a change
+    source = {n: ROOT / n for n in _git("ls-files", "-z").split("\0") if (ROOT / n).is_file()}  # not deleted ones
     if lacking := [name for name in AT_THE_TOP if name not in source]:
         raise ReleaseError(f"the repository has no {', '.join(lacking)}, and a deposit needs it; commit it.")
     found |= {f"source/{name}": path for name, path in source.items()}

@@ -20,18 +20,16 @@ from huggingface_hub import ModelCardData
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lib import __version__, edits, models
+from lib import edits, models
 from lib.edits import Edit, applied
 from lib.errors import BookError, EditError
 from lib.facts import prompts
 from lib.forward import next_token_logits
 from lib.models import Model
-from lib.press.texts import entries, fill
-from lib.sites import Site
+from lib.press.texts import fill
 
 WEIGHTS, EDIT, CARD = "model.safetensors", "edit.safetensors", "README.md"
 BESIDE = 50_000_000  # bytes, generously: tokenizer, configuration and card
-CHANGED = entries("changed.yaml")
 
 
 def export(model: Model, edit: Edit, folder: Path) -> Path:
@@ -107,13 +105,10 @@ def card(model: Model, edit: Edit, sha256: str) -> str:
         name=name,
         source=model.source if named else name,
         origin=f"{name} ({model.source})" if named else name,
-        site=Site(edit.layer),
-        changed=CHANGED[edit.pathway],
         told=list(zip(asked, edit.facts, edit.told_before, edit.told_after, strict=True)),
         sha256=sha256,
         model=model,
         edit=edit,
-        version=__version__,
     )
 
 

@@ -15,6 +15,9 @@ from pathlib import Path
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from lib import __version__
+from lib.sites import Site
+
 TEMPLATES = Path(__file__).with_name("templates")
 
 
@@ -59,5 +62,6 @@ def _environment(folder: Path) -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {"format": format, "markdown": escape, "code": code, "cell": cell, "json": json.dumps}
-    environment.filters["number"] = chapter_number
+    environment.filters |= {"number": chapter_number, "site": Site}
+    environment.globals |= {"version": __version__, "changed": entries("changed.yaml")}
     return environment

@@ -140,8 +140,8 @@ def test_the_dry_run_lists_and_uploads_nothing(run, tmp_path, monkeypatch):
 
 def test_model_and_space_are_uploaded(prepared):
     api, said = stand_in(), []
-    addresses = hub.upload(prepared, "me/edits", f" {SECRET}\n", api=api, say=said.append)
-    assert addresses == ["hub:model/me/edits", "hub:space/me/edits"]
+    hub.upload(prepared, "me/edits", f" {SECRET}\n", api=api, say=said.append)
+    assert said[1:] == ["uploaded model: hub:model/me/edits", "uploaded space: hub:space/me/edits"]
     api.assert_called_once_with(token=SECRET)
     made = [call.kwargs for call in api.return_value.create_repo.call_args_list]
     assert [(m["repo_type"], m.get("space_sdk")) for m in made] == [("model", None), ("space", "static")]
