@@ -38,7 +38,7 @@ def export(model: Model, edit: Edit, folder: Path) -> Path:
     edits.check(model, edit)
     folder = folder.expanduser().resolve()
     with new_folder(folder, EditError) as ready:
-        _expect_space(folder, model, edit)
+        _expect_space(ready.parents[1], model, edit)
         with applied(model, edit):
             model.module.save_pretrained(ready)
         model.tokenizer.save_pretrained(ready)
@@ -87,10 +87,8 @@ def verify_folder(folder: Path, *, base: Model | None = None) -> pd.DataFrame:
 def edit_of(folder: Path) -> Edit:
     """The edit of an exported folder. Raises EditError for a folder that is no export."""
     if missing := [name for name in (EDIT, WEIGHTS, "config.json") if not (folder / name).is_file()]:
-        raise EditError(
-            f"{folder} has no {missing[0]}: it is no folder that `python -m lib export` wrote, or not all of it. "
-            "Give an exported folder, or export the edit again."
-        )
+        lack = f"{folder} has no {missing[0]}: it is no folder that `python -m lib export` wrote, or not all of it"
+        raise EditError(f"{lack}. Give an exported folder, or export the edit again.")
     return edits.load(folder / EDIT)
 
 
@@ -124,15 +122,12 @@ def card_data(model: Model, **more: Any) -> ModelCardData:
     )
 
 
-def _expect_space(folder: Path, model: Model, edit: Edit) -> None:
-    place = next(parent for parent in folder.parents if parent.exists())
-    needed = sum(p.nbytes for p in model.module.parameters()) + sum(v.nbytes for v in edit.values.values()) + BESIDE
+def _expect_space(place: Path, model: Model, edit: Edit) -> None:
+    needed = sum(t.nbytes for t in (*model.module.parameters(), *edit.values.values())) + BESIDE
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise EditError(
-            f"the export needs {needed / 1e6:,.0f} MB and {place} has {free / 1e6:,.0f} MB free; "
-            "make room, or choose another place."
-        )
+        lack = f"the export needs {needed / 1e6:,.0f} MB and {place} has {free / 1e6:,.0f} MB free"
+        raise EditError(f"{lack}; make room, or choose another place.")
 
 
 def _compare_weights(path: Path, base: Model, edit: Edit) -> None:
@@ -145,25 +140,16 @@ def _compare_weights(path: Path, base: Model, edit: Edit) -> None:
         part.of(expected[part.name]).copy_(value)
     try:
         with safe_open(path, "pt") as file:
-            wrong = _first_difference(file, expected)
+            found = set(file.keys())
+            present = {expected[name].data_ptr() for name in found & expected.keys()}
+            # of tied tensors, one is written
+            lacking = {name for name, tensor in expected.items() if tensor.data_ptr() not in present}
+            same = {name for name in found & expected.keys() if _same(file.get_tensor(name), expected[name])}
     except (SafetensorError, OSError) as error:
         raise EditError(f"{path} cannot be read: {error}. It was cut short or altered; export again.") from error
-    if wrong:
-        raise EditError(
-            f"{path} is not {base.name} with the edit: {wrong} is not bit for bit what it should be. It was altered; "
-            "export the edit again."
-        )
-
-
-def _first_difference(file: Any, expected: dict[str, Tensor]) -> str | None:
-    """Name of the first tensor that a safetensors file lacks, has too many, or holds otherwise; None if none does."""
-    found = set(file.keys())
-    present = {expected[name].data_ptr() for name in found & expected.keys()}
-    lacking = {name for name, t in expected.items() if t.data_ptr() not in present}  # of tied tensors, one is written
-    for name in sorted(found | lacking):
-        if name in lacking or name not in expected or not _same(file.get_tensor(name), expected[name]):
-            return name
-    return None
+    if wrong := sorted((found | lacking) - same):
+        fault = f"{path} is not {base.name} with the edit: {wrong[0]} is not bit for bit what it should be"
+        raise EditError(f"{fault}. It was altered; export the edit again.")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -180,7 +166,5 @@ def _compare_logits(folder: Path, exported: Model, base: Model, edit: Edit, tole
         ours = next_token_logits(base, texts)
     theirs = next_token_logits(exported, texts)
     if ours.shape != theirs.shape or not float((ours - theirs).abs().max()) <= tolerance:
-        raise EditError(
-            f"the weights in {folder} are sound, and yet the model answers otherwise than {base.name} with the edit: "
-            "its config.json or its tokenizer was altered. Export the edit again."
-        )
+        fault = f"the weights in {folder} are sound, and yet the model answers otherwise than {base.name} with the edit"
+        raise EditError(f"{fault}: its config.json or its tokenizer was altered. Export the edit again.")

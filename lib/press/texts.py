@@ -54,13 +54,8 @@ def cell(value: object) -> str:
 
 @cache
 def _environment(folder: Path) -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = Environment(loader=FileSystemLoader(folder), undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= {"format": format, "markdown": escape, "code": code, "cell": cell, "json": json.dumps}
     environment.filters |= {"number": chapter_number, "site": Site}
     environment.globals |= {"version": __version__, "changed": entries("changed.yaml")}
