@@ -17,7 +17,6 @@ from lib.errors import ChapterError
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-
 SYSTEM = Path("/usr/bin/chromium")
 NEEDED = (
     "needs Chromium, driven by Playwright. Install the developer's packages (`make .venv/ready`), and Chromium with "
@@ -40,10 +39,8 @@ def chromium(what: str) -> Iterator[Browser]:
             )
         except Error as error:
             raise ChapterError(f"{what} {NEEDED} ({str(error).splitlines()[0]})") from error
-        try:
+        with browser:
             yield browser
-        finally:
-            browser.close()
 
 
 def built_pages(html: Path) -> list[Path]:
