@@ -18,8 +18,8 @@ import json
 import re
 import subprocess
 import zipfile
-from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
@@ -151,17 +151,17 @@ def pack(files: dict[str, bytes], folder: str, date: datetime) -> bytes:
 
 def verify(path: Path) -> Inspected:
     """Check an archive on disk, against the sum beside it too if there is one. Raises ReleaseError as `inspect`."""
+    beside = sidecar(path)
     try:
         data = path.read_bytes()
-        written = sidecar(path).read_text(encoding="utf-8").split() if sidecar(path).is_file() else []
+        written = beside.read_text(encoding="utf-8").split()[:1] if beside.is_file() else []
     except (OSError, UnicodeDecodeError) as error:
         what = f"{path} or the sum beside it cannot be read"
         raise ReleaseError(f"{what}: {error}. Give an archive that exists.") from error
     found, total = inspect(data), hashlib.sha256(data).hexdigest()
-    if not found.faults and written and written[0] != total:
-        fault = f"damaged: its sha256 is {total}, and {sidecar(path).name} says {written[0]}"
-        return found._replace(faults=(fault,))
-    return found
+    if found.faults or written in ([], [total]):
+        return found
+    return found._replace(faults=(f"damaged: its sha256 is {total}, and {beside.name} says {written[0]}",))
 
 
 def inspect(data: bytes) -> Inspected:
@@ -203,18 +203,14 @@ def _unpack(data: bytes) -> tuple[str, dict[str, bytes], set[str]]:
         raise ReleaseError(f"{fault}. Get it again.") from error
     if outside := [entry.filename for entry in entries if not SAFE.fullmatch(entry.filename)]:
         raise ReleaseError(f"the archive holds {outside[0]!r}, which is no file in its folder. Do not unpack it.")
-    folders = Counter(entry.filename.partition("/")[0] for entry in entries)
-    folder = folders.most_common(1)[0][0] if folders else ""
-    files, unreadable = {}, set()
-    for entry in entries:
-        name = entry.filename.removeprefix(folder + "/")
-        try:
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise zipfile.BadZipFile("compressed, which no snapshot is")
-            files[name] = archive.read(entry)
-        except Exception:  # a wrong checksum, a header that does not fit, a size beyond the end, and more
-            unreadable.add(name)
-    return folder, files, unreadable
+    folders = [entry.filename.partition("/")[0] for entry in entries]
+    folder = max(folders, key=folders.count, default="")
+    names, files = [entry.filename.removeprefix(folder + "/") for entry in entries], {}
+    for name, entry in zip(names, entries, strict=True):
+        with suppress(Exception):  # a wrong checksum, a header that does not fit, a size beyond the end, and more
+            if entry.compress_type == zipfile.ZIP_STORED:  # as all of a snapshot is
+                files[name] = archive.read(entry)
+    return folder, files, set(names) - files.keys()
 
 
 def _first_difference(data: bytes, again: bytes) -> str:

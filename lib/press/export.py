@@ -96,18 +96,11 @@ def card(model: Model, edit: Edit, sha256: str) -> str:
     """The model card of an exported edit. sha256: of the exported weights. No path of this machine is in it."""
     named = model.name in models.SPECS
     name = model.name if named or models.hub_id(model.name) else Path(model.name).name
+    source, origin = (model.source, f"{name} ({model.source})") if named else (name, name)
     asked = prompts(edit.facts, edit.template)
-    return fill(
-        "export_card.md",
-        front=card_data(model).to_yaml(),
-        name=name,
-        source=model.source if named else name,
-        origin=f"{name} ({model.source})" if named else name,
-        told=list(zip(asked, edit.facts, edit.told_before, edit.told_after, strict=True)),
-        sha256=sha256,
-        model=model,
-        edit=edit,
-    )
+    told = list(zip(asked, edit.facts, edit.told_before, edit.told_after, strict=True))
+    about = {"front": card_data(model).to_yaml(), "name": name, "source": source, "origin": origin, "told": told}
+    return fill("export_card.md", sha256=sha256, model=model, edit=edit, **about)
 
 
 def card_data(model: Model, **more: Any) -> ModelCardData:

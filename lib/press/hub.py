@@ -70,18 +70,10 @@ def prepare(model_name: str, folder: Path, *, whole: bool = False) -> Path:
 
 def card(model: Model, made: dict[str, Edit], values: dict[str, Any], folder: Path, *, whole: bool) -> str:
     """The model card of all edits: base model, results as a model index, checksums of the files in folder."""
-    return fill(
-        "edits_card.md",
-        front=front_matter(model, made, values).to_yaml(),
-        made=made,
-        sums={name: file_sha256(folder / name / EDIT) for name in made},
-        trained=values[MAKER]["pathways"],
-        measured=values[EFFECTS]["pathways"],
-        whole=whole,
-        model=model,
-        record=release.SOURCE_RECORD,
-        **_origin(model),
-    )
+    front = front_matter(model, made, values).to_yaml()
+    totals = {name: file_sha256(folder / name / EDIT) for name in made}
+    results = {"trained": values[MAKER]["pathways"], "measured": values[EFFECTS]["pathways"]}
+    return fill("edits_card.md", front=front, made=made, sums=totals, whole=whole, **results, **_origin(model))
 
 
 def front_matter(model: Model, made: dict[str, Edit], values: dict[str, Any]) -> ModelCardData:
@@ -91,12 +83,19 @@ def front_matter(model: Model, made: dict[str, Edit], values: dict[str, Any]) ->
     for pathway, edit in made.items():
         told, after = trained[pathway]["told_after"] / len(edit.facts), measured[pathway]
         held_out = after["held_out_told_after"] / after["held_out_facts"]
-        results += [
-            _result(pathway, "told", told, f"{len(edit.facts)} facts: {edit.template}", "trained"),
-            _result(pathway, "held-out told", held_out, "countries that no edit was trained on", "held out"),
-            _result(pathway, "perplexity", after["ppl_after"], "the book's passages", "measured"),
-        ]
-    relation, name = "finetune" if models.hub_id(model.name) else None, f"{_short_name(model)} edits"
+        for metric, value, dataset, split in (
+            ("told", told, f"{len(edit.facts)} facts: {edit.template}", "trained"),
+            ("held-out told", held_out, "countries that no edit was trained on", "held out"),
+            ("perplexity", after["ppl_after"], "the book's passages", "measured"),
+        ):
+            if not math.isfinite(value):
+                found = f"the results give {value} as {metric} of {pathway}"
+                raise ReleaseError(f"{found}; run chapters 3 and 4 again, then publish.")
+            data, kind = ("text", "perplexity") if metric == "perplexity" else ("facts", "accuracy")
+            # the hub keeps datasets of one kind apart by their split alone
+            names = {"dataset_name": dataset, "dataset_split": split, "metric_name": f"{metric}, {pathway}"}
+            results.append(EvalResult("text-generation", data, metric_type=kind, metric_value=round(value, 4), **names))
+    relation, name = "finetune" if models.hub_id(model.name) else None, f"{_origin(model)['name']} edits"
     return card_data(model, base_model_relation=relation, model_name=name, language="en", eval_results=results)
 
 
@@ -115,12 +114,10 @@ def listing(folder: Path) -> list[tuple[str, int]]:
         changed = ", ".join(sorted({line[66:].decode() for line in {*was.splitlines()} ^ {*now.splitlines()}}))
         advice = "Nothing is uploaded; prepare a new folder."
         raise ReleaseError(f"in {folder}, {changed} is not as it was prepared. {advice}")
-    return [(name, path.stat().st_size) for name, path in _files(folder).items()]
+    return [(name, path.stat().st_size) for name, path in under(folder).items() if name != SUMS]
 
 
-def upload(
-    folder: Path, repo: str, token: str, *, api: Callable[..., HfApi] = HfApi, say: Callable[[str], None] = print
-) -> None:
+def upload(folder: Path, repo: str, token: str, *, say: Callable[[str], None] = print) -> None:
     """Upload a prepared folder to the model repository and the Space of this name; made if need be. Raises ReleaseError
     for a folder that was altered, a token that is missing or refused, or no network."""
     listing(folder)
@@ -129,7 +126,7 @@ def upload(
             "there is no token. Make one that may write, at huggingface.co/settings/tokens, and set HF_TOKEN or type "
             "it when asked; it is never written anywhere."
         )
-    hub = api(token=token.strip())
+    hub = HfApi(token=token.strip())
     try:
         say(f"signed in as {hub.whoami()['name']}")
         for kind, sdk in KINDS.items():
@@ -138,43 +135,23 @@ def upload(
             hub.upload_folder(repo_id=repo, folder_path=folder / kind, repo_type=kind, commit_message=message)
             say(f"uploaded {kind}: {url}")
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ReleaseError(_refusal(error, repo)) from error
-
-
-def _refusal(error: Exception, repo: str) -> str:
-    """What an upload's failure means and what to do about it. The token is not in it."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    said = {
-        401: "the hub refused the token (401): it is wrong or was revoked. Make a new one that may write.",
-        403: f"the hub does not let this token write to {repo} (403). Make one that may, or choose another.",
-    }
-    other = f"{repo} could not be uploaded: {reason}. What was uploaded before stays; run the same command again."
-    return said.get(getattr(getattr(error, "response", None), "status_code", 0), other)
-
-
-def _result(name: str, metric: str, value: float, dataset: str, split: str) -> EvalResult:
-    """split: what keeps two datasets of one kind apart for the hub, which looks at no name."""
-    if not math.isfinite(value):
-        raise ReleaseError(f"the results give {value} as {metric} of {name}; run chapters 3 and 4 again, then publish.")
-    data, kind = ("text", "perplexity") if metric == "perplexity" else ("facts", "accuracy")
-    names = {"dataset_name": dataset, "dataset_split": split, "metric_name": f"{metric}, {name}"}
-    return EvalResult("text-generation", data, metric_type=kind, metric_value=round(value, 4), **names)
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    return {name: path for name, path in under(folder).items() if name != SUMS}
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        said = {
+            401: "the hub refused the token (401): it is wrong or was revoked. Make a new one that may write.",
+            403: f"the hub does not let this token write to {repo} (403). Make one that may, or choose another.",
+        }
+        other = f"{repo} could not be uploaded: {reason}. What was uploaded before stays; run the same command again."
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        raise ReleaseError(said.get(status, other)) from error
 
 
 def _sums(folder: Path) -> bytes:
-    return sums({name: file_sha256(path) for name, path in _files(folder).items()})
+    return sums({name: file_sha256(path) for name, path in under(folder).items() if name != SUMS})
 
 
-def _short_name(model: Model) -> str:
-    """A model's name for others: of a folder on this machine, its last part."""
-    return (models.hub_id(model.name) or model.name).rsplit("/", 1)[-1]
-
-
-def _origin(model: Model) -> dict[str, object]:
-    """What every card says of where the model and the book are from."""
-    source = model.source if model.name in models.SPECS else _short_name(model)
-    return {"name": _short_name(model), "source": source, "repository": release.repository()}
+def _origin(model: Model) -> dict[str, Any]:
+    """Where the model and the book are from, for all cards. A folder on this machine is called by its last part."""
+    name = (models.hub_id(model.name) or model.name).rsplit("/", 1)[-1]
+    source = model.source if model.name in models.SPECS else name
+    book = {"repository": release.repository(), "record": release.SOURCE_RECORD}
+    return {"model": model, "name": name, "source": source, **book}

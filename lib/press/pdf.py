@@ -32,7 +32,11 @@ with suppress(ImportError):  # one of the developer's packages, as the browser's
     from pypdf.generic import ArrayObject, DictionaryObject, FloatObject, NameObject, NumberObject, TextStringObject
 
 DROPPED = ".headerlink, button, script[src], noscript, details.hide, a:has(> img[alt='Open in Colab'])"
-_WIDTH = 660  # CSS pixels between the margins of an A4 page
+MARGIN = {"top": "18mm", "bottom": "20mm", "left": "17mm", "right": "17mm"}
+WIDTH = 660  # CSS pixels between the margins of an A4 page
+FOOT = '<div style="font: 8px sans-serif; width: 100%; text-align: center"><span class="pageNumber"></span></div>'
+SHOWN: dict[str, Any] = {"outline": True, "tagged": True, "print_background": True, "display_header_footer": True}
+logging.getLogger("pypdf").setLevel(logging.ERROR)  # Chromium counts its objects in another way
 
 
 def make(html: Path, path: Path, *, title: str, author: str, about: str, date: str) -> Path:
@@ -230,22 +234,9 @@ def _print(document: str, folder: Path) -> bytes:
     ):
         file.write(document)
         file.flush()
-        page = browser.new_context(offline=True, viewport={"width": _WIDTH, "height": 900}).new_page()
+        page = browser.new_context(offline=True, viewport={"width": WIDTH, "height": 900}).new_page()
         page.emulate_media(media="print", color_scheme="light")
         page.goto(Path(file.name).as_uri(), wait_until="load", timeout=120_000)
         page.wait_for_function(fill("print_ready.js"), timeout=120_000)
         page.evaluate(fill("print_shrink.js"))
-        return page.pdf(
-            format="A4",
-            margin={"top": "18mm", "bottom": "20mm", "left": "17mm", "right": "17mm"},
-            outline=True,
-            tagged=True,
-            print_background=True,
-            display_header_footer=True,
-            header_template="<span></span>",
-            footer_template='<div style="font: 8px sans-serif; width: 100%; text-align: center">'
-            '<span class="pageNumber"></span></div>',
-        )
-
-
-logging.getLogger("pypdf").setLevel(logging.ERROR)  # Chromium counts its objects in another way
+        return page.pdf(format="A4", margin=MARGIN, header_template="<span></span>", footer_template=FOOT, **SHOWN)

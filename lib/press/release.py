@@ -66,14 +66,8 @@ def dressed(notebook: dict[str, Any], chapter: str, repo: Repository) -> dict[st
     lines = list(dropwhile(lambda line: not line.strip(), lines))
     badge = f"{BADGE}({repo.colab(chapter)})\n"
     first = {**first, "source": [title.rstrip("\n") + "\n", "\n", badge, *(["\n", *lines] if lines else [])]}
-    setup = {
-        "cell_type": "code",
-        "execution_count": None,
-        "id": f"{chapter[:2]}-setup",
-        "metadata": {"tags": ["remove-cell"]},
-        "outputs": [],
-        "source": setup_code(repo).splitlines(keepends=True),
-    }
+    code = {"cell_type": "code", "execution_count": None, "id": f"{chapter[:2]}-setup", "metadata": {}, "outputs": []}
+    setup = code | {"metadata": {"tags": ["remove-cell"]}, "source": setup_code(repo).splitlines(keepends=True)}
     return {**notebook, "cells": [first, setup, *rest]}
 
 
