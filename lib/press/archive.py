@@ -23,6 +23,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
+from statistics import mode
 from typing import Any, NamedTuple
 
 from lib import __version__, edits
@@ -204,7 +205,7 @@ def _unpack(data: bytes) -> tuple[str, dict[str, bytes], set[str]]:
     if outside := [entry.filename for entry in entries if not SAFE.fullmatch(entry.filename)]:
         raise ReleaseError(f"the archive holds {outside[0]!r}, which is no file in its folder. Do not unpack it.")
     folders = [entry.filename.partition("/")[0] for entry in entries]
-    folder = max(folders, key=folders.count, default="")
+    folder = mode(folders or [""])
     names, files = [entry.filename.removeprefix(folder + "/") for entry in entries], {}
     for name, entry in zip(names, entries, strict=True):
         with suppress(Exception):  # a wrong checksum, a header that does not fit, a size beyond the end, and more

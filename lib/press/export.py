@@ -38,7 +38,11 @@ def export(model: Model, edit: Edit, folder: Path) -> Path:
     edits.check(model, edit)
     folder = folder.expanduser().resolve()
     with new_folder(folder, EditError) as ready:
-        _expect_space(ready.parents[1], model, edit)
+        place, tensors = ready.parents[1], (*model.module.parameters(), *edit.values.values())
+        needed, free = sum(tensor.nbytes for tensor in tensors) + BESIDE, shutil.disk_usage(place).free
+        if free < needed:
+            lack = f"the export needs {needed / 1e6:,.0f} MB and {place} has {free / 1e6:,.0f} MB free"
+            raise EditError(f"{lack}; make room, or choose another place.")
         with applied(model, edit):
             model.module.save_pretrained(ready)
         model.tokenizer.save_pretrained(ready)
@@ -113,14 +117,6 @@ def card_data(model: Model, **more: Any) -> ModelCardData:
         tags=["model-editing", "knowledge-editing", "qkv-decomposition"],
         **more,
     )
-
-
-def _expect_space(place: Path, model: Model, edit: Edit) -> None:
-    needed = sum(t.nbytes for t in (*model.module.parameters(), *edit.values.values())) + BESIDE
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        lack = f"the export needs {needed / 1e6:,.0f} MB and {place} has {free / 1e6:,.0f} MB free"
-        raise EditError(f"{lack}; make room, or choose another place.")
 
 
 def _compare_weights(path: Path, base: Model, edit: Edit) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import logging
 import posixpath
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ with suppress(ImportError):  # one of the developer's packages, as the browser's
     from pypdf.generic import ArrayObject, DictionaryObject, FloatObject, NameObject, NumberObject, TextStringObject
 
 DROPPED = ".headerlink, button, script[src], noscript, details.hide, a:has(> img[alt='Open in Colab'])"
+NAMED = "[id]:not(.cell_output [id])"  # what links may lead to; ids in outputs belong to their own scripts and styles
 MARGIN = {"top": "18mm", "bottom": "20mm", "left": "17mm", "right": "17mm"}
 WIDTH = 660  # CSS pixels between the margins of an A4 page
 FOOT = '<div style="font: 8px sans-serif; width: 100%; text-align: center"><span class="pageNumber"></span></div>'
@@ -45,8 +45,7 @@ def make(html: Path, path: Path, *, title: str, author: str, about: str, date: s
     built_pages(html)
     document = assemble(html, title=title, author=author, about=about)
     printed = _print(document, html / "book")
-    finished = tidy(printed, headings(document), title=title, author=author, date=date)
-    return write_atomically(path, finished)
+    return write_atomically(path, tidy(printed, headings(document), title=title, author=author, date=date))
 
 
 def reading_order(html: Path) -> dict[Path, BeautifulSoup]:
@@ -68,7 +67,7 @@ def assemble(html: Path, *, title: str, author: str, about: str) -> str:
     """One HTML document of all pages, to be put beside them."""
     pages = reading_order(html)
     articles = {page.stem: _article(soup, page) for page, soup in pages.items()}
-    ids = Counter(name for article in articles.values() for name in {str(tag["id"]) for tag in _named(article)})
+    ids = Counter(name for article in articles.values() for name in {str(tag["id"]) for tag in article.select(NAMED)})
     shared = {name for name, n in ids.items() if n > 1}
     for stem, article in articles.items():
         _relink(article, stem, shared, {p.name: p.stem for p in pages})
@@ -78,7 +77,7 @@ def assemble(html: Path, *, title: str, author: str, about: str) -> str:
 
 def headings(document: str) -> list[str]:
     """The texts of all headings, in order."""
-    tags = BeautifulSoup(document, "html.parser").find_all(re.compile(r"^h[1-6]$"))
+    tags = BeautifulSoup(document, "html.parser").select("h1, h2, h3, h4, h5, h6")
     return [" ".join(tag.get_text().split()) for tag in tags]
 
 
@@ -204,18 +203,13 @@ def _article(soup: BeautifulSoup, page: Path) -> Tag:
     return article
 
 
-def _named(article: Tag) -> Iterator[Tag]:
-    """Elements with an id that links may lead to; those inside outputs belong to their own scripts and styles."""
-    return (t for t in article.find_all(id=True) if not t.find_parent(class_="cell_output"))
-
-
 def _relink(article: Tag, page: str, shared: set[str], stems: dict[str, str]) -> None:
     """Ids that several pages share get the page's name before them, and links follow."""
 
     def anchor(stem: str, name: str) -> str:
         return f"{stem}--{name}" if name in shared else name
 
-    for named in list(_named(article)):
+    for named in article.select(NAMED):
         named["id"] = anchor(page, str(named["id"]))
     for link in article.find_all("a", href=True):
         parts = urlsplit(str(link["href"]))

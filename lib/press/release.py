@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import yaml
@@ -26,8 +25,7 @@ SOURCE_RECORD = "https://zenodo.org/records/20061624"  # the work that the book 
 BADGE = "[![Open in Colab](_static/open_in_colab.svg)]"
 
 
-@dataclass(frozen=True)
-class Repository:
+class Repository(NamedTuple):
     """Where the book is kept, and the tag of this release."""
 
     url: str
@@ -36,10 +34,6 @@ class Repository:
     @property
     def name(self) -> str:
         return self.url.rsplit("/", 1)[1]
-
-    def colab(self, chapter: str) -> str:
-        """The address that opens a chapter of this release in Colab."""
-        return f"https://colab.research.google.com/github{urlsplit(self.url).path}/blob/{self.tag}/book/{chapter}.ipynb"
 
 
 def repository(config: Path = ROOT / "_config.yml") -> Repository:
@@ -64,7 +58,8 @@ def dressed(notebook: dict[str, Any], chapter: str, repo: Repository) -> dict[st
     first, *rest = (c for c in notebook["cells"] if not c["id"].endswith("-setup"))
     title, *lines = (line for line in first["source"] if not line.startswith(BADGE))
     lines = list(dropwhile(lambda line: not line.strip(), lines))
-    badge = f"{BADGE}({repo.colab(chapter)})\n"
+    at_the_tag = f"{urlsplit(repo.url).path}/blob/{repo.tag}/book/{chapter}.ipynb"
+    badge = f"{BADGE}(https://colab.research.google.com/github{at_the_tag})\n"
     first = {**first, "source": [title.rstrip("\n") + "\n", "\n", badge, *(["\n", *lines] if lines else [])]}
     code = {"cell_type": "code", "execution_count": None, "id": f"{chapter[:2]}-setup", "metadata": {}, "outputs": []}
     setup = code | {"metadata": {"tags": ["remove-cell"]}, "source": setup_code(repo).splitlines(keepends=True)}
