@@ -93,8 +93,9 @@ def front_matter(model: Model, made: dict[str, Edit], values: dict[str, Any]) ->
                 raise ReleaseError(f"{found}; run chapters 3 and 4 again, then publish.")
             data, kind = ("text", "perplexity") if metric == "perplexity" else ("facts", "accuracy")
             # the hub keeps datasets of one kind apart by their split alone
-            names = {"dataset_name": dataset, "dataset_split": split, "metric_name": f"{metric}, {pathway}"}
-            results.append(EvalResult("text-generation", data, metric_type=kind, metric_value=round(value, 4), **names))
+            result = EvalResult("text-generation", data, dataset, kind, round(value, 4), dataset_split=split)
+            result.metric_name = f"{metric}, {pathway}"
+            results.append(result)
     relation, name = "finetune" if models.hub_id(model.name) else None, f"{_origin(model)['name']} edits"
     return card_data(model, base_model_relation=relation, model_name=name, language="en", eval_results=results)
 

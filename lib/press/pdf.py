@@ -32,8 +32,8 @@ with suppress(ImportError):  # one of the developer's packages, as the browser's
 
 DROPPED = ".headerlink, button, script[src], noscript, details.hide, a:has(> img[alt='Open in Colab'])"
 NAMED = "[id]:not(.cell_output [id])"  # what links may lead to; ids in outputs belong to their own scripts and styles
-MARGIN = {"top": "18mm", "bottom": "20mm", "left": "17mm", "right": "17mm"}
-WIDTH = 660  # CSS pixels between the margins of an A4 page
+PAPER: dict[str, Any] = {"format": "A4", "margin": {"top": "18mm", "bottom": "20mm", "left": "17mm", "right": "17mm"}}
+WIDTH = 660  # CSS pixels between the margins of this paper
 FOOT = '<div style="font: 8px sans-serif; width: 100%; text-align: center"><span class="pageNumber"></span></div>'
 SHOWN: dict[str, Any] = {"outline": True, "tagged": True, "print_background": True, "display_header_footer": True}
 logging.getLogger("pypdf").setLevel(logging.ERROR)  # Chromium counts its objects in another way
@@ -233,4 +233,4 @@ def _print(document: str, folder: Path) -> bytes:
         page.goto(Path(file.name).as_uri(), wait_until="load", timeout=120_000)
         page.wait_for_function(fill("print_ready.js"), timeout=120_000)
         page.evaluate(fill("print_shrink.js"))
-        return page.pdf(format="A4", margin=MARGIN, header_template="<span></span>", footer_template=FOOT, **SHOWN)
+        return page.pdf(header_template="<span></span>", footer_template=FOOT, **PAPER, **SHOWN)

@@ -61,8 +61,9 @@ def dressed(notebook: dict[str, Any], chapter: str, repo: Repository) -> dict[st
     at_the_tag = f"{urlsplit(repo.url).path}/blob/{repo.tag}/book/{chapter}.ipynb"
     badge = f"{BADGE}(https://colab.research.google.com/github{at_the_tag})\n"
     first = {**first, "source": [title.rstrip("\n") + "\n", "\n", badge, *(["\n", *lines] if lines else [])]}
-    code = {"cell_type": "code", "execution_count": None, "id": f"{chapter[:2]}-setup", "metadata": {}, "outputs": []}
-    setup = code | {"metadata": {"tags": ["remove-cell"]}, "source": setup_code(repo).splitlines(keepends=True)}
+    name, source = f"{chapter[:2]}-setup", setup_code(repo).splitlines(keepends=True)
+    setup: dict[str, Any] = {"cell_type": "code", "execution_count": None, "id": name, "metadata": {}, "outputs": []}
+    setup |= {"metadata": {"tags": ["remove-cell"]}, "source": source}
     return {**notebook, "cells": [first, setup, *rest]}
 
 
