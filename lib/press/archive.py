@@ -18,13 +18,13 @@ import json
 import re
 import subprocess
 import zipfile
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from statistics import mode
+from typing import Any, NamedTuple
 
 from lib import __version__, edits
 from lib.errors import ReleaseError
@@ -42,14 +42,13 @@ SAFE = re.compile(f"{_PART}(/{_PART})+")  # a name that unpacks into its own fol
 CONTENTS = entries("archive_contents.yaml")
 
 
-@dataclass(frozen=True)
-class Inspected:
+class Inspected(NamedTuple):
     """What became of a check. faults: a line each, as `missing: book.pdf`; manifest: MANIFEST.json, {} if it cannot be
     trusted; files: how many there are."""
 
-    faults: tuple[str, ...] = ()
-    manifest: dict[str, Any] = field(default_factory=dict)
-    files: int = 0
+    faults: tuple[str, ...]
+    manifest: dict[str, Any]
+    files: int
 
 
 def snapshot(model_name: str, output: Path | None = None, *, say: Callable[[str], None] = print) -> Path:
@@ -63,8 +62,9 @@ def snapshot(model_name: str, output: Path | None = None, *, say: Callable[[str]
     manifest = provenance(model_name, files)
     if manifest["changes"]:
         say("the work tree differs from its commit, which the manifest says: " + ", ".join(manifest["changes"]))
-    data = pack(complete(files, manifest), folder_name(model_name), datetime.fromisoformat(manifest["date"]))
-    path = output or BUILD / f"{folder_name(model_name)}.zip"
+    folder = f"{release.repository().name}-{__version__}-{slug(model_name)}"
+    data = pack(complete(files, manifest), folder, datetime.fromisoformat(manifest["date"]))
+    path = output or BUILD / f"{folder}.zip"
     total = hashlib.sha256(data).hexdigest()
     for file, content in {path: data, sidecar(path): f"{total}  {path.name}\n".encode()}.items():
         write_atomically(file, content, error=ReleaseError, advice="Choose another place with --output.")
@@ -76,18 +76,22 @@ def collect(model_name: str) -> dict[str, bytes]:
     """Contents of the archive by name, all but the manifests. Raises ReleaseError for what is missing or outdated, and
     ChapterError for results that another model's run has left there."""
     check.current_values(model_name)
-    run, chapters = BUILD / "results" / slug(model_name), execute.chapter_names()
-    pdf, dashboard = BUILD / "book.pdf", BUILD / "dashboard" / f"{slug(model_name)}.html"
-    _require(BUILD / "html" / "index.html", "the book", f"python -m lib build --model {model_name}")
-    _require(dashboard, "the dashboard", f"python -m lib dashboard --model {model_name}")
-    _require(pdf, "the PDF", f"python -m lib pdf --model {model_name}", newer_than=BUILD / "html.key")
-    found = _under(BUILD / "html", "html/") | {"book.pdf": pdf, "dashboard.html": dashboard}
-    found |= {f"executed/{c}.ipynb": execute.executed_path(model_name, c) for c in chapters}
-    found |= _edits(model_name, chapters)
-    found |= {n: p for n, p in _under(run, "results/").items() if p.suffix != ".safetensors"}
-    found |= {f"results/{c}.json": results_path(model_name, c) for c in chapters}
-    source = {name: ROOT / name for name in _git("ls-files", "-z").split("\0") if name}
-    source = {name: path for name, path in source.items() if path.is_file()}  # a deleted one is named as a change
+    chapters, html, results = execute.chapter_names(), BUILD / "html", BUILD / "results" / slug(model_name)
+    pdf, dashboard = BUILD / "book.pdf", build.dashboard_path(model_name)
+    needed = [("book", "build", html / "index.html"), ("dashboard", "dashboard", dashboard), ("PDF", "pdf", pdf)]
+    for what, command, path in needed:
+        command = f"python -m lib {command} --model {model_name}"
+        if not path.is_file():
+            raise ReleaseError(f"the {what} is missing: there is no {path}. Run `{command}` first.")
+        if path == pdf and path.stat().st_mtime < (BUILD / "html.key").stat().st_mtime:
+            raise ReleaseError(f"the PDF, {pdf}, is older than the book it should be made from. Run `{command}` again.")
+    found = {"book.pdf": pdf, "dashboard.html": dashboard} | _edits(model_name, chapters)
+    found |= {f"html/{n}": p for n, p in under(html).items()}
+    found |= {f"results/{n}": p for n, p in under(results).items() if p.suffix != ".safetensors"}
+    for chapter in chapters:
+        found[f"executed/{chapter}.ipynb"] = execute.executed_path(model_name, chapter)
+        found[f"results/{chapter}.json"] = results_path(model_name, chapter)
+    source = {n: ROOT / n for n in _git("ls-files", "-z").split("\0") if (ROOT / n).is_file()}  # not deleted ones
     if lacking := [name for name in AT_THE_TOP if name not in source]:
         raise ReleaseError(f"the repository has no {', '.join(lacking)}, and a deposit needs it; commit it.")
     found |= {f"source/{name}": path for name, path in source.items()}
@@ -97,8 +101,8 @@ def collect(model_name: str) -> dict[str, bytes]:
 
 def provenance(model_name: str, files: dict[str, bytes]) -> dict[str, Any]:
     """MANIFEST.json: what made the archive. Nothing in it depends on when it is made."""
-    ran = {c: json.loads(files[f"results/{c}.json"])["provenance"] for c in execute.chapter_names()}
-    repo = release.repository()
+    repo, runs = release.repository(), build.provenances(model_name)
+    kept = ("commit", "python", "packages", "start", "seconds")
     return {
         "title": "QKV Decomposition for Transformer XAI: an executable book",
         "version": __version__,
@@ -109,9 +113,7 @@ def provenance(model_name: str, files: dict[str, bytes]) -> dict[str, Any]:
         "changes": [line.strip() for line in _git("status", "--porcelain").splitlines()],
         "model": model_name,
         "weights_sha256": weights_sha256(model_name),
-        "chapters": {
-            c: {k: p[k] for k in ("commit", "python", "packages", "start", "seconds")} for c, p in ran.items()
-        },
+        "chapters": {chapter: {key: run[key] for key in kept} for chapter, run in runs.items()},
         "derived_from": release.SOURCE_RECORD,
         "contents": CONTENTS,
         "files": len(files) + 3,  # and README.md, MANIFEST.json, MANIFEST.sha256
@@ -150,24 +152,23 @@ def pack(files: dict[str, bytes], folder: str, date: datetime) -> bytes:
 
 def verify(path: Path) -> Inspected:
     """Check an archive on disk, against the sum beside it too if there is one. Raises ReleaseError as `inspect`."""
+    beside = sidecar(path)
     try:
         data = path.read_bytes()
-        written = sidecar(path).read_text(encoding="utf-8").split() if sidecar(path).is_file() else []
+        written = beside.read_text(encoding="utf-8").split()[:1] if beside.is_file() else []
     except (OSError, UnicodeDecodeError) as error:
-        raise ReleaseError(
-            f"{path} or the sum beside it cannot be read: {error}. Give an archive that exists."
-        ) from error
+        what = f"{path} or the sum beside it cannot be read"
+        raise ReleaseError(f"{what}: {error}. Give an archive that exists.") from error
     found, total = inspect(data), hashlib.sha256(data).hexdigest()
-    if not found.faults and written and written[0] != total:
-        return replace(found, faults=(f"damaged: its sha256 is {total}, and {sidecar(path).name} says {written[0]}",))
-    return found
+    if found.faults or written in ([], [total]):
+        return found
+    return found._replace(faults=(f"damaged: its sha256 is {total}, and {beside.name} says {written[0]}",))
 
 
 def inspect(data: bytes) -> Inspected:
     """Check an archive. Raises ReleaseError for what is no archive, is cut short, or would write outside its folder."""
     folder, files, unreadable = _unpack(data)
-    lines = files.get(SUMS, b"").decode(errors="replace").splitlines()
-    listed = {name: total for total, _, name in (line.partition("  ") for line in lines)}
+    listed = {line[66:]: line[:64] for line in files.get(SUMS, b"").decode(errors="replace").splitlines()}
     present = digests({name: content for name, content in files.items() if name != SUMS})
     names = {
         "wrong": unreadable | {name for name, total in present.items() if listed.get(name, total) != total},
@@ -177,7 +178,7 @@ def inspect(data: bytes) -> Inspected:
     if not any(names.values()) and files[SUMS] != sums(present):
         names["wrong"] = {SUMS}  # the same sums, written otherwise
     if faults := tuple(f"{what}: {name}" for what in names for name in sorted(names[what])):
-        return Inspected(faults, files=len(files))
+        return Inspected(faults, {}, len(files))
     manifest = json.loads(files[MANIFEST])
     again = pack(files, folder, datetime.fromisoformat(manifest["date"]))
     return Inspected(() if data == again else (_first_difference(data, again),), manifest, len(files))
@@ -188,9 +189,9 @@ def sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def folder_name(model_name: str) -> str:
-    """The one folder of the archive, and the archive's own name."""
-    return f"{release.repository().name}-{__version__}-{slug(model_name)}"
+def under(folder: Path) -> dict[str, Path]:
+    """The files of a folder and of those in it, by their names from there on, sorted."""
+    return {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def _unpack(data: bytes) -> tuple[str, dict[str, bytes], set[str]]:
@@ -199,23 +200,18 @@ def _unpack(data: bytes) -> tuple[str, dict[str, bytes], set[str]]:
         archive = zipfile.ZipFile(io.BytesIO(data))
         entries = archive.infolist()
     except Exception as error:  # zipfile meets damage with errors of many kinds
-        raise ReleaseError(
-            f"this is no ZIP archive, or it was cut short or damaged ({error}). Get it again."
-        ) from error
+        fault = f"this is no ZIP archive, or it was cut short or damaged ({error})"
+        raise ReleaseError(f"{fault}. Get it again.") from error
     if outside := [entry.filename for entry in entries if not SAFE.fullmatch(entry.filename)]:
         raise ReleaseError(f"the archive holds {outside[0]!r}, which is no file in its folder. Do not unpack it.")
-    folders = Counter(entry.filename.partition("/")[0] for entry in entries)
-    folder = folders.most_common(1)[0][0] if folders else ""
-    files, unreadable = {}, set()
-    for entry in entries:
-        name = entry.filename.removeprefix(folder + "/")
-        try:
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise zipfile.BadZipFile("compressed, which no snapshot is")
-            files[name] = archive.read(entry)
-        except Exception:  # a wrong checksum, a header that does not fit, a size beyond the end, and more
-            unreadable.add(name)
-    return folder, files, unreadable
+    folders = [entry.filename.partition("/")[0] for entry in entries]
+    folder = mode(folders or [""])
+    names, files = [entry.filename.removeprefix(folder + "/") for entry in entries], {}
+    for name, entry in zip(names, entries, strict=True):
+        with suppress(Exception):  # a wrong checksum, a header that does not fit, a size beyond the end, and more
+            if entry.compress_type == zipfile.ZIP_STORED:  # as all of a snapshot is
+                files[name] = archive.read(entry)
+    return folder, files, set(names) - files.keys()
 
 
 def _first_difference(data: bytes, again: bytes) -> str:
@@ -229,34 +225,19 @@ def _first_difference(data: bytes, again: bytes) -> str:
 
 def _edits(model_name: str, chapters: list[str]) -> dict[str, Path]:
     """The edits of the chapter that makes them, the source page's four pathways at least. Raises ReleaseError."""
-    folders = [chapter_folder(model_name, c) for c in chapters]
-    paths = {p.stem: p for folder in folders for p in sorted(folder.glob("*.safetensors"))}
+    paths = {p.stem: p for c in chapters for p in sorted(chapter_folder(model_name, c).glob("*.safetensors"))}
     if lacking := [name for name in PAPER if name not in paths]:
-        raise ReleaseError(
-            f"there is no edit of {model_name} for {', '.join(lacking)}. "
-            f"Run `python -m lib run 3 --model {model_name} --force`."
-        )
+        remedy = f"Run `python -m lib run 3 --model {model_name} --force`."
+        raise ReleaseError(f"there is no edit of {model_name} for {', '.join(lacking)}. {remedy}")
     for path in paths.values():
         if edits.load(path).base_sha256 != weights_sha256(model_name):
             raise ReleaseError(f"{path} belongs to other weights than {model_name} has now; run chapter 3 again.")
     return {f"edits/{name}.safetensors": path for name, path in paths.items()}
 
 
-def _under(folder: Path, prefix: str) -> dict[str, Path]:
-    return {prefix + p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def _require(path: Path, what: str, command: str, *, newer_than: Path | None = None) -> None:
-    if not path.is_file():
-        raise ReleaseError(f"{what} is missing: there is no {path}. Run `{command}` first.")
-    if newer_than and newer_than.exists() and path.stat().st_mtime < newer_than.stat().st_mtime:
-        raise ReleaseError(f"{what}, {path}, is older than the book it should be made from. Run `{command}` again.")
-
-
 def _git(*words: str) -> str:
     try:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ReleaseError(
-            f"{ROOT} is no git checkout with a commit ({error}), and a snapshot names its commit. Make it in a clone."
-        ) from error
+        fault = f"{ROOT} is no git checkout with a commit ({error}), and a snapshot names its commit"
+        raise ReleaseError(f"{fault}. Make it in a clone.") from error

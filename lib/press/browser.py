@@ -17,8 +17,8 @@ from lib.errors import ChapterError
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-
 SYSTEM = Path("/usr/bin/chromium")
+OPTIONS = ["--no-sandbox", "--font-render-hinting=none"]  # in a container; glyphs the same at every size
 NEEDED = (
     "needs Chromium, driven by Playwright. Install the developer's packages (`make .venv/ready`), and Chromium with "
     "`apt install chromium` or `.venv/bin/python -m playwright install chromium`."
@@ -34,16 +34,12 @@ def chromium(what: str) -> Iterator[Browser]:
         raise ChapterError(f"{what} {NEEDED} ({error})") from error
     with sync_playwright() as playwright:
         try:
-            browser = playwright.chromium.launch(
-                executable_path=SYSTEM if SYSTEM.is_file() else None,
-                args=["--no-sandbox", "--font-render-hinting=none"],  # in a container; glyphs the same at every size
-            )
+            path = SYSTEM if SYSTEM.is_file() else None
+            browser = playwright.chromium.launch(executable_path=path, args=OPTIONS)
         except Error as error:
             raise ChapterError(f"{what} {NEEDED} ({str(error).splitlines()[0]})") from error
-        try:
+        with browser:
             yield browser
-        finally:
-            browser.close()
 
 
 def built_pages(html: Path) -> list[Path]:

@@ -99,7 +99,7 @@ def build(model_name: str, *, force: bool = False, say: Callable[[str], None] = 
     with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
         stage = Path(temporary) / "stage"
         _stage(model_name, stage)
-        beside = [*map(Path(__file__).with_name, ("mathml.py", "theme.py")), *([page] if page else [])]
+        beside = [Path(__file__).with_name("theme.py"), *([page] if page else [])]
         files = sorted(p for p in stage.rglob("*") if p.is_file())
         key = digest(files, f"{model_name} {version('jupyter-book')} {' '.join(map(file_sha256, beside))}", stage)
         if not force and html.is_dir() and stamp.exists() and stamp.read_text() == key:

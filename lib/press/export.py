@@ -20,18 +20,16 @@ from huggingface_hub import ModelCardData
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lib import __version__, edits, models
+from lib import edits, models
 from lib.edits import Edit, applied
 from lib.errors import BookError, EditError
 from lib.facts import prompts
 from lib.forward import next_token_logits
 from lib.models import Model
-from lib.press.texts import entries, fill
-from lib.sites import Site
+from lib.press.texts import fill
 
 WEIGHTS, EDIT, CARD = "model.safetensors", "edit.safetensors", "README.md"
 BESIDE = 50_000_000  # bytes, generously: tokenizer, configuration and card
-CHANGED = entries("changed.yaml")
 
 
 def export(model: Model, edit: Edit, folder: Path) -> Path:
@@ -40,7 +38,11 @@ def export(model: Model, edit: Edit, folder: Path) -> Path:
     edits.check(model, edit)
     folder = folder.expanduser().resolve()
     with new_folder(folder, EditError) as ready:
-        _expect_space(folder, model, edit)
+        place, tensors = ready.parents[1], (*model.module.parameters(), *edit.values.values())
+        needed, free = sum(tensor.nbytes for tensor in tensors) + BESIDE, shutil.disk_usage(place).free
+        if free < needed:
+            lack = f"the export needs {needed / 1e6:,.0f} MB and {place} has {free / 1e6:,.0f} MB free"
+            raise EditError(f"{lack}; make room, or choose another place.")
         with applied(model, edit):
             model.module.save_pretrained(ready)
         model.tokenizer.save_pretrained(ready)
@@ -89,10 +91,8 @@ def verify_folder(folder: Path, *, base: Model | None = None) -> pd.DataFrame:
 def edit_of(folder: Path) -> Edit:
     """The edit of an exported folder. Raises EditError for a folder that is no export."""
     if missing := [name for name in (EDIT, WEIGHTS, "config.json") if not (folder / name).is_file()]:
-        raise EditError(
-            f"{folder} has no {missing[0]}: it is no folder that `python -m lib export` wrote, or not all of it. "
-            "Give an exported folder, or export the edit again."
-        )
+        lack = f"{folder} has no {missing[0]}: it is no folder that `python -m lib export` wrote, or not all of it"
+        raise EditError(f"{lack}. Give an exported folder, or export the edit again.")
     return edits.load(folder / EDIT)
 
 
@@ -100,21 +100,11 @@ def card(model: Model, edit: Edit, sha256: str) -> str:
     """The model card of an exported edit. sha256: of the exported weights. No path of this machine is in it."""
     named = model.name in models.SPECS
     name = model.name if named or models.hub_id(model.name) else Path(model.name).name
+    source, origin = (model.source, f"{name} ({model.source})") if named else (name, name)
     asked = prompts(edit.facts, edit.template)
-    return fill(
-        "export_card.md",
-        front=card_data(model).to_yaml(),
-        name=name,
-        source=model.source if named else name,
-        origin=f"{name} ({model.source})" if named else name,
-        site=Site(edit.layer),
-        changed=CHANGED[edit.pathway],
-        told=list(zip(asked, edit.facts, edit.told_before, edit.told_after, strict=True)),
-        sha256=sha256,
-        model=model,
-        edit=edit,
-        version=__version__,
-    )
+    told = list(zip(asked, edit.facts, edit.told_before, edit.told_after, strict=True))
+    about = {"front": card_data(model).to_yaml(), "name": name, "source": source, "origin": origin, "told": told}
+    return fill("export_card.md", sha256=sha256, model=model, edit=edit, **about)
 
 
 def card_data(model: Model, **more: Any) -> ModelCardData:
@@ -129,17 +119,6 @@ def card_data(model: Model, **more: Any) -> ModelCardData:
     )
 
 
-def _expect_space(folder: Path, model: Model, edit: Edit) -> None:
-    place = next(parent for parent in folder.parents if parent.exists())
-    needed = sum(p.nbytes for p in model.module.parameters()) + sum(v.nbytes for v in edit.values.values()) + BESIDE
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise EditError(
-            f"the export needs {needed / 1e6:,.0f} MB and {place} has {free / 1e6:,.0f} MB free; "
-            "make room, or choose another place."
-        )
-
-
 def _compare_weights(path: Path, base: Model, edit: Edit) -> None:
     """Raises EditError naming the first tensor of a file that is not the base model's with the edit, bit for bit. What
     is expected is put together here, not by `applied`, which wrote the file."""
@@ -150,25 +129,16 @@ def _compare_weights(path: Path, base: Model, edit: Edit) -> None:
         part.of(expected[part.name]).copy_(value)
     try:
         with safe_open(path, "pt") as file:
-            wrong = _first_difference(file, expected)
+            found = set(file.keys())
+            present = {expected[name].data_ptr() for name in found & expected.keys()}
+            # of tied tensors, one is written
+            lacking = {name for name, tensor in expected.items() if tensor.data_ptr() not in present}
+            same = {name for name in found & expected.keys() if _same(file.get_tensor(name), expected[name])}
     except (SafetensorError, OSError) as error:
         raise EditError(f"{path} cannot be read: {error}. It was cut short or altered; export again.") from error
-    if wrong:
-        raise EditError(
-            f"{path} is not {base.name} with the edit: {wrong} is not bit for bit what it should be. It was altered; "
-            "export the edit again."
-        )
-
-
-def _first_difference(file: Any, expected: dict[str, Tensor]) -> str | None:
-    """Name of the first tensor that a safetensors file lacks, has too many, or holds otherwise; None if none does."""
-    found = set(file.keys())
-    present = {expected[name].data_ptr() for name in found & expected.keys()}
-    lacking = {name for name, t in expected.items() if t.data_ptr() not in present}  # of tied tensors, one is written
-    for name in sorted(found | lacking):
-        if name in lacking or name not in expected or not _same(file.get_tensor(name), expected[name]):
-            return name
-    return None
+    if wrong := sorted((found | lacking) - same):
+        fault = f"{path} is not {base.name} with the edit: {wrong[0]} is not bit for bit what it should be"
+        raise EditError(f"{fault}. It was altered; export the edit again.")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -185,7 +155,5 @@ def _compare_logits(folder: Path, exported: Model, base: Model, edit: Edit, tole
         ours = next_token_logits(base, texts)
     theirs = next_token_logits(exported, texts)
     if ours.shape != theirs.shape or not float((ours - theirs).abs().max()) <= tolerance:
-        raise EditError(
-            f"the weights in {folder} are sound, and yet the model answers otherwise than {base.name} with the edit: "
-            "its config.json or its tokenizer was altered. Export the edit again."
-        )
+        fault = f"the weights in {folder} are sound, and yet the model answers otherwise than {base.name} with the edit"
+        raise EditError(f"{fault}: its config.json or its tokenizer was altered. Export the edit again.")

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import yaml
@@ -25,8 +25,7 @@ SOURCE_RECORD = "https://zenodo.org/records/20061624"  # the work that the book 
 BADGE = "[![Open in Colab](_static/open_in_colab.svg)]"
 
 
-@dataclass(frozen=True)
-class Repository:
+class Repository(NamedTuple):
     """Where the book is kept, and the tag of this release."""
 
     url: str
@@ -35,10 +34,6 @@ class Repository:
     @property
     def name(self) -> str:
         return self.url.rsplit("/", 1)[1]
-
-    def colab(self, chapter: str) -> str:
-        """The address that opens a chapter of this release in Colab."""
-        return f"https://colab.research.google.com/github{urlsplit(self.url).path}/blob/{self.tag}/book/{chapter}.ipynb"
 
 
 def repository(config: Path = ROOT / "_config.yml") -> Repository:
@@ -62,18 +57,13 @@ def dressed(notebook: dict[str, Any], chapter: str, repo: Repository) -> dict[st
     """A chapter (its JSON) with the badge below its title and the set-up cell after it; those it has are replaced."""
     first, *rest = (c for c in notebook["cells"] if not c["id"].endswith("-setup"))
     title, *lines = (line for line in first["source"] if not line.startswith(BADGE))
-    while lines and not lines[0].strip():
-        lines.pop(0)
-    badge = f"{BADGE}({repo.colab(chapter)})\n"
+    lines = list(dropwhile(lambda line: not line.strip(), lines))
+    at_the_tag = f"{urlsplit(repo.url).path}/blob/{repo.tag}/book/{chapter}.ipynb"
+    badge = f"{BADGE}(https://colab.research.google.com/github{at_the_tag})\n"
     first = {**first, "source": [title.rstrip("\n") + "\n", "\n", badge, *(["\n", *lines] if lines else [])]}
-    setup = {
-        "cell_type": "code",
-        "execution_count": None,
-        "id": f"{chapter[:2]}-setup",
-        "metadata": {"tags": ["remove-cell"]},
-        "outputs": [],
-        "source": setup_code(repo).splitlines(keepends=True),
-    }
+    name, source = f"{chapter[:2]}-setup", setup_code(repo).splitlines(keepends=True)
+    setup: dict[str, Any] = {"cell_type": "code", "execution_count": None, "id": name, "metadata": {}, "outputs": []}
+    setup |= {"metadata": {"tags": ["remove-cell"]}, "source": source}
     return {**notebook, "cells": [first, setup, *rest]}
 
 
@@ -91,36 +81,31 @@ def write(book: Path = ROOT / "book", repo: Repository | None = None, *, dry: bo
     return changed
 
 
-def disagreements(root: Path = ROOT, version: str = __version__) -> list[str]:
+def disagreements(root: Path = ROOT) -> list[str]:
     """Each place where version, tag, citation and deposit do not say the same; empty if they do. Raises ReleaseError
     for a file that is missing or cannot be read."""
     try:
         citation = yaml.safe_load((root / "CITATION.cff").read_text(encoding="utf-8"))
         zenodo = json.loads((root / ".zenodo.json").read_text(encoding="utf-8"))
         repo = repository(root / "_config.yml")
-        creators = [c["name"] for c in zenodo["creators"]]
+        creators = [c["name"] for c in zenodo["creators"]]  # `Family, Given`, or the name of a group
+        authors = [a.get("name") or f"{a['family-names']}, {a['given-names']}" for a in citation["authors"]]
+        related = zenodo["related_identifiers"]
+        derived = [r["identifier"] for r in related if r["relation"] == "isDerivedFrom"]
+        supplement = [r["identifier"] for r in related if r["relation"] == "isSupplementTo"]
         pairs = {
-            "the tag in _config.yml": (repo.tag, f"v{version}"),
-            "version in CITATION.cff": (citation["version"], version),
+            "the tag in _config.yml": (repo.tag, f"v{__version__}"),
+            "version in CITATION.cff": (citation["version"], __version__),
             "repository-code in CITATION.cff": (citation["repository-code"], repo.url),
-            "version in .zenodo.json": (zenodo["version"], version),
+            "version in .zenodo.json": (zenodo["version"], __version__),
             "title in .zenodo.json": (zenodo["title"], citation["title"]),
             "license in .zenodo.json": (zenodo["license"], citation["license"]),
             "publication_date in .zenodo.json": (zenodo["publication_date"], str(citation["date-released"])),
-            "creators in .zenodo.json": (creators, list(map(_name, citation["authors"]))),
+            "creators in .zenodo.json": (creators, authors),
             "references in CITATION.cff": (SOURCE_RECORD in [r.get("url") for r in citation["references"]], True),
-            "isDerivedFrom in .zenodo.json": (_related(zenodo, "isDerivedFrom"), [SOURCE_RECORD]),
-            "isSupplementTo in .zenodo.json": (_related(zenodo, "isSupplementTo"), [f"{repo.url}/tree/{repo.tag}"]),
+            "isDerivedFrom in .zenodo.json": (derived, [SOURCE_RECORD]),
+            "isSupplementTo in .zenodo.json": (supplement, [f"{repo.url}/tree/{repo.tag}"]),
         }
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ReleaseError(f"CITATION.cff, .zenodo.json or _config.yml cannot be read: {error!r}. Mend it.") from error
     return [f"{place} is {found!r}, not {wanted!r}" for place, (found, wanted) in pairs.items() if found != wanted]
-
-
-def _name(author: dict[str, str]) -> str:
-    """An author of CITATION.cff as Zenodo writes creators: `Family, Given`, or the name of a group."""
-    return author.get("name") or f"{author['family-names']}, {author['given-names']}"
-
-
-def _related(zenodo: dict[str, Any], relation: str) -> list[str]:
-    return [r["identifier"] for r in zenodo["related_identifiers"] if r["relation"] == relation]

@@ -15,6 +15,9 @@ from pathlib import Path
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from lib import __version__
+from lib.sites import Site
+
 TEMPLATES = Path(__file__).with_name("templates")
 
 
@@ -51,13 +54,9 @@ def cell(value: object) -> str:
 
 @cache
 def _environment(folder: Path) -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = Environment(loader=FileSystemLoader(folder), undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= {"format": format, "markdown": escape, "code": code, "cell": cell, "json": json.dumps}
-    environment.filters["number"] = chapter_number
+    environment.filters |= {"number": chapter_number, "site": Site}
+    environment.globals |= {"version": __version__, "changed": entries("changed.yaml")}
     return environment

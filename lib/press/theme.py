@@ -1,8 +1,9 @@
 """Sphinx extension: what this book changes of its theme.
 
-A captioned table is called a table: MyST-NB makes a figure of whatever a cell shows; those whose name begins with
-`tab-` are numbered as tables (`Table 5.3`) beside the figures, and referred to as such. Live code (Thebe), which would
-fetch scripts from the network, is left out.
+Formulas are MathML, set by the browser itself, so that pages need neither network nor script. A captioned table is
+called a table: MyST-NB makes a figure of whatever a cell shows; those whose name begins with `tab-` are numbered as
+tables (`Table 5.3`) beside the figures, and referred to as such. Live code (Thebe), which would fetch scripts from the
+network, is left out.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from docutils import nodes
+from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 
@@ -44,7 +46,18 @@ def _is_thebe(script: Any) -> bool:
     return "thebe" in f"{getattr(script, 'filename', script)} {getattr(script, 'attributes', '')}".lower()
 
 
+def _inline(visitor, node: nodes.math) -> None:
+    visitor.body.append(convert(node.astext(), display="inline"))
+    raise nodes.SkipNode
+
+
+def _block(visitor, node: nodes.math_block) -> None:
+    visitor.body.append(f'<div class="math-block">{convert(node.astext(), display="block")}</div>')
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_html_math_renderer("mathml", inline_renderers=(_inline, None), block_renderers=(_block, None))
     as_figure = (lambda visitor, node: visitor.visit_figure(node), lambda visitor, node: visitor.depart_figure(node))
     app.add_enumerable_node(TableFigure, "table", html=as_figure)
     app.add_transform(NameTables)

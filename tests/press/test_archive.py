@@ -204,7 +204,7 @@ CONFIG = """
 title: t
 execute: {execute_notebooks: 'off'}
 repository: {url: https://github.com/someone/some-book, branch: v1}
-sphinx: {extra_extensions: [lib.press.mathml], config: {html_math_renderer: mathml}}
+sphinx: {extra_extensions: [lib.press.theme], config: {html_math_renderer: mathml}}
 """
 
 

@@ -302,7 +302,7 @@ def test_a_chapter_that_stops_saving_fails(workshop, no_kernel):
 def test_a_warning_fails_the_build_and_leaves_the_old_book(workshop, no_kernel):
     (workshop / "_config.yml").write_text(
         "title: t\nexecute: {execute_notebooks: 'off'}\n"
-        "sphinx: {extra_extensions: [lib.press.mathml], config: {html_math_renderer: mathml}}\n"
+        "sphinx: {extra_extensions: [lib.press.theme], config: {html_math_renderer: mathml}}\n"
     )
     (workshop / "_toc.yml").write_text("format: jb-book\nroot: book/index\nchapters:\n  - file: book/01_a\n")
     page = workshop / "book" / "index.md"

@@ -25,13 +25,14 @@ VALUES = {c: {"pathways": dict.fromkeys(PAPER, PATHWAY)} for c in (hub.MAKER, hu
 SECRET = "hf_secret"
 
 
-def stand_in(**trouble: Exception) -> Mock:
-    """Stands for HfApi. trouble: what the call of this name raises."""
+def stand_in(patch: pytest.MonkeyPatch, **trouble: Exception) -> Mock:
+    """Stands for HfApi from now on. trouble: what the call of this name raises."""
     api = Mock(spec=HfApi, **{"whoami.return_value": {"name": "me"}})
     api.create_repo.side_effect = lambda repo, *, repo_type, **_: f"hub:{repo_type}/{repo}"
     for name, error in trouble.items():
         getattr(api, name).side_effect = error
-    return Mock(return_value=api)
+    patch.setattr(hub, "HfApi", Mock(return_value=api))
+    return hub.HfApi
 
 
 def refusal(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError) -> HfHubHTTPError:
@@ -138,10 +139,10 @@ def test_the_dry_run_lists_and_uploads_nothing(run, tmp_path, monkeypatch):
 # uploading
 
 
-def test_model_and_space_are_uploaded(prepared):
-    api, said = stand_in(), []
-    addresses = hub.upload(prepared, "me/edits", f" {SECRET}\n", api=api, say=said.append)
-    assert addresses == ["hub:model/me/edits", "hub:space/me/edits"]
+def test_model_and_space_are_uploaded(prepared, monkeypatch):
+    api, said = stand_in(monkeypatch), []
+    hub.upload(prepared, "me/edits", f" {SECRET}\n", say=said.append)
+    assert said[1:] == ["uploaded model: hub:model/me/edits", "uploaded space: hub:space/me/edits"]
     api.assert_called_once_with(token=SECRET)
     made = [call.kwargs for call in api.return_value.create_repo.call_args_list]
     assert [(m["repo_type"], m.get("space_sdk")) for m in made] == [("model", None), ("space", "static")]
@@ -150,11 +151,11 @@ def test_model_and_space_are_uploaded(prepared):
     assert not any(SECRET in line for line in said)
 
 
-def test_a_missing_token(prepared):
-    api = stand_in()
+def test_a_missing_token(prepared, monkeypatch):
+    api = stand_in(monkeypatch)
     for token in ("", "  \n"):
         with pytest.raises(ReleaseError, match=r"there is no token. Make one that may write"):
-            hub.upload(prepared, "me/edits", token, api=api)
+            hub.upload(prepared, "me/edits", token)
     assert not api.called
 
 
@@ -170,16 +171,15 @@ def test_a_missing_token(prepared):
         ("create_repo", ValueError("bad name"), r"could not be uploaded: bad name"),
     ],
 )
-def test_a_refusal_says_what_to_do(prepared, call, trouble, said):
-    api = stand_in(**{call: trouble})
+def test_a_refusal_says_what_to_do(prepared, monkeypatch, call, trouble, said):
+    api = stand_in(monkeypatch, **{call: trouble})
     with pytest.raises(ReleaseError, match=said):
-        hub.upload(prepared, "me/edits", SECRET, api=api, say=lambda _: None)
+        hub.upload(prepared, "me/edits", SECRET, say=lambda _: None)
     assert api.return_value.method_calls[-1][0] == call, "nothing is tried after it"
 
 
 def test_the_command_asks_before_it_uploads(prepared, monkeypatch):
-    api = stand_in()
-    monkeypatch.setattr(hub.upload, "__kwdefaults__", {**hub.upload.__kwdefaults__, "api": api})
+    api = stand_in(monkeypatch)
     command = ["publish", str(prepared), "--model", "organism", "--upload", "--repo", "me/edits"]
     refused = CliRunner().invoke(app, command, input=f"{SECRET}\nn\n")
     assert refused.exit_code == 1 and not api.called and "everyone can see?" in refused.output
@@ -209,11 +209,11 @@ def test_uploading_needs_a_name(prepared, repo):
         ("space/stray.txt", Path.touch),
     ],
 )
-def test_a_folder_that_was_altered_is_not_uploaded(prepared, name, change):
+def test_a_folder_that_was_altered_is_not_uploaded(prepared, monkeypatch, name, change):
     change(prepared / name)
-    api = stand_in()
+    api = stand_in(monkeypatch)
     with pytest.raises(ReleaseError, match=f"{name} is not as it was prepared. Nothing is uploaded"):
-        hub.upload(prepared, "me/edits", SECRET, api=api)
+        hub.upload(prepared, "me/edits", SECRET)
     assert not api.called
 
 
