@@ -29,6 +29,7 @@ from lib.press import claims, colophon
 from lib.press.check import judged
 from lib.press.execute import BOOK, chapter_names, executed_path, is_current, log_path, shared_inputs, without_colours
 from lib.results import PACKAGES, chapter_folder, results_path
+from lib.sweeps import spot
 
 _JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"  # this environment's, whatever the PATH says
 
@@ -137,9 +138,16 @@ def _stage(model_name: str, stage: Path) -> None:
     shutil.copytree(BOOK, stage / "book", ignore=shutil.ignore_patterns("*.ipynb", ".ipynb_checkpoints"))
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(ROOT / name, stage)
+    read = {
+        name
+        for run in provenances(model_name).values()
+        for name, note in run.get("sweeps", {}).items()
+        if "date" in note
+    }
+    checks = [spot.check(*pair) for pair in spot.kept(model_name)] if read else []
     for chapter in chapter_names():
         shutil.copy(executed_path(model_name, chapter), stage / "book")
-        colophon.add(stage / "book" / f"{chapter}.ipynb", results_path(model_name, chapter))
+        colophon.add(stage / "book" / f"{chapter}.ipynb", results_path(model_name, chapter), checks)
     if (ROOT / "data" / "claims.yaml").is_file():
         text = claims.page(judged(model_name), model_name)
         (stage / "book" / "reproduction.md").write_text(text, encoding="utf-8")

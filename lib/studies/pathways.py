@@ -84,7 +84,7 @@ def _retrained(model: Model, task: Task, row: Any) -> Trained:
     if run.reached != row.reached or run.diverged != row.diverged:
         raise EditError(
             f"{row.pathway} at rate {row.rate:g} came out otherwise than in the sweep ({run.steps} steps, not "
-            f"{row.steps}); delete _build/sweeps/{model.name} and run the chapter again with QKV_RUNS=off."
+            f"{row.steps}); `python -m lib record pathways --model {model.name}` renews the record."
         )
     return run
 
