@@ -8,7 +8,7 @@ ifdef SUBJECT
 $(error SUBJECT= is called MODEL= now: make $(MAKECMDGOALS) MODEL=$(SUBJECT))
 endif
 
-.PHONY: help bench book test smoke check pages pdf colab snapshot links clean
+.PHONY: help bench book record test smoke check pages pdf colab snapshot links clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -16,6 +16,7 @@ help:  ## this list
 
 book: .venv/ready  ## execute every chapter on MODEL (default smollm2) and build _build/html
 	@$(LIB) run --model $(MODEL)
+	@[ "$(RECORD)" = off ] || $(LIB) spot-check --model $(MODEL)
 	@$(LIB) dashboard --model $(MODEL)
 	@$(LIB) build --model $(MODEL)
 
@@ -24,6 +25,9 @@ test: .venv/ready  ## lint, types and tests, the real model's included
 	$(BIN)/ruff check lib tests data
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+record: .venv/ready  ## do every sweep of MODEL anew and write data/record (an hour for smollm2)
+	$(LIB) record --model $(MODEL)
 
 smoke: .venv/ready  ## execute every chapter on the small planted model, and check its numbers
 	$(LIB) run --model organism

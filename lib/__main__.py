@@ -231,6 +231,35 @@ def sweep(
     typer.echo(f"{loaded.name} on {loaded.model}: {len(table)} runs, all finished; the table is {path}")
 
 
+@app.command()
+def record(
+    names: Annotated[list[str] | None, typer.Argument(help="Sweeps of data/sweeps; all that are recorded.")] = None,
+    model_name: ModelOption = "smollm2",
+    workers: Annotated[int | None, typer.Option(help="Processes, one model each; one a core.")] = None,
+) -> None:
+    """Do whole sweeps of a model and write them into data/record, from which chapters read them.
+
+    Killed at any moment, the same command goes on. Commit what it writes.
+    """
+    from lib.sweeps import spot
+
+    spot.make(model_name, names or (), workers=workers, say=typer.echo)
+
+
+@app.command("spot-check")
+def spot_check(
+    model_name: ModelOption = "smollm2",
+    whole: Annotated[bool, typer.Option("--all", help="Every run; those that RECORD=off did here count.")] = False,
+) -> None:
+    """Do runs of every recorded sweep again, drawn by the commit, and compare; exit 1 if one comes out otherwise.
+
+    Runs that the present code has done again are kept; another commit draws others only when the code changed.
+    """
+    from lib.sweeps import spot
+
+    spot.spot_check(model_name, whole=whole, say=typer.echo)
+
+
 @app.command("release-settings")
 def release_settings(
     check: Annotated[str, typer.Option(help="A tag: change nothing; exit 1 unless the release is called so.")] = "",

@@ -27,6 +27,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("QKV_CACHE") or user_cache_path("qkv-decomposition"))
 
 
+def live() -> bool:
+    """Whether sweeps are done here ($RECORD is `off`) instead of being read from their record."""
+    return os.environ.get("RECORD", "").lower() == "off"
+
+
 def slug(name: str) -> str:
     """A model's name as a folder name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
@@ -97,7 +102,8 @@ def imports(code: str) -> set[str]:
 def modules(names: Iterable[str], root: Path) -> list[Path]:
     """The files of lib/ with these names (as `imports` gives them), those that they import, and so on, imports inside
     functions included, and the data beside them (words of sentences, columns of tables). What imports `sweeps` also
-    depends on the studies that the specifications in data/sweeps name; what imports `studies/costs`, on its record."""
+    depends on data/record, or, where sweeps are done live, on the studies that specifications in data/sweeps name; what
+    imports `studies/costs`, on its record."""
     lib, todo, seen = root / "lib", set(names), set[str]()
     found = {lib / "__init__.py"}
     while todo:
@@ -108,7 +114,8 @@ def modules(names: Iterable[str], root: Path) -> list[Path]:
                 found |= {path, *path.parent.glob("*.yaml"), *path.parent.glob("words/*.yaml")}
                 todo |= imports(path.read_text(encoding="utf-8"))
         if name.startswith("sweeps"):
-            todo |= _studies(root)
+            todo |= _studies(root) if live() else set()
+            found |= set() if live() else {*(root / "data" / "record").glob("*/*")}
         if name == "studies/costs":
             found.add(root / "data" / BENCH)
         todo -= seen

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from lib.press.check import judged
 from lib.press.execute import BOOK, chapter_names, executed_path, is_current, log_path, shared_inputs, without_colours
 from lib.press.texts import fill
 from lib.results import PACKAGES, chapter_folder, results_path
+from lib.sweeps import spot
 
 _JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"  # this environment's, whatever the PATH says
 DIFFER, TIMES = "% what may differ\n", "% what it took\n"  # comments in a page, in whose place what is made stands
@@ -136,9 +137,12 @@ def _stage(model_name: str, stage: Path) -> None:
     shutil.copytree(BOOK, stage / "book", ignore=shutil.ignore_patterns("*.ipynb", ".ipynb_checkpoints"))
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(ROOT / name, stage)
+    runs = provenances(model_name)
+    recorded = any("date" in note for run in runs.values() for note in run.get("sweeps", {}).values())
+    checks = {c.name: c for c in (spot.check(*pair) for pair in spot.kept(model_name))} if recorded else {}
     for chapter in chapter_names():
         shutil.copy(executed_path(model_name, chapter), stage / "book")
-        add_foot(stage / "book" / f"{chapter}.ipynb", results_path(model_name, chapter))
+        add_foot(stage / "book" / f"{chapter}.ipynb", results_path(model_name, chapter), checks)
     if (ROOT / "data" / "claims.yaml").is_file():
         text = claims.page(judged(model_name), model_name)
         (stage / "book" / "reproduction.md").write_text(text, encoding="utf-8")
@@ -146,16 +150,16 @@ def _stage(model_name: str, stage: Path) -> None:
         expected = ROOT / "data" / "expected" / f"{slug(model_name)}.json"
         wanted = json.loads(expected.read_text(encoding="utf-8")) if expected.is_file() else {}
         text = path.read_text(encoding="utf-8").replace(DIFFER, tolerances(model_name, wanted))
-        path.write_text(text.replace(TIMES, fill("times.md", runs=provenances(model_name))), encoding="utf-8")
+        path.write_text(text.replace(TIMES, fill("times.md", runs=runs)), encoding="utf-8")
 
 
-def add_foot(notebook: Path, results: Path) -> None:
+def add_foot(notebook: Path, results: Path, checks: Mapping[str, spot.Check]) -> None:
     """Append the foot to a staged executed chapter, put its results beside it, and show its parameters once: the cell
-    that papermill adds is not shown if it repeats the one above it."""
+    that papermill adds is not shown if it repeats the one above it. checks: of the records, by `<model>/<sweep>`."""
     book = nbformat.read(notebook, as_version=4)
     shutil.copy(results, notebook.with_suffix(".json"))
     provenance = json.loads(results.read_text(encoding="utf-8"))["provenance"]
-    foot = fill("foot.md", run=provenance, chapter=notebook.stem)
+    foot = fill("foot.md", run=provenance, chapter=notebook.stem, checks=checks)
     book.cells.append(nbformat.v4.new_markdown_cell(foot, id=f"{notebook.stem[:2]}-foot"))
     tagged = {tag: cell for cell in book.cells for tag in cell.metadata.get("tags", [])}
     added, shown = tagged.get("injected-parameters"), tagged.get("parameters")

@@ -34,7 +34,7 @@ from papermill.exceptions import PapermillExecutionError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from lib.errors import ChapterError
-from lib.files import BUILD, ROOT, data_files, digest, imports, make_folder, modules, slug, write_atomically
+from lib.files import BUILD, ROOT, data_files, digest, imports, live, make_folder, modules, slug, write_atomically
 from lib.models import canonical, load, use_device_of, weights_sha256
 from lib.results import PACKAGES, chapter_folder, results_path
 from lib.studies import known_answers
@@ -259,7 +259,8 @@ def without_colours(text: str) -> str:
 def fingerprint(model_name: str, chapter: str, values: dict[str, Any], weights: str) -> str:
     """sha256 over everything that a chapter's output can depend on."""
     files = [BOOK / f"{chapter}.ipynb", *shared_inputs(), *sources(BOOK / f"{chapter}.ipynb")]
-    facts = {"values": values, "weights": weights, "python": sys.version, "packages": {p: version(p) for p in PACKAGES}}
+    packages = {p: version(p) for p in PACKAGES}
+    facts = {"values": values, "weights": weights, "python": sys.version, "packages": packages, "live": live()}
     if needed := NEEDS.get(chapter):
         stamp = executed_path(model_name, needed).with_suffix(".key")
         facts["needed"] = stamp.read_text(encoding="utf-8") if stamp.exists() else ""

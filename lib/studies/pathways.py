@@ -70,7 +70,7 @@ def gather(model: Model, task: Task, grid: pd.DataFrame, runs: pd.DataFrame) -> 
         if run.reached != row.reached or run.diverged != row.diverged:
             raise EditError(
                 f"{row.pathway} at rate {row.rate:g} came out otherwise than in the sweep ({run.steps} steps, not "
-                f"{row.steps}); delete _build/sweeps/{model.name} and run the chapter again with QKV_RUNS=off."
+                f"{row.steps}); `python -m lib record pathways --model {model.name}` renews the record."
             )
     is_best = grid.merge(best[["pathway", "rate"]], how="left", indicator=True)["_merge"] == "both"
     tried = in_order(grid.drop(columns=[*CURVES, *WAYS]).assign(chosen=is_best.to_numpy()), "rate")

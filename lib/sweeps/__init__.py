@@ -1,11 +1,12 @@
-"""A specification, its runs, and where they are kept: hundreds of independent calls of one experiment, on Dask.
+"""A specification, its runs, where they are kept, and their record: hundreds of calls of one experiment, on Dask.
 
 spec = sweeps.load("layers", model_name="organism")   # data/sweeps/layers.yaml, or a path
+[table] = sweeps.tables(report, [spec])               # a chapter: the record; with RECORD=off, done here
 table = sweeps.run(spec)                              # does what is missing; nothing is started if nothing is
-table = sweeps.table(spec)                            # only reads
 """
 
-from lib.sweeps.runs import run, run_all, table
-from lib.sweeps.specification import expand, hours, load
+from lib.sweeps.record import tables
+from lib.sweeps.runs import run, run_all
+from lib.sweeps.specification import expand, further, load
 
-__all__ = ["expand", "hours", "load", "run", "run_all", "table"]
+__all__ = ["expand", "further", "load", "run", "run_all", "tables"]

@@ -72,14 +72,6 @@ def code(name: str) -> dict[str, str]:
     return sums | {package: version(package) for package in PACKAGES}
 
 
-def is_unchanged(name: str) -> bool:
-    """Whether the files are still those that `code` read."""
-    try:
-        return code.__wrapped__(name) == code(name)
-    except WorkerError:
-        return False
-
-
 def code_sha256(name: str) -> str:
     return hashlib.sha256(json.dumps(code(name), sort_keys=True).encode()).hexdigest()
 

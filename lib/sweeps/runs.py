@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -28,26 +27,23 @@ from dask.system import CPU_COUNT
 from distributed import KilledWorker
 from tqdm.auto import tqdm
 
-from lib.errors import ChapterError, SweepError, WorkerError
+from lib.errors import SweepError, WorkerError
 from lib.files import BUILD, slug
-from lib.models import SPECS as MODELS
 from lib.models import weights_sha256
 from lib.sweeps.cluster import connect, each
-from lib.sweeps.experiments import code, code_sha256, differing, is_unchanged, perform
+from lib.sweeps.experiments import code, code_sha256, differing, perform
 from lib.sweeps.specification import Spec, expand
-from lib.sweeps.store import Run, Store, in_turn, shared
+from lib.sweeps.store import Run, Store, in_turn
 
 SHOWN = 20  # failed runs that a message lists before it only counts them
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a specification comes to here and now. header: whose results the store may hold. shared: where other
-    checkouts' finished runs are, if these may be taken and left."""
+    """What a specification comes to here and now. header: whose results the store may hold."""
 
     spec: Spec
     store: Store
-    shared: Store | None
     header: dict[str, Any]
     runs: tuple[Run, ...]
 
@@ -59,11 +55,6 @@ class Plan:
                 "--fresh."
             )
         return self.store.read(self.runs)
-
-    def finished_elsewhere(self) -> dict[str, dict[str, Any]]:
-        """The records of unfinished runs that another checkout has shared, by key."""
-        records = self.finished()
-        return self.shared.read(run for run in self.runs if run.key not in records) if self.shared else {}
 
     def count(self) -> str:
         n = len(self.finished())
@@ -77,16 +68,15 @@ def plan(spec: Spec, store: Path | None = None) -> Plan:
     version = code_sha256(spec.run)
     texts = [json.dumps({**inputs, "code": version, "parameters": p}, sort_keys=True) for p in combinations]
     runs = [Run(hashlib.sha256(t.encode()).hexdigest(), p) for t, p in zip(texts, combinations, strict=True)]
-    sharing = store is None and spec.model in MODELS and os.environ.get("QKV_RUNS") != "off"
     place = Store((store or default_store(spec)).resolve())
-    return Plan(spec, place, shared() if sharing else None, {**inputs, "code": code(spec.run)}, tuple(runs))
+    return Plan(spec, place, {**inputs, "code": code(spec.run)}, tuple(runs))
 
 
 def default_store(spec: Spec) -> Path:
     return BUILD / "sweeps" / slug(spec.model) / spec.name
 
 
-def table(spec: Spec, store: Path | None = None, *, partial: bool = False, timing: bool = False) -> pd.DataFrame:
+def finished(spec: Spec, store: Path | None = None, *, partial: bool = False, timing: bool = False) -> pd.DataFrame:
     """One row a run, sorted by its parameters: parameters, then what the experiment gave. partial: leave out what is
     not finished. timing: with a column `seconds`, which is never twice the same. Raises SweepError if runs are missing,
     or if the store belongs to another model or version."""
@@ -97,7 +87,7 @@ def table(spec: Spec, store: Path | None = None, *, partial: bool = False, timin
             f"{spec.name} on {spec.model}: {len(planned.runs) - len(records)} of {len(planned.runs)} runs are missing "
             f"in {planned.store.folder}; run `python -m lib sweep` to finish them."
         )
-    return _frame(planned, records, timing)
+    return frame(records.values(), timing)
 
 
 def run(spec: Spec, store: Path | None = None, **options: Any) -> pd.DataFrame:
@@ -115,13 +105,26 @@ def run_all(
     fresh: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[pd.DataFrame]:
-    """As `run`, of several sweeps, in their order, on the same workers: these load a model once, keep what they know
-    of it, and none waits for the end of one sweep to begin the next. scheduler: the address of a Dask scheduler;
+    """As `run`, of several sweeps, in their order, on the same workers."""
+    plans = [plan(spec, store) for spec, store in zip(specs, stores or [None] * len(specs), strict=True)]
+    return finish(plans, scheduler=scheduler, workers=workers, fresh=fresh, say=say)
+
+
+def finish(
+    plans: Sequence[Plan],
+    *,
+    scheduler: str | None = None,
+    workers: int | None = None,
+    fresh: bool = False,
+    say: Callable[[str], None] = print,
+) -> list[pd.DataFrame]:
+    """The tables of planned sweeps, after what is missing was run, on workers that load a model once, keep what they
+    know of it, and do not wait for the end of one sweep to begin the next. scheduler: the address of a Dask scheduler;
     otherwise this machine, with `workers` processes (one a core unless told). fresh: results of another model or
-    version are set aside instead of being an error; those of this one are kept in any case."""
+    version are set aside instead of being an error; those of this one are kept in any case. Raises SweepError at the
+    end if runs failed, with their errors; the others are kept."""
     if workers is not None and workers < 1:
         raise SweepError(f"{workers} workers cannot do anything; give at least one.")
-    plans = [plan(spec, store) for spec, store in zip(specs, stores or [None] * len(specs), strict=True)]
     if len({planned.store for planned in plans}) < len(plans):
         raise SweepError("two of these sweeps have one store; give each its own name.")
     with ExitStack() as locks:
@@ -137,11 +140,11 @@ def run_all(
             ) from error
     if reports := [text for planned in plans if (text := _report(planned, failures))]:
         raise SweepError("\n".join(reports))
-    return [_frame(planned, planned.finished()) for planned in plans]
+    return [frame(planned.finished().values()) for planned in plans]
 
 
 def _missing(planned: Plan, locks: ExitStack, fresh: bool, say: Callable[[str], None]) -> list[Run]:
-    """The runs to do, after the store is locked, cleared for this plan, and filled with what other checkouts have."""
+    """The runs to do, after the store is locked and cleared for this plan."""
     foreign = fresh and planned.store.fault(planned.header)
     if not foreign and len(planned.finished()) == len(planned.runs):
         return []
@@ -149,8 +152,6 @@ def _missing(planned: Plan, locks: ExitStack, fresh: bool, say: Callable[[str], 
     if foreign:
         say(f"older results are now in {planned.store.set_aside()}")
     planned.store.begin(planned.header)
-    for key, record in planned.finished_elsewhere().items():
-        planned.store.write(key, record)
     records = planned.finished()
     return [run for run in planned.runs if run.key not in records]
 
@@ -181,7 +182,7 @@ def _do(
                     failures.append((planned, run, outcome))
                     bar.set_postfix_str(f"{len(failures)} failed")
                 else:
-                    _keep(planned, run, outcome, share=not scheduler)
+                    planned.store.write(run.key, {"parameters": run.parameters, **outcome})
                 bar.update()
     return failures
 
@@ -211,19 +212,9 @@ def _require_same_code(planned: Plan, answers: dict[str, Any], say: Callable[[st
             )
 
 
-def _keep(planned: Plan, run: Run, outcome: dict[str, Any], *, share: bool) -> None:
-    """Write a finished run into its store. share: and for other checkouts, if that can be written, and if no file was
-    changed meanwhile: the run may have read it."""
-    record = {"parameters": run.parameters, **outcome}
-    planned.store.write(run.key, record)
-    if share and planned.shared and is_unchanged(planned.spec.run):
-        with suppress(ChapterError):
-            planned.shared.write(run.key, record)
-
-
 def estimate(planned: Plan, workers: int | None = None) -> str:
     """How many runs there are, how many are finished, and how long the others will take."""
-    records = planned.finished() | planned.finished_elsewhere()
+    records = planned.finished()
     left, n = len(planned.runs) - len(records), workers or CPU_COUNT
     measured = [record["seconds"] for record in records.values()]
     seconds = median(measured) if measured else planned.spec.seconds
@@ -235,15 +226,16 @@ def estimate(planned: Plan, workers: int | None = None) -> str:
     return f"{text}, {left} to do at {seconds:.3g} s each ({source}): {wall} on {n} worker{'s' * (n != 1)}"
 
 
-def _frame(planned: Plan, records: dict[str, dict[str, Any]], timing: bool = False) -> pd.DataFrame:
-    runs = sorted((run for run in planned.runs if run.key in records), key=_order)
-    table = pd.DataFrame([run.parameters | records[run.key]["result"] for run in runs])
-    return table.assign(seconds=[records[run.key]["seconds"] for run in runs]) if timing else table
+def frame(rows: Iterable[dict[str, Any]], timing: bool = False) -> pd.DataFrame:
+    """The table of finished runs: sorted by their parameters, whatever the order in which they are given."""
+    rows = sorted(rows, key=lambda row: _order(row["parameters"]))
+    table = pd.DataFrame([row["parameters"] | row["result"] for row in rows])
+    return table.assign(seconds=[row["seconds"] for row in rows]) if timing else table
 
 
-def _order(run: Run) -> list[tuple[int, float, str]]:
-    """By parameters: numbers before everything else, by size; the rest by its text."""
-    values = run.parameters.values()
+def _order(parameters: dict[str, Any]) -> list[tuple[int, float, str]]:
+    """Numbers before everything else, by size; the rest by its text."""
+    values = parameters.values()
     return [(0, v, "") if isinstance(v, int | float) else (1, 0.0, json.dumps(v, sort_keys=True)) for v in values]
 
 
@@ -253,7 +245,9 @@ def _counts(todo: Sequence[tuple[Plan, Run]]) -> str:
 
 def _report(planned: Plan, failures: Sequence[tuple[Plan, Run, BaseException]]) -> str:
     """What failed of a plan and why, in the order of the table; empty if nothing did."""
-    failed = sorted(((run, error) for p, run, error in failures if p is planned), key=lambda pair: _order(pair[0]))
+    failed = sorted(
+        ((run, error) for p, run, error in failures if p is planned), key=lambda pair: _order(pair[0].parameters)
+    )
     if not failed:
         return ""
     lines = [f"{len(failed)} run{'s' * (len(failed) != 1)} failed, {planned.count()}:"]

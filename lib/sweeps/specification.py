@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,19 @@ Values = Annotated[list[JsonValue], BeforeValidator(lambda v: v if isinstance(v,
 Grid = Annotated[dict[str, Values], Field(min_length=1)]
 
 
+class Tolerance(BaseModel):
+    """How far a run may come out from the recorded one, on another kind of processor: whole numbers, words and what is
+    true or false not at all, other numbers by `absolute` and a share of themselves (`relative`). columns: the largest
+    difference of those named. lengths: by how much a list, such as a curve by step, may be longer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    relative: Annotated[float, Field(ge=0)] = 1e-3
+    absolute: Annotated[float, Field(ge=0)] = 1e-3
+    columns: dict[str, Annotated[float, Field(ge=0)]] = {}
+    lengths: Annotated[int, Field(ge=0)] = 0
+
+
 class Spec(BaseModel):
     """A sweep. grid: parameter -> values, or one value; every combination is run, with every seed (parameter `seed`)
     if there are any. `layer` counts from 1 and may be `all` or `every 3` (L3, L6, ...). also: further grids for the
@@ -38,6 +52,7 @@ class Spec(BaseModel):
     also: list[Grid] = []
     note: str = ""
     seconds: Annotated[float, Field(gt=0)] | None = None
+    tolerance: Tolerance = Tolerance()
 
 
 def load(source: str | Path, *, model_name: str | None = None) -> Spec:
@@ -100,6 +115,12 @@ def _layers(spec: Spec, value: Any) -> list[int]:
     if int(number[1]) not in layers:
         raise SweepError(f"{spec.name}: there is no layer {value}: {spec.model} has L1 to L{layers[-1]}.")
     return [int(number[1])]
+
+
+def further(spec: Spec, grids: Sequence[Grid]) -> Spec:
+    """The sweep `<name>-seeds` of the grids that follow from a finished sweep, which name their seeds themselves."""
+    changes = {"name": f"{spec.name}-seeds", "grid": grids[0], "also": list(grids[1:]), "seeds": []}
+    return spec.model_copy(update=changes)
 
 
 def hours(spec: Spec) -> float:

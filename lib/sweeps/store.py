@@ -1,27 +1,22 @@
-"""Where finished runs are kept: a folder with a JSON file a run, named by the run's key. There are two such places.
+"""Where finished runs are kept: a folder with a JSON file a run, named by the run's key.
 
-1. A sweep's own folder. `sweep.json` in it says whose results it holds, and a lock beside it keeps a second sweep out;
-   the lock is the operating system's, and goes with the process that holds it, however that ends.
-2. What checkouts share of the book's own models, by kind of processor, in the user's cache folder or in $QKV_RUNS: what
-   stands under a key is this very run. With QKV_RUNS=off nothing is taken from there or left there.
+`sweep.json` in it says whose results it holds, and a lock beside it keeps a second sweep out; the lock is the operating
+system's, and goes with the process that holds it, however that ends.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 
 from lib.errors import SweepError
-from lib.files import cache_folder, make_folder, write_atomically
+from lib.files import make_folder, write_atomically
 from lib.sweeps.experiments import differing
 
 HEADER = "sweep.json"
@@ -96,12 +91,6 @@ class Store:
                 f"another sweep is writing into {self.folder}; wait until it is done, or give another folder with "
                 "--store."
             ) from None
-
-
-def shared() -> Store:
-    """What checkouts share on this kind of processor."""
-    device = "cuda" if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
-    return Store(Path(os.environ.get("QKV_RUNS") or cache_folder() / "runs") / f"{platform.machine()}-{device}")
 
 
 def in_turn(folder: Path, say: Callable[[str], None]) -> AbstractContextManager[object]:

@@ -1,6 +1,7 @@
 """What is made from the results while the book is staged."""
 
 import json
+from types import SimpleNamespace
 
 import nbformat
 
@@ -25,10 +26,20 @@ PROVENANCE = {
 
 
 def test_the_foot_names_the_run_and_reads_nothing_as_markup():
-    foot = texts.fill("foot.md", run=PROVENANCE, chapter="02_knowledge_path")
+    foot = texts.fill("foot.md", run=PROVENANCE, chapter="02_knowledge_path", checks={})
     for value in ("`or'ganism`", "`[a](b) $x$`", "ab" * 32, "c0ffee", "2026-01-02T03:04:05", "`6.7`", "`torch 2`"):
         assert value in foot
     assert "02_knowledge_path.json" in foot and "_sources/book/02_knowledge_path.ipynb" in foot
+
+
+def test_the_foot_says_what_was_recorded_and_what_was_done_again():
+    note = {"runs": 60, "date": "2026-11-28", "commit": "abc", "processor": "x86", "seconds": 600.0}
+    check = SimpleNamespace(runs=["layer=3, seed=0", "layer=5, seed=0"], outdated="torch")
+    run = PROVENANCE | {"sweeps": {"m/layers": note, "m/near": {"runs": 24}}}
+    foot = texts.fill("foot.md", run=run, chapter="06_x", checks={"m/layers": check})
+    assert "60 runs, recorded on 2026-11-28 by commit `abc` on `x86` in 10 minutes of one core" in foot
+    assert "`layer=3, seed=0`; `layer=5, seed=0` (the record is of another version of `torch`)" in foot
+    assert "**Done here: `m/near`.** 24 runs." in foot
 
 
 def staged(tmp_path, injected: str):
@@ -39,14 +50,14 @@ def staged(tmp_path, injected: str):
     notebook, results = tmp_path / "02_x.ipynb", tmp_path / "results.json"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), notebook)
     results.write_text(json.dumps({"provenance": PROVENANCE, "values": {"a": 1}}), encoding="utf-8")
-    build.add_foot(notebook, results)
+    build.add_foot(notebook, results, {})
     return nbformat.read(notebook, as_version=4)
 
 
 def test_a_chapter_gets_a_foot_its_numbers_and_one_cell_of_parameters(tmp_path):
     book = staged(tmp_path, 'model_name = "smollm2"')
     assert book.cells[1].metadata["tags"] == ["injected-parameters", "remove-cell"]
-    assert book.cells[-1].source == texts.fill("foot.md", run=PROVENANCE, chapter="02_x")
+    assert book.cells[-1].source == texts.fill("foot.md", run=PROVENANCE, chapter="02_x", checks={})
     assert json.loads((tmp_path / "02_x.json").read_text(encoding="utf-8"))["values"] == {"a": 1}
     nbformat.validate(book)
 

@@ -108,7 +108,7 @@ def test_the_sweeps_make_the_comparison(swept, organism):
 
 def test_a_run_that_comes_out_otherwise_is_an_error(swept, organism):
     (grid, runs), task = swept, pathways.diagnosed_task(organism)
-    remedy = r"came out otherwise than in the sweep .* delete _build/sweeps/organism .* QKV_RUNS=off"
+    remedy = r"came out otherwise than in the sweep .* `python -m lib record pathways --model organism` renews"
     with pytest.raises(EditError, match=remedy):
         pathways.gather(organism, task, grid.assign(reached=~grid.reached), runs)
 
@@ -147,9 +147,10 @@ def test_saved_edits_that_fit_are_taken_and_others_are_trained(ran, organism, ca
     assert calls == [1], "one is missing: all are trained anew"
 
 
-def test_an_edit_fits_its_own_recipe_and_seed_only(ran, organism, case):
+def test_an_edit_fits_its_own_recipe_and_seed_only(ran, organism, case, monkeypatch):
     edit = ran[1].edits["v_only"]
     read = type(edit)(**{**vars(edit), "recipe": json.loads(json.dumps(edit.recipe))})
-    assert training._fits(read, organism, case, 0, QUICK)
-    assert not training._fits(read, organism, case, 1, QUICK)
-    assert not training._fits(read, organism, case, 0, Recipe())
+    assert not training._fits(read, organism, case, 0), "of another recipe"
+    monkeypatch.setattr(training, "DEFAULT", QUICK)
+    assert training._fits(read, organism, case, 0)
+    assert not training._fits(read, organism, case, 1)

@@ -29,7 +29,6 @@ from lib.__main__ import app
 from lib.errors import BookError, SweepError, WorkerError
 from lib.files import ROOT
 from lib.sweeps import cluster, experiments, runs, specification
-from lib.sweeps import store as store_room
 from lib.sweeps.store import Store, in_turn
 from tests.sweeps.told import told_under
 
@@ -314,7 +313,7 @@ def test_the_table_is_the_same_whatever_the_order_of_arrival(tmp_path, here, org
     ]
     first = {"layer": 2, "pathway": "k_only", "scale": 0.5, "draws": 1, "seed": 0}
     assert table.iloc[0].to_dict() == first | told_under(organism, **first)
-    timed = runs.table(wanted, tmp_path / "0", timing=True)
+    timed = runs.finished(wanted, tmp_path / "0", timing=True)
     assert (timed.seconds > 0).all()
     pd.testing.assert_frame_equal(timed.drop(columns="seconds"), table)
 
@@ -346,8 +345,8 @@ def test_a_table_of_an_unfinished_sweep(tmp_path, here):
     runs.run(spec(), tmp_path / "store")
     more = spec(seeds=[0, 1, 2])
     with pytest.raises(SweepError, match=r"s on organism: 2 of 3 runs are missing in .*store"):
-        runs.table(more, tmp_path / "store")
-    assert runs.table(more, tmp_path / "store", partial=True).seed.tolist() == [0]
+        runs.finished(more, tmp_path / "store")
+    assert runs.finished(more, tmp_path / "store", partial=True).seed.tolist() == [0]
     assert "3 runs, 1 finished, 2 to do at" in runs.estimate(runs.plan(more, tmp_path / "store"))
 
 
@@ -357,7 +356,7 @@ def test_a_failing_run_is_reported_and_the_others_go_on(tmp_path, here):
         runs.run(wanted, tmp_path / "store")
     assert "1 run failed, 2 of 3 runs of s are kept in" in str(error.value)
     assert "  layer=3, pathway=v_only, scale=-1, draws=1, seed=0: DataError: scale -1 and" in str(error.value)
-    assert len(runs.table(wanted, tmp_path / "store", partial=True)) == 2
+    assert len(runs.finished(wanted, tmp_path / "store", partial=True)) == 2
 
 
 def test_an_unfit_worker_stops_the_sweep(tmp_path, here, monkeypatch):
@@ -382,52 +381,6 @@ def test_ctrl_c_leaves_what_is_finished_and_says_so(tmp_path, here, monkeypatch)
     assert len(runs.run(specification.load(path), tmp_path / "store")) == 3 and len(here) == 3
 
 
-def test_checkouts_share_finished_runs(tmp_path, here, monkeypatch):
-    """Another checkout's default store takes what has this very key, whole, and nothing else; stores that were asked
-    for by name share nothing."""
-    monkeypatch.setattr(store_room, "cache_folder", lambda: tmp_path / "cache")
-
-    def run(checkout: str, **changes) -> pd.DataFrame:
-        monkeypatch.setattr(runs, "default_store", lambda wanted: tmp_path / checkout / wanted.name)
-        return runs.run(spec(**changes))
-
-    table = run("one", seeds=[1, 2])
-    pd.testing.assert_frame_equal(run("two", seeds=[1, 2, 3]).head(2), table, check_exact=True)
-    assert sorted(p["seed"] for p in here) == [1, 2, 3]
-    monkeypatch.setattr(runs, "default_store", lambda wanted: tmp_path / "new" / wanted.name)
-    assert "3 runs, 3 finished" in runs.estimate(runs.plan(spec(seeds=[1, 2, 3])))
-    files = {json.loads(p.read_text())["parameters"]["seed"]: p for p in tmp_path.glob("cache/runs/*/*.json")}
-    first, second, third = (files[seed] for seed in (1, 2, 3))
-    first.write_text(first.read_text()[:30])  # cut short
-    second.write_text(third.read_text())  # another run under its name
-    run("three", seeds=[1, 2, 3])
-    assert sorted(p["seed"] for p in here[3:]) == [1, 2]
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "code_sha256", lambda name: "another version")
-        patch.setattr(experiments, "code_sha256", lambda name: "another version")
-        run("four", seeds=[1])
-    assert len(here) == 6, "another version of the code is another run"
-    shared = list(tmp_path.glob("cache/runs/*/*.json"))
-    runs.run(spec(seeds=[1]), tmp_path / "named")
-    with monkeypatch.context() as patch:
-        patch.setenv("QKV_RUNS", "off")
-        run("five", seeds=[1])
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "is_unchanged", lambda name: False)
-        run("six", seeds=[9])
-    assert len(here) == 9 and list(tmp_path.glob("cache/runs/*/*.json")) == shared, "these take and leave nothing"
-    monkeypatch.setenv("QKV_RUNS", str(tmp_path / "elsewhere"))
-    run("seven", seeds=[1])
-    assert len(here) == 10 and len(list(tmp_path.glob("elsewhere/*/*.json"))) == 1
-
-
-def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, here, monkeypatch):
-    (tmp_path / "cache").write_text("no folder")
-    monkeypatch.setattr(store_room, "cache_folder", lambda: tmp_path / "cache")
-    monkeypatch.setattr(runs, "default_store", lambda wanted: tmp_path / "store")
-    assert len(runs.run(spec())) == 1 and len(here) == 1
-
-
 def test_a_store_of_something_else_is_refused_and_set_aside_on_request(tmp_path, here, monkeypatch):
     store = tmp_path / "store"
     table = runs.run(spec(), store)
@@ -449,7 +402,7 @@ def test_a_store_of_something_else_is_refused_and_set_aside_on_request(tmp_path,
         "[1]": r"has a damaged sweep\.json",
     }.items():
         (store / "sweep.json").write_text(content)
-        for attempt in (runs.run, runs.table, lambda s, f: runs.estimate(runs.plan(s, f))):
+        for attempt in (runs.run, runs.finished, lambda s, f: runs.estimate(runs.plan(s, f))):
             with pytest.raises(SweepError, match=message + r".*Give another folder with --store, or .* --fresh"):
                 attempt(spec(), store)
     assert len(here) == 1 and {p.name for p in store.iterdir()} == set(kept)

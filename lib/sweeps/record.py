@@ -1,0 +1,250 @@
+"""The record: finished sweeps as committed tables, which chapters read instead of doing hundreds of runs.
+
+data/record/<model>/<sweep>.csv    a row a run: its parameters, what it gave, its seconds
+data/record/<model>/<sweep>.json   the header: what the rows rest on, and when, where and by which commit they were made
+
+1. `tables` gives a chapter the recorded rows; with RECORD=off it does the sweep here.
+2. A record is refused where weights, data or specification are not those that it was made with, or where it is not as
+   it was written. The code is not among these: whether it still gives these numbers is found out in `spot`.
+3. `differences` compares a run that was done again with the recorded one, by the specification's tolerance.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from lib.errors import SweepError
+from lib.facts import load_mapping, validated
+from lib.files import DATA, commit, digest, file_sha256, live, slug, write_atomically
+from lib.models import weights_sha256
+from lib.results import Results
+from lib.sweeps.runs import Plan, estimate, finish, frame, plan
+from lib.sweeps.specification import Spec, Tolerance, expand
+
+FOLDER = DATA / "record"
+SHARED = ("templates.yaml", "prefixes.yaml", "places.yaml", "probes.yaml", "relations.csv", "token_types.yaml")
+
+
+class Header(BaseModel):
+    """What stands beside a recorded table. data: sums of what the runs read. parameters: the columns that a run was
+    given. columns: how a cell is written, as its text or as JSON. sha256: of the table. seconds: of all runs, on one
+    core. code: sums of the files, and versions of the packages, that made it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    sweep: str
+    model: str
+    weights_sha256: str
+    experiment: str
+    runs: int
+    data: dict[str, str]
+    parameters: list[str]
+    columns: dict[str, Literal["text", "json"]]
+    sha256: str
+    date: str
+    commit: str
+    processor: str
+    seconds: float
+    command: str
+    code: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A recorded sweep. rows: `parameters`, `result` and `seconds` of each run, as a store keeps them."""
+
+    header: Header
+    rows: list[dict[str, Any]]
+
+
+def tables(report: Results, specs: Sequence[Spec], *, timing: bool = False) -> list[pd.DataFrame]:
+    """The rows of several sweeps, from the record, or with RECORD=off after doing here what is missing; the report
+    notes which. timing: with a column `seconds`. Raises SweepError as `read` and `finish` do."""
+    if live():
+        plans = [plan(spec) for spec in specs]
+        finish(plans, fresh=True)
+        rows = [[*planned.finished().values()] for planned in plans]
+        notes = [{"runs": len(part)} for part in rows]
+    else:
+        records = [read(spec) for spec in specs]
+        rows = [record.rows for record in records]
+        notes = [r.header.model_dump(include={"runs", "date", "commit", "processor", "seconds"}) for r in records]
+    kept = report.provenance.setdefault("sweeps", {})
+    kept |= {f"{spec.model}/{spec.name}": note for spec, note in zip(specs, notes, strict=True)}
+    return [frame(part, timing) for part in rows]
+
+
+def path_of(spec: Spec) -> Path:
+    """Of the recorded table; its header has the suffix .json."""
+    return FOLDER / slug(spec.model) / f"{spec.name}.csv"
+
+
+def write(planned: Plan, command: str) -> Path:
+    """Record the finished runs of a plan. Raises SweepError for a value that a table cannot hold."""
+    finished, path = planned.finished(), path_of(planned.spec)
+    rows = [finished[run.key] for run in planned.runs]
+    cells = [{**row["parameters"], **row["result"], "seconds": row["seconds"]} for row in rows]
+    names = list(dict.fromkeys(name for row in cells for name in row))
+    columns = {name: _form(row[name] for row in cells if name in row) for name in names}
+    text = io.StringIO()
+    table = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    table.writeheader()
+    try:
+        table.writerows({name: _cell(value, columns[name]) for name, value in row.items()} for row in cells)
+    except ValueError as error:
+        raise SweepError(f"a run of {planned.spec.name} gave what no record holds: {error}.") from error
+    header = Header(
+        sweep=planned.spec.name,
+        model=planned.spec.model,
+        weights_sha256=planned.header["weights_sha256"],
+        experiment=planned.spec.run,
+        runs=len(rows),
+        data=rests_on(planned.spec.model),
+        parameters=list(dict.fromkeys(name for row in rows for name in row["parameters"])),
+        columns=columns,
+        sha256=hashlib.sha256(text.getvalue().encode()).hexdigest(),
+        date=datetime.now(UTC).date().isoformat(),
+        commit=commit(),
+        processor=f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        seconds=round(sum(row["seconds"] for row in rows), 1),
+        command=command,
+        code={name: value for name, value in planned.header["code"].items() if not name.startswith("data/")},
+    )
+    write_atomically(path, text.getvalue())
+    write_atomically(path.with_suffix(".json"), header.model_dump_json(indent=1) + "\n")
+    return path
+
+
+def read(spec: Spec) -> Record:
+    """The record of a sweep. Raises SweepError, with what to do, where there is none, where it is damaged, and where it
+    was made of other weights, other data or another specification than there are now."""
+    path = path_of(spec)
+    renew = (
+        f"`python -m lib record {spec.name} --model {spec.model}` renews it; with RECORD=off the runs are done here."
+    )
+    if not path.is_file() or not path.with_suffix(".json").is_file():
+        raise SweepError(f"there is no record {path}. {renew} {estimate(plan(spec))}.")
+    try:
+        header = validated(Header, json.loads(path.with_suffix(".json").read_text("utf-8")), "the header", SweepError)
+        rows = _rows(path.read_text(encoding="utf-8"), header)  # line ends of another system are read as ours
+    except (ValueError, SweepError) as error:
+        raise SweepError(f"{path} is no record: {error} {renew}") from error
+    if fault := _fault(spec, header, rows):
+        raise SweepError(f"{path} {fault}. {renew}")
+    return Record(header, rows)
+
+
+def rests_on(model_name: str) -> dict[str, str]:
+    """sha256 of each part of data/ that the runs of a model can read: its cases, their facts, what all models share."""
+    entries = load_mapping(DATA / "cases.yaml")
+    cases = entries.get(model_name) or entries["any"]
+    facts = {f"facts/{case[key]}.csv" for case in cases for key in ("facts", "large")}
+    own = (
+        [p.relative_to(DATA).as_posix() for p in (DATA / "organism").glob("*.[cy]*")]
+        if model_name == "organism"
+        else []
+    )
+    sums = {name: file_sha256(DATA / name) for name in sorted({*facts, *SHARED, *own})}
+    passages = sorted((DATA / "passages").glob("*.txt"))
+    cases_sha256 = hashlib.sha256(json.dumps(cases, sort_keys=True).encode()).hexdigest()
+    return {**sums, "passages": digest(passages, "", DATA), f"cases of {model_name}": cases_sha256}
+
+
+def differences(recorded: dict[str, Any], again: dict[str, Any], tolerance: Tolerance) -> list[str]:
+    """What a run gave otherwise than the recorded one, beyond the tolerance, as `column: recorded, now`."""
+    names = dict.fromkeys([*recorded, *again])
+    pairs = {name: (recorded.get(name), again.get(name)) for name in names}
+    return [
+        f"{name}: recorded {_short(was)}, now {_short(now)}"
+        for name, (was, now) in pairs.items()
+        if not _agree(was, now, tolerance, tolerance.columns.get(name))
+    ]
+
+
+def _agree(was: Any, now: Any, tolerance: Tolerance, own: float | None) -> bool:
+    """Whether two values are the same. own: the largest difference of this column's numbers, if it has one of its own;
+    otherwise whole numbers and words must be equal, and other numbers within the tolerance."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        return was.keys() == now.keys() and all(_agree(was[k], now[k], tolerance, own) for k in was)
+    if isinstance(was, list) and isinstance(now, list):
+        pairs = list(zip(was, now, strict=False))
+        near = abs(len(was) - len(now)) <= tolerance.lengths
+        return near and all(_agree(a, b, tolerance, own) for a, b in pairs)
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (was, now))
+    if not numbers or (own is None and isinstance(was, int) and isinstance(now, int)):
+        return bool(was == now)
+    room = tolerance.absolute + tolerance.relative * max(abs(was), abs(now)) if own is None else own
+    return bool(abs(was - now) <= room)
+
+
+def _fault(spec: Spec, header: Header, rows: list[dict[str, Any]]) -> str:
+    """What keeps a record from standing for a sweep as it is now, as the end of a sentence; empty if nothing."""
+    for key, is_now in (("sweep", spec.name), ("model", spec.model), ("experiment", spec.run)):
+        if (was := getattr(header, key)) != is_now:
+            return f"was made of the {key} {was}, not {is_now}"
+    if header.weights_sha256 != (weights := weights_sha256(spec.model)):
+        return f"was made with weights {header.weights_sha256[:12]}..., not {weights[:12]}..."
+    now = rests_on(spec.model)
+    if changed := [name for name in sorted(now.keys() | header.data.keys()) if now.get(name) != header.data.get(name)]:
+        return f"was made of other data ({', '.join(changed)})"
+    recorded, wanted = (
+        {json.dumps(p, sort_keys=True) for p in ps} for ps in ([r["parameters"] for r in rows], expand(spec))
+    )
+    if recorded != wanted:
+        return f"lacks {len(wanted - recorded)} runs of the specification, and has {len(recorded - wanted)} others"
+    return ""
+
+
+def _rows(text: str, header: Header) -> list[dict[str, Any]]:
+    """The runs of a table. Raises ValueError for one that is not what the header says, with the line."""
+    if hashlib.sha256(text.encode()).hexdigest() != header.sha256:
+        raise ValueError("it is not as it was written: its sum is another than the header's, so it was cut or edited.")
+    table = csv.DictReader(io.StringIO(text))
+    if missing := [name for name in (*header.columns, "seconds") if name not in (table.fieldnames or ())]:
+        raise ValueError(f"it has no column {', '.join(missing)}.")
+    rows: list[dict[str, Any]] = []
+    for line, cells in enumerate(table, start=2):
+        try:
+            row = {name: _value(cells[name], form) for name, form in header.columns.items() if cells[name]}
+            parameters = {name: row.pop(name) for name in header.parameters if name in row}
+            rows.append({"parameters": parameters, "seconds": row.pop("seconds"), "result": row})
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"line {line} cannot be read ({error}).") from error
+        if parameters in (earlier["parameters"] for earlier in rows[:-1]):
+            raise ValueError(f"line {line} is a run that stands before it already.")
+    if len(rows) != header.runs:
+        raise ValueError(f"it has {len(rows)} runs, not {header.runs}.")
+    return rows
+
+
+def _form(values: Iterable[Any]) -> Literal["text", "json"]:
+    return "text" if all(isinstance(v, str) and v and v.isprintable() for v in values) else "json"
+
+
+def _cell(value: Any, form: str) -> str:
+    return value if form == "text" else json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _value(cell: str, form: str) -> Any:
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no number")
+
+    return cell if form == "text" else json.loads(cell, parse_constant=refuse)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."

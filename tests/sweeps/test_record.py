@@ -1,0 +1,174 @@
+"""The record: what is written is read, what was changed is refused or found out, and what a build does again."""
+
+import hashlib
+import json
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from lib.__main__ import app
+from lib.errors import SweepError
+from lib.results import Results
+from lib.sweeps import record, runs, spot
+from lib.sweeps.specification import Tolerance
+from tests.sweeps.test_runs import _study, here, spec  # noqa: F401
+
+GRID = spec(grid={"layer": [3, 11], "scale": [0.5, 2.0]})
+
+
+@pytest.fixture
+def kept(tmp_path, here, monkeypatch):  # noqa: F811
+    """A recorded sweep, in a place of its own, that is all that is recorded; its table's path."""
+    monkeypatch.setattr(record, "FOLDER", tmp_path / "record")
+    monkeypatch.setattr(spot, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(runs, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(spot, "recordable", lambda name, names=(): [] if names else [GRID])
+    monkeypatch.delenv("RECORD", raising=False)
+    spot.make("organism")
+    here.clear()
+    return record.path_of(GRID)
+
+
+def altered(path, change) -> None:
+    """The table after a change, with a header that vouches for it."""
+    table, header = change(path.read_text()), json.loads(path.with_suffix(".json").read_text())
+    path.write_text(table)
+    header["sha256"] = hashlib.sha256(table.encode()).hexdigest()
+    path.with_suffix(".json").write_text(json.dumps(header))
+
+
+def test_chapters_read_what_was_recorded_and_run_nothing(kept, here, organism, monkeypatch):  # noqa: F811
+    report = Results("x", organism)
+    [table] = record.tables(report, [GRID])
+    [timed] = record.tables(report, [GRID], timing=True)
+    assert not here and (timed.seconds > 0).all()
+    note = report.provenance["sweeps"]["organism/s"]
+    assert note["runs"] == 4 and len(note["date"]) == 10
+    monkeypatch.setenv("RECORD", "off")
+    [live] = record.tables(report, [GRID])
+    assert report.provenance["sweeps"]["organism/s"] == {"runs": 4}
+    pd.testing.assert_frame_equal(live, table, check_exact=True)
+
+
+def test_values_of_every_kind_come_back_as_they_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "FOLDER", tmp_path)
+    results = [
+        {"text": 'a, "b"', "none": None, "list": [1.5, [True, "x"]], "float": 0.1 + 0.2, "mixed": "2"},
+        {"text": "é", "float": 1.0, "mixed": 2, "line": "one\ntwo", "empty": ""},
+    ]
+    wanted = spec(seeds=[0, 1])
+    planned = runs.plan(wanted, tmp_path / "store")
+    planned.store.begin(planned.header)
+    for run, result in zip(planned.runs, results, strict=True):
+        planned.store.write(run.key, {"parameters": run.parameters, "result": result, "seconds": 2.0})
+    record.write(planned, "by hand")
+    assert [row["result"] for row in record.read(wanted).rows] == results
+    text = record.path_of(wanted).read_bytes()
+    record.path_of(wanted).write_bytes(text.replace(b"\n", b"\r\n"))
+    assert [row["result"] for row in record.read(wanted).rows] == results, "line ends of another system"
+    key = planned.runs[0].key
+    planned.store.write(key, {"parameters": planned.runs[0].parameters, "result": {"x": float("nan")}, "seconds": 1.0})
+    with pytest.raises(SweepError, match="a run of s gave what no record holds"):
+        record.write(planned, "by hand")
+    assert record.path_of(wanted).read_bytes().startswith(b"layer"), "nothing is half-written"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.replace("margin", "margins", 1), "it has no column margin"),
+        (lambda t: t + t.splitlines()[1] + "\n", "line 6 is a run that stands before it already"),
+        (lambda t: "\n".join(t.splitlines()[:-1]) + "\n", "it has 3 runs, not 4"),
+        (lambda t: t.replace(",8,", ",NaN,", 1), "line 2 cannot be read .NaN is no number"),
+        (lambda t: t[: len(t) - 9], "line 5 cannot be read"),
+        (lambda t: t.replace("11,v_only", "12,v_only", 1), "lacks 1 runs of the specification, and has 1 others"),
+    ],
+)
+def test_a_table_that_is_none_is_refused(kept, change, message):
+    altered(kept, change)
+    with pytest.raises(SweepError, match=rf"s\.csv .*{message}.*`python -m lib record s --model organism` renews it"):
+        record.read(GRID)
+
+
+def test_a_record_of_something_else_is_refused(kept, monkeypatch):
+    header = json.loads(kept.with_suffix(".json").read_text())
+    for key, value, message in [
+        ("model", "smollm2", "was made of the model smollm2, not organism"),
+        ("weights_sha256", "0" * 64, r"was made with weights 0{12}\.\.\., not "),
+        ("data", header["data"] | {"templates.yaml": "0"}, r"was made of other data \(templates\.yaml\)"),
+        ("runs", "4", "the header: runs: Input should be a valid integer"),
+        ("sha256", "0" * 64, "it is not as it was written"),
+    ]:
+        kept.with_suffix(".json").write_text(json.dumps(header | {key: value}))
+        with pytest.raises(SweepError, match=message + ".*renews it; with RECORD=off the runs are done here"):
+            record.read(GRID)
+    kept.with_suffix(".json").write_text("{")
+    with pytest.raises(SweepError, match="is no record"):
+        record.read(GRID)
+    kept.with_suffix(".json").unlink()
+    with pytest.raises(SweepError, match=r"there is no record .*s on organism: 4 runs, 4 finished"):
+        record.read(GRID)
+
+
+def test_a_build_does_two_runs_again_and_keeps_them(kept, here, monkeypatch):  # noqa: F811
+    [check] = spot.spot_check("organism")
+    assert len(here) == len(check.again) == spot.DRAWN and not check.wrong and not check.outdated
+    monkeypatch.setattr(spot, "commit", lambda: "another")
+    assert spot.spot_check("organism") == [check] and len(here) == 2, "the code is the same"
+    assert len(spot.spot_check("organism", whole=True)[0].again) == 4, "those that made the record count"
+    assert len(here) == 2
+
+
+def test_the_commit_draws_and_every_run_may_come(kept):
+    recorded = record.read(GRID)
+    drawn = [json.dumps([row["parameters"] for row in spot.draw(recorded, str(i))]) for i in range(200)]
+    assert drawn[0] == json.dumps([row["parameters"] for row in spot.draw(recorded, "0")])
+    assert all(any(json.dumps(row["parameters"]) in text for text in drawn) for row in recorded.rows)
+
+
+def test_a_cell_that_was_edited_is_found_out(kept, here, monkeypatch):  # noqa: F811
+    [row, *_] = [row for row in record.read(GRID).rows if row["parameters"]["layer"] == 3]
+    margin = row["result"]["margin"]
+    monkeypatch.setattr(spot, "DRAWN", 4)
+    altered(kept, lambda text: text.replace(repr(margin), repr(margin + 0.1)))
+    with pytest.raises(SweepError, match=rf"s, layer=3, .*: margin: recorded {margin + 0.1}, now {margin}") as error:
+        spot.spot_check("organism")
+    assert "renew the record (`python -m lib record --model organism`)" in str(error.value)
+
+
+def test_changed_code_is_checked_anew_and_named(kept, here, monkeypatch):  # noqa: F811
+    spot.spot_check("organism")
+    changed = runs.code("told.told_under") | {"lib/studies/other.py": "1"}
+    for room in (runs, spot):
+        monkeypatch.setattr(room, "code", lambda name: changed)
+    [pair] = spot.kept("organism")
+    with pytest.raises(SweepError, match=r"no runs of the record of s were done again .* spot-check --model organism"):
+        spot.check(*pair)
+    said: list[str] = []
+    spot.spot_check("organism", say=said.append)
+    assert len(here) == 4
+    assert any("recorded by another version of lib/studies/other.py; `python -m lib record" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "was, now, same",
+    [
+        (1, 1, True), (1, 2, False), (1.0, 1.0015, True), (1.0, 1.01, False), (100.0, 100.09, True), ("a", "b", False),
+        (True, False, False), (True, 1, True), (None, 0.0, False), ([1.0, 2.0], [1.0, 2.0, 3.0], True),
+        ([1.0], [1.0, 2.0, 3.0], False), ({"a": [1]}, {"a": [2]}, False), ({"a": 1}, {"b": 1}, False),
+    ],
+)  # fmt: skip
+def test_what_counts_as_the_same(was, now, same):
+    tolerance = Tolerance(lengths=1, columns={"n": 2})
+    assert (record.differences({"x": was}, {"x": now}, tolerance) == []) == same
+    assert record.differences({"n": 3}, {"n": 5}, tolerance) == []
+    assert record.differences({"n": 3}, {"n": 6}, tolerance) == ["n: recorded 3, now 6"]
+    assert record.differences({"x": 1}, {}, tolerance) == ["x: recorded 1, now null"]
+
+
+def test_what_is_recorded_of_a_model():
+    assert {s.name for s in spot.recordable("organism")} - {s.name for s in spot.recordable("smollm2")} == {"planted"}
+    assert all(s.model == "gpt2" for s in spot.recordable("gpt2"))
+    done = CliRunner().invoke(app, ["record", "layer", "--model", "organism"])
+    assert "there is no sweep 'layer' to record of organism; choose from general" in str(done.exception)
