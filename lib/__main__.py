@@ -1,7 +1,5 @@
 """The command line: `python -m lib --help`."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -19,8 +19,6 @@
 The rule has one constant, the half of step 4, and step 7's two thresholds. Planted failures judge it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,7 +83,7 @@ class Evidence:
     control: Traced
     failing: Traced
 
-    def verdict(self, rows: NDArray | None = None) -> Verdict:
+    def verdict(self, rows: NDArray | None = None) -> "Verdict":
         """What `decide` reads off these facts, or off a resample of them."""
         return decide(self.sites, self.control, self.failing, rows)
 

@@ -8,8 +8,6 @@ check, verify   whether it belongs to a model; whether its prompts come out as i
 outside_sha256  the proof that nothing else was changed
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Sequence

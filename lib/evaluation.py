@@ -12,8 +12,6 @@ computed once (`forward`). Efficacy, paraphrase and locality are Meng et al.'s (
 relations of the same subject is reported by Liu et al. (2024) and Cohen et al. (2024).
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ template   a prompt with one hole for the subject
 case       a fact set with a template that fails, and the control templates under which its facts may be known
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass

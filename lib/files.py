@@ -1,7 +1,5 @@
 """Where things are kept, how a file is written, and what an output depends on: files of lib/, of data/, digests."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import os

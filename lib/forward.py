@@ -28,8 +28,6 @@ It is a small difference of large numbers: rounding leaves some 1e-5 nats a posi
 mean. Sums are in fp32, whatever the model is read in.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -259,7 +257,7 @@ class Reference:
         """KL(this || the distribution at `final`, whose log-normaliser is log_z), in nats; not clamped at zero."""
         return log_z - self.log_z - ((final - self.final) * self.mean_unembedding).sum(-1)
 
-    def __getitem__(self, rows: Any) -> Reference:
+    def __getitem__(self, rows: Any) -> "Reference":
         return Reference(self.final[rows], self.log_z[rows], self.mean_unembedding[rows])
 
 

@@ -16,8 +16,6 @@ Activation patching as in Meng et al. (2022); later layers may repair what an ab
 passes of the model's own blocks; a test holds the two against each other.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -185,7 +183,7 @@ class CachedRun:
         stream = torch.stack([*(layer.stream[rows, self.last] for layer in self.layers), self.final], 1)
         return Capture(self.prompts, self.tokens, self.last, stream, self.z, self.mlps, self.logits)
 
-    def take(self, rows: Sequence[int]) -> CachedRun:
+    def take(self, rows: Sequence[int]) -> "CachedRun":
         """Some of the prompts."""
         at = torch.tensor(list(rows), dtype=torch.long)
         layers = tuple(LayerCache(*(x[at] for x in vars(layer).values())) for layer in self.layers)

@@ -9,8 +9,6 @@ Only safetensors and GGUF are read, never pickle; remote code is never run. No s
 prompt: what a chapter shows is what the model reads.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

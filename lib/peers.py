@@ -8,8 +8,6 @@ detour through later layers. Every agreement is held against a control that shou
 or a neighbouring layer's (`studies.cross_validation`, with what interventions say of the same parts).
 """
 
-from __future__ import annotations
-
 import copy
 import tempfile
 from collections.abc import Sequence

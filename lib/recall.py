@@ -8,8 +8,6 @@
 every top-1 score, and counted where they are left out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, replace
 from pathlib import Path

@@ -7,8 +7,6 @@
 In a chapter the text is glued under the key, so that `{glue:text}` followed by the key puts it into a sentence.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import resource

@@ -1,8 +1,6 @@
 """Names of places in a model. People count layers from 1 and heads from 0 (`L10 H8`, as the paper does);
 code counts both from 0. This module owns the conversion, so that nobody does it by hand."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 
@@ -29,7 +27,7 @@ class Site:
         return f"L{self.layer + 1}{part}"
 
     @classmethod
-    def parse(cls, text: str) -> Site:
+    def parse(cls, text: str) -> "Site":
         """`L10 H8`, `L10H8`, `L10 MLP` or `L10` -> Site. Raises ValueError on anything else (`L0 H1` included)."""
         match = _TEXT.fullmatch(text.strip())
         if not match or int(match["layer"]) < 1:

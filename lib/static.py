@@ -13,8 +13,6 @@ they are off the distribution that the head reads, which is the price of using n
 smallest step towards it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product

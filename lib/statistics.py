@@ -1,7 +1,5 @@
 """Intervals, rank correlations and paired tests. Every interval is at 95 %; what is drawn is drawn by a seed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

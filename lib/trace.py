@@ -14,8 +14,6 @@ so a token's logit is a sum too, once the final norm's scale is frozen at the va
 attribution, as in Elhage et al. (2021). `hooked` is how this and every other room looks into a forward pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -129,7 +127,7 @@ class LogitTrace:
         """Largest absolute difference between the sum of the terms and the model's own value."""
         return float((self.cumulative[..., -1] - self.total).abs().max())
 
-    def difference(self) -> LogitTrace:
+    def difference(self) -> "LogitTrace":
         """The first token's contributions minus the second's, kept as a trace of one token (answer - competitor)."""
         terms = {k: x[:, :1] - x[:, 1:2] for k, x in vars(self).items() if k not in ("convention", "tokens")}
         return replace(self, tokens=self.tokens[:, :1], **terms)

@@ -15,8 +15,6 @@ is the slice itself, not the parameter around it: no gradient, weight decay or o
 and the model is not touched at all.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

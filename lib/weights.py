@@ -9,8 +9,6 @@ repeats them where each query head needs its own.
 A new model family needs a `Layout` and a builder here, and nothing elsewhere.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +69,7 @@ class Attention:
     b_O: Float[Tensor, " d_model"] | None
     rotary: nn.Module | None
 
-    def per_head(self, kv: Float[Tensor, ...], *, batched: bool = False) -> Float[Tensor, ...]:
+    def per_head(self, kv: Float[Tensor, "..."], *, batched: bool = False) -> Float[Tensor, "..."]:
         """A key or value tensor (`[n_kv_heads, ...]`, or `[b, n_kv_heads, ...]` where batched) repeated so that query
         head h reads key/value head `h // group`: `[n_heads, ...]`, or `[b, n_heads, ...]`."""
         b, group = "b " if batched else "", self.W_Q.shape[0] // self.W_K.shape[0]

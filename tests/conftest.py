@@ -1,7 +1,5 @@
 """Shared models. The real model is loaded, never skipped; tiny random models of both families are seeded."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 

@@ -7,8 +7,6 @@
 4. Afterwards torch must be the one that was there before.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

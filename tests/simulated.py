@@ -4,8 +4,6 @@ What a GPU refuses, this refuses: an operation on tensors of two devices, and Nu
 that runs here puts every tensor where the model is. It says nothing of speed or rounding.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode

@@ -10,8 +10,6 @@
    scripts by their sha256 and forbids everything else, so no text of a template, a token or a model can run.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -218,8 +216,8 @@ def collect(model: Model, *, progress: bool = True) -> PageData:
 
 
 def _measure(
-    model: Model, reader: _WeightReader, asked: Sequence[_Asked], edits: dict[str, Edit], progress: bool
-) -> list[tuple[Arrays, tuple[_CaseRun, ...]]]:
+    model: Model, reader: "_WeightReader", asked: Sequence["_Asked"], edits: dict[str, Edit], progress: bool
+) -> list[tuple[Arrays, tuple["_CaseRun", ...]]]:
     """By state, the untouched model first: what the weights say, and the runs by case."""
     maps = static.relation_maps(model, reader.study, progress="relation maps" if progress else None)
     untouched = reader.arrays(model, range(model.weights.n_layers), maps)
@@ -233,7 +231,7 @@ def _measure(
     return measured
 
 
-def _state_arrays(weighed: Arrays, runs: Sequence[_CaseRun], texts: Iterable[str]) -> Arrays:
+def _state_arrays(weighed: Arrays, runs: Sequence["_CaseRun"], texts: Iterable[str]) -> Arrays:
     """The arrays of PageData for one state. runs: by case."""
     dynamic = {key: values for run in runs for key, values in run.arrays.items()}
     patterns = {text: values for run in runs for text, values in run.patterns.items()}

@@ -1,7 +1,5 @@
 """The page: the numbers of `collect` as JSON, Vega-Lite charts, and one HTML file that holds everything."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

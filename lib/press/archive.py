@@ -10,8 +10,6 @@ Who can rewrite the whole archive can rewrite its manifest too: against that sta
 written beside it and belongs into the record of the deposit.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -4,8 +4,6 @@ The browser is Debian's if it is installed, else the one that Playwright brings.
 anything outside its own folder is found out, because nothing answers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +24,7 @@ NEEDED = (
 
 
 @contextmanager
-def chromium(what: str) -> Iterator[Browser]:
+def chromium(what: str) -> Iterator["Browser"]:
     """A running browser. what: for the message where there is none, which is a ChapterError."""
     try:
         from playwright.sync_api import Error, sync_playwright

@@ -6,8 +6,6 @@ warnings as errors into a new folder, which gets the dashboard and is put in pla
 said stands in _build/logs/<model>/book.log.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import shutil

@@ -1,8 +1,6 @@
 """The numbers of the current results, and whether they are as expected and as the paper claims. Only the results of
 chapters that belong to their present inputs count; all others are `not run`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ satisfy does not. `differs`: it holds as the page measured it, and not by a chec
 without a run behind it, and `not run` is never a pass.
 """
 
-from __future__ import annotations
-
 import operator
 import string
 from collections import Counter
@@ -108,7 +106,7 @@ class Claim(Entry):
     note: str = ""
 
     @model_validator(mode="after")
-    def _close_braces(self) -> Claim:
+    def _close_braces(self) -> "Claim":
         try:
             self.chapters  # noqa: B018
         except ValueError as error:

@@ -4,8 +4,6 @@ The set-up cell of each chapter fetches the book at its tag and calls `install`.
 there at that moment, so this file imports nothing else.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -9,8 +9,6 @@
    _build/logs/<model>/<chapter>.log, which errors name.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -97,7 +95,7 @@ def run(
         _in_order(chapters, jobs, _Press(model_name, values, weights, force, cores // jobs, say, progress))
 
 
-def _in_order(chapters: Sequence[str], jobs: int, press: _Press) -> None:
+def _in_order(chapters: Sequence[str], jobs: int, press: "_Press") -> None:
     """Every chapter, so many at a time: the longest first, so that none of them runs alone at the end, the others in
     the order of the book, and each after the one that it needs."""
     waiting = sorted(chapters, key=lambda c: (LONGEST.index(c) if c in LONGEST else len(LONGEST), c))

@@ -5,8 +5,6 @@ edit.safetensors                        the edit itself, so that anyone can chec
 README.md                               a model card: what was changed, what for, and what this is not
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from collections.abc import Iterator

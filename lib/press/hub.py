@@ -8,8 +8,6 @@
 Nothing leaves the machine without --upload, a token and a yes.
 """
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections.abc import Callable

@@ -6,8 +6,6 @@
 3. What differs from run to run, dates and generated names, is replaced, so that the same book gives the same bytes.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import posixpath

@@ -5,8 +5,6 @@ chapters       the badge below the title opens that tag in Colab, the set-up cel
 the rest       lib.__version__, CITATION.cff and .zenodo.json must agree with it: `disagreements` lists what does not
 """
 
-from __future__ import annotations
-
 import json
 import re
 from itertools import dropwhile

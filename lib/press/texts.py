@@ -5,8 +5,6 @@
 A value that a template needs and is not given is an error, never a gap.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from functools import cache

@@ -6,8 +6,6 @@ tables (`Table 5.3`) beside the figures, and referred to as such. Live code (The
 network, is left out.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from docutils import nodes

@@ -4,8 +4,6 @@ Colours are Okabe and Ito's, safe for colour-blind readers; signed quantities us
 shares a sequential one. Layers are numbered from 1 and heads from 0 on every axis.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path

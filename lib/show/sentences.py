@@ -6,8 +6,6 @@ A file of words maps keys to templates; one may say another of its file: `{{ say
 template needs and is not given is an error, never a gap.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path

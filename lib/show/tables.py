@@ -6,8 +6,6 @@
 Labels of columns, and what stands under them, are in columns.yaml.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path

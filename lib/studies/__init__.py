@@ -13,8 +13,6 @@ that people read. What it changes in the model it restores (`edits.applied`).
 What many runs on one model share is made once and kept on the model itself, so that it goes when the model goes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import wraps

@@ -11,8 +11,6 @@ case's facts by one rule: of those that tell most, the one that moves neutral te
 pathways' objective, neutral windows and limit of steps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace

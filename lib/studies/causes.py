@@ -6,8 +6,6 @@ subject_streams ... sink          the subject's own residual stream, and whether
                                   (Xiao et al. 2023; Sun et al. 2024)
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -12,8 +12,6 @@ well* as another if it tells at least as many of the trained facts and repairs a
 known and not told. The sentences stand in `show/words/comparisons.yaml`.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

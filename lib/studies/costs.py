@@ -4,8 +4,6 @@ Times are one machine's, of one hour; they belong to its record and to no claim.
 it would measure what else the machine was doing.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,6 @@
 """The book's findings, asked again with other people's tools (chapter 5; the source page's "cross-validation"): neurons
 with Captum, and heads and neurons by ablation and by patching, each beside controls that should show nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

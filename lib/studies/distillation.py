@@ -14,8 +14,6 @@ the rule has chosen. That the model's own answer in a better context can train i
 al., 2022).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import compress, cycle

@@ -1,8 +1,6 @@
 """What chapter 2 shows beside the diagnosis itself: the trace over many prompts, the rule where the truth is known,
 whether the weights rate the heads as the trace does, when the answer wins, and where the knowledge heads look."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from operator import attrgetter

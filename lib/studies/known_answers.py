@@ -7,8 +7,6 @@ A checksum proves the weights, not the tokenizer, the convention or the forward 
 a log-probability without the token before the text is another figure, and no less plausible, than one with it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -53,7 +51,7 @@ class Answer:
     tokens: tuple[str | int, ...] = ()
 
     @model_validator(mode="after")
-    def _reads_what_it_needs(self) -> Answer:
+    def _reads_what_it_needs(self) -> "Answer":
         if bool(self.ids or self.text) == (self.kind in ABOUT_THE_FILE):
             wanted = "nothing" if self.kind in ABOUT_THE_FILE else "ids or a text"
             raise ValueError(f"a {self.kind} needs {wanted} to read")

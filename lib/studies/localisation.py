@@ -16,8 +16,6 @@ unless it is a head that maps the relation. If there is none: the head that maps
 `joined`: of the components whose faults come close to the largest, one that the weights back is taken first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -7,8 +7,6 @@ a model and a few plain values, so that `sweeps` can keep and repeat it; what is
 `comparisons`, so that a changed sentence does not void them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any

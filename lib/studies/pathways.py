@@ -1,7 +1,5 @@
 """Pathways head to head: the runs of a sweep (`train_at`), what is `further` to run, their controls, and one table."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any

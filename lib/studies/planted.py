@@ -9,8 +9,6 @@ prompts and for all other positions, the smallest one (ridge regression, as in M
 The seed decides everything: `draw` -> Plant, `applied` puts it in and takes it out bit for bit, `plant_run` does all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 """What finished runs of `planted.plant_run` come to: right kinds, layers and sites of every rule, and repairs. And one
 plant in close-up. The runs do not depend on this room: it can change without them being done again."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import chain, product

@@ -1,7 +1,5 @@
 """What chapter 4 says of the edits' side effects, and the same question where the truth is known (`planted_edit`)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any

@@ -10,8 +10,6 @@ A neutral prefix changes no weight and makes many facts told. Activation patchin
 The sentences stand in `show/words/upper_bounds.yaml`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from itertools import compress

@@ -5,8 +5,6 @@ again elsewhere; Dask gives up on it after a few deaths, and counts every call t
 each call given up is tried once more with the cluster to itself, and only one that fails then is reported.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Experiments (see `lib.studies`): which there are, what a run of one depends on, and one run, on any worker."""
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import json

@@ -9,8 +9,6 @@ data/record/<model>/<sweep>.json   the header: what the rows rest on, and when, 
 3. `differences` compares a run that was done again with the recorded one, by the specification's tolerance.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

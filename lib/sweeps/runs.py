@@ -10,8 +10,6 @@
 4. The table is made from the specification's runs in a fixed order, whatever the order of arrival.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """A specification: a model, an experiment of `lib.studies`, and grids of its parameters; each combination is a run."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

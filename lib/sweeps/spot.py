@@ -1,7 +1,5 @@
 """Make the record, and hold it to account: in every build, runs that the commit draws are done again and compared."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@
 system's, and goes with the process that holds it, however that ends.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress

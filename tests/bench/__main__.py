@@ -3,8 +3,6 @@
 python -m tests.bench [ROW ...] [--output FILE | --record]
 """
 
-from __future__ import annotations
-
 import json
 from datetime import UTC, datetime
 from pathlib import Path

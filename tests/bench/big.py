@@ -1,7 +1,5 @@
 """How large a model may be: Llama shapes with random weights, in the precision that the memory at hand allows."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """How the cost of a trace grows: with prompts, their length, layers and model size; beside a plain forward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from statistics import median
 from typing import Any

@@ -5,8 +5,6 @@ kept is their ratio, round by round; and beside it the share of the rate at whic
 matrices in the same minute.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import platform

@@ -1,7 +1,5 @@
 """What is compared: each row does one piece of the book's work in the book's way and in a peer's."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial

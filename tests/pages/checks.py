@@ -1,7 +1,5 @@
 """What every page of the book must be: whole without network, readable by eye, by ear and on a phone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from axe_playwright_python.sync_playwright import Axe

@@ -1,8 +1,6 @@
 """Tests that need a built book and Chromium: `make pages`, after `make book`. Nothing here is skipped; without a book
 or a browser it fails, and says what to run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

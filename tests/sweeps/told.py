@@ -1,7 +1,5 @@
 """An experiment that takes no time: what random changes of a pathway's tensors do to what a model tells."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
