@@ -222,11 +222,15 @@ def score_passages(
     return {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
 
 
-def measure(model: Model, protocol: Protocol, edits: dict[str, Edit], *, passages: bool = True) -> Measured:
-    """The untouched model and every edit through the whole protocol."""
-    everyone = {NONE: None, **edits}
+def measure(
+    model: Model, protocol: Protocol, edits: dict[str, Edit], *, passages: bool = True, beside: Measured | None = None
+) -> Measured:
+    """The untouched model and every edit through the whole protocol. beside: what was measured by the same protocol,
+    with the untouched model, which is not asked again."""
+    everyone = edits if beside else {NONE: None, **edits}
     asked = {name: score_questions(model, protocol, edit) for name, edit in tqdm(everyone.items(), desc="side effects")}
-    return Measured(asked, score_passages(model, protocol, everyone) if passages else {})
+    asked = {NONE: beside.asked[NONE], **asked} if beside else asked
+    return Measured(asked, score_passages(model, protocol, {NONE: None, **edits}) if passages else {})
 
 
 def noise(model: Model, edit: Edit, *, seed: int = 0) -> Edit:

@@ -17,6 +17,7 @@ import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,13 +169,12 @@ def differences(recorded: dict[str, Any], again: dict[str, Any], tolerance: Tole
     return [
         f"{name}: recorded {_short(was)}, now {_short(now)}"
         for name, (was, now) in pairs.items()
-        if not _agree(was, now, tolerance, tolerance.columns.get(name))
+        if not _agree(was, now, tolerance, next((v for k, v in tolerance.columns.items() if fnmatch(name, k)), None))
     ]
 
 
 def _agree(was: Any, now: Any, tolerance: Tolerance, own: float | None) -> bool:
-    """Whether two values are the same. own: the largest difference of this column's numbers, if it has one of its own;
-    otherwise whole numbers and words must be equal, and other numbers within the tolerance."""
+    """Whether two values are the same. own: the largest difference of this column's numbers, if it has one."""
     if isinstance(was, dict) and isinstance(now, dict):
         return was.keys() == now.keys() and all(_agree(was[k], now[k], tolerance, own) for k in was)
     if isinstance(was, list) and isinstance(now, list):
@@ -182,10 +182,11 @@ def _agree(was: Any, now: Any, tolerance: Tolerance, own: float | None) -> bool:
         near = abs(len(was) - len(now)) <= tolerance.lengths
         return near and all(_agree(a, b, tolerance, own) for a, b in pairs)
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (was, now))
-    if not numbers or (own is None and isinstance(was, int) and isinstance(now, int)):
+    if not numbers:
         return bool(was == now)
-    room = tolerance.absolute + tolerance.relative * max(abs(was), abs(now)) if own is None else own
-    return bool(abs(was - now) <= room)
+    whole = isinstance(was, int) and isinstance(now, int)
+    room = tolerance.counts if whole else tolerance.absolute + tolerance.relative * max(abs(was), abs(now))
+    return bool(abs(was - now) <= (room if own is None else own))
 
 
 def _fault(spec: Spec, header: Header, rows: list[dict[str, Any]]) -> str:

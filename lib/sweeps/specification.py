@@ -23,14 +23,16 @@ Grid = Annotated[dict[str, Values], Field(min_length=1)]
 
 
 class Tolerance(BaseModel):
-    """How far a run may come out from the recorded one, on another kind of processor: whole numbers, words and what is
-    true or false not at all, other numbers by `absolute` and a share of themselves (`relative`). columns: the largest
-    difference of those named. lengths: by how much a list, such as a curve by step, may be longer."""
+    """How far a run may come out from the recorded one, on another kind of processor: words and what is true or false
+    not at all, whole numbers by `counts`, others by `absolute` and a share of themselves (`relative`). columns: the
+    largest difference of those with such a name (`*_n`), the first that fits. lengths: by how much a list, such as a
+    curve by step, may be longer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     relative: Annotated[float, Field(ge=0)] = 1e-3
     absolute: Annotated[float, Field(ge=0)] = 1e-3
+    counts: Annotated[int, Field(ge=0)] = 0
     columns: dict[str, Annotated[float, Field(ge=0)]] = {}
     lengths: Annotated[int, Field(ge=0)] = 0
 

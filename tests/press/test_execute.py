@@ -214,8 +214,11 @@ def test_a_module_that_no_cell_needs_leaves_a_chapter_alone(workshop):
     assert execute.fingerprint("s", "01_a", {}, "") != old
 
 
-def test_a_chapter_that_shows_a_sweep_depends_on_the_experiments_that_are_specified(workshop):
+def test_a_chapter_that_shows_a_sweep_depends_on_the_record_or_on_the_experiments_that_are_specified(
+    workshop, monkeypatch
+):
     """Their modules are found by name when the sweep runs; no import says so."""
+    monkeypatch.setenv("RECORD", "off")
     for name in ("sweeps/__init__", "sweeps/runs", "studies/__init__", "studies/trials", "studies/others", "a"):
         (workshop / "lib" / name).parent.mkdir(exist_ok=True)
         (workshop / "lib" / f"{name}.py").write_text("")
@@ -227,6 +230,10 @@ def test_a_chapter_that_shows_a_sweep_depends_on_the_experiments_that_are_specif
     assert rooms(path) == wanted
     path = notebook(workshop, "01_a", "from lib.sweeps.runs import table")
     assert rooms(path) == [*wanted, "sweeps/runs"]
+    monkeypatch.delenv("RECORD")
+    (workshop / "data" / "record" / "s").mkdir(parents=True)
+    (workshop / "data" / "record" / "s" / "layers.csv").write_text("")
+    assert [p.name for p in execute.sources(path)] == ["layers.csv", "__init__.py", "__init__.py", "runs.py"]
 
 
 def rooms(notebook: Path) -> list[str]:

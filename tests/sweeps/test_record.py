@@ -164,6 +164,10 @@ def test_what_counts_as_the_same(was, now, same):
     assert (record.differences({"x": was}, {"x": now}, tolerance) == []) == same
     assert record.differences({"n": 3}, {"n": 5}, tolerance) == []
     assert record.differences({"n": 3}, {"n": 6}, tolerance) == ["n: recorded 3, now 6"]
+    counts = Tolerance(counts=2, columns={"*_n": 0})
+    assert record.differences({"told": 3, "told_n": 8}, {"told": 5, "told_n": 9}, counts) == [
+        "told_n: recorded 8, now 9"
+    ]
     assert record.differences({"x": 1}, {}, tolerance) == ["x: recorded 1, now null"]
 
 
