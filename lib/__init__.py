@@ -20,7 +20,7 @@ Beside it:
 
     show/                    figures, tables, sentences: arrays and tables in, things to look at out
     studies/                 what chapters 2 to 9 ask beyond one trace, one edit, one measurement
-    sweeps/                  a specification, its runs, and where they are kept; Dask
+    sweeps/                  a specification, its runs, where they are kept, and their record; Dask
     dashboard/               every head on one page
     press/                   execute, build, check, claims, PDF, Colab, release, archive, hub
     __main__                 the command line

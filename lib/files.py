@@ -21,7 +21,7 @@ BENCH = "bench.json"  # in data/: the record of a benchmark
 
 
 def cache_folder() -> Path:
-    """Where fetched models and finished runs of sweeps are kept: $QKV_CACHE, or the user's cache folder."""
+    """Where fetched models are kept: $QKV_CACHE, or the user's cache folder."""
     return Path(os.environ.get("QKV_CACHE") or user_cache_path("qkv-decomposition"))
 
 

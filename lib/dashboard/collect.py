@@ -35,6 +35,7 @@ from lib.recall import study_facts, tell, trainable
 from lib.results import Results, chapter_folder, reach, read, results_path
 from lib.show.figures import visible
 from lib.static import RelationMap
+from lib.studies.knowledge_path import relation_maps_once
 
 EDITS = "03_four_pathways"
 TAKEN = {  # what is read from the chapters' results
@@ -219,7 +220,7 @@ def _measure(
     model: Model, reader: "_WeightReader", asked: Sequence["_Asked"], edits: dict[str, Edit], progress: bool
 ) -> list[tuple[Arrays, tuple["_CaseRun", ...]]]:
     """By state, the untouched model first: what the weights say, and the runs by case."""
-    maps = static.relation_maps(model, reader.study, progress="relation maps" if progress else None)
+    maps = relation_maps_once(model, reader.study)
     untouched = reader.arrays(model, range(model.weights.n_layers), maps)
     first_runs, baselines = zip(*(_run_case(model, case) for case in asked), strict=True)
     measured = [(untouched, first_runs)]

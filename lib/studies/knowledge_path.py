@@ -8,11 +8,12 @@ from operator import attrgetter
 import pandas as pd
 import torch
 from jaxtyping import Float
+from safetensors.torch import load, save
 from torch import Tensor
 
 from lib.diagnosis import Diagnosis, diagnose_cases
-from lib.facts import Case, load_cases, load_templates, prompts
-from lib.files import DATA
+from lib.facts import Case, Fact, load_cases, load_templates, prompts
+from lib.files import BUILD, DATA, ROOT, digest, modules, write_atomically
 from lib.interventions import run_with_cache
 from lib.models import Model
 from lib.recall import first_tokens, study_facts
@@ -42,6 +43,19 @@ def strongest_terms(table: pd.DataFrame, *, k: int = 8) -> pd.DataFrame:
     """Of a `convention_terms` table the k components that move the prompt most, and the sum of all."""
     strongest = table["scaled", "difference"].iloc[:-1].abs().sort_values(ascending=False).index[:k]
     return table.loc[[*strongest, "all terms"]]
+
+
+def relation_maps_once(model: Model, facts: Sequence[Fact]) -> dict[str, RelationMap]:
+    """The `relation_maps` that two chapters and the dashboard show: made by whoever comes first, and kept on disk under
+    the sha256 of weights (and of their present sums, which an edit changes), facts and code."""
+    sums = [float(p.double().sum()) for p in model.module.parameters()]
+    inputs = json.dumps([model.weights_sha256, sums, [vars(fact) for fact in facts], torch.__version__])
+    path = BUILD / "kept" / f"relation_maps-{digest(modules({'static'}, ROOT), inputs, ROOT)}.safetensors"
+    if path.is_file():
+        return {name: RelationMap(hits) for name, hits in load(path.read_bytes()).items()}
+    maps = relation_maps(model, facts)
+    write_atomically(path, save({name: m.hits.contiguous().cpu() for name, m in maps.items()}))
+    return maps
 
 
 def terms_by_site(table: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
