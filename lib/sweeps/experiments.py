@@ -1,5 +1,6 @@
 """Experiments (see `lib.studies`): which there are, what a run of one depends on, and one run, on any worker."""
 
+import ast
 import hashlib
 import inspect
 import json
@@ -68,6 +69,21 @@ def code(name: str) -> dict[str, str]:
     if stale := [path for path, value in sums.items() if _AT_START.get(path, value) != value]:
         raise WorkerError(f"{_here()} started before {stale[0]} was changed, and may run the old one; start it again.")
     return sums | {package: version(package) for package in PACKAGES}
+
+
+def meaning(name: str) -> dict[str, str]:
+    """As `code`, of lib/ and packages alone, and blind to comments, docstrings and layout: what a record keeps."""
+    sums = {key: value for key, value in code(name).items() if not key.startswith("data/")}
+    return sums | {key: _meaning((ROOT / key).read_text(encoding="utf-8")) for key in sums if key.endswith(".py")}
+
+
+def _meaning(text: str) -> str:
+    """sha256 of what some Python does."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
 def code_sha256(name: str) -> str:

@@ -30,6 +30,7 @@ from lib.facts import load_mapping, validated
 from lib.files import DATA, commit, digest, file_sha256, live, slug, write_atomically
 from lib.models import weights_sha256
 from lib.results import Results
+from lib.sweeps.experiments import meaning
 from lib.sweeps.runs import Plan, estimate, finish, frame, plan
 from lib.sweeps.specification import Spec, Tolerance, expand
 
@@ -120,7 +121,7 @@ def write(planned: Plan, command: str) -> Path:
         processor=f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         seconds=round(sum(row["seconds"] for row in rows), 1),
         command=command,
-        code={name: value for name, value in planned.header["code"].items() if not name.startswith("data/")},
+        code=meaning(planned.spec.run),
     )
     write_atomically(path, text.getvalue())
     write_atomically(path.with_suffix(".json"), header.model_dump_json(indent=1) + "\n")
@@ -131,9 +132,7 @@ def read(spec: Spec) -> Record:
     """The record of a sweep. Raises SweepError, with what to do, where there is none, where it is damaged, and where it
     was made of other weights, other data or another specification than there are now."""
     path = path_of(spec)
-    renew = (
-        f"`python -m lib record {spec.name} --model {spec.model}` renews it; with RECORD=off the runs are done here."
-    )
+    renew = f"`python -m lib record {spec.name} --model {spec.model}` renews it; with RECORD=off in the environment the runs are done here."
     if not path.is_file() or not path.with_suffix(".json").is_file():
         raise SweepError(f"there is no record {path}. {renew} {estimate(plan(spec))}.")
     try:

@@ -11,7 +11,7 @@ from lib.files import BUILD, commit, slug
 from lib.models import canonical
 from lib.studies import pathways
 from lib.sweeps import record
-from lib.sweeps.experiments import code, differing
+from lib.sweeps.experiments import differing, meaning
 from lib.sweeps.runs import Plan, estimate, finish, frame, plan
 from lib.sweeps.specification import SPECS, Spec, further, load
 
@@ -103,8 +103,8 @@ def check(planned: Plan, recorded: record.Record) -> Check:
         for row in again
         for line in record.differences(was[_key(row)], row["result"], planned.spec.tolerance)
     ]
-    now = {name: value for name, value in code(planned.spec.run).items() if not name.startswith("data/")}
-    return Check(recorded.header, [r["parameters"] for r in again], wrong, differing(recorded.header.code, now))
+    outdated = differing(recorded.header.code, meaning(planned.spec.run))
+    return Check(recorded.header, [r["parameters"] for r in again], wrong, outdated)
 
 
 def kept(model_name: str, *, whole: bool = False) -> list[Pair]:

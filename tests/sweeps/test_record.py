@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from lib.__main__ import app
 from lib.errors import SweepError
 from lib.results import Results
-from lib.sweeps import record, runs, spot
+from lib.sweeps import experiments, record, runs, spot
 from lib.sweeps.specification import Tolerance
 from tests.sweeps.test_runs import _study, here, spec  # noqa: F401
 
@@ -101,7 +101,7 @@ def test_a_record_of_something_else_is_refused(kept, monkeypatch):
         ("sha256", "0" * 64, "it is not as it was written"),
     ]:
         kept.with_suffix(".json").write_text(json.dumps(header | {key: value}))
-        with pytest.raises(SweepError, match=message + ".*renews it; with RECORD=off the runs are done here"):
+        with pytest.raises(SweepError, match=message + ".*renews it; with RECORD=off in the environment the runs are done here"):
             record.read(GRID)
     kept.with_suffix(".json").write_text("{")
     with pytest.raises(SweepError, match="is no record"):
@@ -140,8 +140,8 @@ def test_a_cell_that_was_edited_is_found_out(kept, here, monkeypatch):  # noqa: 
 def test_changed_code_is_checked_anew_and_named(kept, here, monkeypatch):  # noqa: F811
     spot.spot_check("organism")
     changed = runs.code("told.told_under") | {"lib/studies/other.py": "1"}
-    for room in (runs, spot):
-        monkeypatch.setattr(room, "code", lambda name: changed)
+    monkeypatch.setattr(runs, "code", lambda name: changed)
+    monkeypatch.setattr(spot, "meaning", lambda name: {**record.meaning(name), "lib/studies/other.py": "1"})
     [pair] = spot.kept("organism")
     with pytest.raises(SweepError, match=r"no runs of the record of s were done again .* spot-check --model organism"):
         spot.check(*pair)
@@ -149,6 +149,12 @@ def test_changed_code_is_checked_anew_and_named(kept, here, monkeypatch):  # noq
     spot.spot_check("organism", say=said.append)
     assert len(here) == 4
     assert any("recorded by another version of lib/studies/other.py; `python -m lib record" in line for line in said)
+
+
+def test_a_comment_is_no_other_version():
+    plain = "def f(x):\n    return x + 1"
+    told = '"""Room."""\n\ndef f(x):  # adds\n    """Adds."""\n    return x+1\n'
+    assert experiments._meaning(plain) == experiments._meaning(told) != experiments._meaning(plain + "0")
 
 
 @pytest.mark.parametrize(
