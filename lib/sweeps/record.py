@@ -132,7 +132,8 @@ def read(spec: Spec) -> Record:
     """The record of a sweep. Raises SweepError, with what to do, where there is none, where it is damaged, and where it
     was made of other weights, other data or another specification than there are now."""
     path = path_of(spec)
-    renew = f"`python -m lib record {spec.name} --model {spec.model}` renews it; with RECORD=off in the environment the runs are done here."
+    command = f"python -m lib record {spec.name.removesuffix('-seeds')} --model {spec.model}"
+    renew = f"`{command}` renews it; with RECORD=off in the environment the runs are done here."
     if not path.is_file() or not path.with_suffix(".json").is_file():
         raise SweepError(f"there is no record {path}. {renew} {estimate(plan(spec))}.")
     try:
