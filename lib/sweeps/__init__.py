@@ -6,7 +6,7 @@ table = sweeps.run(spec)                              # does what is missing; no
 """
 
 from lib.sweeps.record import tables
-from lib.sweeps.runs import run, run_all
+from lib.sweeps.runs import run
 from lib.sweeps.specification import expand, further, load
 
-__all__ = ["expand", "further", "load", "run", "run_all", "tables"]
+__all__ = ["expand", "further", "load", "run", "tables"]

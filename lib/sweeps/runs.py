@@ -89,23 +89,8 @@ def finished(spec: Spec, store: Path | None = None, *, partial: bool = False, ti
 
 
 def run(spec: Spec, store: Path | None = None, **options: Any) -> pd.DataFrame:
-    """Do the runs that are missing and return the table. options: as `run_all` has them. Raises SweepError at the end
-    if runs failed, with their errors; the others are kept."""
-    return run_all([spec], [store], **options)[0]
-
-
-def run_all(
-    specs: Sequence[Spec],
-    stores: Sequence[Path | None] | None = None,
-    *,
-    scheduler: str | None = None,
-    workers: int | None = None,
-    fresh: bool = False,
-    say: Callable[[str], None] = print,
-) -> list[pd.DataFrame]:
-    """As `run`, of several sweeps, in their order, on the same workers."""
-    plans = [plan(spec, store) for spec, store in zip(specs, stores or [None] * len(specs), strict=True)]
-    return finish(plans, scheduler=scheduler, workers=workers, fresh=fresh, say=say)
+    """Do the runs of one sweep that are missing and return the table. options, errors: as `finish` has them."""
+    return finish([plan(spec, store)], **options)[0]
 
 
 def finish(

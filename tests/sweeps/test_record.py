@@ -101,7 +101,9 @@ def test_a_record_of_something_else_is_refused(kept, monkeypatch):
         ("sha256", "0" * 64, "it is not as it was written"),
     ]:
         kept.with_suffix(".json").write_text(json.dumps(header | {key: value}))
-        with pytest.raises(SweepError, match=message + ".*renews it; with RECORD=off in the environment the runs are done here"):
+        with pytest.raises(
+            SweepError, match=message + ".*renews it; with RECORD=off in the environment the runs are done here"
+        ):
             record.read(GRID)
     kept.with_suffix(".json").write_text("{")
     with pytest.raises(SweepError, match="is no record"):

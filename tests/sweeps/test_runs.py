@@ -430,20 +430,23 @@ def test_two_sweeps_on_one_store(tmp_path, here):
 
 
 def test_several_sweeps_share_workers_and_a_run_of_two_is_done_once(tmp_path, here):
+    def finish(specs, stores):
+        return runs.finish([runs.plan(*pair) for pair in zip(specs, stores, strict=True)])
+
     one, two = spec(name="one", seeds=[0, 1]), spec(name="two", seeds=[1, 2])
     stores = [tmp_path / "one", tmp_path / "two"]
-    found = runs.run_all([one, two], stores)
+    found = finish([one, two], stores)
     assert sorted(p["seed"] for p in here) == [0, 1, 2]
     for wanted, store, table in zip((one, two), stores, found, strict=True):
         pd.testing.assert_frame_equal(table, runs.run(wanted, store), check_exact=True)
         pd.testing.assert_frame_equal(table, runs.run(wanted, tmp_path / "alone" / wanted.name), check_exact=True)
     with pytest.raises(SweepError, match="two of these sweeps have one store"):
-        runs.run_all([one, two], [stores[0]] * 2)
+        finish([one, two], [stores[0]] * 2)
     with Store(stores[1]).lock(), pytest.raises(SweepError, match=r"another sweep is writing into .*two"):
-        runs.run_all([one, spec(name="two", seeds=[3])], stores)
+        finish([one, spec(name="two", seeds=[3])], stores)
     bad = spec(name="two", grid={"layer": 3, "scale": [-1, 0.5]})
     with pytest.raises(SweepError, match="1 run failed, 1 of 2 runs of two are kept in"):
-        runs.run_all([one, bad], stores)
+        finish([one, bad], stores)
 
 
 def test_the_cost_of_a_sweep_is_its_guess_times_its_runs():
