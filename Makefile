@@ -15,10 +15,7 @@ help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
 
 book: .venv/ready  ## execute every chapter on MODEL (default smollm2) and build _build/html
-	@$(LIB) run --model $(MODEL)
-	@[ "$(RECORD)" = off ] || $(LIB) spot-check --model $(MODEL)
-	@$(LIB) dashboard --model $(MODEL)
-	@$(LIB) build --model $(MODEL)
+	@$(LIB) book --model $(MODEL)
 
 # Files in their order: left to itself, xdist begins with those of many tests, and ends alone on the longest.
 test: .venv/ready  ## lint, types and tests, the real model's included

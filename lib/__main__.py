@@ -81,6 +81,21 @@ def run(
 
 
 @app.command()
+def book(model_name: ModelOption = "smollm2") -> None:
+    """All that `make book` does, where it changed: run, spot-check (unless RECORD=off), dashboard, build."""
+    from lib.files import live
+    from lib.press import build, execute
+    from lib.sweeps import spot
+
+    say = typer.echo
+    execute.run(model_name, execute.chapter_names(), say=say, bars=sys.stdout.isatty())
+    if not live():
+        spot.spot_check(model_name, say=say)
+    build.dashboard(model_name, say=say)
+    build.build(model_name, say=say)
+
+
+@app.command()
 def dashboard(model_name: ModelOption = "smollm2", output: Output = None, force: Force = False) -> None:
     """Make one HTML file of every head, before and after each edit, into _build/dashboard.
 

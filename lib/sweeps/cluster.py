@@ -7,7 +7,7 @@ each call given up is tried once more with the cluster to itself, and only one t
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +19,7 @@ from distributed.core import rpc
 from lib.errors import SweepError
 
 _LEAVE_CTRL_C_TO_US = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # run as a worker starts
+Calls = dict[str, dict[str, Any]]
 TIMEOUT = 10  # seconds to reach a scheduler, and to wait for one that is lost
 
 
@@ -58,23 +59,31 @@ def _require_scheduler(address: str) -> None:
         )
 
 
-def each(client: Client, function: Callable[..., Any], calls: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+def each(
+    client: Client, function: Callable[..., Any], calls: Calls, homes: Mapping[str, int] | None = None
+) -> Iterator[tuple[str, Any]]:
     """Call the function with each mapping of arguments: (key, what it gave or the exception that it raised), as they
-    finish. Raises ConnectionError when the scheduler is lost."""
+    finish. homes: by key, the number of the worker that should do it if it is not busy while another is idle. Raises
+    ConnectionError when the scheduler is lost."""
     given_up = []
-    for key, outcome in _finished(client, function, calls):
+    for key, outcome in _finished(client, function, calls, homes):
         if isinstance(outcome, KilledWorker):
             given_up.append(key)
         else:
             yield key, outcome
     for key in given_up:
-        yield from _finished(client, function, {key: calls[key]}, "alone")
+        yield from _finished(client, function, {key: calls[key]}, None, "alone")
 
 
 def _finished(
-    client: Client, function: Callable[..., Any], calls: dict[str, dict[str, Any]], how: str = "run"
+    client: Client, function: Callable[..., Any], calls: Calls, homes: Mapping[str, int] | None, how: str = "run"
 ) -> Iterator[tuple[str, Any]]:
-    keys = {client.submit(function, **given, key=(how, key), pure=True): key for key, given in calls.items()}
+    workers, keys = list(client.nthreads()) if homes else [], {}
+    for key, given in calls.items():
+        place = (
+            {"workers": workers[homes[key] % len(workers)], "allow_other_workers": True} if homes and workers else {}
+        )
+        keys[client.submit(function, **given, **place, key=(how, key), pure=True)] = key
     try:
         for future, outcome in as_completed(list(keys), loop=client.loop, with_results=True, raise_errors=False):
             if future.status not in ("finished", "error"):

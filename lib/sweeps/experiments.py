@@ -30,6 +30,7 @@ _one_at_a_time = threading.Lock()  # a worker with several threads has one model
 _loaded: dict[str, Model] = {}
 
 
+@cache
 def listed() -> list[str]:
     """`module.function` of every function of lib/ that is marked, read from the text: no module is loaded."""
     texts = {p.stem: p.read_text(encoding="utf-8") for p in sorted((ROOT / "lib" / "studies").glob("*.py"))}
@@ -77,6 +78,7 @@ def meaning(name: str) -> dict[str, str]:
     return sums | {key: _meaning((ROOT / key).read_text(encoding="utf-8")) for key in sums if key.endswith(".py")}
 
 
+@cache
 def _meaning(text: str) -> str:
     """sha256 of what some Python does."""
     tree = ast.parse(text)

@@ -99,13 +99,15 @@ def finish(
     scheduler: str | None = None,
     workers: int | None = None,
     fresh: bool = False,
+    together: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[pd.DataFrame]:
     """The tables of planned sweeps, after what is missing was run, on workers that load a model once, keep what they
     know of it, and do not wait for the end of one sweep to begin the next. scheduler: the address of a Dask scheduler;
     otherwise this machine, with `workers` processes (one a core unless told). fresh: results of another model or
-    version are set aside instead of being an error; those of this one are kept in any case. Raises SweepError at the
-    end if runs failed, with their errors; the others are kept."""
+    version are set aside instead of being an error; those of this one are kept in any case. together: runs of
+    one study go to one worker, where few of them share much that is prepared. Raises SweepError at the end if runs
+    failed, with their errors; the others are kept."""
     if workers is not None and workers < 1:
         raise SweepError(f"{workers} workers cannot do anything; give at least one.")
     if len({planned.store for planned in plans}) < len(plans):
@@ -113,7 +115,7 @@ def finish(
     with ExitStack() as locks:
         todo = [(planned, run) for planned in plans for run in _missing(planned, locks, fresh, say)]
         try:
-            failures = _do(todo, scheduler, workers, say) if todo else []
+            failures = _do(todo, scheduler, workers, together, say) if todo else []
         except KeyboardInterrupt:
             say(f"stopped: {_counts(todo)}; the same command goes on from there")
             raise
@@ -140,7 +142,11 @@ def _missing(planned: Plan, locks: ExitStack, fresh: bool, say: Callable[[str], 
 
 
 def _do(
-    todo: Sequence[tuple[Plan, Run]], scheduler: str | None, workers: int | None, say: Callable[[str], None]
+    todo: Sequence[tuple[Plan, Run]],
+    scheduler: str | None,
+    workers: int | None,
+    together: bool,
+    say: Callable[[str], None],
 ) -> list[tuple[Plan, Run, BaseException]]:
     """Run what is to do, write each result as it arrives, return what failed and why."""
     failures: list[tuple[Plan, Run, BaseException]] = []
@@ -148,16 +154,18 @@ def _do(
     for planned, run in todo:  # a run that two sweeps share is done once
         waiting[run.key].append((planned, run))
     calls = {key: _call(*pairs[0]) for key, pairs in waiting.items()}
+    n = min(workers or CPU_COUNT, len(calls))
+    homes = _homes({key: pairs[0][0].spec for key, pairs in waiting.items()}, n) if together else None
     with ExitStack() as stack:
         if not scheduler:
             stack.enter_context(in_turn(plans[0].store.folder.parent, say))
-        client = stack.enter_context(connect(scheduler, workers=min(workers or CPU_COUNT, len(calls))))
+        client = stack.enter_context(connect(scheduler, workers=n))
         if scheduler:
             for planned in plans:
                 _require_same_code(planned, client.run(code, planned.spec.run, on_error="return"), say)
         total, names = sum(len(p.runs) for p in plans), ", ".join(p.spec.name for p in plans)
         bar = stack.enter_context(tqdm(total=total, initial=total - len(todo), desc=names, unit="run"))
-        for key, outcome in each(client, perform, calls):
+        for key, outcome in each(client, perform, calls, homes):
             if isinstance(outcome, WorkerError):
                 raise outcome
             for planned, run in waiting[key]:
@@ -168,6 +176,20 @@ def _do(
                     planned.store.write(run.key, {"parameters": run.parameters, **outcome})
                 bar.update()
     return failures
+
+
+def _homes(specs: dict[str, Spec], n: int) -> dict[str, int]:
+    """A worker, of n, for each run: those of one study on one model together, the longest dealt out first."""
+    groups = defaultdict(list)
+    for key, spec in specs.items():
+        groups[spec.model, spec.run.split(".")[0]].append(key)
+    costs = {tuple(keys): sum(specs[key].seconds or 1 for key in keys) for keys in groups.values()}
+    loads, homes = [0.0] * n, dict[str, int]()
+    for keys in sorted(costs, key=costs.__getitem__, reverse=True):
+        home = loads.index(min(loads))
+        loads[home] += costs[keys]
+        homes |= dict.fromkeys(keys, home)
+    return homes
 
 
 def _call(planned: Plan, run: Run) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def spot_check(model_name: str, *, whole: bool = False, say: Callable[[str], Non
     recorded, with both values."""
     pairs = kept(model_name, whole=whole)
     due = [p if whole else _drawn(p, recorded) for p, recorded in pairs if whole or not _again(p)]
-    finish(due, fresh=True, say=say)
+    finish(due, fresh=True, together=True, say=say)
     checks = [check(*pair) for pair in pairs]
     for c in checks:
         verdict = "NOT as recorded" if c.wrong else "as recorded"

@@ -57,7 +57,7 @@ def here(monkeypatch) -> list[dict]:
     """Calls are made in this process, in a random order; the list holds the parameters of each."""
     called: list[dict] = []
 
-    def each(_, function, calls):
+    def each(_, function, calls, homes=None):
         for key in random.sample(list(calls), len(calls)):
             called.append(calls[key]["parameters"])
             try:
