@@ -18,7 +18,8 @@ from distributed.core import rpc
 
 from lib.errors import SweepError
 
-_LEAVE_CTRL_C_TO_US = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # run as a worker starts
+# What a worker does as it starts: leave Ctrl-C to us, and show no bars of its own among ours
+_QUIET = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); os.environ['TQDM_DISABLE'] = '1'"
 Calls = dict[str, dict[str, Any]]
 TIMEOUT = 10  # seconds to reach a scheduler, and to wait for one that is lost
 
@@ -34,7 +35,7 @@ def connect(scheduler: str | None, *, workers: int) -> Iterator[Client]:
             with Client(scheduler, timeout=TIMEOUT, set_as_default=False) as client:
                 yield client
             return
-        quiet = {"silence_logs": logging.CRITICAL, "dashboard_address": None, "preload": [_LEAVE_CTRL_C_TO_US]}
+        quiet = {"silence_logs": logging.CRITICAL, "dashboard_address": None, "preload": [_QUIET]}
         cluster = LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **quiet)
         with cluster, Client(cluster, set_as_default=False) as client:
             yield client
