@@ -53,8 +53,9 @@ def look(browser: Browser, path: Path, html: Path, *, scheme: str = "light", wid
         page.on("pageerror", lambda error: found.append(f"script: {error}"))
         page.on("request", lambda r: found.append(f"asks outside: {r.url}") if is_outside(r.url, html) else None)
         page.goto(path.as_uri(), wait_until="load")
+        page.wait_for_timeout(300)  # scripts that set tables; the first page leads on to another
+        page.wait_for_load_state("networkidle")
         page.add_style_tag(content=_STILL)
-        page.wait_for_timeout(300)  # scripts that set tables
         found += [text for script in (_PICTURES, _FORMULAS, _WIDTH) for text in page.evaluate(script)]
         return found + dead_links(page, html) + accessibility(page)
     finally:
