@@ -8,7 +8,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -85,8 +84,7 @@ def commit() -> str:
         return "unknown"
 
 
-@cache
-def imports(code: str) -> frozenset[str]:
+def imports(code: str) -> set[str]:
     """Modules of lib/ that some code imports, as paths below lib/ (`trace`, `show/tables`); a name that is no
     module has no file and does no harm."""
     found = set()
@@ -96,7 +94,7 @@ def imports(code: str) -> frozenset[str]:
             found |= {"/".join(room), *("/".join([*room, name.name]) for name in node.names)}
         elif isinstance(node, ast.Import):
             found |= {"/".join(name.name.split(".")[1:]) for name in node.names if name.name.startswith("lib.")}
-    return frozenset(found - {""})
+    return found - {""}
 
 
 def modules(names: Iterable[str], root: Path) -> list[Path]:
