@@ -18,8 +18,7 @@ from distributed.core import rpc
 
 from lib.errors import SweepError
 
-# What a worker does as it starts: leave Ctrl-C to us, and show no bars of its own among ours
-_QUIET = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); os.environ['TQDM_DISABLE'] = '1'"
+_LEAVE_CTRL_C_TO_US = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # run as a worker starts
 Calls = dict[str, dict[str, Any]]
 TIMEOUT = 10  # seconds to reach a scheduler, and to wait for one that is lost
 
@@ -35,7 +34,7 @@ def connect(scheduler: str | None, *, workers: int) -> Iterator[Client]:
             with Client(scheduler, timeout=TIMEOUT, set_as_default=False) as client:
                 yield client
             return
-        quiet = {"silence_logs": logging.CRITICAL, "dashboard_address": None, "preload": [_QUIET]}
+        quiet = {"silence_logs": logging.CRITICAL, "dashboard_address": None, "preload": [_LEAVE_CTRL_C_TO_US]}
         cluster = LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **quiet)
         with cluster, Client(cluster, set_as_default=False) as client:
             yield client

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import inspect
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stderr
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
@@ -105,7 +107,7 @@ def perform(name: str, model_name: str, parameters: Row, *, seed: int, weights: 
     something that JSON does not hold, repeats a parameter, or leaves the model changed; and what it raises itself."""
     if code_sha256(name) != code:
         raise WorkerError(f"{_here()} runs another version of the code; install the same one and start it again.")
-    with _one_at_a_time, one_thread():
+    with _one_at_a_time, one_thread(), redirect_stderr(io.StringIO()):  # its bars would stand among ours
         model = _model(model_name, weights)
         before, start = _sums(model), time.perf_counter()
         set_seed(seed)

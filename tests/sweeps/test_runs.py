@@ -22,6 +22,7 @@ import pytest
 import torch
 import yaml
 from distributed import Client, LocalCluster
+from tqdm.auto import tqdm
 from typer.testing import CliRunner
 
 from lib import models
@@ -151,6 +152,11 @@ def test_a_run_gives_plain_values_on_one_thread(monkeypatch):
     assert one["result"]["y"] == [2, "organism"] and one["result"]["threads"] == 1
     assert one["result"] == other["result"], "what an experiment does not seed is seeded"
     assert torch.get_num_threads() == threads
+
+
+def test_bars_of_a_run_do_not_stand_among_those_of_the_sweep(monkeypatch, capsys):
+    performed(monkeypatch, lambda model: {"n": len(list(tqdm(range(3))))})
+    assert not capsys.readouterr().err
 
 
 def test_what_an_experiment_must_not_give(monkeypatch):
