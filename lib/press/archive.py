@@ -81,7 +81,7 @@ def collect(model_name: str) -> dict[str, bytes]:
         command = f"python -m lib {command} --model {model_name}"
         if not path.is_file():
             raise ReleaseError(f"the {what} is missing: there is no {path}. Run `{command}` first.")
-        if path == pdf and path.stat().st_mtime < (BUILD / "html.key").stat().st_mtime:
+        if path == pdf and (stamp := BUILD / "html.key").is_file() and path.stat().st_mtime < stamp.stat().st_mtime:
             raise ReleaseError(f"the PDF, {pdf}, is older than the book it should be made from. Run `{command}` again.")
     found = {"book.pdf": pdf, "dashboard.html": dashboard} | _edits(model_name, chapters)
     found |= {f"html/{n}": p for n, p in under(html).items()}
@@ -99,7 +99,8 @@ def collect(model_name: str) -> dict[str, bytes]:
 
 def provenance(model_name: str, files: dict[str, bytes]) -> dict[str, Any]:
     """MANIFEST.json: what made the archive. Nothing in it depends on when it is made."""
-    repo, runs = release.repository(), build.provenances(model_name)
+    repo = release.repository()
+    runs = {c: json.loads(files[f"results/{c}.json"])["provenance"] for c in execute.chapter_names()}
     kept = ("commit", "python", "packages", "start", "seconds")
     return {
         "title": "QKV Decomposition for Transformer XAI: an executable book",

@@ -140,7 +140,8 @@ def _stage(model_name: str, stage: Path) -> None:
     checks = {c.name: c for c in (spot.check(*pair) for pair in spot.kept(model_name))} if recorded else {}
     for chapter in chapter_names():
         shutil.copy(executed_path(model_name, chapter), stage / "book")
-        add_foot(stage / "book" / f"{chapter}.ipynb", results_path(model_name, chapter), checks)
+        shutil.copy(results_path(model_name, chapter), stage / "book")
+        add_foot(stage / "book" / f"{chapter}.ipynb", runs[chapter], checks)
     if (ROOT / "data" / "claims.yaml").is_file():
         text = claims.page(judged(model_name), model_name)
         (stage / "book" / "reproduction.md").write_text(text, encoding="utf-8")
@@ -151,12 +152,10 @@ def _stage(model_name: str, stage: Path) -> None:
         path.write_text(text.replace(TIMES, fill("times.md", runs=runs)), encoding="utf-8")
 
 
-def add_foot(notebook: Path, results: Path, checks: Mapping[str, spot.Check]) -> None:
-    """Append the foot to a staged executed chapter, put its results beside it, and show its parameters once: the cell
-    that papermill adds is not shown if it repeats the one above it. checks: of the records, by `<model>/<sweep>`."""
+def add_foot(notebook: Path, provenance: dict[str, Any], checks: Mapping[str, spot.Check]) -> None:
+    """Append the foot to a staged executed chapter, and show its parameters once: the cell that papermill adds is not
+    shown if it repeats the one above it. checks: of the records that it read, by `<model>/<sweep>`."""
     book = nbformat.read(notebook, as_version=4)
-    shutil.copy(results, notebook.with_suffix(".json"))
-    provenance = json.loads(results.read_text(encoding="utf-8"))["provenance"]
     foot = fill("foot.md", run=provenance, chapter=notebook.stem, checks=checks)
     book.cells.append(nbformat.v4.new_markdown_cell(foot, id=f"{notebook.stem[:2]}-foot"))
     tagged = {tag: cell for cell in book.cells for tag in cell.metadata.get("tags", [])}

@@ -20,9 +20,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from lib import edits, models
 from lib.edits import Edit
 from lib.errors import ReleaseError
-from lib.files import BUILD, file_sha256, slug
+from lib.files import file_sha256
 from lib.models import Model
-from lib.press import check, release
+from lib.press import build, check, release
 from lib.press.archive import SUMS, sums, under
 from lib.press.export import CARD, EDIT, card_data, export, new_folder
 from lib.press.texts import fill
@@ -39,7 +39,7 @@ def prepare(model_name: str, folder: Path, *, whole: bool = False) -> Path:
     for SmolLM2. Raises ReleaseError, EditError or ChapterError for what is missing, out of date or in the way."""
     folder = folder.expanduser().resolve()
     with new_folder(folder, ReleaseError) as ready:
-        page = BUILD / "dashboard" / f"{slug(model_name)}.html"
+        page = build.dashboard_path(model_name)
         if not page.is_file():
             raise ReleaseError(f"there is no dashboard {page}. Run `python -m lib dashboard --model {model_name}`.")
         model, values = models.use_device_of(models.load(model_name)), check.current_values(model_name)

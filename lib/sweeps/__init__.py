@@ -7,6 +7,6 @@ table = sweeps.run(spec)                              # does what is missing; no
 
 from lib.sweeps.record import tables
 from lib.sweeps.runs import run
-from lib.sweeps.specification import expand, further, load
+from lib.sweeps.specification import expand, further, hours, load
 
-__all__ = ["expand", "further", "load", "run", "tables"]
+__all__ = ["expand", "further", "hours", "load", "run", "tables"]

@@ -32,7 +32,7 @@ from lib.models import weights_sha256
 from lib.results import Results
 from lib.sweeps.experiments import meaning
 from lib.sweeps.runs import Plan, estimate, finish, frame, plan
-from lib.sweeps.specification import Spec, Tolerance, expand
+from lib.sweeps.specification import Spec, Tolerance, expand, key
 
 FOLDER = DATA / "record"
 SHARED = ("templates.yaml", "prefixes.yaml", "places.yaml", "probes.yaml", "relations.csv", "token_types.yaml")
@@ -74,17 +74,15 @@ def tables(report: Results, specs: Sequence[Spec], *, timing: bool = False) -> l
     """The rows of several sweeps, from the record, or with RECORD=off after doing here what is missing; the report
     notes which. timing: with a column `seconds`. Raises SweepError as `read` and `finish` do."""
     if live():
-        plans = [plan(spec) for spec in specs]
-        finish(plans, fresh=True)
-        rows = [[*planned.finished().values()] for planned in plans]
-        notes = [{"runs": len(part)} for part in rows]
+        found = finish([plan(spec) for spec in specs], fresh=True, timing=timing)
+        notes = [{"runs": len(table)} for table in found]
     else:
         records = [read(spec) for spec in specs]
-        rows = [record.rows for record in records]
+        found = [frame(record.rows, timing) for record in records]
         notes = [r.header.model_dump(include={"runs", "date", "commit", "processor", "seconds"}) for r in records]
     kept = report.provenance.setdefault("sweeps", {})
     kept |= {f"{spec.model}/{spec.name}": note for spec, note in zip(specs, notes, strict=True)}
-    return [frame(part, timing) for part in rows]
+    return found
 
 
 def path_of(spec: Spec) -> Path:
@@ -191,17 +189,15 @@ def _agree(was: Any, now: Any, tolerance: Tolerance, own: float | None) -> bool:
 
 def _fault(spec: Spec, header: Header, rows: list[dict[str, Any]]) -> str:
     """What keeps a record from standing for a sweep as it is now, as the end of a sentence; empty if nothing."""
-    for key, is_now in (("sweep", spec.name), ("model", spec.model), ("experiment", spec.run)):
-        if (was := getattr(header, key)) != is_now:
-            return f"was made of the {key} {was}, not {is_now}"
+    for name, is_now in (("sweep", spec.name), ("model", spec.model), ("experiment", spec.run)):
+        if (was := getattr(header, name)) != is_now:
+            return f"was made of the {name} {was}, not {is_now}"
     if header.weights_sha256 != (weights := weights_sha256(spec.model)):
         return f"was made with weights {header.weights_sha256[:12]}..., not {weights[:12]}..."
     now = rests_on(spec.model)
     if changed := [name for name in sorted(now.keys() | header.data.keys()) if now.get(name) != header.data.get(name)]:
         return f"was made of other data ({', '.join(changed)})"
-    recorded, wanted = (
-        {json.dumps(p, sort_keys=True) for p in ps} for ps in ([r["parameters"] for r in rows], expand(spec))
-    )
+    recorded, wanted = {key(row["parameters"]) for row in rows}, {key(parameters) for parameters in expand(spec)}
     if recorded != wanted:
         return f"lacks {len(wanted - recorded)} runs of the specification, and has {len(recorded - wanted)} others"
     return ""
@@ -214,7 +210,7 @@ def _rows(text: str, header: Header) -> list[dict[str, Any]]:
     table = csv.DictReader(io.StringIO(text))
     if missing := [name for name in (*header.columns, "seconds") if name not in (table.fieldnames or ())]:
         raise ValueError(f"it has no column {', '.join(missing)}.")
-    rows: list[dict[str, Any]] = []
+    rows, seen = list[dict[str, Any]](), set[str]()
     for line, cells in enumerate(table, start=2):
         try:
             row = {name: _value(cells[name], form) for name, form in header.columns.items() if cells[name]}
@@ -222,8 +218,9 @@ def _rows(text: str, header: Header) -> list[dict[str, Any]]:
             rows.append({"parameters": parameters, "seconds": row.pop("seconds"), "result": row})
         except (ValueError, KeyError) as error:
             raise ValueError(f"line {line} cannot be read ({error}).") from error
-        if parameters in (earlier["parameters"] for earlier in rows[:-1]):
+        if key(parameters) in seen:
             raise ValueError(f"line {line} is a run that stands before it already.")
+        seen.add(key(parameters))
     if len(rows) != header.runs:
         raise ValueError(f"it has {len(rows)} runs, not {header.runs}.")
     return rows

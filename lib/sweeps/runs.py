@@ -100,14 +100,15 @@ def finish(
     workers: int | None = None,
     fresh: bool = False,
     together: bool = False,
+    timing: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[pd.DataFrame]:
     """The tables of planned sweeps, after what is missing was run, on workers that load a model once, keep what they
     know of it, and do not wait for the end of one sweep to begin the next. scheduler: the address of a Dask scheduler;
     otherwise this machine, with `workers` processes (one a core unless told). fresh: results of another model or
-    version are set aside instead of being an error; those of this one are kept in any case. together: runs of
-    one study go to one worker, where few of them share much that is prepared. Raises SweepError at the end if runs
-    failed, with their errors; the others are kept."""
+    version are set aside instead of being an error; those of this one are kept in any case. together: runs of one study
+    go to one worker, where few of them share much that is prepared. timing: with a column `seconds`. Raises SweepError
+    at the end if runs failed, with their errors; the others are kept."""
     if workers is not None and workers < 1:
         raise SweepError(f"{workers} workers cannot do anything; give at least one.")
     if len({planned.store for planned in plans}) < len(plans):
@@ -125,7 +126,7 @@ def finish(
             ) from error
     if reports := [text for planned in plans if (text := _report(planned, failures))]:
         raise SweepError("\n".join(reports))
-    return [frame(planned.finished().values()) for planned in plans]
+    return [frame(planned.finished().values(), timing) for planned in plans]
 
 
 def _missing(planned: Plan, locks: ExitStack, fresh: bool, say: Callable[[str], None]) -> list[Run]:

@@ -85,8 +85,13 @@ def expand(spec: Spec) -> list[dict[str, Any]]:
         axes |= {"seed": spec.seeds} if spec.seeds else {}
         for combination in product(*axes.values()):
             parameters = complete(spec.run, dict(zip(axes, combination, strict=True)))
-            runs.setdefault(json.dumps(parameters, sort_keys=True), parameters)
+            runs.setdefault(key(parameters), parameters)
     return list(runs.values())
+
+
+def key(parameters: dict[str, Any]) -> str:
+    """What two runs of one sweep share only if they are the same."""
+    return json.dumps(parameters, sort_keys=True)
 
 
 def _axis(spec: Spec, name: str, values: list[Any]) -> list[Any]:

@@ -1,10 +1,11 @@
 """Make the record, and hold it to account: in every build, runs that the commit draws are done again and compared."""
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import pandas as pd
 
 from lib.errors import SweepError
 from lib.files import BUILD, commit, slug
@@ -13,7 +14,7 @@ from lib.studies import pathways
 from lib.sweeps import record
 from lib.sweeps.experiments import differing, meaning
 from lib.sweeps.runs import Plan, estimate, finish, frame, plan
-from lib.sweeps.specification import SPECS, Spec, further, load
+from lib.sweeps.specification import SPECS, Spec, further, key, load
 
 DRAWN = 2  # runs of each record that a build does again, at least
 BESIDE = ("planted", "plants")  # records of the organism that chapters 4 and 7 read on every model
@@ -60,11 +61,9 @@ def make(model_name: str, names: Sequence[str] = (), *, say: Callable[[str], Non
     for planned in plans:
         say(estimate(planned, options.get("workers")))
     tables = finish(plans, fresh=True, say=say, **options)
-    for planned, table in zip(list(plans), tables, strict=True):
-        if planned.spec.name == "pathways":
-            plans.append(plan(further(planned.spec, pathways.further(table))))
-            finish(plans[-1:], fresh=True, say=say, **options)
-    for planned in plans:
+    also = [plan(next_) for p, table in zip(plans, tables, strict=True) for next_ in _followed(p.spec, table)]
+    finish(also, fresh=True, say=say, **options)
+    for planned in [*plans, *also]:
         say(f"recorded {record.write(planned, command)}: {len(planned.runs)} runs")
 
 
@@ -97,11 +96,11 @@ def check(planned: Plan, recorded: record.Record) -> Check:
             f"no runs of the record of {planned.spec.name} were done again with the present code; run `python -m lib "
             f"spot-check --model {planned.spec.model}`."
         )
-    was = {_key(row): row["result"] for row in recorded.rows}
+    was = {key(row["parameters"]): row["result"] for row in recorded.rows}
     wrong = [
         f"  {planned.spec.name}, {', '.join(f'{k}={v}' for k, v in row['parameters'].items())}: {line}"
         for row in again
-        for line in record.differences(was[_key(row)], row["result"], planned.spec.tolerance)
+        for line in record.differences(was[key(row["parameters"])], row["result"], planned.spec.tolerance)
     ]
     outdated = differing(recorded.header.code, meaning(planned.spec.run))
     return Check(recorded.header, [r["parameters"] for r in again], wrong, outdated)
@@ -116,9 +115,7 @@ def kept(model_name: str, *, whole: bool = False) -> list[Pair]:
     for spec in [*recordable(model_name), *beside]:
         if record.path_of(spec).is_file():
             pairs.append(_pair(spec, whole))
-            if spec.name == "pathways":
-                seeds = further(spec, pathways.further(frame(pairs[-1][1].rows)))
-                pairs.append(_pair(seeds, whole))
+            pairs += [_pair(next_, whole) for next_ in _followed(spec, frame(pairs[-1][1].rows))]
     return pairs
 
 
@@ -128,21 +125,22 @@ def draw(recorded: record.Record, commit: str) -> list[dict[str, Any]]:
     return sorted(recorded.rows, key=lambda row: chance.random() ** max(row["seconds"], 0.1))[-DRAWN:]
 
 
+def _followed(spec: Spec, table: pd.DataFrame) -> list[Spec]:
+    """The sweeps that follow from a finished one: of the pathways, the chosen rates with further seeds and controls."""
+    return [further(spec, pathways.further(table))] if spec.name == "pathways" else []
+
+
 def _pair(spec: Spec, whole: bool) -> Pair:
     return plan(spec, None if whole else BUILD / "checks" / slug(spec.model) / spec.name), record.read(spec)
 
 
 def _drawn(planned: Plan, recorded: record.Record) -> Plan:
     """The plan of the drawn runs alone."""
-    keys = {_key(row) for row in draw(recorded, commit().partition("+")[0])}
-    return replace(planned, runs=tuple(run for run in planned.runs if _key({"parameters": run.parameters}) in keys))
+    keys = {key(row["parameters"]) for row in draw(recorded, commit().partition("+")[0])}
+    return replace(planned, runs=tuple(run for run in planned.runs if key(run.parameters) in keys))
 
 
 def _again(planned: Plan) -> list[dict[str, Any]]:
     """The runs that the present code has done again, if they are enough."""
     done = [] if planned.store.fault(planned.header) else list(planned.finished().values())
     return done if len(done) >= min(DRAWN, len(planned.runs)) else []
-
-
-def _key(row: dict[str, Any]) -> str:
-    return json.dumps(row["parameters"], sort_keys=True)

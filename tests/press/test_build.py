@@ -1,6 +1,5 @@
 """What is made from the results while the book is staged."""
 
-import json
 from types import SimpleNamespace
 
 import nbformat
@@ -47,18 +46,16 @@ def staged(tmp_path, injected: str):
         nbformat.v4.new_code_cell('model_name = "smollm2"  # @param\nseed = 0', metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(f"# Parameters\n{injected}", metadata={"tags": ["injected-parameters"]}),
     ]
-    notebook, results = tmp_path / "02_x.ipynb", tmp_path / "results.json"
+    notebook = tmp_path / "02_x.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), notebook)
-    results.write_text(json.dumps({"provenance": PROVENANCE, "values": {"a": 1}}), encoding="utf-8")
-    build.add_foot(notebook, results, {})
+    build.add_foot(notebook, PROVENANCE, {})
     return nbformat.read(notebook, as_version=4)
 
 
-def test_a_chapter_gets_a_foot_its_numbers_and_one_cell_of_parameters(tmp_path):
+def test_a_chapter_gets_a_foot_and_one_cell_of_parameters(tmp_path):
     book = staged(tmp_path, 'model_name = "smollm2"')
     assert book.cells[1].metadata["tags"] == ["injected-parameters", "remove-cell"]
     assert book.cells[-1].source == texts.fill("foot.md", run=PROVENANCE, chapter="02_x", checks={})
-    assert json.loads((tmp_path / "02_x.json").read_text(encoding="utf-8"))["values"] == {"a": 1}
     nbformat.validate(book)
 
 

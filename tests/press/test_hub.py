@@ -56,7 +56,7 @@ def bench(organism, tmp_path_factory):
 def run(bench, tmp_path, monkeypatch) -> Path:
     """A copy of it to tamper with."""
     build = Path(shutil.copytree(bench, tmp_path / "_build"))
-    monkeypatch.setattr(hub, "BUILD", build)
+    monkeypatch.setattr(hub.build, "BUILD", build)
     monkeypatch.setattr(hub, "chapter_folder", lambda model, chapter: build / "results" / model / chapter)
     monkeypatch.setattr(check, "current_values", lambda model: VALUES)
     monkeypatch.delenv("HF_TOKEN", raising=False)
