@@ -21,6 +21,7 @@ import zipfile
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -42,7 +43,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+from transformers.modeling_gguf_pytorch_utils import (
+    GGUF_SUPPORTED_ARCHITECTURES,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+)
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from lib.errors import BookError, DataError, ModelError
@@ -76,6 +81,7 @@ REASONS = {
     r"^base_model\.|lora_|adapter": "it is an adapter, or has one; `merge_and_unload()` it and save the whole model",
     r"\.(qweight|qzeros|scales|g_idx|SCB|weight_(packed|scale|shape)\w*|weight\.(absmax|quant\w*))\b": "its weights "
     "are packed; give the model before it was quantised",
+    r"^rope_freqs\.": "its rotation is scaled, which transformers does not read from GGUF; give the safetensors",
     r"^lm_head\.weight$": "its head was not saved, or is the embedding and config.json forgets to say so "
     "(tie_word_embeddings: true)",
     "": "the weights and the configuration are not of the same model; put the right ones together",
@@ -253,19 +259,27 @@ class _Files:
     gguf: str | None = None
 
     @property
+    def where(self) -> Path:
+        return self.folder / (self.gguf or "")
+
+    @cached_property
+    def header(self) -> GGUFReader:
+        """Of its GGUF file: what is written of it, and of its tensors."""
+        return GGUFReader(self.where)
+
+    @property
     def options(self) -> dict[str, Any]:
         """What transformers must be told to read these. A GGUF file in full: its name is looked for elsewhere."""
-        source = {"gguf_file": str((self.folder / self.gguf).absolute())} if self.gguf else {}
+        source = {"gguf_file": str(self.where.absolute())} if self.gguf else {}
         return {"local_files_only": True, "trust_remote_code": False, **source}
 
     def config(self) -> PreTrainedConfig:
         """Raises ModelError for one that cannot be read, of another family, or of weights that are packed."""
-        where = str(self.folder / self.gguf) if self.gguf else str(self.folder)
+        where = str(self.where)
         with self.reading():
-            if self.gguf:
-                family = str(GGUFReader(where).fields["general.architecture"].contents())
-                if family not in GGUF_SUPPORTED_ARCHITECTURES:
-                    check_family(family, where)
+            family = str(self.header.fields["general.architecture"].contents()) if self.gguf else None
+            if family and family not in GGUF_SUPPORTED_ARCHITECTURES:
+                check_family(family, where)
             config = AutoConfig.from_pretrained(self.folder, **self.options)
             check_family(config.model_type, where)
             check_options(config, where)
@@ -277,7 +291,7 @@ class _Files:
     def weights(self) -> list[Path]:
         """The files of weights. Raises ModelError if there are none that can be read, or if it is not clear which."""
         if self.gguf:
-            return [self.folder / self.gguf]
+            return [self.where]
         if (self.folder / "adapter_config.json").is_file():  # transformers would load another model, and this into it
             fault = "is an adapter alone (adapter_config.json); `merge_and_unload()` it and save the whole model"
             raise ModelError(f"{self.folder} {fault}.")
@@ -301,10 +315,16 @@ class _Files:
             raise ModelError(f"{odd[0]} {fault}. Put the parts of one model together, and no others.")
         return paths
 
+    def unread(self, module: PreTrainedModel) -> set[str]:
+        """Tensors of a GGUF file that transformers has no place for and would drop without a word."""
+        if not self.gguf:
+            return set()
+        return {t.name for t in self.header.tensors} - get_gguf_hf_weights_map(module, TensorProcessor()).keys()
+
     def fp32_bytes(self) -> int:
         """Of the weights in fp32: eight 4-bit ones and their scales take little more than four bytes in a GGUF file."""
         if self.gguf:
-            return 7 * (self.folder / self.gguf).stat().st_size
+            return 7 * self.where.stat().st_size
         stored = 2 if str(getattr(self.config(), "dtype", None)) in ("torch.bfloat16", "torch.float16") else 4
         return sum(path.stat().st_size for path in self.weights()) * 4 // stored
 
@@ -398,9 +418,10 @@ def _read(files: _Files, dtype: torch.dtype = torch.float32) -> tuple[PreTrained
         packed = _not_float(files)
         loaded: Any = AutoModelForCausalLM.from_pretrained(files.folder, dtype=dtype, **checked, **source)
         module, found = loaded
+        found["unexpected_keys"] |= files.unread(module)
         tokenizer = AutoTokenizer.from_pretrained(files.folder, **files.options)
     if fault := packed or _misfit(found, config.num_hidden_layers) or _unsound(module):
-        raise ModelError(f"{files.name} is refused, in {files.folder} {fault}.")
+        raise ModelError(f"{files.where} is refused: {fault}.")
     if files.gguf:  # its weights are dequantised by now; nothing that follows need know how they were stored
         vars(module.config).pop("quantization_config", None)
         vars(module).pop("hf_quantizer", None)
