@@ -227,7 +227,7 @@ def test_another_model_and_another_revision_are_refused(tiny, organism):
     edit = an_edit(tiny)
     other = dataclasses.replace(edit, base_sha256="f" * 64)
     refused(tiny, other, r"another revision of tiny \(weights ffffffffffff\.\.\., not 0000.*get the revision")
-    refused(organism, edit, r"for another model than organism \(weights 0000.*load tiny")
+    refused(organism, edit, r"for another model than organism \(weights 0000.*give the one .*, tiny, with --model")
     renamed = dataclasses.replace(edit, model_name="tiny under another path")
     with applied(tiny, renamed):
         pass  # the same weights are the same model
