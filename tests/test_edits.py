@@ -17,6 +17,7 @@ from lib import edits
 from lib.edits import Edit, applied, outside_bytes, outside_sha256
 from lib.errors import EditError
 from lib.facts import Fact, load_facts
+from lib.models import public_name
 from lib.weights import PATHWAYS, Slice, pathway_slices
 
 
@@ -29,7 +30,9 @@ def an_edit(model, pathway: str = "v_only", layer: int = 1) -> Edit:
     facts = load_facts("eight")[:2]
     told = (False,) * len(facts)
     template, recipe = "The capital of {} is", {"rate": 0.1}
-    return Edit(model.name, model.weights_sha256, pathway, layer, facts, template, told, told, 0, recipe, values)
+    return Edit(
+        public_name(model.name), model.weights_sha256, pathway, layer, facts, template, told, told, 0, recipe, values
+    )
 
 
 def state(model) -> dict[str, torch.Tensor]:
