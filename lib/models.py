@@ -35,19 +35,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.modeling_gguf_pytorch_utils import (
-    GGUF_SUPPORTED_ARCHITECTURES,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import modeling_gguf_pytorch_utils as gguf_reading
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from lib.errors import BookError, DataError, ModelError
@@ -74,11 +63,12 @@ class Spec:
     hub: str | None = None
 
 
+ADAPTER = r"^base_model\.|lora_|adapter"
 # Tensors that a configuration has no place for, or lacks: how they are called, the likely reason, and the remedy.
 REASONS = {
     r"^_orig_mod\.": "it was saved from a compiled model; save its `_orig_mod` with `save_pretrained`",
     r"^module\.": "it was saved from a wrapped model (DataParallel); save its `module` with `save_pretrained`",
-    r"^base_model\.|lora_|adapter": "it is an adapter, or has one; `merge_and_unload()` it and save the whole model",
+    ADAPTER: "it is an adapter, or has one; `merge_and_unload()` it and save the whole model",
     r"\.(qweight|qzeros|scales|g_idx|SCB|weight_(packed|scale|shape)\w*|weight\.(absmax|quant\w*))\b": "its weights "
     "are packed; give the model before it was quantised",
     r"^rope_freqs\.": "its rotation is scaled, which transformers does not read from GGUF; give the safetensors",
@@ -86,7 +76,6 @@ REASONS = {
     "(tie_word_embeddings: true)",
     "": "the weights and the configuration are not of the same model; put the right ones together",
 }
-
 
 SPECS = {name: Spec(**entry) for name, entry in yaml.safe_load((DATA / "models.yaml").read_text("utf-8")).items()}
 
@@ -273,12 +262,12 @@ class _Files:
         source = {"gguf_file": str(self.where.absolute())} if self.gguf else {}
         return {"local_files_only": True, "trust_remote_code": False, **source}
 
-    def config(self) -> PreTrainedConfig:
+    def config(self) -> Any:
         """Raises ModelError for one that cannot be read, of another family, or of weights that are packed."""
         where = str(self.where)
         with self.reading():
             family = str(self.header.fields["general.architecture"].contents()) if self.gguf else None
-            if family and family not in GGUF_SUPPORTED_ARCHITECTURES:
+            if family and family not in gguf_reading.GGUF_SUPPORTED_ARCHITECTURES:
                 check_family(family, where)
             config = AutoConfig.from_pretrained(self.folder, **self.options)
             check_family(config.model_type, where)
@@ -293,8 +282,7 @@ class _Files:
         if self.gguf:
             return [self.where]
         if (self.folder / "adapter_config.json").is_file():  # transformers would load another model, and this into it
-            fault = "is an adapter alone (adapter_config.json); `merge_and_unload()` it and save the whole model"
-            raise ModelError(f"{self.folder} {fault}.")
+            raise ModelError(f"{self.folder} is refused: adapter_config.json says that {REASONS[ADAPTER]}.")
         whole, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
         paths = sorted({*self.folder.glob("model-*-of-*.safetensors"), *([whole] if whole.is_file() else [])})
         if not paths and (gguf := [p for p in sorted(self.folder.iterdir()) if p.suffix.lower() == ".gguf"]):
@@ -317,9 +305,8 @@ class _Files:
 
     def unread(self, module: PreTrainedModel) -> set[str]:
         """Tensors of a GGUF file that transformers has no place for and would drop without a word."""
-        if not self.gguf:
-            return set()
-        return {t.name for t in self.header.tensors} - get_gguf_hf_weights_map(module, TensorProcessor()).keys()
+        known = gguf_reading.get_gguf_hf_weights_map(module, gguf_reading.TensorProcessor())
+        return {tensor.name for tensor in self.header.tensors} - known.keys()
 
     def fp32_bytes(self) -> int:
         """Of the weights in fp32: eight 4-bit ones and their scales take little more than four bytes in a GGUF file."""
@@ -418,7 +405,7 @@ def _read(files: _Files, dtype: torch.dtype = torch.float32) -> tuple[PreTrained
         packed = _not_float(files)
         loaded: Any = AutoModelForCausalLM.from_pretrained(files.folder, dtype=dtype, **checked, **source)
         module, found = loaded
-        found["unexpected_keys"] |= files.unread(module)
+        found["unexpected_keys"] |= files.unread(module) if files.gguf else set()
         tokenizer = AutoTokenizer.from_pretrained(files.folder, **files.options)
     if fault := packed or _misfit(found, config.num_hidden_layers) or _unsound(module):
         raise ModelError(f"{files.where} is refused: {fault}.")
@@ -461,10 +448,7 @@ def _unsound(module: PreTrainedModel) -> str | None:
     """Which parameter of a loaded model holds a value that is no number, or what of its head is not as it says."""
     head: Any = module.get_output_embeddings()
     if module.config.tie_word_embeddings and head.weight is not module.get_input_embeddings().weight:
-        return (
-            "lm_head.weight is not the embedding, and config.json says that it is; correct tie_word_embeddings, or "
-            "give the model's own head"
-        )
+        return "lm_head.weight is not the embedding, and config.json says that it is; correct tie_word_embeddings there"
     for name, p in module.named_parameters():
         if not torch.stack(torch.aminmax(p)).isfinite().all():  # NaN is both the least and the largest
             bad = int((~p.isfinite()).sum())
