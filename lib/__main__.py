@@ -63,6 +63,7 @@ def fetch(
     typer.echo(f"{model.name}: {model.source}")
     typer.echo(f"  {w.n_layers} layers x {w.n_heads} heads, d_model {w.d_model}, {model.parameters:,} parameters")
     typer.echo(f"  sha256 {model.weights_sha256}; the weight view reproduces its hidden states")
+    typer.echo(f"  before every text: {model.before_texts}")
 
 
 @app.command()

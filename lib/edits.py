@@ -32,13 +32,14 @@ from lib.recall import tell
 from lib.sites import Site
 from lib.weights import PATHWAYS, Slice, pathway_slices, places
 
-FORMAT = "qkv-edit-2"
+FORMAT = "qkv-edit-3"
 
 
 @dataclass(frozen=True)
 class Edit:
     """What a pathway changed in one layer (0-based) of a model, for which facts under which template (its text), and
-    what was told before and after. recipe: objective and hyperparameters, as they were used."""
+    what was told before and after. bos: the tokens that stood before every text. recipe: objective and hyperparameters,
+    as they were used."""
 
     model_name: str
     base_sha256: str
@@ -49,6 +50,7 @@ class Edit:
     told_before: tuple[bool, ...]
     told_after: tuple[bool, ...]
     seed: int
+    bos: tuple[int, ...]
     recipe: dict[str, Any]
     values: dict[Slice, Tensor] = field(repr=False)
 
@@ -69,7 +71,8 @@ _Header = create_model("_Header", __config__=ConfigDict(extra="forbid", strict=T
 def make(model: Model, values: dict[Slice, Tensor], **about: Any) -> Edit:
     """The values as an edit, with what the whole model tells afterwards, measured on the model itself. about: the
     fields of `Edit` from pathway to recipe, but told_after. Raises EditError as `check` does."""
-    draft = Edit(model.name, model.weights_sha256, **about, told_after=about["told_before"], values=values)
+    told = {"told_before": about["told_before"], "told_after": about["told_before"]}
+    draft = Edit(model.name, model.weights_sha256, bos=model.bos, values=values, **{**about, **told})
     with applied(model, draft):
         after = tell(model, draft.facts, {"failing": draft.template})
     return replace(draft, told_after=tuple(after.told.tolist()))
@@ -179,6 +182,12 @@ def check(model: Model, edit: Edit) -> None:
         if edit.model_name == model.name:
             kind, remedy = "revision of", "get the revision that it was made for, or train it anew on this one"
         raise EditError(f"the edit {edit.title!r} is for another {kind} {model.name} (weights {sums}); {remedy}.")
+    if edit.bos != model.bos:
+        stood = "".join(map(model.token_text, edit.bos)) or "nothing"
+        raise EditError(
+            f"the edit {edit.title!r} was made with {stood} before every text, and {model.name} puts "
+            f"{model.before_texts} there; load it as {edit.model_name}."
+        )
     targets(model.module, edit.values)
     try:
         wanted = pathway_slices(model.module, edit.layer, edit.pathway)

@@ -5,8 +5,8 @@
     organism   the planted model committed under data/organism
     otherwise  a folder, a .gguf file or a hub id of a GPT-2- or Llama-family model
 
-Only safetensors and GGUF are read, never pickle; remote code is never run. No special token is ever added to a
-prompt: what a chapter shows is what the model reads.
+Only safetensors and GGUF are read, never pickle; remote code is never run. A text gets before it what the model's own
+tokenizer puts there (`Model.bos`), and nothing else is ever added.
 """
 
 import hashlib
@@ -64,8 +64,8 @@ SPECS = {name: Spec(**entry) for name, entry in yaml.safe_load((DATA / "models.y
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model under study, its tokenizer, its weight view, and where they came from. memory: what studies keep
-    of it between their runs (`studies.once_a_model`)."""
+    """A loaded model under study, its tokenizer, its weight view, and where they came from. bos: what stands before
+    every text. memory: what studies keep of it between their runs (`studies.once_a_model`)."""
 
     name: str
     source: str
@@ -75,6 +75,7 @@ class Model:
     module: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     weights: Weights
+    bos: tuple[int, ...] = ()
     memory: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -82,15 +83,38 @@ class Model:
         return self.weights.W_E.device
 
     def token_ids(self, text: str) -> list[int]:
-        """Token ids of a text, with nothing added."""
+        """Token ids of a text as the model reads it: after its beginning-of-text token, where it has one."""
+        return [*self.bos, *self.pieces(text)]
+
+    def pieces(self, text: str) -> list[int]:
+        """Token ids of a text with nothing before it."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def first_token(self, answer: str) -> int:
-        """Id of the first token of an answer written after a prompt, that is, with its leading space."""
-        return self.token_ids(" " + answer)[0]
+    def word(self, text: str, after: str = "is") -> list[int]:
+        """Token ids of a word where it stands after others, with a space between: what `after` lacks of both together.
+        So it is also right for tokenizers that put a space before every text (Llama 2's)."""
+        alone, both = self.pieces(after), self.pieces(f"{after} {text}")
+        shared = next((i for i, pair in enumerate(zip(alone, both, strict=False)) if pair[0] != pair[1]), len(alone))
+        return both[shared:]
+
+    def first_token(self, answer: str, prompt: str = "is") -> int:
+        """Id of the first token of an answer written after a prompt."""
+        return self.word(answer, prompt)[0]
+
+    def windows(self, text: str, size: int) -> list[list[int]]:
+        """A long text in windows of `size` tokens, each read as a text of its own; the last one may be shorter, and has
+        at least two tokens."""
+        pieces, step = self.pieces(text), size - len(self.bos)
+        cut = [[*self.bos, *pieces[start : start + step]] for start in range(0, len(pieces), step)]
+        return [window for window in cut if len(window) > 1]
 
     def token_text(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))
+
+    @property
+    def before_texts(self) -> str:
+        """What stands before every text, in words."""
+        return "".join(map(self.token_text, self.bos)) or "nothing"
 
     def encode(self, prompts: Sequence[str]) -> tuple[Int[Tensor, "b t"], Int[Tensor, " b"]]:
         """Right-padded token ids and the index of each prompt's last token. Attention is causal, so what stands
@@ -121,12 +145,18 @@ def load(name: str = "smollm2", *, dtype: torch.dtype | None = None, device: tor
         raise ModelError(f"{name} has {parameters:,} parameters, expected {spec.parameters:,}. {files.remedy()}")
     module.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides its signature
     source, licence = (spec.source, spec.licence) if spec else (name, "as its author says")
-    model = Model(name, source, licence, sha256, parameters, module, tokenizer, view(module))
+    model = Model(name, source, licence, sha256, parameters, module, tokenizer, view(module), beginning(tokenizer))
     prompt = "The capital of France is"
     if not model.token_ids(prompt):  # transformers makes an empty tokenizer where there are no files of one
         raise ModelError(f"there is no tokenizer in {files.folder}. {files.remedy()}")
     check_view(module, model.weights, model.encode([prompt])[0])
     return model
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that a tokenizer puts before a text by itself (Gemma, Llama: one; SmolLM2, GPT-2: none)."""
+    whole, alone = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
+    return tuple(whole[: next(i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)])
 
 
 def use_device_of(model: Model) -> Model:

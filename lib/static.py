@@ -82,8 +82,8 @@ def load_token_types(model: Model, path: Path | None = None) -> Types:
         path = DATA / ("organism/token_types.yaml" if model.name == "organism" else "token_types.yaml")
     types = {}
     for name, words in load_mapping(path, list).items():
-        space = "" if name in ("punctuation", "word_piece") else " "
-        ids = [model.token_ids(space + str(word)) for word in words]
+        tokens = model.pieces if name in ("punctuation", "word_piece") else model.word
+        ids = [tokens(str(word)) for word in words]
         types[name] = sorted({row[0] for row in ids if len(row) == 1})
         if (n := len(types[name])) < LEAST_WORDS:
             raise DataError(f"{path}: only {n} words of {name!r} are one token for {model.name}; add more.")
@@ -202,7 +202,7 @@ def relation_numbers(name: str, relation: RelationMap, *, seed: int = 0) -> dict
 @torch.no_grad()
 def subject_embeddings(model: Model, facts: Sequence[Fact]) -> dict[str, Float[Tensor, "subject d_model"]]:
     """Each subject's embedding, of its last token: `raw`, and `enriched` by the first MLP."""
-    raw = model.weights.W_E[[model.token_ids(f" {f.subject}")[-1] for f in facts]]
+    raw = model.weights.W_E[[model.word(f.subject)[-1] for f in facts]]
     return {"raw": raw, "enriched": enrich(model.weights, raw)}
 
 

@@ -227,7 +227,8 @@ def subject_positions(model: Model, prompt: str, name: str) -> list[int]:
     if start < 0:
         raise DataError(f"{name!r} does not stand in the prompt {prompt!r}.")
     offsets = model.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-    return [i for i, (a, b) in enumerate(offsets) if a < start + len(name) and b > start]
+    inside = [i for i, (a, b) in enumerate(offsets) if a < start + len(name) and b > start]
+    return [len(model.bos) + i for i in inside]
 
 
 def subject_attention(

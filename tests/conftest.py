@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from lib import models
 from lib.facts import Case, load_cases
-from lib.models import Model
+from lib.models import Model, beginning
 from lib.recall import trainable
 from lib.weights import view
 
@@ -20,7 +20,7 @@ from lib.weights import view
 def wrap(module: PreTrainedModel, tokenizer) -> Model:
     module = module.eval().requires_grad_(False)
     parameters = sum(p.numel() for p in module.parameters())
-    return Model("tiny", "random", "none", "0" * 64, parameters, module, tokenizer, view(module))
+    return Model("tiny", "random", "none", "0" * 64, parameters, module, tokenizer, view(module), beginning(tokenizer))
 
 
 def plain_logits(model: Model, prompts: Sequence[str]) -> torch.Tensor:
