@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from lib.errors import DataError
 from lib.forward import ends, packs, streams
+from lib.interventions import Part
 from lib.models import Model
 from lib.sites import Site
 from lib.trace import capture, logit_direction, logit_trace
@@ -71,7 +72,8 @@ def attribute_neurons(
         slopes = torch.stack(torch.autograd.grad(logits.sum(), neurons), 1)
         active, read = torch.stack(neurons, 1).detach(), logit_direction(model, final.detach(), token)
         gradients.append(active * slopes)
-        traces.append(active * torch.stack([read @ weights.blocks[i].mlp.W_out.T for i in layers], 1))
+        parts = [Part(Site(i)).read(weights.blocks[i], above[i - low], read).detach() for i in layers]
+        traces.append(active * torch.stack(parts, 1))
     return NeuronAttributions(tuple(layers), torch.cat(traces), torch.cat(gradients))
 
 

@@ -8,7 +8,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as `make test`: with more, roun
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from lib import models
 from lib.facts import Case, load_cases
@@ -58,7 +66,17 @@ def tiny_llama(seed: int = 0, **options: object) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**heads, **sizes, **options}))
 
 
-@pytest.fixture(scope="session", params=["gpt2", "llama", "llama with biases"])
+def tiny_gemma3(seed: int = 0, **options: object) -> Gemma3ForCausalLM:
+    """Of whose three layers the second one is full, the others see four tokens."""
+    torch.manual_seed(seed)
+    heads = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 1, "hidden_size": 32}
+    sizes = {"intermediate_size": 48, "vocab_size": 49152, "max_position_embeddings": 64, "initializer_range": 0.3}
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    own = {"head_dim": 12, "query_pre_attn_scalar": 24, "sliding_window": 4, "layer_types": kinds}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**{**heads, **sizes, **own, **options}))
+
+
+@pytest.fixture(scope="session", params=["gpt2", "llama", "llama with biases", "gemma3"])
 def tiny(request: pytest.FixtureRequest, smollm2: Model) -> Model:
     """A random model of either family, with SmolLM2's tokenizer. Biases are drawn at random too: at zero, as they
     start, a forgotten bias would go unnoticed."""
@@ -66,6 +84,7 @@ def tiny(request: pytest.FixtureRequest, smollm2: Model) -> Model:
         "gpt2": tiny_gpt2,
         "llama": tiny_llama,
         "llama with biases": lambda: tiny_llama(attention_bias=True, mlp_bias=True, head_dim=12),
+        "gemma3": tiny_gemma3,
     }[request.param]()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
