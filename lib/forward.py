@@ -232,7 +232,7 @@ def ends(model: Model, texts: Pack, before: Streams, rows: Rows, start: int, at:
 def _blocks(model: Model, texts: Pack, stream: Stream, layers: range, values: Values = None) -> Stream:
     """The model's own blocks; the first one with the values in place."""
     weights, stream = model.weights, stream[None]
-    kinds = {(a.window, a.rotary): a for a in (weights.blocks[layer].attn for layer in layers)}  # one, or sliding and full
+    kinds = {(a.window, a.rotary): a for a in (weights.blocks[i].attn for i in layers)}
     extras = {kind: _extra(texts, stream, attn) for kind, attn in kinds.items()}
     for layer in layers:
         module, attn, prefix = weights.blocks[layer].module, weights.blocks[layer].attn, weights.layout.prefix(layer)

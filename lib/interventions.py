@@ -32,7 +32,7 @@ from lib.models import Model
 from lib.sites import Site
 from lib.statistics import mean_interval
 from lib.trace import Capture, before_norm, logit_direction
-from lib.weights import Block
+from lib.weights import Block, NoNorm
 
 Ids = Int[Tensor, " n"]  # first tokens of answers, or of what they are compared with
 Pairs = Int[Tensor, "n 2"]  # of both
@@ -69,10 +69,14 @@ class Part:
         return direction @ block.W_O[self.site.head].T / block.heads_scale(end.z)
 
     def written(self, block: Block, end: End, change: Float[Tensor, "way m width"]) -> Changes:
-        """By how much what enters the stream changes if the part holds something more."""
-        if self.site.head is None:
-            return block.after_mlp.moved(block.mlp.write(end.neurons), change @ block.mlp.W_out[self._neurons])
-        return block.after_attn.moved(block.attn.write(end.z), change @ block.attn.W_O[self.site.head])
+        """By how much what the layer adds to the stream changes if the part holds something more."""
+        head = self.site.head
+        if isinstance(block.after_mlp, NoNorm):
+            return change @ (block.mlp.W_out[self._neurons] if head is None else block.attn.W_O[head])
+        held, write = (end.neurons, block.write_neurons) if head is None else (end.z, block.write_heads)
+        more = held.new_zeros(len(change), *held.shape)  # exactly nothing, where all is taken away: a norm sees rounding
+        more[(..., self._neurons) if head is None else (..., head, slice(None))] = change
+        return write(held + more) - write(held)
 
     @property
     def _neurons(self) -> slice:

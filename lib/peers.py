@@ -121,9 +121,10 @@ def bridge(model: Model):
     from transformer_lens.model_bridge import TransformerBridge
 
     with tempfile.TemporaryDirectory() as folder:
-        model.module.config.save_pretrained(folder)
-        model.tokenizer.save_pretrained(folder)
         module = copy.deepcopy(model.module)
+        module.config.architectures = [type(module).__name__]  # by which it is recognised; GGUF files do not say it
+        module.config.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
         return TransformerBridge.boot_transformers(folder, hf_model=module, tokenizer=model.tokenizer)
 
 
@@ -152,6 +153,8 @@ def against_transformerlens(model: Model, texts: Sequence[str], answers: Tokens)
         z = torch.stack([cache[f"blocks.{j}.attn.hook_z"][0, -1] for j in layers])
         last = cache[f"blocks.{layers[-1]}.hook_resid_post"][0, -1]
         written = torch.einsum("lnh,lnhd->lnd", z.reshape(W_O.shape[:3]), W_O)
+        after = zip((b.after_attn for b in weights.blocks), written, strict=True)
+        written = torch.stack([x * norm.gain / norm.scale(x.sum(0)) for norm, x in after])
         theirs = written @ logit_direction(model, last[None], answers[i : i + 1])[0]
         stream = torch.stack([*(cache[f"blocks.{j}.hook_resid_pre"][0, -1] for j in layers), last])
         their_lens = lens.unembed(lens.ln_final(stream[None]))[0][:, answers]

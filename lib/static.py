@@ -92,7 +92,7 @@ def load_token_types(model: Model, path: Path | None = None) -> Types:
 
 @torch.no_grad()
 def k_norms_by_head(weights: Weights, token_ids: Sequence[int]) -> Float[Tensor, "n_layers n_kv_heads token"]:
-    """Norm of `norm(e) W_K` of every key head, for each token's embedding e, after the keys' own norm if they have one."""
+    """Norm of `norm(e) W_K` of every key head, for each token's embedding e, after a norm of keys if there is one."""
     e, keys = weights.embeddings(list(token_ids)), []
     for block in weights.blocks:
         keys.append(block.attn.norm_K(einsum(block.norm_attn(e), block.attn.W_K, "t d, n d h -> n t h")))

@@ -32,8 +32,8 @@ Patterns = Float[Tensor, "b n_heads t t"]  # (query, key)
 
 @dataclass(frozen=True)
 class Norm:
-    """LayerNorm (`centred`, with bias) or RMSNorm. weight and bias: `[d_model]`. offset: what the weight is kept less of,
-    1 in Gemma."""
+    """LayerNorm (`centred`, with bias) or RMSNorm. weight and bias: `[d_model]`. offset: what the gain exceeds the
+    weight by, 1 in Gemma."""
 
     weight: Float[Tensor, " d_model"]
     bias: Float[Tensor, " d_model"] | None
@@ -81,11 +81,14 @@ class NoNorm:
         return change
 
 
+NO_NORM = NoNorm()
+
+
 @dataclass(frozen=True)
 class Attention:
-    """Heads of one block. `rotary(x, position_ids) -> cos, sin` is the model's own, None for GPT-2; it may turn only the
-    first dimensions of a head. score_scale: what scores are divided by. norm_Q, norm_K: of each query and key. window:
-    how many positions a token sees, itself among them; None: all."""
+    """Heads of one block. `rotary(x, position_ids) -> cos, sin` is the model's own, None for GPT-2; it may turn
+    only the first dimensions of a head. score_scale: what scores are divided by. norm_Q, norm_K: of each query and key.
+    window: how many positions a token sees, itself among them; None: all."""
 
     W_Q: Float[Tensor, "n_heads d_model d_head"]
     W_K: Float[Tensor, "n_kv_heads d_model d_head"]
@@ -97,8 +100,8 @@ class Attention:
     b_O: Float[Tensor, " d_model"] | None
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
     score_scale: float
-    norm_Q: Norm | NoNorm = NoNorm()
-    norm_K: Norm | NoNorm = NoNorm()
+    norm_Q: Norm | NoNorm = NO_NORM
+    norm_K: Norm | NoNorm = NO_NORM
     window: int | None = None
 
     def per_head(self, kv: Float[Tensor, "..."], *, batched: bool = False) -> Float[Tensor, "..."]:
@@ -199,8 +202,8 @@ class Block:
     heads_out: nn.Module
     mlp_out: nn.Module
     mlp_written: nn.Module
-    after_attn: Norm | NoNorm = NoNorm()
-    after_mlp: Norm | NoNorm = NoNorm()
+    after_attn: Norm | NoNorm = NO_NORM
+    after_mlp: Norm | NoNorm = NO_NORM
     parallel: bool = False
 
     @property
@@ -333,6 +336,12 @@ def check_family(family: str | None, where: str) -> None:
             f"{where} is of the family {family!r}; the book reads {' and '.join(sorted(_BUILDERS))}. "
             "Choose a model of one of them, or add a builder to lib/weights.py."
         )
+
+
+def gguf_family(gguf: Any) -> str:
+    """The family of an open GGUF file, as a configuration names it."""
+    name = str(gguf.fields["general.architecture"].contents())
+    return {"gemma3": "gemma3_text"}.get(name, name)
 
 
 @torch.no_grad()
@@ -502,8 +511,8 @@ def _attention(a: Any, config: Any, rotary: Any, window: int | None, offset: flo
     (W_Q, b_Q), (W_K, b_K), (W_V, b_V) = heads(a.q_proj, n), heads(a.k_proj, n_kv), heads(a.v_proj, n_kv)
     W_O = rearrange(a.o_proj.weight, "d (n h) -> n h d", n=n)
     scale = getattr(config, "query_pre_attn_scalar", W_Q.shape[-1]) ** 0.5
-    norms = (_norm(getattr(a, name), offset) if hasattr(a, name) else NoNorm() for name in ("q_norm", "k_norm"))
-    return Attention(W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, a.o_proj.bias, rotary, scale, *norms, window)
+    norm_Q, norm_K = (_norm(getattr(a, x), offset) if hasattr(a, x) else NO_NORM for x in ("q_norm", "k_norm"))
+    return Attention(W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, a.o_proj.bias, rotary, scale, norm_Q, norm_K, window)
 
 
 def _gated(m: Any) -> MLP:
@@ -535,8 +544,9 @@ def _gemma3(model: Any) -> Weights:
         a, last = m.self_attn, m.post_feedforward_layernorm
         attn, norms = _attention(a, c, rotary[a.layer_type], a.sliding_window, offset=1.0), [m.input_layernorm]
         norms += [m.pre_feedforward_layernorm, m.post_attention_layernorm, last]
-        norm_attn, norm_mlp, *after = (_norm(norm, offset=1.0) for norm in norms)
-        return Block(norm_attn, attn, norm_mlp, _gated(m.mlp), m, a.o_proj, m.mlp.down_proj, last, *after)
+        before, between, after_attn, after_mlp = (_norm(norm, offset=1.0) for norm in norms)
+        mlp, outputs = _gated(m.mlp), (a.o_proj, m.mlp.down_proj, last)
+        return Block(before, attn, between, mlp, m, *outputs, after_attn, after_mlp)
 
     blocks, E, W_U, norm = tuple(map(block, base.layers)), base.embed_tokens, model.lm_head.weight.T, base.norm
     scale = float(E.embed_scale.to(E.weight.dtype))  # as the model rounds it

@@ -1,0 +1,1 @@
+"""Every family that the view reads, on small random models of it."""
