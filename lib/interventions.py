@@ -74,7 +74,7 @@ class Part:
         if isinstance(block.after_mlp, NoNorm):
             return change @ (block.mlp.W_out[self._neurons] if head is None else block.attn.W_O[head])
         held, write = (end.neurons, block.write_neurons) if head is None else (end.z, block.write_heads)
-        more = held.new_zeros(len(change), *held.shape)  # exactly nothing, where all is taken away: a norm sees rounding
+        more = held.new_zeros(len(change), *held.shape)  # a norm would see the rounding of `whole - whole`
         more[(..., self._neurons) if head is None else (..., head, slice(None))] = change
         return write(held + more) - write(held)
 
