@@ -326,6 +326,12 @@ class Weights:
 def view(model: PreTrainedModel) -> Weights:
     """The view of a loaded model. Raises ModelError as `check_family` does."""
     check_family(model.config.model_type, model.config.name_or_path or "this model")
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if "longrope" in (rope.get("rope_type"), *(r.get("rope_type") for r in rope.values() if isinstance(r, dict))):
+        raise ModelError(
+            "this model turns positions by the length of a text (longrope), and texts of all lengths are run together "
+            "here; choose one with fixed rotations."
+        )
     return _BUILDERS[model.config.model_type](model)
 
 
@@ -367,29 +373,43 @@ def check_view(model: PreTrainedModel, weights: Weights, tokens: Int[Tensor, "b 
 
 @dataclass(frozen=True)
 class Slice:
-    """A named parameter, or columns `start:stop` of its last axis."""
+    """A named parameter, or columns `start:stop` of its last axis, or rows `start:stop` of `every` so many of its first
+    axis (of a tensor that is fused head by head): then its values are `[group, row, ...]`."""
 
     name: str
     start: int | None = None
     stop: int | None = None
+    every: int | None = None
 
     def __str__(self) -> str:
-        return self.name if self.start is None else f"{self.name}[..., {self.start}:{self.stop}]"
+        rows = "..., " if self.every is None else f"every {self.every} rows: "
+        return self.name if self.start is None else f"{self.name}[{rows}{self.start}:{self.stop}]"
+
+    def fits(self, parameter: Tensor) -> bool:
+        """Whether a parameter has this place."""
+        groups = self.every is None or (self.every > 0 and len(parameter) % self.every == 0)
+        width = parameter.shape[-1] if self.every is None else self.every
+        return groups and (self.start is None or 0 <= self.start < (self.stop or 0) <= width)
 
     def of(self, parameter: Tensor) -> Tensor:
+        if self.every is not None:
+            return parameter.unflatten(0, (-1, self.every))[:, self.start : self.stop]
         return parameter if self.start is None else parameter[..., self.start : self.stop]
 
     def put(self, parameter: Tensor, value: Tensor) -> Tensor:
         """The parameter with the value in this place, as a new tensor, differentiable in the value."""
         if self.start is None:
             return value
+        if self.every is not None:
+            groups = parameter.unflatten(0, (-1, self.every))
+            return torch.cat((groups[:, : self.start], value, groups[:, self.stop :]), 1).flatten(0, 1)
         return torch.cat((parameter[..., : self.start], value, parameter[..., self.stop :]), -1)
 
 
 def pathway_slices(model: PreTrainedModel, layer: int, pathway: str) -> tuple[Slice, ...]:
     """What a pathway may change in one layer (0-based). full: the block with its norms; attention: Q, K, V, O
     and their biases; ffn: the MLP; v_only, q_only, k_only: one weight matrix, without bias.
-    For GPT-2 the matrix is a third of the fused `c_attn.weight`. Raises ValueError for other names or layers."""
+    For GPT-2 the matrix is a third of the fused `c_attn.weight`, for GPT-NeoX a third of each head's rows. Raises ValueError for other names or layers."""
     if pathway not in PATHWAYS:
         raise ValueError(f"unknown pathway {pathway!r}; choose from {', '.join(PATHWAYS)}")
     weights, parameters = view(model), dict(model.named_parameters())
@@ -403,8 +423,11 @@ def pathway_slices(model: PreTrainedModel, layer: int, pathway: str) -> tuple[Sl
     name, seen = layout.name(layer, matrix), getattr(weights.blocks[layer].attn, matrix)
     if seen.numel() == parameters[name].numel():
         return (Slice(name),)
-    start = seen.storage_offset() - parameters[name].storage_offset()  # of a fused matrix: in its first row
-    return (Slice(name, start, start + seen.numel() // len(parameters[name])),)
+    start, rows = seen.storage_offset() - parameters[name].storage_offset(), len(parameters[name])
+    if layout.input_first:  # of a fused matrix: in its first row
+        return (Slice(name, start, start + seen.numel() // rows),)
+    first, every = start // weights.d_model, seen.stride(0) // weights.d_model
+    return (Slice(name, first, first + weights.d_head, every),)
 
 
 def part_masks(
@@ -554,4 +577,34 @@ def _gemma3(model: Any) -> Weights:
     return Weights(_GEMMA3, E.weight, None, blocks, final, norm, W_U, context, scale)
 
 
-_BUILDERS = {"gpt2": _gpt2, "gemma3_text": _gemma3} | dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _llama)
+_GPT_NEOX = Layout(
+    blocks="gpt_neox.layers",
+    attention="attention.",
+    matrices={f"W_{x}": "attention.query_key_value.weight" for x in "QKV"}
+    | {"W_O": "attention.dense.weight", "W_out": "mlp.dense_4h_to_h.weight"},
+    gains=("input_layernorm.weight", "post_attention_layernorm.weight"),
+    input_first=False,
+)
+
+
+def _gpt_neox(model: Any) -> Weights:
+    """Queries, keys and values of a head lie together, and the MLP may read what attention reads."""
+    c, base, n = model.config, model.gpt_neox, model.config.num_attention_heads
+
+    def block(m: Any) -> Block:
+        fused, out, mlp = m.attention.query_key_value, m.attention.dense, m.mlp
+        W_Q, W_K, W_V = rearrange(fused.weight, "(n qkv h) d -> qkv n d h", n=n, qkv=3)
+        b = [None] * 3 if fused.bias is None else rearrange(fused.bias, "(n qkv h) -> qkv n h", n=n, qkv=3)
+        W_O, scale = rearrange(out.weight, "d (n h) -> n h d", n=n), W_Q.shape[-1] ** 0.5
+        attn = Attention(W_Q, W_K, W_V, W_O, *b, out.bias, base.rotary_emb, scale)
+        up, down = mlp.dense_h_to_4h, mlp.dense_4h_to_h
+        mlp = MLP(up.weight.T, down.weight.T, up.bias, down.bias, W_gate=None, b_gate=None, act=mlp.act)
+        norms, modules = (_norm(m.input_layernorm), _norm(m.post_attention_layernorm)), (m, out, down, down)
+        return Block(norms[0], attn, norms[1], mlp, *modules, parallel=c.use_parallel_residual)
+
+    blocks, norm, W_U = tuple(map(block, base.layers)), base.final_layer_norm, model.get_output_embeddings().weight.T
+    return Weights(_GPT_NEOX, base.embed_in.weight, None, blocks, _norm(norm), norm, W_U, c.max_position_embeddings)
+
+
+_BUILDERS = {"gpt2": _gpt2, "gemma3_text": _gemma3, "gpt_neox": _gpt_neox}
+_BUILDERS |= dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _llama)
