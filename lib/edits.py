@@ -24,10 +24,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lib.errors import EditError
+from lib.errors import EditError, ModelError
 from lib.facts import Fact, validated
 from lib.files import file_sha256, write_atomically
-from lib.models import Model
+from lib.models import Model, public_name
+from lib.models import load as load_model
 from lib.recall import tell
 from lib.sites import Site
 from lib.weights import PATHWAYS, Slice, pathway_slices, places
@@ -72,7 +73,7 @@ def make(model: Model, values: dict[Slice, Tensor], **about: Any) -> Edit:
     """The values as an edit, with what the whole model tells afterwards, measured on the model itself. about: the
     fields of `Edit` from pathway to recipe, but told_after. Raises EditError as `check` does."""
     told = {"told_before": about["told_before"], "told_after": about["told_before"]}
-    draft = Edit(model.name, model.weights_sha256, bos=model.bos, values=values, **{**about, **told})
+    draft = Edit(public_name(model.name), model.weights_sha256, bos=model.bos, values=values, **{**about, **told})
     with applied(model, draft):
         after = tell(model, draft.facts, {"failing": draft.template})
     return replace(draft, told_after=tuple(after.told.tolist()))
@@ -146,6 +147,19 @@ def rerun(model: Model, folder: Path) -> dict[str, bool]:
     return {name: bool(verify(model, edit)["as recorded"].all()) for name, edit in load_all(folder).items()}
 
 
+def base_model(edit: Edit, name: str | None = None) -> Model:
+    """The model that an edit was made for, by the name that is given, or else the one in its header. Which it is the
+    checksum decides (`check`). Raises ModelError, with what to give, where the header's name leads to none here."""
+    try:
+        return load_model(name or edit.model_name)
+    except ModelError as error:
+        if name:
+            raise
+        raise ModelError(
+            f"the edit was made for {edit.model_name!r}, and {error} If you have it elsewhere, give it with --model."
+        ) from error
+
+
 @contextmanager
 def applied(model: Model, edit: Edit) -> Iterator[Model]:
     """The model with the edit in place; `restored` afterwards. Raises EditError as `check` does, before any change."""
@@ -183,8 +197,8 @@ def check(model: Model, edit: Edit) -> None:
     _check_content(edit, "the edit cannot be applied")
     if edit.base_sha256 != model.weights_sha256:
         sums = f"{edit.base_sha256[:12]}..., not {model.weights_sha256[:12]}..."
-        kind, remedy = "model than", f"load {edit.model_name}"
-        if edit.model_name == model.name:
+        kind, remedy = "model than", f"give the one it was made for, {edit.model_name}, with --model"
+        if edit.model_name in (model.name, public_name(model.name)):
             kind, remedy = "revision of", "get the revision that it was made for, or train it anew on this one"
         raise EditError(f"the edit {edit.title!r} is for another {kind} {model.name} (weights {sums}); {remedy}.")
     if edit.bos != model.bos:
