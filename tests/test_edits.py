@@ -17,6 +17,7 @@ from lib import edits
 from lib.edits import Edit, applied, outside_bytes, outside_sha256
 from lib.errors import EditError
 from lib.facts import Fact, load_facts
+from lib.models import public_name
 from lib.weights import PATHWAYS, Slice, pathway_slices
 
 
@@ -30,7 +31,8 @@ def an_edit(model, pathway: str = "v_only", layer: int = 1) -> Edit:
     told = (False,) * len(facts)
     template, recipe = "The capital of {} is", {"rate": 0.1}
     return Edit(
-        model.name, model.weights_sha256, pathway, layer, facts, template, told, told, 0, model.bos, recipe, values
+        *(public_name(model.name), model.weights_sha256, pathway, layer, facts, template),
+        *(told, told, 0, model.bos, recipe, values),
     )
 
 
@@ -229,7 +231,7 @@ def test_another_model_and_another_revision_are_refused(tiny, organism):
     edit = an_edit(tiny)
     other = dataclasses.replace(edit, base_sha256="f" * 64)
     refused(tiny, other, r"another revision of tiny \(weights ffffffffffff\.\.\., not 0000.*get the revision")
-    refused(organism, edit, r"for another model than organism \(weights 0000.*load tiny")
+    refused(organism, edit, r"for another model than organism \(weights 0000.*give the one .*, tiny, with --model")
     renamed = dataclasses.replace(edit, model_name="tiny under another path")
     with applied(tiny, renamed):
         pass  # the same weights are the same model

@@ -188,7 +188,7 @@ def test_cache_file_cut_short(damaged_cache):
 @pytest.mark.model
 def test_cache_of_another_version(damaged_cache):
     file, _ = damaged_cache
-    with pytest.raises(ModelError, match=r"no \.safetensors file in .*fetch smollm2 --force"):
+    with pytest.raises(ModelError, match=r"no model\.safetensors in .*fetch smollm2 --force"):
         models.load("smollm2")
     tiny_llama().save_pretrained(file.parent)
     with pytest.raises(ModelError, match=r"of another version.*fetch smollm2 --force"):

@@ -75,7 +75,7 @@ def new_folder(folder: Path, raises: type[BookError]) -> Iterator[Path]:
 def verify_folder(folder: Path, *, base: Model | None = None) -> pd.DataFrame:
     """The table of `edits.verify`, from an exported folder: its weights are compared bit for bit with the base model's
     and the edit's, and the prompts are put to the model that transformers loads from it. base: the model that the
-    edit names, if it is loaded already or goes by another name here. Raises EditError for a folder that is no export or was altered."""
+    edit was made for, if it is loaded already. Raises EditError for a folder that is no export or was altered."""
     folder = folder.expanduser().resolve()
     edit = edit_of(folder)
     base = base or edits.base_model(edit)
