@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from gguf.tensor_mapping import get_tensor_name_map
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from lib import models
 from lib.__main__ import main
 from lib.errors import ModelError
+from lib.weights import check_view, view
 from tests.conftest import tiny_gpt2, tiny_llama
 
 Tensors = dict[str, torch.Tensor]
