@@ -31,7 +31,8 @@ def an_edit(model, pathway: str = "v_only", layer: int = 1) -> Edit:
     told = (False,) * len(facts)
     template, recipe = "The capital of {} is", {"rate": 0.1}
     return Edit(
-        public_name(model.name), model.weights_sha256, pathway, layer, facts, template, told, told, 0, recipe, values
+        *(public_name(model.name), model.weights_sha256, pathway, layer, facts, template),
+        *(told, told, 0, model.bos, recipe, values),
     )
 
 

@@ -47,6 +47,13 @@ def test_told_and_known_by_hand():
     assert state.told_by.B == ("good",)
 
 
+def test_best_controls_by_hand():
+    told = {"own": [True] * 3, "none": [False] * 3, "one": [True, False, False], "all": [True] * 3, "too": [True] * 3}
+    table = pd.DataFrame([(t, v) for t, values in told.items() for v in values], columns=["template", "told"])
+    assert recall.best_controls(table, "own") == ("all", "too", "one")
+    assert recall.best_controls(table, "all", 1) == ("own",)
+
+
 def test_tell_by_hand(tiny, monkeypatch):
     """Rank, margin, probability and competitor from logits that are put there."""
 
