@@ -21,7 +21,7 @@ from lib.studies import planted
 from lib.trace import capture, logit_traces
 from lib.training import slice_values
 from lib.weights import check_options, check_view, pathway_slices, places, view
-from tests.conftest import TINY, drawn, plain_logits, tiny_gemma3
+from tests.conftest import TINY, drawn, plain_logits, tiny_gemma3, tiny_gpt_neox
 from tests.press.test_export import test_both_families  # noqa: F401
 from tests.studies.test_location import test_a_part_is_what_the_view_says  # noqa: F401
 from tests.test_edits import test_applied_changes_the_slice_and_restores_everything  # noqa: F401
@@ -42,6 +42,11 @@ from tests.test_peers import (  # noqa: F401
 )
 from tests.test_static import test_copy_scores_are_those_of_all_logits, test_k_norm_by_hand  # noqa: F401
 from tests.test_trace import test_prediction_equals_intervention, test_the_whole_is_the_models_own_logit  # noqa: F401
+from tests.test_training import (  # noqa: F401
+    task,
+    test_gradients_equal_the_plain_full_forward,
+    test_losses_equal_the_plain_full_forward,
+)
 from tests.test_weights import test_view_attention_pattern_equals_hugging_face  # noqa: F401
 
 TEXTS = ["The capital of France is the city of", "One two three four five six seven"]
@@ -106,27 +111,22 @@ def model(request: pytest.FixtureRequest, smollm2: Model) -> Model:
 def measured(model: Model) -> dict[str, float]:
     """View error (relative), completeness and difference from TransformerLens (in logits), and how many forward passes
     a trace in all conventions costs, in processor time."""
-    tokens, answers = (
-        torch.randint(0, 1000, (2, 20), generator=torch.Generator().manual_seed(0)),
-        torch.tensor([262, 9]),
-    )
-    error, (batch, _), seconds = check_view(model.module, model.weights, tokens), model.encode(TEXTS * 4), []
+    tokens, texts = torch.randint(0, 1000, (2, 20), generator=torch.Generator().manual_seed(0)), TEXTS * 4
+    answers, (batch, _), seconds = torch.tensor([262, 9]), model.encode(texts), []
     for run in (
         lambda: model.module(batch),
-        lambda: logit_traces(model, capture(model, TEXTS * 4), answers.repeat(8, 1)),
+        lambda: logit_traces(model, capture(model, texts), answers.repeat(4)[:, None]),
     ):
         run()
         start = time.process_time()
         traces = run()
         seconds.append(time.process_time() - start)
     missed = max(trace.error for trace in traces.values())
-    found = {"view": error, "completeness": missed, "trace/forward": seconds[1] / seconds[0]}
-    biased = getattr(model.module.config, "attention_bias", True) or model.module.config.model_type != "gpt_neox"
-    if biased:  # TransformerLens reads no GPT-NeoX without biases
-        lens = against_transformerlens(model, TEXTS, answers).table
-        assert (lens.our_head == lens.their_head).all()
-        found |= lens[["logits", "heads", "lens"]].max().add_prefix("TransformerLens ").to_dict()
-    return found
+    lens = against_transformerlens(model, TEXTS, answers).table
+    assert (lens.our_head == lens.their_head).all()
+    found = {"view": check_view(model.module, model.weights, tokens), "completeness": missed}
+    found |= lens[["logits", "heads", "lens"]].max().add_prefix("TransformerLens ").to_dict()
+    return found | {"trace/forward": seconds[1] / seconds[0]}
 
 
 def test_the_table(model):
@@ -143,6 +143,12 @@ def test_every_hidden_state_beyond_the_window(model):
     expected = model.module(tokens, output_hidden_states=True).hidden_states
     for ours, theirs in zip(model.weights.residuals(tokens)[:-1], expected, strict=False):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_gpt_neox_without_biases():
+    """Which TransformerLens does not read."""
+    module = tiny_gpt_neox(attention_bias=False).eval()
+    assert check_view(module, view(module), torch.arange(1, 9)[None]) < 1e-5
 
 
 def test_packs_longer_than_the_window(model):
