@@ -120,6 +120,22 @@ def test_the_folder_holds_what_a_reader_needs(organism, edit, exported):
     assert models.load(str(exported)).weights_sha256 == own
 
 
+def test_terms_go_with_a_model_that_has_some(organism, edit, exported, tmp_path, monkeypatch):
+    """Gemma's terms, section 3.1, of any model of the family; the planted model has none."""
+    assert not (exported / "NOTICE").exists()
+    terms = models.SPECS["gemma3"].terms
+    family = organism.module.config.model_type
+    spec = dataclasses.replace(models.SPECS["gemma3"], terms=dataclasses.replace(terms, family=family))
+    monkeypatch.setitem(models.SPECS, "gemma3", spec)
+    folder = export.export(organism, edit, tmp_path / "mine")
+    notice = (folder / "NOTICE").read_text()
+    assert notice.startswith(
+        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/"
+    )
+    assert "restricted by section 3.2" in notice and f"Modified: model.safetensors, {edit.title}" in notice
+    assert (folder / "Gemma-Terms-of-Use.txt").read_bytes() == (files.ROOT / terms.text).read_bytes()
+
+
 def test_the_model_card(organism, edit, exported):
     text = (exported / export.CARD).read_text()
     assert front(text) == {
