@@ -21,6 +21,7 @@ The rule has one constant, the half of step 4, and step 7's two thresholds. Plan
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -247,20 +248,13 @@ def prescribe(model: Model, case: Case) -> Verdict:
 
 
 def diagnose_cases(
-    model: Model,
-    cases: Sequence[Case],
-    maps: JointMap,
-    *,
-    large: bool = False,
-    known: pd.DataFrame | None = None,
-    seed: int = 0,
-    progress: Label = None,
+    model: Model, cases: Sequence[Case], maps: JointMap, *, seed: int = 0, progress: Label = None, **asked: Any
 ) -> list[Diagnosis]:
-    """Diagnose each case that has a fact known and not told. known: as in `tell`. Raises DataError, with each case's
-    reason, if none has."""
+    """Diagnose each case that has a fact known and not told. asked: large and known, as in `case_table`. Raises
+    DataError, with each case's reason, if none has."""
     diagnoses, reasons = [], []
     for case in cases:
-        table = case_table(model, case, large=large, known=known, progress=progress)
+        table = case_table(model, case, progress=progress, **asked)
         try:
             diagnoses.append(diagnose(gather(model, case, table, progress=progress), case, maps, seed=seed))
         except NoFailure as reason:
