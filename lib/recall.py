@@ -109,7 +109,7 @@ def tell(
     asked = [(name, fact, prompts([fact], text, prefix)[0]) for name, text in templates.items() for fact in facts]
     rows = {} if known is None else {(row["prompt"], row["answer"]): row for row in known.to_dict("records")}
     new = [(prompt, fact.answer) for _, fact, prompt in asked if (prompt, fact.answer) not in rows]
-    logits = next_token_logits(model, [prompt for prompt, _ in new], progress=progress) if new else []
+    logits = next_token_logits(model, [prompt for prompt, _ in new], progress=progress) if new else torch.empty(0)
     rows |= {
         (prompt, answer): _said(model, prompt, answer, row) for (prompt, answer), row in zip(new, logits, strict=True)
     }

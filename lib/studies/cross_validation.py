@@ -11,23 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib import peers
+from lib import interventions, peers
 from lib.diagnosis import Verdict, prescribe
 from lib.errors import DataError
 from lib.facts import Case, Fact, load_cases, load_templates, prompts
 from lib.forward import above, pack, resid_pre, streams
-from lib.interventions import (
-    Part,
-    Prefilled,
-    ablate,
-    logit_differences,
-    patched_logit_differences,
-    patched_streams,
-    prefill,
-    read_logit_differences,
-    run_with_cache,
-    summarise_ablations,
-)
+from lib.interventions import Part, Prefilled, ablate, prefill, read_logit_differences, summarise_ablations
 from lib.models import Model, load
 from lib.peers import Curves, Lenses, NeuronAttributions, Tokens, agreement, attribute_neurons, ranked
 from lib.recall import first_tokens, tell, trainable
@@ -224,10 +213,10 @@ def patch_heads(model: Model, facts: Sequence[Fact], failing: str, control: str,
     position, and at the last token of the subject. The share of the lost logit difference (answer minus competitor)
     that comes back; 1 is all of it."""
     pairs, shape = torch.stack((first_tokens(model, facts), competitors), 1), (model.weights.n_layers, -1, len(facts))
-    bad, good = (run_with_cache(model, prompts(facts, template)) for template in (failing, control))
-    base, told = (logit_differences(run, pairs) for run in (bad, good))
-    (rows,) = deque(patched_streams(model, bad, good.z), maxlen=1)  # what leaves the last layer
-    last = patched_logit_differences(model, rows, pairs).view(shape)
+    bad, good = (interventions.run_with_cache(model, prompts(facts, template)) for template in (failing, control))
+    base, told = (interventions.logit_differences(run, pairs) for run in (bad, good))
+    (rows,) = deque(interventions.patched_streams(model, bad, good.z), maxlen=1)  # what leaves the last layer
+    last = interventions.patched_logit_differences(model, rows, pairs).view(shape)
     texts = bad.prompts, good.prompts
     at = [[subject_positions(model, t, f.subject)[-1] for t, f in zip(batch, facts, strict=True)] for batch in texts]
     subject = patch_by_blocks(model, texts, torch.tensor(at), pairs)
