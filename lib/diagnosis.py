@@ -21,6 +21,7 @@ The rule has one constant, the half of step 4, and step 7's two thresholds. Plan
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -138,12 +139,15 @@ class Diagnosis:
         return where | vars(self.verdict) | {name: getattr(self, name) for name in rated}
 
 
-def case_table(model: Model, case: Case, *, large: bool = False, progress: Label = None) -> pd.DataFrame:
-    """A `tell` table of the case's template and controls, over the eight or (large) the study part of the large set."""
+def case_table(
+    model: Model, case: Case, *, large: bool = False, known: pd.DataFrame | None = None, progress: Label = None
+) -> pd.DataFrame:
+    """A `tell` table of the case's template and controls, over the eight or (large) the study part of the large set.
+    known: as in `tell`."""
     templates = load_templates()
     facts = study_facts(model, case) if large else scorable(model, case.facts)
     chosen = {t: templates[t] for t in dict.fromkeys((case.template, *case.controls))}
-    return tell(model, facts, chosen, progress=progress)
+    return tell(model, facts, chosen, known=known, progress=progress)
 
 
 def gather(model: Model, case: Case, table: pd.DataFrame, *, progress: Label = None) -> Evidence:
@@ -244,12 +248,13 @@ def prescribe(model: Model, case: Case) -> Verdict:
 
 
 def diagnose_cases(
-    model: Model, cases: Sequence[Case], maps: JointMap, *, large: bool = False, seed: int = 0, progress: Label = None
+    model: Model, cases: Sequence[Case], maps: JointMap, *, seed: int = 0, progress: Label = None, **asked: Any
 ) -> list[Diagnosis]:
-    """Diagnose each case that has a fact known and not told. Raises DataError, with each case's reason, if none has."""
+    """Diagnose each case that has a fact known and not told. asked: large and known, as in `case_table`. Raises
+    DataError, with each case's reason, if none has."""
     diagnoses, reasons = [], []
     for case in cases:
-        table = case_table(model, case, large=large, progress=progress)
+        table = case_table(model, case, progress=progress, **asked)
         try:
             diagnoses.append(diagnose(gather(model, case, table, progress=progress), case, maps, seed=seed))
         except NoFailure as reason:

@@ -12,8 +12,8 @@ No token stands after a last one, so no other token notices a change there. Ther
     4. Compare    the answer's logit, or the logit difference of answer and competitor, with that of the run as it was.
 
 Activation patching as in Meng et al. (2022); later layers may repair what an ablation takes away (Rushing and Nanda
-2024), so `ablate` gives the direct and the total effect. `studies.cross_validation` patches heads by whole forward
-passes of the model's own blocks; a test holds the two against each other.
+2024), so `ablate` gives the direct and the total effect. Tests hold these answers against whole forward passes of the
+model's own blocks.
 """
 
 from collections import deque
@@ -125,11 +125,13 @@ def _final_streams(model: Model, batch: Pack, before: Streams, site: Site, end: 
 
 
 @torch.no_grad()
-def ablate_top_neurons(model: Model, texts: Sequence[str], answers: Ids, layer: int) -> pd.DataFrame:
+def ablate_top_neurons(
+    model: Model, texts: Sequence[str], answers: Ids, layer: int, kept: Prefilled = ()
+) -> pd.DataFrame:
     """Zero, in each prompt, the neuron of the layer that the trace ranks first for that very prompt: its number, and
-    the change of the answer's logit, direct and total."""
-    block, tables, prefilled = model.weights.blocks[layer], [], prefill(model, texts, layer)
-    for (batch, before), tokens in zip(prefilled, answers.split([len(b.last) for b, _ in prefilled]), strict=True):
+    the change of the answer's logit, direct and total. kept: as in `ablate`."""
+    block, tables, kept = model.weights.blocks[layer], [], kept or prefill(model, texts, layer)
+    for (batch, before), tokens in zip(kept, answers.split([len(b.last) for b, _ in kept]), strict=True):
         layers = list(ends(model, batch, before, before[layer][batch.last], layer))
         first, last = layers[0], layers[-1]
         trace = first.neurons * Part(Site(layer)).read(block, first, logit_direction(model, last.stream, tokens))

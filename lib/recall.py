@@ -11,11 +11,12 @@ every top-1 score, and counted where they are left out.
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lib.errors import DataError
@@ -94,24 +95,38 @@ def study_facts(model: Model, case: Case) -> tuple[Fact, ...]:
 
 
 def tell(
-    model: Model, facts: Sequence[Fact], templates: dict[str, str], *, prefix: str = "", progress: str | None = None
+    model: Model,
+    facts: Sequence[Fact],
+    templates: dict[str, str],
+    *,
+    prefix: str = "",
+    known: pd.DataFrame | None = None,
+    progress: str | None = None,
 ) -> pd.DataFrame:
     """What the model says: one row a template and fact. told; rank of the answer (1 is the top); prob of the
-    answer; top token; competitor (the strongest wrong token) and margin (answer minus competitor, in logits)."""
+    answer; top token; competitor (the strongest wrong token) and margin (answer minus competitor, in logits). known:
+    a table of the same model; no prompt of it is asked again."""
     asked = [(name, fact, prompts([fact], text, prefix)[0]) for name, text in templates.items() for fact in facts]
-    logits, rows = next_token_logits(model, [prompt for *_, prompt in asked], progress=progress), []
-    for (name, fact, prompt), row in zip(asked, logits, strict=True):
-        answer = model.first_token(fact.answer, prompt)
-        logit, wrong = row[answer].item(), row.clone()
-        wrong[answer] = float("-inf")
-        strongest = int(wrong.argmax())
-        other = wrong[strongest].item()
-        question = {"template": name, **asdict(fact), "prompt": prompt, "told": logit > other}
-        prob = (row[answer] - row.logsumexp(-1)).exp().item()
-        top = {"rank": int((row > logit).sum()) + 1, "prob": prob, "top": model.token_text(int(row.argmax()))}
-        rival = {"competitor_token": strongest, "competitor": model.token_text(strongest)}
-        rows.append({**question, **top, "answer_token": answer, **rival, "margin": logit - other})
-    return pd.DataFrame(rows)
+    rows = {} if known is None else {(row["prompt"], row["answer"]): row for row in known.to_dict("records")}
+    new = [(prompt, fact.answer) for _, fact, prompt in asked if (prompt, fact.answer) not in rows]
+    logits = next_token_logits(model, [prompt for prompt, _ in new], progress=progress) if new else torch.empty(0)
+    rows |= {
+        (prompt, answer): _said(model, prompt, answer, row) for (prompt, answer), row in zip(new, logits, strict=True)
+    }
+    questions = [({"template": name, **asdict(fact)}, rows[prompt, fact.answer]) for name, fact, prompt in asked]
+    return pd.DataFrame([question | row | question for question, row in questions])  # first, and as asked here
+
+
+def _said(model: Model, prompt: str, answer: str, logits: Float[Tensor, " vocab"]) -> dict[str, Any]:
+    """The columns of a `tell` table that the model's answer to one prompt fills."""
+    token, wrong = model.first_token(answer, prompt), logits.clone()
+    logit, wrong[token] = logits[token].item(), float("-inf")
+    strongest = int(wrong.argmax())
+    other = wrong[strongest].item()
+    prob = (logits[token] - logits.logsumexp(-1)).exp().item()
+    top = {"rank": int((logits > logit).sum()) + 1, "prob": prob, "top": model.token_text(int(logits.argmax()))}
+    rival = {"competitor_token": strongest, "competitor": model.token_text(strongest), "margin": logit - other}
+    return {"prompt": prompt, "told": logit > other, **top, "answer_token": token, **rival}
 
 
 def known_and_told(table: pd.DataFrame, case: Case) -> pd.DataFrame:

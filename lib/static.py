@@ -40,8 +40,7 @@ from lib.weights import Unembedding, Vectors, Weights
 
 Answers = Int[Tensor, " answer"]  # their first tokens
 Types = dict[str, list[int]]  # token type -> ids of its words
-PART = 4096  # tokens of the vocabulary that most answers are judged by; exact all the same (`_in_top_of`)
-SLACK = 0.01  # by how much of the part's threshold an answer may fall short of it and still be judged by the whole
+PART = 1024  # tokens of the vocabulary by which answers are judged at a time (`_in_top`)
 TINY = 1e-30  # a variance that no living head has: a dead one's logits are 0, not 0 / 0
 LEAST_WORDS = 5  # of a token type: a mean of fewer says nothing
 TOP = 10  # of the tokens that a head promotes: the relation map asks whether the answer is one of them
@@ -211,8 +210,8 @@ def subject_embeddings(model: Model, facts: Sequence[Fact]) -> dict[str, Float[T
 def unembedding_hits(model: Model, facts: Sequence[Fact]) -> int:
     """How many answers the unembedding alone puts among the TOP of a subject's raw or enriched embedding, with no head
     in between: what the relation map would find if embeddings already held the relation."""
-    W_U = model.weights.norm_final.fold(model.weights.W_U)
-    hits = [_in_top(e @ W_U, first_tokens(model, facts)).diagonal() for e in subject_embeddings(model, facts).values()]
+    vocabulary, answers = _outliers_first(model.weights, first_tokens(model, facts))
+    hits = [_in_top(e, vocabulary, answers).diagonal() for e in subject_embeddings(model, facts).values()]
     return int(torch.stack(hits).any(0).sum())
 
 
@@ -224,20 +223,14 @@ def relation_maps(
     unembedding (final gain folded in), and ask whether the answer is among the TOP promoted tokens of the whole
     vocabulary. A subject of several tokens is read at its last one. Compare MAPS (Elhelo and Geva 2025). layers:
     0-based; all, if not given."""
-    weights = model.weights
-    W_U, answers = weights.norm_final.fold(weights.W_U), first_tokens(model, facts)
+    weights, hits = model.weights, []
+    vocabulary, answers = _outliers_first(weights, first_tokens(model, facts))
     e = torch.cat([*subject_embeddings(model, facts).values()])
-    part = W_U[:, :: max(1, W_U.shape[1] // PART)].contiguous()
-    hits = []
     chosen = range(weights.n_layers) if layers is None else layers
     for block in tqdm([weights.blocks[i] for i in chosen], desc=progress, disable=progress is None, leave=False):
         v = einsum(block.norm_attn(e), block.attn.per_head(block.attn.W_V), "s d, n d h -> n s h")
-        if len(e) <= weights.d_head:  # few subjects: few of them reach an answer, and only they are unembedded
-            out = v @ block.W_O
-            hits.append(_in_top_of(out.flatten(0, 1), W_U, part, answers).unflatten(0, out.shape[:2]))
-        else:  # many: W_O W_U first, which they share, and which has only d_head rows
-            heads = zip(v, block.W_O, strict=True)
-            hits.append(torch.stack([_in_top(x @ (W_O @ W_U), answers) for x, W_O in heads]))
+        out = v @ block.W_O
+        hits.append(_in_top(out.flatten(0, 1), vocabulary, answers).unflatten(0, out.shape[:2]))
     by_raw, by_enriched = torch.stack(hits).split(len(facts), dim=2)  # (layer, head, subject, answer)
     return {"raw": RelationMap(by_raw), "enriched": RelationMap(by_enriched)}
 
@@ -356,17 +349,23 @@ def _product(a: NDArray, b: NDArray) -> NDArray:
     return (torch.from_numpy(a) @ torch.from_numpy(np.ascontiguousarray(b))).numpy()
 
 
-def _in_top_of(x: Vectors, W_U: Unembedding, part: Unembedding, answers: Answers) -> Bool[Tensor, "row answer"]:
-    """`_in_top` of x @ W_U. The k-th best of a part of the vocabulary is never above the k-th best of all of it, so an
-    answer that falls short of it there is out, and a row without any other needs no more; the slack is for rounding."""
-    reach = (x @ part).topk(TOP, dim=-1).values[:, -1:]
-    left = (x @ W_U[:, answers] >= reach - SLACK * reach.abs()).any(-1)
-    hits = torch.zeros(len(x), len(answers), dtype=torch.bool)
-    hits[left] = _in_top(x[left] @ W_U, answers)
-    return hits
+def _outliers_first(weights: Weights, answers: Answers) -> tuple[Unembedding, Answers]:
+    """The folded unembedding, the answers' tokens first and then the others, those farthest from the mean token first,
+    because a direction's top tokens are mostly among these; and where the answers now stand in it."""
+    W_U = weights.norm_final.fold(weights.W_U).T
+    distance = (W_U - W_U.mean(0)).norm(dim=-1)
+    order = distance.index_fill(0, answers, float("inf")).argsort(descending=True)
+    return W_U[order].T, order.argsort()[answers]
 
 
-def _in_top(logits: Float[Tensor, "*row vocab"], answers: Answers) -> Bool[Tensor, "*row answer"]:
-    threshold = logits.topk(TOP, dim=-1).values[..., -1:]
-    says_something = logits.amax(-1, keepdim=True) > logits.amin(-1, keepdim=True)  # a dead head ties everywhere
-    return (logits[..., answers] >= threshold) & says_something
+def _in_top(x: Vectors, vocabulary: Unembedding, answers: Answers) -> Bool[Tensor, "row answer"]:
+    """Whether each answer is among the TOP tokens that each row promotes. The TOP-th best of a part of the vocabulary
+    is never above that of all of it, so a row is out, and asked no further, once a part has put all its answers out.
+    answers: where they stand, in the first part."""
+    first, *others = vocabulary.split(max(PART, len(answers)), dim=1)
+    logits = x @ first
+    own, best = logits[:, answers], logits.topk(TOP).values
+    for part in others:
+        left = (own >= best[:, -1:]).any(-1)
+        best[left] = torch.cat((best[left], x[left] @ part), 1).topk(TOP).values
+    return (own >= best[:, -1:]) & x.any(-1, keepdim=True)  # a dead head ties everywhere

@@ -36,7 +36,7 @@ Convention = Literal["raw", "scaled", "centred"]
 CONVENTIONS: tuple[Convention, ...] = ("raw", "scaled", "centred")
 TOLERANCE = 1e-3  # logits: fp32 rounding over a few hundred terms of size 10 stays below it, a term left out does not
 ROUNDINGS = 8  # of the largest partial sum, allowed to a precision below fp32
-BATCH = 8  # prompts traced at a time
+BATCH = 16  # prompts traced at a time
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def capture(model: Model, prompts: Sequence[str], *, at: Int[Tensor, " b"] | Non
     Raises DataError for an empty or too long prompt."""
     tokens, last = model.encode(prompts)
     last = last if at is None else at
+    read, place = last.unique(return_inverse=True)  # the only positions that are unembedded
     rows, blocks = torch.arange(len(prompts)), model.weights.blocks
     seen: dict[str, list[Tensor]] = {"stream": [], "z": [], "mlps": []}
 
@@ -97,7 +98,7 @@ def capture(model: Model, prompts: Sequence[str], *, at: Int[Tensor, " b"] | Non
     before = dict.fromkeys([*(b.module for b in blocks), model.weights.norm_final_module], keep("stream"))
     before |= dict.fromkeys((b.heads_out for b in blocks), keep("z"))
     with hooked(before=before, after=dict.fromkeys((b.mlp_written for b in blocks), keep("mlps"))):
-        logits = model.module(tokens, use_cache=False).logits[rows, last]
+        logits = model.module(tokens, use_cache=False, logits_to_keep=read).logits[rows, place]
     stream, z, mlps = (torch.stack(values, 1) for values in seen.values())
     z = rearrange(z, "b l (n h) -> b l n h", n=model.weights.n_heads)
     return Capture(tuple(prompts), tokens, last, stream, z, mlps, logits)

@@ -33,12 +33,17 @@ def test_its_own_output_changes_nothing(tiny, pairs):
 
 
 def test_patched_heads_are_those_of_whole_passes(tiny, pairs):
-    """patch_heads runs the model's own blocks; both give the share of the lost margin that comes back."""
+    """patch_by_blocks runs the model's own blocks; the share of the lost margin that comes back is the same."""
     bad, good = (interventions.run_with_cache(tiny, prompts(FACTS, t)) for t in (FAILING, CONTROL))
     base, told = (interventions.logit_differences(run, pairs) for run in (bad, good))
+    texts, last = (bad.prompts, good.prompts), torch.stack((bad.last, good.last))
+    theirs = (cross_validation.patch_by_blocks(tiny, texts, last, pairs) - base) / (told - base)
     mine = (interventions.patch_components(tiny, bad, good.z, good.mlps, pairs) - base) / (told - base)
-    theirs = cross_validation.patch_heads(tiny, FACTS, FAILING, CONTROL, pairs[:, 1])["last"]
-    assert torch.allclose(mine[: theirs[..., 0].numel()].view_as(theirs), theirs, atol=1e-3, rtol=1e-3)
+    for found in (
+        mine[: theirs[..., 0].numel()].view_as(theirs),
+        cross_validation.patch_heads(tiny, FACTS, FAILING, CONTROL, pairs[:, 1])["last"],
+    ):
+        assert torch.allclose(found, theirs, atol=1e-3, rtol=1e-3)
     assert theirs.abs().max() > 0.05, "nothing was patched"
 
 

@@ -1,5 +1,7 @@
 """Other people's tools against ours: equal where they must be, apart where a control says so; planted truths found."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +12,7 @@ from lib.edits import outside_sha256
 from lib.errors import DataError
 from lib.facts import load_cases, load_templates, prompts
 from lib.interventions import Part, ablate
-from lib.peers import agreement, attribute_neurons, captum_attributions
+from lib.peers import agreement, attribute_neurons, captum_attributions, ranked
 from lib.recall import trainable
 from lib.sites import Site
 from lib.studies import cross_validation
@@ -28,6 +30,21 @@ def test_gradients_equal_captums_own(tiny):
     assert float(own.abs().max()) > 1e-2, "there is something to compare"
 
 
+def test_neurons_come_in_the_order_of_the_prompts(tiny):
+    """Prompts that begin alike are run together, and each gets its own numbers back; so do other tools' batches."""
+    texts = [*TEXTS, "The capital of France is Paris and", TEXTS[0]]
+    answers = torch.cat((ANSWERS, torch.tensor([600, 700])))
+    together, captums = (
+        attribute_neurons(tiny, texts, answers, [1, 2]),
+        captum_attributions(tiny, texts, answers, [1, 2]),
+    )
+    for i, text in enumerate(texts):
+        alone = attribute_neurons(tiny, [text], answers[i : i + 1], [1, 2])
+        torch.testing.assert_close(together.trace[i], alone.trace[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(together.gradient[i], alone.gradient[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together.gradient, captums, atol=1e-5, rtol=1e-4)
+
+
 def test_neuron_trace_sums_to_the_mlps_term(tiny):
     """Parts sum to the whole: the neurons of a layer, to the MLP's contribution in the exact trace."""
     found = attribute_neurons(tiny, TEXTS, ANSWERS, [1])
@@ -39,14 +56,15 @@ def test_last_layer_gradient_is_the_trace_but_for_the_norm(tiny):
     """After the last layer no detour is left but the norm's own slope: the two must be nearly the same there, and
     farther apart one layer below."""
     found = attribute_neurons(tiny, TEXTS, ANSWERS, [1, 2])
-    last, below = (agreement(found.trace[:, i], found.gradient[:, i]).rho.mean() for i in (1, 0))
+    last, below = (agreement(ranked(found.trace[:, i]), ranked(found.gradient[:, i])).rho.mean() for i in (1, 0))
     assert last > 0.75 and last > below
 
 
 def test_agreement_by_hand():
     one = torch.tensor([[9.0, 8, 7, 6, 5, 0, 0.1, 0.2], [9, 8, 7, 6, 5, 0, 0.1, 0.2]])
     other = torch.tensor([[9.0, 8, 7, 6, 5, 0, 0.1, 0.2], [5, 0, 0.1, 0.2, 9, 8, 7, 6]])
-    found = agreement(one, other)
+    assert ranked(one[:1]).tolist() == [[7, 6, 5, 4, 3, 0, 1, 2]]
+    found = agreement(ranked(one), ranked(other))
     assert found.top1.tolist() == [True, False]
     assert found.top5.tolist() == [1.0, pytest.approx(2 / 5)]  # neurons 0 and 4
     assert found.rho[0] == pytest.approx(1) and found.rho[1] < 0
@@ -132,10 +150,17 @@ def test_transformerlens_agrees_on_the_organism(organism, planted):
     assert (found.our_head == found.their_head).all() and set(found.our_head) == {"L8 H5"}
 
 
-def test_the_bridge_leaves_the_model_alone(organism):
-    before = outside_sha256(organism.module, ())
-    peers.bridge(organism)
-    assert outside_sha256(organism.module, ()) == before
+def test_the_bridge_shares_the_parameters_and_leaves_them_alone(organism, tiny):
+    """Through a run with the bridge as well: bit for bit the same, at the same place, and nothing to be trained."""
+    for model in (organism, tiny):
+        places = {name: p.data_ptr() for name, p in model.module.named_parameters()}
+        before, modules = outside_sha256(model.module, ()), list(model.module.modules())
+        lens = peers.bridge(model)
+        lens.run_with_cache(torch.tensor([[5, 6, 7]]), prepend_bos=False)
+        assert lens.W_E.data_ptr() == model.weights.W_E.data_ptr(), "the embedding is no copy"
+        assert outside_sha256(model.module, ()) == before and list(model.module.modules()) == modules
+        assert {name: p.data_ptr() for name, p in model.module.named_parameters()} == places
+        assert not any(p.requires_grad for p in model.module.parameters())
 
 
 @pytest.mark.model
@@ -169,19 +194,23 @@ def test_agreed_counts_tools_that_answer():
 
 
 def test_suppressors_are_empty_where_there_is_none(organism, planted, monkeypatch):
-    monkeypatch.setattr(cross_validation, "prescribe", lambda *a: type("V", (), {"suppressor": None})())
-    table = cross_validation.suppressors(organism, load_cases("organism"))
+    none = type("V", (), {"suppressor": None})()
+    monkeypatch.setattr(cross_validation, "prescribe", lambda *a: none)
+    table = cross_validation.suppressors(organism, load_cases("organism"), none)
     assert table.empty and "nothing to take away" in cross_validation.suppressor_words(table)
 
 
-def test_captum_equality_can_fail(organism, monkeypatch):
+def test_captum_equality_can_fail(organism):
+    """The sample's rows of what was found for all, and not others."""
     case = trainable(organism, load_cases("organism")[0])
-    sample = cross_validation.large_prompts(organism, case, templates=1).head(3)
-    assert cross_validation.same_as_captum(organism, sample, [7])["largest difference"].max() < 1e-5
-    off = attribute_neurons(organism, list(sample.prompt), torch.tensor(sample.answer_token.to_numpy()), [6])
-    monkeypatch.setattr(cross_validation, "attribute_neurons", lambda *a, **k: off)
-    with pytest.raises(DataError, match="differs from Captum's"):
-        cross_validation.same_as_captum(organism, sample, [7])
+    table = cross_validation.large_prompts(organism, case, templates=1).head(6)
+    sample = table.iloc[[4, 0, 3]]
+    asked = organism, list(table.prompt), torch.tensor(table.answer_token.to_numpy())
+    found = attribute_neurons(*asked, [6, 7])
+    assert cross_validation.same_as_captum(organism, sample, found, [7])["largest difference"].max() < 1e-5
+    for off in (replace(found, layers=(7, 6)), replace(found, gradient=found.gradient.roll(1, 0))):
+        with pytest.raises(DataError, match="differs from Captum's"):
+            cross_validation.same_as_captum(organism, sample, off, [7])
 
 
 def test_each_prompts_own_neuron(tiny):

@@ -77,3 +77,19 @@ def test_tell_by_hand(tiny, monkeypatch):
     row = tell(tiny, [Fact("France", "Paris")], {"t": "{} is"}).iloc[0]
     assert (row.told, row["rank"], row.margin, row.competitor_token) == (False, 2, -1.0, 11)
     assert row.prob == pytest.approx(1 / (1 + 2.718281828), rel=1e-5)
+
+
+def test_what_is_known_is_not_asked_again(tiny, monkeypatch):
+    """Prompts of an earlier table keep its numbers; others, and another answer to the same prompt, are asked."""
+    chosen, asked, really = load_facts("eight")[:3], [], recall.next_token_logits
+    whole = tell(tiny, chosen, {"a": "The capital of {} is", "b": "{}:"})
+
+    def ask(model, prompts, **options):
+        asked.extend(prompts)
+        return really(model, prompts, **options)
+
+    monkeypatch.setattr(recall, "next_token_logits", ask)
+    again = tell(tiny, [chosen[2], Fact("Italy", "Paris", "x")], {"c": "{}:", "d": "In {},"}, known=whole)
+    assert asked == ["Italy:", "In Japan,", "In Italy,"] and again.columns.tolist() == whole.columns.tolist()
+    expected = whole[(whole.template == "b") & (whole.subject == "Japan")].assign(template="c")
+    assert again.iloc[0].to_dict() == expected.iloc[0].to_dict()

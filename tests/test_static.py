@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import hypergeom
 
@@ -106,18 +106,32 @@ def test_a_dead_head_hits_nothing(smollm2):
     assert static.relation_maps(tiny, load_facts("eight"))["raw"].score[0, 1] == 0
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10_000), st.integers(20, 400), st.sampled_from([1, 3, 7]), st.booleans())
-def test_an_answer_out_of_a_part_is_out_of_the_whole(seed, vocabulary, step, coarse):
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 10_000), st.integers(20, 400), st.sampled_from([12, 50, 500]), st.booleans())
+def test_an_answer_out_of_a_part_is_out_of_the_whole(monkeypatch, seed, vocabulary, part, coarse):
     """Most rows are settled by a part of the vocabulary: the same hits as from all of it, ties and dead rows too."""
+    monkeypatch.setattr(static, "PART", part)
     generator = torch.Generator().manual_seed(seed)
     x, W_U = (torch.randn(shape, generator=generator) for shape in ((20, 6), (6, vocabulary)))
     if coarse:  # small whole numbers: many ties, and exact
         x, W_U = x.round(), W_U.round()
     x[3] = 0
-    answers = torch.randint(vocabulary, (5,), generator=generator)
-    hits = static._in_top_of(x, W_U, W_U[:, :: min(step, vocabulary // static.TOP)], answers)
-    assert (hits == static._in_top(x @ W_U, answers)).all() and not hits[3].any()
+    answers, logits = torch.randint(12, (5,), generator=generator), x @ W_U
+    hits = static._in_top(x, W_U, answers)
+    in_top = (logits[:, None] > logits[:, answers, None]).sum(-1) < static.TOP
+    assert (hits == in_top & x.any(-1, keepdim=True)).all() and not hits[3].any()
+
+
+def test_the_vocabulary_in_another_order(tiny):
+    """The answers' tokens first, every token once, the others from the farthest from the mean."""
+    answers = torch.tensor([700, 3, 3, 41])
+    whole = tiny.weights.norm_final.fold(tiny.weights.W_U)
+    vocabulary, places = static._outliers_first(tiny.weights, answers)
+    assert vocabulary.shape == whole.shape and set(places.tolist()) == {0, 1, 2}
+    assert torch.equal(vocabulary[:, places], whole[:, answers])
+    torch.testing.assert_close(vocabulary.double().sum(1), whole.double().sum(1))
+    distance = (vocabulary[:, 3:] - whole.mean(1, keepdim=True)).norm(dim=0)
+    assert (distance.diff() <= 1e-6).all() and distance[0] > distance[-1]
 
 
 def test_copy_scores_are_those_of_all_logits(tiny):

@@ -23,14 +23,17 @@ from lib.static import load_token_types
 from lib.trace import subject_stream_norm
 
 
-def prefix_runs(model: Model, cases: Sequence[Case], *, large: bool, progress: str | None = None) -> pd.DataFrame:
+def prefix_runs(
+    model: Model, cases: Sequence[Case], *, large: bool, known: pd.DataFrame | None = None, progress: str | None = None
+) -> pd.DataFrame:
     """What is told when a neutral prefix stands before the failing prompt; no weight is touched. One row a case,
-    prefix and fact; pieces: how many tokens spell the subject at the very start of a text."""
+    prefix and fact; pieces: how many tokens spell the subject at the very start of a text. known: as in `tell`."""
     text, tables = load_templates(), []
     for case in cases:
         facts = study_facts(model, case) if large else scorable(model, case.facts)
         for name, prefix in load_prefixes(model).items():
-            table = tell(model, facts, {case.template: text[case.template]}, prefix=prefix, progress=progress)
+            asked = {case.template: text[case.template]}
+            table = tell(model, facts, asked, prefix=prefix, known=known, progress=progress)
             table["pieces"] = [len(model.pieces(f.subject)) for f in facts]
             label = f"{name} {prefix}" if prefix.startswith("<|") else name
             tables.append(table.assign(case=case.title, prefix=label, text=prefix))

@@ -1,6 +1,7 @@
 """The book's findings, asked again with other people's tools (chapter 5; the source page's "cross-validation"): neurons
 with Captum, and heads and neurons by ablation and by patching, each beside controls that should show nothing."""
 
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,14 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib import peers
+from lib import interventions, peers
 from lib.diagnosis import Verdict, prescribe
 from lib.errors import DataError
 from lib.facts import Case, Fact, load_cases, load_templates, prompts
-from lib.forward import Pack, above, pack, resid_pre, streams
-from lib.interventions import Part, ablate, prefill, read_logit_differences, summarise_ablations
+from lib.forward import above, pack, resid_pre, streams
+from lib.interventions import Part, Prefilled, ablate, prefill, read_logit_differences, summarise_ablations
 from lib.models import Model, load
-from lib.peers import Curves, Lenses, NeuronAttributions, Tokens, agreement, attribute_neurons
+from lib.peers import Curves, Lenses, NeuronAttributions, Tokens, agreement, attribute_neurons, ranked
 from lib.recall import first_tokens, tell, trainable
 from lib.results import Results
 from lib.show.sentences import say
@@ -31,11 +32,11 @@ AROUND = 2  # layers on each side of the knowledge head's, in which patching loo
 def agreement_by_layer(neurons: NeuronAttributions, *, seed: int = 0) -> pd.DataFrame:
     """A row a layer, with two controls: the gradient of another prompt, drawn at random, and that of the next layer."""
     order = torch.randperm(len(neurons.trace), generator=torch.Generator().manual_seed(seed), device="cpu")
-    rows = []
+    gradients, rows = [ranked(x) for x in neurons.gradient.unbind(1)], []
     for i, layer in enumerate(neurons.layers):
-        gradient, next_layer = neurons.gradient[:, i], neurons.gradient[:, (i + 1) % len(neurons.layers)]
+        trace, gradient, next_layer = ranked(neurons.trace[:, i]), gradients[i], gradients[(i + 1) % len(gradients)]
         for kind, other in (("same", gradient), ("other prompt", gradient[order]), ("other layer", next_layer)):
-            table = agreement(neurons.trace[:, i], other)
+            table = agreement(trace, other)
             rows.append({"layer": layer + 1, "compared": kind, "n": len(table), **table.mean().to_dict()})
     return pd.DataFrame(rows)
 
@@ -46,7 +47,7 @@ def agreement_by_template(found: NeuronAttributions, layer: int, names: list[str
     i, generator, rows = found.layers.index(layer), torch.Generator().manual_seed(seed), []
     for name in dict.fromkeys(names):
         pick = torch.tensor([n == name for n in names]).nonzero()[:, 0]
-        trace, gradient = found.trace[pick, i], found.gradient[pick, i]
+        trace, gradient = (ranked(x[pick, i]) for x in (found.trace, found.gradient))
         other = gradient[torch.randperm(len(pick), generator=generator, device="cpu")]
         same, control = agreement(trace, gradient).mean(), agreement(trace, other).mean()
         rows.append({"template": name, "n": len(pick), **same.to_dict(), "other_prompt": control.top1})
@@ -76,12 +77,15 @@ def parts_of(model: Model, verdict: Verdict, neuron: int, *, seed: int = 0, cont
     }
 
 
-def ablate_all(model: Model, texts: Sequence[str], answers: Tokens, parts: dict[str, list[Part]]) -> pd.DataFrame:
-    """An `ablate` table of all parts, `part` being the kind: several random parts are averaged prompt by prompt."""
-    prefilled = prefill(model, texts, min(part.site.layer for group in parts.values() for part in group))
+def ablate_all(
+    model: Model, texts: Sequence[str], answers: Tokens, parts: dict[str, list[Part]], kept: Prefilled = ()
+) -> pd.DataFrame:
+    """An `ablate` table of all parts, `part` being the kind: several random parts are averaged prompt by prompt. kept:
+    the prompts' `prefill`, where it is at hand."""
+    kept = kept or prefill(model, texts, min(part.site.layer for group in parts.values() for part in group))
     tables = []
     for kind, group in parts.items():
-        rows = pd.concat([ablate(model, texts, answers, part, kept=prefilled) for part in group])
+        rows = pd.concat([ablate(model, texts, answers, part, kept=kept) for part in group])
         means = rows.groupby(["way", "prompt"], sort=False)[["direct", "total"]].mean().reset_index()
         tables.append(means.assign(part=kind))
     return pd.concat(tables, ignore_index=True)
@@ -127,14 +131,18 @@ def agreed(table: pd.DataFrame) -> int:
     return sum(len(set(row) - {"-"}) == 1 for row in answers.to_numpy().tolist())
 
 
-def same_as_captum(model: Model, sample: pd.DataFrame, layers: Sequence[int]) -> pd.DataFrame:
-    """The fast path against Captum's own on the same prompts: a row a layer. Raises DataError where they differ by
-    more than a thousandth of the largest attribution: rounding in another order stays far below."""
-    asked = model, list(sample.prompt), torch.tensor(sample.answer_token.to_numpy()), layers
-    ours, captums = attribute_neurons(*asked).gradient, peers.captum_attributions(*asked)
+def same_as_captum(
+    model: Model, sample: pd.DataFrame, found: NeuronAttributions, layers: Sequence[int]
+) -> pd.DataFrame:
+    """The fast path against Captum's own on the same prompts: a row a layer. found: of a table of prompts, of which
+    the sample is some rows. Raises DataError where they differ by more than a thousandth of the largest attribution:
+    rounding in another order stays far below."""
+    answers = torch.tensor(sample.answer_token.to_numpy())
+    captums, ours = peers.captum_attributions(model, list(sample.prompt), answers, layers), found.gradient[sample.index]
     rows = []
     for i, layer in enumerate(layers):
-        difference, largest = float((ours[:, i] - captums[:, i]).abs().max()), float(captums[:, i].abs().max())
+        difference = float((ours[:, found.layers.index(layer)] - captums[:, i]).abs().max())
+        largest = float(captums[:, i].abs().max())
         if not difference <= 1e-3 * largest:
             raise DataError(f"gradient x activation of L{layer + 1} differs from Captum's by {difference:.2g}.")
         rows.append((layer + 1, len(sample), captums.shape[-1], difference, largest))
@@ -171,18 +179,21 @@ def report_ablations(report: Results, table: pd.DataFrame) -> None:
     report("random_head_effect", float(by.total["random heads", "resample"]), "+.2f")
 
 
-def suppressors(model: Model, cases: Sequence[Case], *, seed: int = 0) -> pd.DataFrame:
+def suppressors(model: Model, cases: Sequence[Case], first: Verdict, *, seed: int = 0) -> pd.DataFrame:
     """Each suppressor that the rule names, taken away from its failing prompts: the change of answer minus competitor;
-    beside the same kind of part one layer below. Summarised ablations, empty where no case has a suppressor."""
+    beside the same kind of part one layer below. Summarised ablations, empty where no case has a suppressor. first:
+    the finding for the first case."""
     parts: list[pd.DataFrame] = []
     for case in (trainable(model, c) for c in cases):
-        site = prescribe(model, case).suppressor
+        site = (first if case.name == cases[0].name else prescribe(model, case)).suppressor
         if site is None:
             continue
         failing = tell(model, case.facts, {case.template: load_templates()[case.template]})
         answers, against = (torch.tensor(failing[c].tolist()) for c in ("answer_token", "competitor_token"))
-        for name, where in (("suppressor", site), ("control", Site(site.layer - 1, site.head, site.mlp))):
-            table = ablate(model, list(failing.prompt), answers, Part(where), against=against)
+        texts, below = list(failing.prompt), Site(site.layer - 1, site.head, site.mlp)
+        kept = prefill(model, texts, below.layer)
+        for name, where in (("suppressor", site), ("control", below)):
+            table = ablate(model, texts, answers, Part(where), against=against, kept=kept)
             parts.append(summarise_ablations(table.assign(part=f"{case.title}: {name} {where}"), seed=seed))
     columns = ["part", "way", "n", "direct", "total", "low", "high"]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
@@ -201,27 +212,36 @@ def patch_heads(model: Model, facts: Sequence[Fact], failing: str, control: str,
     """Every head of the failing prompt, one at a time, made to do what it does under the control template: at the last
     position, and at the last token of the subject. The share of the lost logit difference (answer minus competitor)
     that comes back; 1 is all of it."""
-    weights, answers = model.weights, first_tokens(model, facts)
-    texts = [prompts(facts, template) for template in (failing, control)]
-    failing_ids, control_ids = ([model.token_ids(t) for t in batch] for batch in texts)
-    bad, good = pack(model, failing_ids), pack(model, control_ids)
-    copies = pack(model, failing_ids * weights.n_heads)  # one for each head that is patched
-    pairs = torch.stack((answers, competitors), 1)
-    entering, seen = streams(model, bad, range(weights.n_layers)), list[Tensor]()
+    pairs, shape = torch.stack((first_tokens(model, facts), competitors), 1), (model.weights.n_layers, -1, len(facts))
+    bad, good = (interventions.run_with_cache(model, prompts(facts, template)) for template in (failing, control))
+    base, told = (interventions.logit_differences(run, pairs) for run in (bad, good))
+    (rows,) = deque(interventions.patched_streams(model, bad, good.z), maxlen=1)  # what leaves the last layer
+    last = interventions.patched_logit_differences(model, rows, pairs).view(shape)
+    texts = bad.prompts, good.prompts
+    at = [[subject_positions(model, t, f.subject)[-1] for t, f in zip(batch, facts, strict=True)] for batch in texts]
+    subject = patch_by_blocks(model, texts, torch.tensor(at), pairs)
+    return {name: (patched - base) / (told - base) for name, patched in (("last", last), ("subject", subject))}
+
+
+@torch.no_grad()
+def patch_by_blocks(
+    model: Model, texts: tuple[Sequence[str], Sequence[str]], at: Int[Tensor, "2 text"], pairs: Int[Tensor, "text 2"]
+) -> Float[Tensor, "n_layers n_heads text"]:
+    """Logit differences of the first texts with one head at one position each made to do what it does at a position of
+    the second ones, by whole passes of the model's own blocks. at: these positions, of the first and of the second."""
+    weights, ids = model.weights, [[model.token_ids(t) for t in batch] for batch in texts]
+    bad, good = (pack(model, batch) for batch in ids)
+    copies = pack(model, ids[0] * weights.n_heads)  # one for each head that is patched
+    to, of = (batch.last - batch.position[batch.last] + place for batch, place in zip((bad, good), at, strict=True))
+    entering, seen, out = streams(model, bad, range(weights.n_layers)), list[Tensor](), list[Tensor]()
     with hooked(before=dict.fromkeys((block.heads_out for block in weights.blocks), seen.append)):
-        told = _pack_logit_differences(model, good, pairs)
-    base = _pack_logit_differences(model, bad, pairs)
-    to, of = (_places(model, batch, t, facts) for batch, t in zip((bad, good), texts, strict=True))
-    shares = {name: torch.zeros(weights.n_layers, weights.n_heads, len(facts)) for name in to}
+        resid_pre(model, good, weights.n_layers)
     for layer, block in enumerate(tqdm(weights.blocks, desc="patching")):
-        z = seen[layer].view(-1, weights.n_heads, weights.d_head)
-        for name in to:
-            patch = _head_by_head(z[of[name]], to[name], len(bad.tokens))
-            with hooked(before={block.heads_out: patch}):
-                final = above(model, copies, layer, entering[layer].repeat(weights.n_heads, 1))[copies.last]
-            now = read_logit_differences(model, final.view(weights.n_heads, len(facts), -1), pairs)
-            shares[name][layer] = (now - base) / (told - base)
-    return shares
+        patch = _head_by_head(seen[layer].view(-1, weights.n_heads, weights.d_head)[of], to, len(bad.tokens))
+        with hooked(before={block.heads_out: patch}):
+            final = above(model, copies, layer, entering[layer].repeat(weights.n_heads, 1))[copies.last]
+        out.append(read_logit_differences(model, final.view(weights.n_heads, len(pairs), -1), pairs))
+    return torch.stack(out)
 
 
 def _head_by_head(z: Float[Tensor, "fact n_heads d_head"], rows: Int[Tensor, " fact"], length: int) -> Hook:
@@ -234,17 +254,6 @@ def _head_by_head(z: Float[Tensor, "fact n_heads d_head"], rows: Int[Tensor, " f
         return copies.view(x.shape)
 
     return change
-
-
-def _places(model: Model, batch: Pack, texts: Sequence[str], facts: Sequence[Fact]) -> dict[str, Int[Tensor, " text"]]:
-    """The rows of a pack at which its texts are patched: their last tokens, and the last tokens of their subjects."""
-    within = [subject_positions(model, t, f.subject)[-1] for t, f in zip(texts, facts, strict=True)]
-    starts = torch.cat((torch.zeros(1, dtype=torch.long), batch.last[:-1] + 1))
-    return {"last": batch.last, "subject": starts + torch.tensor(within)}
-
-
-def _pack_logit_differences(model: Model, batch: Pack, pairs: Int[Tensor, "text 2"]) -> Float[Tensor, " text"]:
-    return read_logit_differences(model, above(model, batch, 0, resid_pre(model, batch, 0))[batch.last], pairs)
 
 
 def patch_case_heads(model: Model, case: Case) -> Patched:
