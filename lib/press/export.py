@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import ModelCardData
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from lib import edits, models
 from lib.edits import Edit, applied
@@ -136,6 +137,7 @@ def _compare_weights(path: Path, base: Model, edit: Edit) -> None:
     for part, value in edit.values.items():
         expected[part.name] = expected[part.name].clone()
         part.of(expected[part.name]).copy_(value)
+    expected = revert_weight_conversion(base.module, expected)  # the names that files of its family have
     try:
         with safe_open(path, "pt") as file:
             found = set(file.keys())
