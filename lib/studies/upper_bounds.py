@@ -46,12 +46,10 @@ def untold_facts(
     `evaluation.questions`, if they were put to it; otherwise it is asked. Raises DataError for none."""
     facts, text = [f for f in scorable(model, case.large) if f.split in splits], load_templates()
     if asked is None:
-        names = (case.template, *case.controls) if facts else ()
-        said = [tell_once(model, facts, text[name]).assign(template=name) for name in names]
-        asked = pd.concat([pd.DataFrame({"template": [], "subject": [], "told": []}), *said])
-    else:
-        asked = asked[(asked.set == "large") & asked.split.isin(splits)]
-    out = tuple(compress(facts, known_and_told(asked, case).routing_failure))
+        names = (case.template, *case.controls)
+        asked = pd.concat([tell_once(model, facts, text[name]).assign(template=name) for name in names])
+    failed = known_and_told(asked[asked.split.isin(splits)], case).routing_failure if facts else []
+    out = tuple(compress(facts, failed))
     if not out:
         raise DataError(f"case {case.name!r}: no fact of {', '.join(splits)} is known to {model.name} and not told.")
     return out
@@ -88,10 +86,9 @@ def carried(
     moved = torch.cat([torch.arange(last - n, last) for last, n in zip(short.last, back, strict=True)])
     alone, rows = _last_alone(model, short, before, {i: source[i][long.last] for i in layers}), []
     for layer in tqdm(layers, desc="patched streams", leave=False):
-        later = {layer: before[layer].clone()}  # the streams that enter this layer and those above, subject patched
+        later = {i: before[i].clone() for i in range(layer, end)}  # the streams that enter layers, subject patched
         later[layer][short.last - back] = source[layer][long.last - back]
-        for i in range(layer, end - 1):  # nothing else sees the subject's last token
-            later[i + 1] = before[i + 1].clone()
+        for i in range(layer, end - 1 if len(moved) else layer):  # no other token sees the subject's last one
             later[i + 1][moved] = next(ends(model, short, later, later[i][moved], i, moved)).stream
         *_, subject = ends(model, short, later, torch.cat((later[layer][short.last], source[layer][long.last])), layer)
         subject_alone, both = subject.stream.split(len(facts))
