@@ -43,6 +43,9 @@ app = typer.Typer(
 )
 MODELS = "smollm2, gpt2, organism, or a folder, .gguf file or hub id of a GPT-2- or Llama-family model."
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODELS)]
+BaseOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="The base model, where it is not called or kept as the edit says.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Do it again even if nothing changed.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="The file to write; by default in _build.")]
 
@@ -63,6 +66,7 @@ def fetch(
     typer.echo(f"{model.name}: {model.source}")
     typer.echo(f"  {w.n_layers} layers x {w.n_heads} heads, d_model {w.d_model}, {model.parameters:,} parameters")
     typer.echo(f"  sha256 {model.weights_sha256}; the weight view reproduces its hidden states")
+    typer.echo(f"  before every text: {model.before_texts}")
 
 
 @app.command()
@@ -166,36 +170,39 @@ def claims(model_name: ModelOption = "smollm2") -> None:
 def export(
     edit: Annotated[Path, typer.Argument(help="An edit: a .safetensors file that chapter 3 wrote.")],
     folder: Annotated[Path, typer.Argument(help="The folder to make; it must not exist, or be empty.")],
+    model_name: BaseOption = None,
 ) -> None:
     """Write a model with an edit in its weights, as a Hugging Face folder with a model card.
 
-    The base model is the one that the edit names. transformers loads the folder without this book; `verify` proves
-    what differs from the base model.
+    The base model is the one that the edit names, or --model if its checksum is the edit's. transformers loads the
+    folder without this book; `verify` proves what differs from the base model.
     """
     from lib import edits, models
     from lib.press.export import export
 
     loaded = edits.load(edit)
-    written = export(models.use_device_of(models.load(loaded.model_name)), loaded, folder)
+    written = export(models.use_device_of(edits.base_model(loaded, model_name)), loaded, folder)
     typer.echo(f"{loaded.title}: {loaded.parameters:,} parameters changed, the whole model in {written}")
-    typer.echo(f"check it with: python -m lib verify {folder}")
+    base = f" --model {model_name}" if model_name else ""
+    typer.echo(f"check it with: python -m lib verify {folder}{base}")
 
 
 @app.command()
 def verify(
     path: Annotated[Path, typer.Argument(help="An edit (.safetensors), or a folder that `export` wrote.")],
+    model_name: BaseOption = None,
 ) -> None:
     """Put an edit's prompts to its model, before and after; exit 1 if anything is not as recorded.
 
-    The base model is the one that the edit names; its checksum and every byte outside the edit are checked. Of a
-    folder, the weights are compared bit for bit, and its own model is asked.
+    The base model is the one that the edit names, or --model; its checksum must be the edit's, and every byte outside
+    the edit is checked. Of a folder, the weights are compared bit for bit, and its own model is asked.
     """
     from lib import edits, models
     from lib.press.export import edit_of, verify_folder
 
     folder = path.is_dir()
     edit = edit_of(path) if folder else edits.load(path)
-    base, slices = models.use_device_of(models.load(edit.model_name)), tuple(edit.values)
+    base, slices = models.use_device_of(edits.base_model(edit, model_name)), tuple(edit.values)
     facts = verify_folder(path, base=base) if folder else edits.verify(base, edit)
     typer.echo(f"{edit.title}: {edit.parameters:,} of {base.parameters:,} parameters, {', '.join(map(str, slices))}")
     typer.echo(f"  base sha256 {base.weights_sha256}, as the edit names it")

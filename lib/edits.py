@@ -24,21 +24,23 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lib.errors import EditError
+from lib.errors import EditError, ModelError
 from lib.facts import Fact, validated
 from lib.files import file_sha256, write_atomically
-from lib.models import Model
+from lib.models import Model, public_name
+from lib.models import load as load_model
 from lib.recall import tell
 from lib.sites import Site
 from lib.weights import PATHWAYS, Slice, pathway_slices, places
 
-FORMAT = "qkv-edit-2"
+FORMAT = "qkv-edit-3"
 
 
 @dataclass(frozen=True)
 class Edit:
     """What a pathway changed in one layer (0-based) of a model, for which facts under which template (its text), and
-    what was told before and after. recipe: objective and hyperparameters, as they were used."""
+    what was told before and after. bos: the tokens that stood before every text. recipe: objective and hyperparameters,
+    as they were used."""
 
     model_name: str
     base_sha256: str
@@ -49,6 +51,7 @@ class Edit:
     told_before: tuple[bool, ...]
     told_after: tuple[bool, ...]
     seed: int
+    bos: tuple[int, ...]
     recipe: dict[str, Any]
     values: dict[Slice, Tensor] = field(repr=False)
 
@@ -69,7 +72,8 @@ _Header = create_model("_Header", __config__=ConfigDict(extra="forbid", strict=T
 def make(model: Model, values: dict[Slice, Tensor], **about: Any) -> Edit:
     """The values as an edit, with what the whole model tells afterwards, measured on the model itself. about: the
     fields of `Edit` from pathway to recipe, but told_after. Raises EditError as `check` does."""
-    draft = Edit(model.name, model.weights_sha256, **about, told_after=about["told_before"], values=values)
+    told = {"told_before": about["told_before"], "told_after": about["told_before"]}
+    draft = Edit(public_name(model.name), model.weights_sha256, bos=model.bos, values=values, **{**about, **told})
     with applied(model, draft):
         after = tell(model, draft.facts, {"failing": draft.template})
     return replace(draft, told_after=tuple(after.told.tolist()))
@@ -79,11 +83,16 @@ def save(edit: Edit, path: Path) -> Path:
     """Write the edit whole or not at all. Raises EditError for one that `load` would refuse, or if it cannot write."""
     _check_content(edit, f"{path} is not written")
     header = {f.name: getattr(edit, f.name) for f in fields(edit) if f.name != "values"}
-    header |= {"facts": [asdict(f) for f in edit.facts], "slices": [asdict(s) for s in edit.values]}
+    header |= {"facts": [asdict(f) for f in edit.facts], "slices": [_entry(s) for s in edit.values]}
     tensors = {f"{i:03d}": v.contiguous() for i, v in enumerate(edit.values.values())}
     content = safetensors.torch.save(tensors, metadata={"format": FORMAT, "edit": json.dumps(header)})
     advice = f"It needs {len(content):,} bytes in a folder that you may write to."
     return write_atomically(path, content, error=EditError, advice=advice)
+
+
+def _entry(part: Slice) -> dict[str, Any]:
+    """A slice as a header holds it."""
+    return {name: value for name, value in asdict(part).items() if name != "every" or value is not None}
 
 
 def load(path: Path) -> Edit:
@@ -138,6 +147,19 @@ def rerun(model: Model, folder: Path) -> dict[str, bool]:
     return {name: bool(verify(model, edit)["as recorded"].all()) for name, edit in load_all(folder).items()}
 
 
+def base_model(edit: Edit, name: str | None = None) -> Model:
+    """The model that an edit was made for, by the name that is given, or else the one in its header. Which it is the
+    checksum decides (`check`). Raises ModelError, with what to give, where the header's name leads to none here."""
+    try:
+        return load_model(name or edit.model_name)
+    except ModelError as error:
+        if name:
+            raise
+        raise ModelError(
+            f"the edit was made for {edit.model_name!r}, and {error} If you have it elsewhere, give it with --model."
+        ) from error
+
+
 @contextmanager
 def applied(model: Model, edit: Edit) -> Iterator[Model]:
     """The model with the edit in place; `restored` afterwards. Raises EditError as `check` does, before any change."""
@@ -175,10 +197,16 @@ def check(model: Model, edit: Edit) -> None:
     _check_content(edit, "the edit cannot be applied")
     if edit.base_sha256 != model.weights_sha256:
         sums = f"{edit.base_sha256[:12]}..., not {model.weights_sha256[:12]}..."
-        kind, remedy = "model than", f"load {edit.model_name}"
-        if edit.model_name == model.name:
+        kind, remedy = "model than", f"give the one it was made for, {edit.model_name}, with --model"
+        if edit.model_name in (model.name, public_name(model.name)):
             kind, remedy = "revision of", "get the revision that it was made for, or train it anew on this one"
         raise EditError(f"the edit {edit.title!r} is for another {kind} {model.name} (weights {sums}); {remedy}.")
+    if edit.bos != model.bos:
+        stood = "".join(map(model.token_text, edit.bos)) or "nothing"
+        raise EditError(
+            f"the edit {edit.title!r} was made with {stood} before every text, and {model.name} puts "
+            f"{model.before_texts} there; load it as {edit.model_name}."
+        )
     targets(model.module, edit.values)
     try:
         wanted = pathway_slices(model.module, edit.layer, edit.pathway)
@@ -199,8 +227,9 @@ def targets(model: PreTrainedModel, values: dict[Slice, Tensor]) -> list[Tensor]
         whole, fault = parameters.get(part.name), ""
         if whole is None:
             fault = f"the model has no parameter {part.name}"
-        elif part.start is not None and not 0 <= part.start < (part.stop or 0) <= whole.shape[-1]:
-            fault = f"{part.name} has the columns 0 to {whole.shape[-1]}, and the edit is for {part}"
+        elif not part.fits(whole):
+            has = f"columns 0 to {whole.shape[-1]}" if part.every is None else f"rows 0 to {len(whole)}"
+            fault = f"{part.name} has the {has}, and the edit is for {part}"
         elif ((own := part.of(whole)).shape, own.dtype) != (value.shape, value.dtype):
             held = f"the edit's values have {tuple(value.shape)} in {value.dtype}"
             fault = f"{part} has the shape {tuple(own.shape)} in {own.dtype}, and {held}"

@@ -116,7 +116,8 @@ def questions(model: Model, case: Case) -> pd.DataFrame:
         rows = pd.DataFrame(facts).assign(set=name)
         parts += [rows.assign(template=t, prompt=prompts(facts, templates[t])) for t in used]
     table = pd.concat(parts, ignore_index=True).fillna("")
-    return table.assign(answer_token=[model.first_token(a) for a in table.answer])
+    asked = zip(table.answer, table.prompt, strict=True)
+    return table.assign(answer_token=[model.first_token(answer, prompt) for answer, prompt in asked])
 
 
 def build_protocol(model: Model, case: Case, layer: int, **options: Any) -> Protocol:
@@ -145,9 +146,8 @@ def build_protocols(
             protocol.prompts.append((batch, before[layer]))
     end, size = model.weights.n_layers, min(WINDOW, model.weights.context)
     for name, text in tqdm((load_passages() if texts is None else texts).items(), desc="passages", leave=False):
-        ids = model.token_ids(text)
-        for start in range(0, len(ids) - 1, size):
-            window = pack(model, [ids[start : start + size]])
+        for ids in model.windows(text, size):
+            window = pack(model, [ids])
             before = run(model, window, [*layers, end])
             final = model.weights.norm_final_module(before[end])
             for layer, protocol in protocols.items():

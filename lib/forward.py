@@ -43,7 +43,7 @@ from tqdm.auto import tqdm
 
 from lib.errors import DataError
 from lib.models import Model
-from lib.weights import Block, Slice, Unembedding
+from lib.weights import Attention, Block, Slice, Unembedding
 
 Stream = Float[Tensor, "t d_model"]  # of all tokens of a pack
 Streams = dict[int, Stream]  # before each of some layers
@@ -74,9 +74,13 @@ class Pack:
                 sees[row] |= sees[before]
         return torch.tensor(sees)
 
-    def mask(self) -> Float[Tensor, "1 1 t t"]:
-        """0 where a token may look, the lowest number elsewhere."""
-        return torch.zeros(self.sees.shape).masked_fill(~self.sees, torch.finfo(torch.float32).min)[None, None]
+    def sees_in(self, attn: Attention) -> Bool[Tensor, "t t"]:
+        """Where each token may look in a layer, whose attention may reach back only so far."""
+        return self.sees if attn.window is None else self.sees & attn.within_window(self.position, self.position)
+
+    def mask(self, attn: Attention) -> Float[Tensor, "1 1 t t"]:
+        """0 where a token may look in a layer, the lowest number elsewhere."""
+        return torch.zeros(self.sees.shape).masked_fill(~self.sees_in(attn), torch.finfo(torch.float32).min)[None, None]
 
 
 def pack(model: Model, texts: Sequence[Sequence[int]], *, share: bool = False) -> Pack:
@@ -183,7 +187,7 @@ def past(block: Block, texts: Pack, stream: Stream, at: Which = None) -> Past:
     """What the tokens in the rows `at` of a pack, or its last ones, look back on. stream: what enters the block."""
     x, attn, at = block.norm_attn(stream), block.attn, texts.last if at is None else at
     keys = attn.rotated(attn.keys(x), texts.position)
-    before = texts.sees[at].scatter(1, at[:, None], False)
+    before = texts.sees_in(attn)[at].scatter(1, at[:, None], False)
     return Past(keys[None], attn.values(x)[None], before, texts.position[at])
 
 
@@ -197,15 +201,16 @@ def gathered(block: Block, past: Past, rows: Rows) -> Float[Tensor, "m n_heads d
     self_score = einsum(q, k[..., 0, :], "c row kv g h, c row kv h -> c row kv g")
     before = rearrange(past.before.repeat(len(rows) // n_texts, 1), "(c row) t -> c row 1 1 t", row=row)
     scores = torch.cat((scores.masked_fill(~before, float("-inf")), self_score[..., None]), -1)
-    pattern = (scores / q.shape[-1] ** 0.5).softmax(-1)
+    pattern = (scores / attn.score_scale).softmax(-1)
     z = einsum(pattern[..., :-1], past.values, "c row kv g t, row kv t h -> c row kv g h")
     return rearrange(z + pattern[..., -1:] * v, "c row kv g h -> (c row) (kv g) h")
 
 
 @dataclass(frozen=True)
 class End:
-    """What a layer did with last tokens; `stream` is what leaves it."""
+    """What a layer did with last tokens; `entered` is what entered it, `stream` what leaves it."""
 
+    entered: Rows
     z: Float[Tensor, "m n_heads d_head"]
     middle: Rows  # the stream between attention and MLP
     neurons: Float[Tensor, "m d_mlp"]
@@ -219,19 +224,20 @@ def ends(model: Model, texts: Pack, before: Streams, rows: Rows, start: int, at:
     for layer in range(start, model.weights.n_layers):
         block = model.weights.blocks[layer]
         z = gathered(block, past(block, texts, before[layer], at), rows)
-        middle = rows + block.attn.write(z)
-        neurons = block.mlp.neurons(block.norm_mlp(middle))
-        rows = middle + block.mlp.write(neurons)
-        yield End(z, middle, neurons, rows)
+        middle = rows + block.write_heads(z)
+        neurons = block.neurons(rows, middle)
+        entered, rows = rows, middle + block.write_neurons(neurons)
+        yield End(entered, z, middle, neurons, rows)
 
 
 def _blocks(model: Model, texts: Pack, stream: Stream, layers: range, values: Values = None) -> Stream:
     """The model's own blocks; the first one with the values in place."""
-    weights, stream, rotary = model.weights, stream[None], model.weights.blocks[0].attn.rotary
-    rotated = {} if rotary is None else {"position_embeddings": rotary(stream, texts.position[None])}
-    extra = {"attention_mask": texts.mask(), **rotated}
+    weights, stream = model.weights, stream[None]
+    kinds = {(a.window, a.rotary): a for a in (weights.blocks[i].attn for i in layers)}
+    extras = {kind: _extra(texts, stream, attn) for kind, attn in kinds.items()}
     for layer in layers:
-        module, prefix = weights.blocks[layer].module, weights.layout.prefix(layer)
+        module, attn, prefix = weights.blocks[layer].module, weights.blocks[layer].attn, weights.layout.prefix(layer)
+        extra = extras[attn.window, attn.rotary]
         if values and layer == layers.start:
             names = {part: part.name.removeprefix(prefix) for part in values}
             changed = {name: part.put(module.get_parameter(name), values[part]) for part, name in names.items()}
@@ -240,6 +246,12 @@ def _blocks(model: Model, texts: Pack, stream: Stream, layers: range, values: Va
             out = module(stream, **extra)
         stream = out[0] if isinstance(out, tuple) else out
     return stream[0]
+
+
+def _extra(texts: Pack, stream: Tensor, attn: Attention) -> dict[str, Any]:
+    """What a model hands to a layer beside the stream."""
+    rotated = {} if attn.rotary is None else {"position_embeddings": attn.rotary(stream, texts.position[None])}
+    return {"attention_mask": texts.mask(attn), **rotated}
 
 
 CHUNK = 2048  # tokens of the vocabulary at a time: their part of W_U stays in a processor's cache

@@ -32,7 +32,7 @@ from lib.models import Model
 from lib.sites import Site
 from lib.statistics import mean_interval
 from lib.trace import Capture, before_norm, logit_direction
-from lib.weights import Block
+from lib.weights import Block, NoNorm
 
 Ids = Int[Tensor, " n"]  # first tokens of answers, or of what they are compared with
 Pairs = Int[Tensor, "n 2"]  # of both
@@ -62,9 +62,21 @@ class Part:
         """What the part holds at last tokens, before it is written into the stream."""
         return end.neurons[:, self._neurons] if self.site.head is None else end.z[:, self.site.head]
 
-    def out(self, block: Block) -> Float[Tensor, "width d_model"]:
-        """What it writes into the stream with each unit that it holds."""
-        return block.mlp.W_out[self._neurons] if self.site.head is None else block.attn.W_O[self.site.head]
+    def read(self, block: Block, end: End, direction: Rows) -> Float[Tensor, "m width"]:
+        """What each unit that it holds writes along a direction of the stream, norms after it as they were."""
+        if self.site.head is None:
+            return direction @ block.W_out[self._neurons].T / block.mlp_scale(end.neurons)
+        return direction @ block.W_O[self.site.head].T / block.heads_scale(end.z)
+
+    def written(self, block: Block, end: End, change: Float[Tensor, "way m width"]) -> Changes:
+        """By how much what the layer adds to the stream changes if the part holds something more."""
+        head = self.site.head
+        if isinstance(block.after_mlp, NoNorm):
+            return change @ (block.mlp.W_out[self._neurons] if head is None else block.attn.W_O[head])
+        held, write = (end.neurons, block.write_neurons) if head is None else (end.z, block.write_heads)
+        more = held.new_zeros(len(change), *held.shape)  # a norm would see the rounding of `whole - whole`
+        more[(..., self._neurons) if head is None else (..., head, slice(None))] = change
+        return write(held + more) - write(held)
 
     @property
     def _neurons(self) -> slice:
@@ -86,15 +98,15 @@ def ablate(
     kept = kept or prefill(model, texts, layer)
     directions = (W_U[:, answers] - (0 if against is None else W_U[:, against])).T
     reached = [next(ends(model, batch, before, before[layer][batch.last], layer)) for batch, before in kept]
-    held, out = torch.cat([part.held(end) for end in reached]), part.out(model.weights.blocks[layer])
+    held, block = torch.cat([part.held(end) for end in reached]), model.weights.blocks[layer]
     ways = {"zero": torch.zeros_like(held), "mean": held.mean(0).expand_as(held), "resample": held.roll(-1, 0)}
     changes = torch.stack((held, *ways.values())) - held  # (way, prompt, width); the first is none
     sizes, direct, total = [len(batch.last) for batch, _ in kept], [], []
     parts = zip(kept, reached, changes.split(sizes, 1), directions.split(sizes), strict=True)
     for (batch, before), end, change, read in parts:
-        final = _final_streams(model, batch, before, part.site, end, change @ out)
+        final = _final_streams(model, batch, before, part.site, end, part.written(block, end, change))
         logits = (model.weights.norm_final(final) * read).sum(-1)
-        direct.append((change * (before_norm(model, final[0], read) @ out.T)).sum(-1))
+        direct.append((change * part.read(block, end, before_norm(model, final[0], read))).sum(-1))
         total.append(logits - logits[0])
     table = pd.DataFrame(product(ways, texts), columns=["way", "prompt"])
     effects = {"direct": torch.cat(direct, 1), "total": torch.cat(total, 1)}
@@ -104,9 +116,9 @@ def ablate(
 def _final_streams(model: Model, batch: Pack, before: Streams, site: Site, end: End, change: Changes) -> Changes:
     """The final streams of last tokens if a head, or the MLP of a layer, had written something more."""
     block, rows = model.weights.blocks[site.layer], end.stream + change
-    if site.head is not None:  # the layer's own MLP reads it too
+    if site.head is not None:  # the layer's own MLP may read it too
         middle = end.middle + change
-        rows = middle + block.mlp(block.norm_mlp(middle))
+        rows = middle + block.write_mlp(end.entered.expand_as(middle), middle)
     for later in ends(model, batch, before, rows.flatten(0, 1), site.layer + 1):
         rows = later.stream
     return rows.view(change.shape)
@@ -120,10 +132,11 @@ def ablate_top_neurons(model: Model, texts: Sequence[str], answers: Ids, layer: 
     for (batch, before), tokens in zip(prefilled, answers.split([len(b.last) for b, _ in prefilled]), strict=True):
         layers = list(ends(model, batch, before, before[layer][batch.last], layer))
         first, last = layers[0], layers[-1]
-        trace = first.neurons * (logit_direction(model, last.stream, tokens) @ block.mlp.W_out.T)
+        trace = first.neurons * Part(Site(layer)).read(block, first, logit_direction(model, last.stream, tokens))
         chosen = trace.argsort(-1, descending=True)[:, 0]
         write = first.neurons.gather(1, chosen[:, None]) * block.mlp.W_out[chosen]
-        final = _final_streams(model, batch, before, Site(layer), first, -write[None])
+        change = block.after_mlp.moved(block.mlp.write(first.neurons), -write[None])
+        final = _final_streams(model, batch, before, Site(layer), first, change)
         both = model.weights.norm_final(torch.cat((last.stream[None], final)))
         logits = (both * model.weights.W_U[:, tokens].T).sum(-1)
         direct, total = -trace.gather(1, chosen[:, None])[:, 0], logits[1] - logits[0]
@@ -177,10 +190,13 @@ class CachedRun:
     def patterns(self) -> Float[Tensor, "n n_layers n_heads t"]:
         return torch.stack([layer.pattern for layer in self.layers], 1)
 
+    def entered(self, layer: int) -> Float[Tensor, "n d_model"]:
+        """The last position's stream before a layer (0-based)."""
+        return self.layers[layer].stream[torch.arange(len(self.prompts)), self.last]
+
     def capture(self) -> Capture:
         """As `trace.capture` would have it."""
-        rows = torch.arange(len(self.prompts))
-        stream = torch.stack([*(layer.stream[rows, self.last] for layer in self.layers), self.final], 1)
+        stream = torch.stack([*map(self.entered, range(len(self.layers))), self.final], 1)
         return Capture(self.prompts, self.tokens, self.last, stream, self.z, self.mlps, self.logits)
 
     def take(self, rows: Sequence[int]) -> "CachedRun":
@@ -215,8 +231,8 @@ def _run_on(
         attn, x = block.attn, block.norm_attn(stream)
         (pattern, keys), values = attn.attend(x), attn.values(x)
         z = attn.mix(pattern, values).transpose(1, 2)
-        middle = stream + attn.write(z)
-        mlp = block.mlp(block.norm_mlp(middle))
+        middle = stream + block.write_heads(z)
+        mlp = block.write_mlp(stream, middle)
         at_last = pattern[rows, :, last], z[rows, last], middle[rows, last], mlp[rows, last]
         keys = keys[:, :: keys.shape[1] // values.shape[1]]  # one for each key/value head
         layers.append(LayerCache(stream, keys, values, *at_last))
@@ -250,14 +266,16 @@ def patched_streams(
     """The patched last rows that leave each layer from `start` up: those of the layers below, one layer further, then a
     head each (and the MLP, if mlps are given), for all n prompts. below: what enters `start`, by the same weights."""
     rows = run.final[:0] if below is None else below
-    before = torch.arange(run.tokens.shape[1]) < run.last[:, None]
+    position = torch.arange(run.tokens.shape[1])
     for i in range(start, model.weights.n_layers):
         block, layer = model.weights.blocks[i], run.layers[i]
         change = einsum(z[:, i] - layer.z, block.attn.W_O, "b n h, n h d -> n b d")
-        past = Past(layer.keys, layer.values, before, run.last)
-        further = rows + block.attn.write(gathered(block, past, rows))
+        change = block.after_attn.moved(block.attn.write(layer.z), change)
+        before = (position < run.last[:, None]) & block.attn.within_window(run.last, position)
+        further = rows + block.write_heads(gathered(block, Past(layer.keys, layer.values, before, run.last), rows))
         middle = torch.cat((further, (layer.middle + change).flatten(0, 1)))
-        rows = middle + block.mlp(block.norm_mlp(middle))
+        entered = torch.cat((rows, run.entered(i).repeat(len(change), 1)))
+        rows = middle + block.write_mlp(entered, middle)
         if mlps is not None:
             rows = torch.cat((rows, layer.middle + mlps[:, i]))
         yield rows

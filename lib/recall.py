@@ -27,11 +27,11 @@ from lib.models import Model
 
 def load_prefixes(model: Model, path: Path = DATA / "prefixes.yaml") -> dict[str, str]:
     """Neutral prefix name -> text, with this tokenizer's beginning-of-text token put for `<bos>`. Markers that the
-    tokenizer lacks, or that repeat another prefix, are left out."""
+    tokenizer lacks, or that repeat another prefix, or what it puts before a text by itself, are left out."""
     prefixes: dict[str, str] = {}
     for name, text in load_mapping(path, str).items():
-        text = text.replace("<bos>", model.tokenizer.bos_token or "")
-        unknown_marker = text.startswith("<|") and len(model.token_ids(text)) != 1
+        text = text.replace("<bos>", "" if model.bos else model.tokenizer.bos_token or "")
+        unknown_marker = text.startswith("<|") and len(model.pieces(text)) != 1
         if not unknown_marker and text not in prefixes.values():
             prefixes[name] = text
     return prefixes
@@ -48,10 +48,10 @@ def screen(model: Model, facts: Sequence[Fact]) -> pd.DataFrame:
     table = pd.DataFrame(map(astuple, facts), columns=["subject", "answer", "split"])
     table["token"] = [model.first_token(answer) for answer in table.answer]
     table["token_text"] = [model.token_text(token) for token in table.token]
-    before = model.token_ids("is")
+    before = model.pieces("is")
     reasons = {
         "odd split": [sum(c.isalpha() for c in text) < 2 for text in table.token_text],
-        "merged": [model.token_ids(f"is {a}") != before + model.token_ids(f" {a}") for a in table.answer],
+        "merged": [model.pieces(f"is {a}") != before + model.word(a) for a in table.answer],
         "echo": [t.strip().lower() in s.lower() for t, s in zip(table.token_text, table.subject, strict=True)],
         "shared": table.groupby("token").answer.transform("nunique") > 1,
     }
@@ -101,7 +101,7 @@ def tell(
     asked = [(name, fact, prompts([fact], text, prefix)[0]) for name, text in templates.items() for fact in facts]
     logits, rows = next_token_logits(model, [prompt for *_, prompt in asked], progress=progress), []
     for (name, fact, prompt), row in zip(asked, logits, strict=True):
-        answer = model.first_token(fact.answer)
+        answer = model.first_token(fact.answer, prompt)
         logit, wrong = row[answer].item(), row.clone()
         wrong[answer] = float("-inf")
         strongest = int(wrong.argmax())

@@ -44,6 +44,7 @@ class Results:
             "chapter": chapter,
             "model": model.name,
             **{key: getattr(model, key) for key in ("source", "licence", "weights_sha256")},
+            "bos": model.before_texts,
             "lib": __version__,
             "commit": commit(),
             "python": platform.python_version(),

@@ -82,8 +82,8 @@ def load_token_types(model: Model, path: Path | None = None) -> Types:
         path = DATA / ("organism/token_types.yaml" if model.name == "organism" else "token_types.yaml")
     types = {}
     for name, words in load_mapping(path, list).items():
-        space = "" if name in ("punctuation", "word_piece") else " "
-        ids = [model.token_ids(space + str(word)) for word in words]
+        tokens = model.pieces if name in ("punctuation", "word_piece") else model.word
+        ids = [tokens(str(word)) for word in words]
         types[name] = sorted({row[0] for row in ids if len(row) == 1})
         if (n := len(types[name])) < LEAST_WORDS:
             raise DataError(f"{path}: only {n} words of {name!r} are one token for {model.name}; add more.")
@@ -92,9 +92,11 @@ def load_token_types(model: Model, path: Path | None = None) -> Types:
 
 @torch.no_grad()
 def k_norms_by_head(weights: Weights, token_ids: Sequence[int]) -> Float[Tensor, "n_layers n_kv_heads token"]:
-    """Norm of `norm(e) W_K` of every key head, for each token's embedding e."""
-    e = weights.W_E[list(token_ids)]
-    return torch.stack([einsum(b.norm_attn(e), b.attn.W_K, "t d, n d h -> n t h").norm(dim=-1) for b in weights.blocks])
+    """Norm of `norm(e) W_K` of every key head, for each token's embedding e, after a norm of keys if there is one."""
+    e, keys = weights.embeddings(list(token_ids)), []
+    for block in weights.blocks:
+        keys.append(block.attn.norm_K(einsum(block.norm_attn(e), block.attn.W_K, "t d, n d h -> n t h")))
+    return torch.stack([k.norm(dim=-1) for k in keys])
 
 
 def k_norm_table(weights: Weights, types: Types, *, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
@@ -130,8 +132,7 @@ def loudest_type_by_layer(table: pd.DataFrame) -> list[str]:
 @torch.no_grad()
 def enrich(weights: Weights, e: Vectors) -> Vectors:
     """Embeddings with the first MLP's output added, as if the token stood alone and no head had moved anything."""
-    block = weights.blocks[0]
-    return e + block.mlp(block.norm_mlp(e))
+    return e + weights.blocks[0].write_mlp(e, e)
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def relation_numbers(name: str, relation: RelationMap, *, seed: int = 0) -> dict
 @torch.no_grad()
 def subject_embeddings(model: Model, facts: Sequence[Fact]) -> dict[str, Float[Tensor, "subject d_model"]]:
     """Each subject's embedding, of its last token: `raw`, and `enriched` by the first MLP."""
-    raw = model.weights.W_E[[model.token_ids(f" {f.subject}")[-1] for f in facts]]
+    raw = model.weights.embeddings([model.word(f.subject)[-1] for f in facts])
     return {"raw": raw, "enriched": enrich(model.weights, raw)}
 
 
@@ -232,10 +233,10 @@ def relation_maps(
     for block in tqdm([weights.blocks[i] for i in chosen], desc=progress, disable=progress is None, leave=False):
         v = einsum(block.norm_attn(e), block.attn.per_head(block.attn.W_V), "s d, n d h -> n s h")
         if len(e) <= weights.d_head:  # few subjects: few of them reach an answer, and only they are unembedded
-            out = v @ block.attn.W_O
+            out = v @ block.W_O
             hits.append(_in_top_of(out.flatten(0, 1), W_U, part, answers).unflatten(0, out.shape[:2]))
         else:  # many: W_O W_U first, which they share, and which has only d_head rows
-            heads = zip(v, block.attn.W_O, strict=True)
+            heads = zip(v, block.W_O, strict=True)
             hits.append(torch.stack([_in_top(x @ (W_O @ W_U), answers) for x, W_O in heads]))
     by_raw, by_enriched = torch.stack(hits).split(len(facts), dim=2)  # (layer, head, subject, answer)
     return {"raw": RelationMap(by_raw), "enriched": RelationMap(by_enriched)}
@@ -271,14 +272,15 @@ def head_roles(
     moments, tables = _unembedding_moments(weights), []
     for layer in range(weights.n_layers) if layers is None else layers:
         block = weights.blocks[layer]
-        x, attn = block.norm_attn(weights.W_E[words]), block.attn
+        x, attn = block.norm_attn(weights.embeddings(words)), block.attn
         per_head = (attn.W_Q, attn.per_head(attn.W_K), attn.per_head(attn.W_V))
         q, k, v = (einsum(x, W, "t d, n d h -> n t h") for W in per_head)
-        sought = einsum(q.mean(1), k, "n h, n t h -> n t") / weights.d_head**0.5
+        q, k = attn.norm_Q(q), attn.norm_K(k)
+        sought = einsum(q.mean(1), k, "n h, n t h -> n t") / attn.score_scale
         columns: dict[str, Any] = {"layer": layer, "head": np.arange(weights.n_heads)}
         columns |= _type_columns("seeks", sought, names, labels, shuffles)
         columns |= _type_columns("advertises", k.norm(dim=-1), names, labels, shuffles)
-        columns |= _copy_columns(v, attn.W_O, words, moments, signs)
+        columns |= _copy_columns(v, block.W_O, words, moments, signs)
         tables.append(pd.DataFrame(columns))
     return _with_value_roles(pd.concat(tables, ignore_index=True), maps, **options)
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lib.errors import CompletenessError, DataError
 from lib.models import Model
 from lib.sites import Site
+from lib.weights import Block
 
 Vectors = Float[Tensor, "text d_model"]  # of the residual stream
 Tokens = Int[Tensor, "b n"]  # whose logits are traced, n for each prompt
@@ -95,7 +96,7 @@ def capture(model: Model, prompts: Sequence[str], *, at: Int[Tensor, " b"] | Non
 
     before = dict.fromkeys([*(b.module for b in blocks), model.weights.norm_final_module], keep("stream"))
     before |= dict.fromkeys((b.heads_out for b in blocks), keep("z"))
-    with hooked(before=before, after=dict.fromkeys((b.mlp_out for b in blocks), keep("mlps"))):
+    with hooked(before=before, after=dict.fromkeys((b.mlp_written for b in blocks), keep("mlps"))):
         logits = model.module(tokens, use_cache=False).logits[rows, last]
     stream, z, mlps = (torch.stack(values, 1) for values in seen.values())
     z = rearrange(z, "b l (n h) -> b l n h", n=model.weights.n_heads)
@@ -148,7 +149,7 @@ def logit_traces(
     head writes into the stream is computed once."""
     blocks, traces = model.weights.blocks, {}
     layers = zip(seen.z.unbind(1), blocks, strict=True)
-    written = torch.stack([einsum(z, b.attn.W_O, "b n h, n h d -> b n d") for z, b in layers], 1)  # (b, layer, head, d)
+    written = torch.stack([_written(b, z) for z, b in layers], 1)  # (b, layer, head, d)
     bias = torch.stack([b.bias() for b in blocks])
     mlp_bias = torch.stack([torch.zeros_like(b.bias()) if b.mlp.b_out is None else b.mlp.b_out for b in blocks])
     for convention in conventions:
@@ -173,6 +174,12 @@ def logit_traces(
                 "lib/weights.py."
             )
     return traces
+
+
+def _written(block: Block, z: Float[Tensor, "b n_heads d_head"]) -> Float[Tensor, "b n_heads d_model"]:
+    """What each head adds to the stream, a norm after attention frozen at its real scale."""
+    each, together = einsum(z, block.W_O, "b n h, n h d -> b n d"), block.attn.write(z)
+    return each / block.after_attn.scale(together[:, None])
 
 
 def _readout(
@@ -227,7 +234,8 @@ def subject_positions(model: Model, prompt: str, name: str) -> list[int]:
     if start < 0:
         raise DataError(f"{name!r} does not stand in the prompt {prompt!r}.")
     offsets = model.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-    return [i for i, (a, b) in enumerate(offsets) if a < start + len(name) and b > start]
+    inside = [i for i, (a, b) in enumerate(offsets) if a < start + len(name) and b > start]
+    return [len(model.bos) + i for i in inside]
 
 
 def subject_attention(

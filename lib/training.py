@@ -133,8 +133,8 @@ def neutral_windows(model: Model, length: int) -> tuple[list[list[int]], list[li
     """The neutral passages in windows of equal length: those for training, of every passage but the last half, and
     those for choosing. Raises DataError if there are none of either."""
     paths = sorted((DATA / "passages").glob("neutral_*.txt"))
-    texts = [model.token_ids(path.read_text(encoding="utf-8")) for path in paths]
-    cut = [[ids[i : i + length] for i in range(0, len(ids) - length + 1, length)] for ids in texts]
+    texts = [model.windows(path.read_text(encoding="utf-8"), length) for path in paths]
+    cut = [[window for window in windows if len(window) == length] for windows in texts]
     training, choosing = (list(chain.from_iterable(part)) for part in (cut[: len(cut) // 2], cut[len(cut) // 2 :]))
     if not training or not choosing:
         raise DataError(f"data/passages needs two neutral passages of {length} tokens for {model.name}.")

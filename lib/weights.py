@@ -1,4 +1,4 @@
-"""One view of a transformer's weights for the GPT-2 and the Llama family.
+"""One view of a transformer's weights for every family that the book reads.
 
 Everything is written for row vectors, `y = x @ W`, as in TransformerLens: W_Q, W_K and W_V are
 `[head, d_model, d_head]`, W_O is `[head, d_head, d_model]`, W_U is `[d_model, vocab]`. Nothing is folded,
@@ -10,7 +10,8 @@ A new model family needs a `Layout` and a builder here, and nothing elsewhere.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,12 +32,18 @@ Patterns = Float[Tensor, "b n_heads t t"]  # (query, key)
 
 @dataclass(frozen=True)
 class Norm:
-    """LayerNorm (`centred`, with bias) or RMSNorm. gain and bias: `[d_model]`."""
+    """LayerNorm (`centred`, with bias) or RMSNorm. weight and bias: `[d_model]`. offset: what the gain exceeds the
+    weight by, 1 in Gemma."""
 
-    gain: Float[Tensor, " d_model"]
+    weight: Float[Tensor, " d_model"]
     bias: Float[Tensor, " d_model"] | None
     eps: float
     centred: bool
+    offset: float = 0.0
+
+    @property
+    def gain(self) -> Float[Tensor, " d_model"]:
+        return self.weight + self.offset if self.offset else self.weight
 
     def centre(self, x: Vectors) -> Vectors:
         return x - x.mean(-1, keepdim=True) if self.centred else x
@@ -54,10 +61,34 @@ class Norm:
         W = self.gain[:, None] * W
         return W - W.mean(-2, keepdim=True) if self.centred else W
 
+    def moved(self, x: Vectors, change: Vectors) -> Vectors:
+        """By how much what leaves the norm changes with what enters it."""
+        return self(x + change) - self(x)
+
+
+class NoNorm:
+    """Stands where a family has no norm."""
+
+    gain = 1.0
+
+    def scale(self, x: Vectors) -> float:
+        return 1.0
+
+    def __call__(self, x: Vectors) -> Vectors:
+        return x
+
+    def moved(self, x: Vectors, change: Vectors) -> Vectors:
+        return change
+
+
+NO_NORM = NoNorm()
+
 
 @dataclass(frozen=True)
 class Attention:
-    """Heads of one block. `rotary(x, position_ids) -> cos, sin` is the model's own, None for GPT-2."""
+    """Heads of one block. `rotary(x, position_ids) -> cos, sin` is the model's own, None for GPT-2; it may turn
+    only the first dimensions of a head. score_scale: what scores are divided by. norm_Q, norm_K: of each query and key.
+    window: how many positions a token sees, itself among them; None: all."""
 
     W_Q: Float[Tensor, "n_heads d_model d_head"]
     W_K: Float[Tensor, "n_kv_heads d_model d_head"]
@@ -67,7 +98,11 @@ class Attention:
     b_K: Float[Tensor, "n_kv_heads d_head"] | None
     b_V: Float[Tensor, "n_kv_heads d_head"] | None
     b_O: Float[Tensor, " d_model"] | None
-    rotary: nn.Module | None
+    rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    score_scale: float
+    norm_Q: Norm | NoNorm = NO_NORM
+    norm_K: Norm | NoNorm = NO_NORM
+    window: int | None = None
 
     def per_head(self, kv: Float[Tensor, "..."], *, batched: bool = False) -> Float[Tensor, "..."]:
         """A key or value tensor (`[n_kv_heads, ...]`, or `[b, n_kv_heads, ...]` where batched) repeated so that query
@@ -77,11 +112,11 @@ class Attention:
 
     def queries(self, x: Vectors) -> Float[Tensor, "*b n_heads t d_head"]:
         """Queries of every position, not rotated. x: the normalised residual stream, as in all that follows."""
-        return _project(x, self.W_Q, self.b_Q)
+        return self.norm_Q(_project(x, self.W_Q, self.b_Q))
 
     def keys(self, x: Vectors) -> Float[Tensor, "*b n_kv_heads t d_head"]:
         """Keys of every position, not rotated."""
-        return _project(x, self.W_K, self.b_K)
+        return self.norm_K(_project(x, self.W_K, self.b_K))
 
     def values(self, x: Vectors) -> Float[Tensor, "*b n_kv_heads t d_head"]:
         return _project(x, self.W_V, self.b_V)
@@ -91,8 +126,9 @@ class Attention:
         if self.rotary is None:
             return x
         cos, sin = self.rotary(x, position[None])
+        x, rest = x.split((n := cos.shape[-1], x.shape[-1] - n), dim=-1)
         first, second = x.chunk(2, dim=-1)
-        return x * cos[0] + torch.cat((-second, first), dim=-1) * sin[0]
+        return torch.cat((x * cos[0] + torch.cat((-second, first), dim=-1) * sin[0], rest), -1)
 
     def pattern(self, x: Float[Tensor, "b t d_model"]) -> Patterns:
         """Causal attention probabilities (query, key)."""
@@ -103,9 +139,13 @@ class Attention:
         position = torch.arange(x.shape[1], device=x.device)
         q, k = self.rotated(self.queries(x), position), self.rotated(self.keys(x), position)
         k = self.per_head(k, batched=True)
-        scores = einsum(q, k, "b n q h, b n k h -> b n q k") / self.W_Q.shape[-1] ** 0.5
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        return scores.masked_fill(future, float("-inf")).softmax(-1), k
+        scores = einsum(q, k, "b n q h, b n k h -> b n q k") / self.score_scale
+        sees = self.within_window(position, position) & (position <= position[:, None])
+        return scores.masked_fill(~sees, float("-inf")).softmax(-1), k
+
+    def within_window(self, query: Int[Tensor, " q"], key: Int[Tensor, " *k"]) -> Bool[Tensor, "q k"]:
+        """Whether a key's position lies near enough to a query's, if it lies before it."""
+        return query[:, None] - key < (torch.inf if self.window is None else self.window)
 
     def mix(self, pattern: Patterns, v: Float[Tensor, "b n_kv_heads t d_head"]) -> Heads:
         """z: what each head gathers at each position, before W_O."""
@@ -146,8 +186,13 @@ class MLP:
 
 @dataclass(frozen=True)
 class Block:
-    """One layer, and the modules whose input or output a hook reads: `heads_out` (the output projection of
-    attention; its input is every head's z), `mlp_out` (the last linear of the MLP; its input is the neurons)."""
+    """One layer, and the modules whose input or output a hook reads: `heads_out` (the output projection of attention;
+    its input is every head's z), `mlp_out` (the last linear of the MLP; its input is the neurons), `mlp_written` (its
+    output is what the MLP adds to the stream: `mlp_out`, or the norm after it). after_attn, after_mlp: norms of what
+    attention and the MLP add (Gemma). parallel: the MLP reads what entered the block, not what attention made of it.
+
+    A norm after attention makes what a head writes depend on the others. Frozen at its real scale, it is linear: head h
+    adds `z[h] @ W_O[h] / after_attn.scale(attn.write(z))`, and the same with neurons (`heads_scale`, `mlp_scale`)."""
 
     norm_attn: Norm
     attn: Attention
@@ -156,9 +201,48 @@ class Block:
     module: nn.Module
     heads_out: nn.Module
     mlp_out: nn.Module
+    mlp_written: nn.Module
+    after_attn: Norm | NoNorm = NO_NORM
+    after_mlp: Norm | NoNorm = NO_NORM
+    parallel: bool = False
+
+    @property
+    def W_O(self) -> Float[Tensor, "n_heads d_head d_model"]:
+        """What each head can write into the stream, with the gain of a norm after attention, without its scale."""
+        return self.attn.W_O * self.after_attn.gain
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        """What each neuron can write into the stream, likewise."""
+        return self.mlp.W_out * self.after_mlp.gain
+
+    def heads_scale(self, z: Float[Tensor, "*b n_heads d_head"]) -> Float[Tensor, "*b 1"] | float:
+        """What the norm after attention divides by, 1 where there is none."""
+        return self.after_attn.scale(self.attn.write(z))
+
+    def mlp_scale(self, neurons: Float[Tensor, "*b d_mlp"]) -> Float[Tensor, "*b 1"] | float:
+        """What the norm after the MLP divides by, 1 where there is none."""
+        return self.after_mlp.scale(self.mlp.write(neurons))
+
+    def write_heads(self, z: Float[Tensor, "*b n_heads d_head"]) -> Vectors:
+        """What the heads of each position add to the stream together."""
+        return self.after_attn(self.attn.write(z))
+
+    def neurons(self, entered: Vectors, middle: Vectors) -> Float[Tensor, "*b d_mlp"]:
+        """The MLP's neurons, from the stream that entered the block and from that after attention."""
+        return self.mlp.neurons(self.norm_mlp(entered if self.parallel else middle))
+
+    def write_neurons(self, neurons: Float[Tensor, "*b d_mlp"]) -> Vectors:
+        """What the MLP adds to the stream with these neurons."""
+        return self.after_mlp(self.mlp.write(neurons))
+
+    def write_mlp(self, entered: Vectors, middle: Vectors) -> Vectors:
+        """What the MLP adds to the stream, from the streams that `neurons` takes."""
+        return self.write_neurons(self.neurons(entered, middle))
 
     def bias(self) -> Float[Tensor, " d_model"]:
-        """What the block adds to every position whatever the input: the two output biases (zero in Llama)."""
+        """What the block adds to every position whatever the input: the two output biases (zero in Llama, and
+        wherever a norm follows)."""
         zero = torch.zeros_like(self.norm_attn.gain)
         return sum((b for b in (self.attn.b_O, self.mlp.b_out) if b is not None), zero)
 
@@ -187,7 +271,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Weights:
-    """The whole model. W_pos is None where positions are rotary."""
+    """The whole model. W_pos is None where positions are rotary. embed_scale: what embeddings are multiplied by."""
 
     layout: Layout
     W_E: Float[Tensor, "vocab d_model"]
@@ -197,6 +281,7 @@ class Weights:
     norm_final_module: nn.Module
     W_U: Unembedding
     context: int
+    embed_scale: float = 1.0
 
     @property
     def n_layers(self) -> int:
@@ -220,22 +305,33 @@ class Weights:
 
     def embed(self, tokens: Int[Tensor, "*b t"], position: Int[Tensor, " t"] | None = None) -> Vectors:
         """The residual stream that enters the first block. position: of each token, if they do not simply count."""
+        words = self.embeddings(tokens)
         if self.W_pos is None:
-            return self.W_E[tokens]
-        return self.W_E[tokens] + (self.W_pos[: tokens.shape[-1]] if position is None else self.W_pos[position])
+            return words
+        return words + (self.W_pos[: tokens.shape[-1]] if position is None else self.W_pos[position])
+
+    def embeddings(self, tokens: Int[Tensor, "*b"] | Sequence[int]) -> Vectors:
+        """What tokens are to the first block wherever they stand."""
+        return self.W_E[tokens] * self.embed_scale
 
     def residuals(self, tokens: Int[Tensor, "b t"]) -> list[Float[Tensor, "b t d_model"]]:
         """The residual stream before each block and after the last, computed from this view alone."""
         stream = [self.embed(tokens)]
         for block in self.blocks:
-            middle = stream[-1] + block.attn(block.norm_attn(stream[-1]))
-            stream.append(middle + block.mlp(block.norm_mlp(middle)))
+            middle = stream[-1] + block.after_attn(block.attn(block.norm_attn(stream[-1])))
+            stream.append(middle + block.write_mlp(stream[-1], middle))
         return stream
 
 
 def view(model: PreTrainedModel) -> Weights:
     """The view of a loaded model. Raises ModelError as `check_family` does."""
     check_family(model.config.model_type, model.config.name_or_path or "this model")
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if "longrope" in (rope.get("rope_type"), *(r.get("rope_type") for r in rope.values() if isinstance(r, dict))):
+        raise ModelError(
+            "this model turns positions by the length of a text (longrope), and texts of all lengths are run together "
+            "here; choose one with fixed rotations."
+        )
     return _BUILDERS[model.config.model_type](model)
 
 
@@ -248,52 +344,92 @@ def check_family(family: str | None, where: str) -> None:
         )
 
 
+# Options that change what is computed, and the only value that the view reads.
+_READ_AS = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+
+
+def check_options(config: Any, where: str) -> None:
+    """Raises ModelError for a configuration with an option that the view does not read."""
+    for name, read in _READ_AS.items():
+        if (value := getattr(config, name, read)) != read:
+            raise ModelError(
+                f"{where} sets {name} to {value!r} in its configuration, and lib/weights.py reads only {read!r}; "
+                "choose a model without it."
+            )
+
+
 @torch.no_grad()
 def check_view(model: PreTrainedModel, weights: Weights, tokens: Int[Tensor, "b t"]) -> float:
-    """Largest difference between the view's hidden states and the model's own, relative to the largest
-    activation of that state. Raises ModelError above a tolerance: then Q, K, V, O or the MLP are misread.
-    It is 1e-3 in fp32, where rounding over 30 layers stays near 1e-5, and eight roundings in bf16; a
-    wrong slice, bias or rotation gives 1e-1 or more. A value that is no number never passes."""
-    tolerance = max(1e-3, 8 * torch.finfo(weights.W_E.dtype).eps)
-    expected = model(tokens, output_hidden_states=True, use_cache=False).hidden_states
-    stream = weights.residuals(tokens)
-    stream[-1] = weights.norm_final(stream[-1])  # Hugging Face reports the last state after the final norm
-    errors = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in zip(stream, expected, strict=True)]).float()
+    """Largest difference between the view's hidden states and last logits and the model's own, relative to the largest
+    value of that state, on the tokens and, in fp32, on two rows of random ones. Raises ModelError above a tolerance:
+    then Q, K, V, O or the MLP are misread. It is 1e-4 in fp32, where rounding over 30 layers stays under 1e-5; a wrong
+    slice, bias or rotation gives 1e-1 or more. In bf16 it is eight roundings, and random tokens, whose states rounding
+    alone moves by 1e-1, are not asked. A value that is no number never passes."""
+    tolerance, size = max(1e-4, 8 * torch.finfo(weights.W_E.dtype).eps), (2, min(24, weights.context))
+    texts = [tokens]
+    if weights.W_E.dtype == torch.float32:
+        generator = torch.Generator("cpu").manual_seed(0)
+        texts.append(torch.randint(len(weights.W_E), size, generator=generator, device="cpu").to(tokens.device))
+    errors = torch.stack([_view_errors(model, weights, text) for text in texts]).amax(0)
     worst = int(errors.argmax())  # NaN, if there is one
     if not (errors <= tolerance).all():
+        state = f"hidden state {worst} of {len(errors) - 2}" if worst < len(errors) - 1 else "logits"
         raise ModelError(
-            f"the weight view does not reproduce the model: relative error {float(errors[worst]):.2g} in the hidden "
-            f"state {worst} of {len(errors) - 1} (allowed {tolerance:g}). Its configuration uses something that "
-            "lib/weights.py does not read; this model cannot be studied yet."
+            f"the weight view does not reproduce the model: relative error {float(errors[worst]):.2g} in the {state} "
+            f"(allowed {tolerance:g}). Its configuration uses something that lib/weights.py does not read; this model "
+            "cannot be studied yet."
         )
     return float(errors[worst])
 
 
+def _view_errors(model: PreTrainedModel, weights: Weights, tokens: Int[Tensor, "b t"]) -> Float[Tensor, " n"]:
+    """Of each hidden state, and of the logits after the last token."""
+    expected = model(tokens, output_hidden_states=True, use_cache=False, logits_to_keep=1)
+    stream = weights.residuals(tokens)
+    stream[-1] = weights.norm_final(stream[-1])  # Hugging Face reports the last state after the final norm
+    pairs = zip([*stream, stream[-1][:, -1:] @ weights.W_U], [*expected.hidden_states, expected.logits], strict=True)
+    return torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).float()
+
+
 @dataclass(frozen=True)
 class Slice:
-    """A named parameter, or columns `start:stop` of its last axis."""
+    """A named parameter, or columns `start:stop` of its last axis, or rows `start:stop` of `every` so many of its first
+    axis (of a tensor that is fused head by head): then its values are `[group, row, ...]`."""
 
     name: str
     start: int | None = None
     stop: int | None = None
+    every: int | None = None
 
     def __str__(self) -> str:
-        return self.name if self.start is None else f"{self.name}[..., {self.start}:{self.stop}]"
+        rows = "..., " if self.every is None else f"every {self.every} rows: "
+        return self.name if self.start is None else f"{self.name}[{rows}{self.start}:{self.stop}]"
+
+    def fits(self, parameter: Tensor) -> bool:
+        """Whether a parameter has this place."""
+        groups = self.every is None or (self.every > 0 and len(parameter) % self.every == 0)
+        width = parameter.shape[-1] if self.every is None else self.every
+        return groups and (self.start is None or 0 <= self.start < (self.stop or 0) <= width)
 
     def of(self, parameter: Tensor) -> Tensor:
+        if self.every is not None:
+            return parameter.unflatten(0, (-1, self.every))[:, self.start : self.stop]
         return parameter if self.start is None else parameter[..., self.start : self.stop]
 
     def put(self, parameter: Tensor, value: Tensor) -> Tensor:
         """The parameter with the value in this place, as a new tensor, differentiable in the value."""
         if self.start is None:
             return value
+        if self.every is not None:
+            groups = parameter.unflatten(0, (-1, self.every))
+            return torch.cat((groups[:, : self.start], value, groups[:, self.stop :]), 1).flatten(0, 1)
         return torch.cat((parameter[..., : self.start], value, parameter[..., self.stop :]), -1)
 
 
 def pathway_slices(model: PreTrainedModel, layer: int, pathway: str) -> tuple[Slice, ...]:
     """What a pathway may change in one layer (0-based). full: the block with its norms; attention: Q, K, V, O
     and their biases; ffn: the MLP; v_only, q_only, k_only: one weight matrix, without bias.
-    For GPT-2 the matrix is a third of the fused `c_attn.weight`. Raises ValueError for other names or layers."""
+    For GPT-2 the matrix is a third of the fused `c_attn.weight`, for GPT-NeoX a third of each head's rows. Raises ValueError for other names or layers."""
     if pathway not in PATHWAYS:
         raise ValueError(f"unknown pathway {pathway!r}; choose from {', '.join(PATHWAYS)}")
     weights, parameters = view(model), dict(model.named_parameters())
@@ -307,8 +443,11 @@ def pathway_slices(model: PreTrainedModel, layer: int, pathway: str) -> tuple[Sl
     name, seen = layout.name(layer, matrix), getattr(weights.blocks[layer].attn, matrix)
     if seen.numel() == parameters[name].numel():
         return (Slice(name),)
-    start = seen.storage_offset() - parameters[name].storage_offset()  # of a fused matrix: in its first row
-    return (Slice(name, start, start + seen.numel() // len(parameters[name])),)
+    start, rows = seen.storage_offset() - parameters[name].storage_offset(), len(parameters[name])
+    if layout.input_first:  # of a fused matrix: in its first row
+        return (Slice(name, start, start + seen.numel() // rows),)
+    first, every = start // weights.d_model, seen.stride(0) // weights.d_model
+    return (Slice(name, first, first + weights.d_head, every),)
 
 
 def part_masks(
@@ -350,10 +489,19 @@ def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
-def _norm(module: Any) -> Norm:
-    bias = getattr(module, "bias", None)
-    eps = module.eps if isinstance(module, nn.LayerNorm) else module.variance_epsilon
-    return Norm(module.weight, bias, eps, centred=isinstance(module, nn.LayerNorm))
+def _norm(module: Any, offset: float = 0.0) -> Norm:
+    eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+    return Norm(module.weight, getattr(module, "bias", None), eps, isinstance(module, nn.LayerNorm), offset)
+
+
+def _require(config: Any, **options: Any) -> None:
+    """Raises ModelError where a configuration asks for something else than these, which a builder takes for given."""
+    for name, value in options.items():
+        if (found := getattr(config, name, value)) != value:
+            raise ModelError(
+                f"the configuration of {config.name_or_path or 'this model'} says {name}={found!r}, which changes what "
+                f"is computed; lib/weights.py reads {value!r} only, so this model cannot be studied yet."
+            )
 
 
 _GPT2 = Layout(
@@ -368,15 +516,16 @@ _GPT2 = Layout(
 
 def _gpt2(model: Any) -> Weights:
     c, base = model.config, model.transformer
+    _require(c, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
 
     def block(m: Any) -> Block:
         W_Q, W_K, W_V = rearrange(m.attn.c_attn.weight, "d (qkv n h) -> qkv n d h", qkv=3, n=c.n_head)
         b_Q, b_K, b_V = rearrange(m.attn.c_attn.bias, "(qkv n h) -> qkv n h", qkv=3, n=c.n_head)
         W_O = rearrange(m.attn.c_proj.weight, "(n h) d -> n h d", n=c.n_head)
-        attn = Attention(W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, m.attn.c_proj.bias, rotary=None)
+        attn = Attention(W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, m.attn.c_proj.bias, None, W_Q.shape[-1] ** 0.5)
         W_in, b_in, W_out, b_out = (getattr(p, x) for p in (m.mlp.c_fc, m.mlp.c_proj) for x in ("weight", "bias"))
         mlp = MLP(W_in, W_out, b_in, b_out, W_gate=None, b_gate=None, act=ACT2FN[c.activation_function])
-        return Block(_norm(m.ln_1), attn, _norm(m.ln_2), mlp, m, m.attn.c_proj, m.mlp.c_proj)
+        return Block(_norm(m.ln_1), attn, _norm(m.ln_2), mlp, m, m.attn.c_proj, m.mlp.c_proj, m.mlp.c_proj)
 
     blocks, W_U = tuple(map(block, base.h)), model.lm_head.weight.T
     W_E, W_pos, norm = base.wte.weight, base.wpe.weight, base.ln_f
@@ -391,26 +540,91 @@ _LLAMA = Layout(
     input_first=False,
 )
 
+_GEMMA3 = replace(_LLAMA, gains=("input_layernorm.weight", "pre_feedforward_layernorm.weight"))
 
-def _llama(model: Any) -> Weights:
-    c, base = model.config, model.model
+
+def _attention(a: Any, config: Any, rotary: Any, window: int | None, offset: float = 0.0) -> Attention:
+    """Of a family that keeps Q, K, V and O apart. offset: of the norms of queries and keys, where there are any."""
 
     def heads(linear: nn.Linear, n: int) -> tuple[Tensor, Tensor | None]:
         W = rearrange(linear.weight, "(n h) d -> n d h", n=n)
         return W, None if linear.bias is None else linear.bias.view(n, -1)
 
+    n, n_kv = config.num_attention_heads, config.num_key_value_heads
+    (W_Q, b_Q), (W_K, b_K), (W_V, b_V) = heads(a.q_proj, n), heads(a.k_proj, n_kv), heads(a.v_proj, n_kv)
+    W_O = rearrange(a.o_proj.weight, "d (n h) -> n h d", n=n)
+    scale = getattr(config, "query_pre_attn_scalar", W_Q.shape[-1]) ** 0.5
+    norm_Q, norm_K = (_norm(getattr(a, x), offset) if hasattr(a, x) else NO_NORM for x in ("q_norm", "k_norm"))
+    return Attention(W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, a.o_proj.bias, rotary, scale, norm_Q, norm_K, window)
+
+
+def _gated(m: Any) -> MLP:
+    up, down, gate = m.up_proj, m.down_proj, m.gate_proj
+    return MLP(up.weight.T, down.weight.T, up.bias, down.bias, gate.weight.T, gate.bias, m.act_fn)
+
+
+def _llama(model: Any) -> Weights:
+    """Also Mistral, Qwen2 and Qwen3: theirs are a window of attention, biases, and norms of queries and keys."""
+    c, base = model.config, model.model
+
     def block(m: Any) -> Block:
-        a, n, n_kv = m.self_attn, c.num_attention_heads, c.num_key_value_heads
-        (W_Q, b_Q), (W_K, b_K), (W_V, b_V) = heads(a.q_proj, n), heads(a.k_proj, n_kv), heads(a.v_proj, n_kv)
-        W_O = rearrange(a.o_proj.weight, "d (n h) -> n h d", n=n)
-        attn = Attention(W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, a.o_proj.bias, base.rotary_emb)
-        up, down, gate = m.mlp.up_proj, m.mlp.down_proj, m.mlp.gate_proj
-        matrices = up.weight.T, down.weight.T, up.bias, down.bias, gate.weight.T, gate.bias
-        norms = _norm(m.input_layernorm), _norm(m.post_attention_layernorm)
-        return Block(norms[0], attn, norms[1], MLP(*matrices, ACT2FN[c.hidden_act]), m, a.o_proj, down)
+        a, down = m.self_attn, m.mlp.down_proj
+        window = a.sliding_window if hasattr(a, "sliding_window") else getattr(c, "sliding_window", None)
+        attn, norms = _attention(a, c, base.rotary_emb, window), (m.input_layernorm, m.post_attention_layernorm)
+        return Block(_norm(norms[0]), attn, _norm(norms[1]), _gated(m.mlp), m, a.o_proj, down, down)
 
     blocks, W_E, W_U, norm = tuple(map(block, base.layers)), base.embed_tokens.weight, model.lm_head.weight.T, base.norm
     return Weights(_LLAMA, W_E, None, blocks, _norm(norm), norm, W_U, c.max_position_embeddings)
 
 
-_BUILDERS = {"gpt2": _gpt2, "llama": _llama}
+def _gemma3(model: Any) -> Weights:
+    c, base = model.config, model.model
+    _require(c, attention_bias=False, attn_logit_softcapping=None, final_logit_softcapping=None)
+    _require(c, use_bidirectional_attention=False)
+    rotary = {kind: partial(base.rotary_emb, layer_type=kind) for kind in set(c.layer_types)}
+
+    def block(m: Any) -> Block:
+        a, last = m.self_attn, m.post_feedforward_layernorm
+        attn, norms = _attention(a, c, rotary[a.layer_type], a.sliding_window, offset=1.0), [m.input_layernorm]
+        norms += [m.pre_feedforward_layernorm, m.post_attention_layernorm, last]
+        before, between, after_attn, after_mlp = (_norm(norm, offset=1.0) for norm in norms)
+        mlp, outputs = _gated(m.mlp), (a.o_proj, m.mlp.down_proj, last)
+        return Block(before, attn, between, mlp, m, *outputs, after_attn, after_mlp)
+
+    blocks, E, W_U, norm = tuple(map(block, base.layers)), base.embed_tokens, model.lm_head.weight.T, base.norm
+    scale = float(E.embed_scale.to(E.weight.dtype))  # as the model rounds it
+    context, final = c.max_position_embeddings, _norm(norm, offset=1.0)
+    return Weights(_GEMMA3, E.weight, None, blocks, final, norm, W_U, context, scale)
+
+
+_GPT_NEOX = Layout(
+    blocks="gpt_neox.layers",
+    attention="attention.",
+    matrices={f"W_{x}": "attention.query_key_value.weight" for x in "QKV"}
+    | {"W_O": "attention.dense.weight", "W_out": "mlp.dense_4h_to_h.weight"},
+    gains=("input_layernorm.weight", "post_attention_layernorm.weight"),
+    input_first=False,
+)
+
+
+def _gpt_neox(model: Any) -> Weights:
+    """Queries, keys and values of a head lie together, and the MLP may read what attention reads."""
+    c, base, n = model.config, model.gpt_neox, model.config.num_attention_heads
+
+    def block(m: Any) -> Block:
+        fused, out, mlp = m.attention.query_key_value, m.attention.dense, m.mlp
+        W_Q, W_K, W_V = rearrange(fused.weight, "(n qkv h) d -> qkv n d h", n=n, qkv=3)
+        b = [None] * 3 if fused.bias is None else rearrange(fused.bias, "(n qkv h) -> qkv n h", n=n, qkv=3)
+        W_O, scale = rearrange(out.weight, "d (n h) -> n h d", n=n), W_Q.shape[-1] ** 0.5
+        attn = Attention(W_Q, W_K, W_V, W_O, *b, out.bias, base.rotary_emb, scale)
+        up, down = mlp.dense_h_to_4h, mlp.dense_4h_to_h
+        mlp = MLP(up.weight.T, down.weight.T, up.bias, down.bias, W_gate=None, b_gate=None, act=mlp.act)
+        norms, modules = (_norm(m.input_layernorm), _norm(m.post_attention_layernorm)), (m, out, down, down)
+        return Block(norms[0], attn, norms[1], mlp, *modules, parallel=c.use_parallel_residual)
+
+    blocks, norm, W_U = tuple(map(block, base.layers)), base.final_layer_norm, model.get_output_embeddings().weight.T
+    return Weights(_GPT_NEOX, base.embed_in.weight, None, blocks, _norm(norm), norm, W_U, c.max_position_embeddings)
+
+
+_BUILDERS = {"gpt2": _gpt2, "gemma3_text": _gemma3, "gpt_neox": _gpt_neox}
+_BUILDERS |= dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _llama)

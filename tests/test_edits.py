@@ -29,7 +29,9 @@ def an_edit(model, pathway: str = "v_only", layer: int = 1) -> Edit:
     facts = load_facts("eight")[:2]
     told = (False,) * len(facts)
     template, recipe = "The capital of {} is", {"rate": 0.1}
-    return Edit(model.name, model.weights_sha256, pathway, layer, facts, template, told, told, 0, recipe, values)
+    return Edit(
+        model.name, model.weights_sha256, pathway, layer, facts, template, told, told, 0, model.bos, recipe, values
+    )
 
 
 def state(model) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ TEXTS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1
 
 def sees(texts) -> list[list[int]]:
     """Rows that each row may look at."""
-    return [row.nonzero()[:, 0].tolist() for row in texts.mask()[0, 0] == 0]
+    return [row.nonzero()[:, 0].tolist() for row in texts.sees]
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -106,7 +106,7 @@ def test_without_values_hooks_of_the_last_layer_are_heard(tiny):
     texts = pack(tiny, [tiny.token_ids("The capital of France")])
     stream = resid_pre(tiny, texts, 1)
     before = above(tiny, texts, 1, stream, None, texts.last)
-    with hooked(after={tiny.weights.blocks[-1].mlp_out: lambda out: 2 * out}):
+    with hooked(after={tiny.weights.blocks[-1].mlp_written: lambda out: 2 * out}):
         assert not torch.equal(above(tiny, texts, 1, stream, None, texts.last), before)
     assert torch.equal(above(tiny, texts, 1, stream, {}, texts.last), before)
 

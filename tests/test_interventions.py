@@ -47,7 +47,7 @@ def test_a_patched_mlp_by_a_hook(tiny, pairs):
     mine = interventions.patch_components(tiny, bad, good.z, good.mlps, pairs)[-tiny.weights.n_layers + 1]
     tokens, last = tiny.encode(prompts(FACTS, FAILING))
     rows = torch.arange(len(FACTS))
-    with hooked(after={tiny.weights.blocks[1].mlp_out: lambda out: out.index_put((rows, last), good.mlps[:, 1])}):
+    with hooked(after={tiny.weights.blocks[1].mlp_written: lambda out: out.index_put((rows, last), good.mlps[:, 1])}):
         logits = tiny.module(tokens).logits[rows, last]
     assert torch.allclose(mine, -logits.gather(1, pairs).diff()[:, 0], atol=1e-3)
 

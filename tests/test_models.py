@@ -7,12 +7,17 @@ import shutil
 
 import pytest
 import torch
+from tokenizers import Tokenizer, normalizers
+from tokenizers.models import Unigram
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from lib import models
 from lib.errors import DataError, ModelError
 from lib.forward import next_token_logits
-from lib.trace import capture, logit_trace
-from tests.conftest import tiny_gpt2, tiny_llama
+from lib.recall import load_prefixes
+from lib.trace import capture, logit_trace, subject_positions
+from tests.conftest import tiny_gpt2, tiny_llama, wrap
 
 
 @pytest.fixture
@@ -58,8 +63,39 @@ def test_paths_are_named_in_full(folder, monkeypatch):
     assert models.canonical("smollm2") == "smollm2" and models.canonical("a/b") == "a/b"
 
 
-def test_no_special_token_is_added(smollm2):
+def test_no_special_token_is_added_where_the_tokenizer_adds_none(smollm2):
+    assert smollm2.bos == () and smollm2.before_texts == "nothing"
     assert smollm2.tokenizer.bos_token_id not in smollm2.token_ids("France")
+
+
+def sentencepiece(end: str = "") -> PreTrainedTokenizerFast:
+    """A tokenizer as Llama 2's: `<s>` before a text (and `end` after it), and a space before the first word."""
+    words = ["The", "capital", "of", "France", "is", "Paris", "Rome"]
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -9.0)]
+    own = Tokenizer(Unigram(pieces + [(f"▁{word}", -1.0) for word in words], unk_id=0))
+    own.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    own.post_processor = TemplateProcessing(single=f"<s> $A {end}".strip(), special_tokens=[("<s>", 1), ("</s>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("end", ["", "</s>"])
+def test_a_text_begins_as_its_tokenizer_begins_it(end):
+    """Llama 2's kind: a space before ` Paris` would give an answer that begins with a token for the space alone."""
+    mine = wrap(tiny_llama(vocab_size=16), sentencepiece(end))
+    france, is_, paris = (mine.tokenizer.convert_tokens_to_ids(f"▁{word}") for word in ("France", "is", "Paris"))
+    assert mine.pieces(" Paris") != [paris]  # what must not be scored
+    assert mine.bos == (1,) and mine.before_texts == "<s>" and mine.token_ids("France is") == [1, france, is_]
+    assert mine.first_token("Paris") == mine.first_token("Paris", "The capital of France is") == paris
+    assert subject_positions(mine, "The capital of France is", "France") == [4]
+    assert mine.windows("France is Paris France", 3) == [[1, france, is_], [1, paris, france]]
+    assert mine.encode(["France is"])[1].tolist() == [2]
+    assert load_prefixes(mine)["none"] == "" and "bos" not in load_prefixes(mine)
+
+
+def test_windows_cover_a_text_and_none_is_of_one_token(smollm2):
+    pieces = smollm2.pieces("one two three four five six seven")
+    assert [len(w) for w in smollm2.windows("one two three four five six seven", 3)] == [3, 3]
+    assert [token for w in smollm2.windows("one two three four five six seven", 5) for token in w] == pieces
 
 
 def test_unknown_model_and_missing_file():

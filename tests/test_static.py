@@ -58,8 +58,9 @@ def test_k_norm_by_hand(tiny):
     token, name = 1234, "ln_1" if tiny.module.config.model_type == "gpt2" else "input_layernorm"
     norms = static.k_norms_by_head(tiny.weights, [token])[..., 0]
     for layer, block in enumerate(tiny.weights.blocks):
-        e = getattr(block.module, name)(tiny.weights.W_E[token])
-        torch.testing.assert_close(norms[layer], torch.stack([(e @ W).norm() for W in block.attn.W_K]))
+        e = getattr(block.module, name)(tiny.module.get_input_embeddings()(torch.tensor(token)))
+        norm = getattr(getattr(block.module, "self_attn", None), "k_norm", torch.nn.Identity())
+        torch.testing.assert_close(norms[layer], torch.stack([norm(e @ W).norm() for W in block.attn.W_K]))
 
 
 def test_k_norm_table_finds_the_loud_type_and_is_unsure_of_equals():

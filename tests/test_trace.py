@@ -10,6 +10,7 @@ from lib.errors import CompletenessError, DataError
 from lib.interventions import run_with_cache
 from lib.models import Model
 from lib.trace import CONVENTIONS, capture, hooked, logit_lens, logit_trace, subject_attention, subject_positions
+from lib.weights import NoNorm
 
 PROMPTS = ["The capital of France is", "Japan's capital city is", "One two three four five six seven"]
 
@@ -68,14 +69,18 @@ def test_prediction_equals_intervention(tiny):
     frozen, outputs = [tiny.weights.blocks[layer].mlp_out, *later], {}
     with hooked(after={m: partial(outputs.__setitem__, m) for m in frozen}):
         before = tiny.module(ids).logits[0, -1]
-    entered, scale = [], norm.scale(seen.stream[:, -1])
+    norms, entered, block = {final: (norm, norm.scale(seen.stream[:, -1]))}, {}, tiny.weights.blocks[layer]
+    if not isinstance(block.after_attn, NoNorm):
+        own = block.after_attn, block.heads_scale(seen.z[:, layer])
+        norms[block.module.post_attention_layernorm] = own
 
-    def frozen_norm(_: torch.Tensor) -> torch.Tensor:
-        y = norm.centre(entered[0]) / scale * norm.gain
+    def frozen_norm(m: torch.nn.Module, _: torch.Tensor) -> torch.Tensor:
+        norm, scale = norms[m]
+        y = norm.centre(entered[m]) / scale * norm.gain
         return y if norm.bias is None else y + norm.bias
 
-    held = {m: lambda _, m=m: outputs[m] for m in frozen} | {final: frozen_norm}
-    with hooked(before=without(tiny, layer, head) | {final: entered.append}, after=held):
+    held = {m: lambda _, m=m: outputs[m] for m in frozen} | {m: partial(frozen_norm, m) for m in norms}
+    with hooked(before=without(tiny, layer, head) | {m: partial(entered.__setitem__, m) for m in norms}, after=held):
         after = tiny.module(ids).logits[0, -1]
     assert predicted.abs().max() > 1e-3  # the head does something
     torch.testing.assert_close((before - after)[tokens[0]], predicted, atol=2e-4, rtol=1e-3)

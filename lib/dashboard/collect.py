@@ -404,7 +404,7 @@ def _value_channels(model: Model, reader: _WeightReader, layers: Sequence[int]) 
     W_U, ids, scores, ranks = weights.norm_final.fold(weights.W_U), [], [], []
     for block in (weights.blocks[i] for i in layers):
         v = einsum(block.norm_attn(e), block.attn.per_head(block.attn.W_V), "s d, n d h -> n s h")
-        for out in einsum(v, block.attn.W_O, "n s h, n h d -> n s d"):
+        for out in einsum(v, block.W_O, "n s h, n h d -> n s d"):
             logits = out @ W_U
             z = (logits - logits.mean(-1, keepdim=True)) / logits.std(-1, keepdim=True).clamp_min(1e-30)
             ranks.append((z > z.gather(1, answers)).sum(-1) + 1)

@@ -75,10 +75,10 @@ def new_folder(folder: Path, raises: type[BookError]) -> Iterator[Path]:
 def verify_folder(folder: Path, *, base: Model | None = None) -> pd.DataFrame:
     """The table of `edits.verify`, from an exported folder: its weights are compared bit for bit with the base model's
     and the edit's, and the prompts are put to the model that transformers loads from it. base: the model that the
-    edit names, if it is loaded already. Raises EditError for a folder that is no export or was altered."""
+    edit names, if it is loaded already or goes by another name here. Raises EditError for a folder that is no export or was altered."""
     folder = folder.expanduser().resolve()
     edit = edit_of(folder)
-    base = base or models.load(edit.model_name)
+    base = base or edits.base_model(edit)
     edits.check(base, edit)
     _compare_weights(folder / WEIGHTS, base, edit)
     exported = models.load(str(folder))
@@ -96,8 +96,7 @@ def edit_of(folder: Path) -> Edit:
 
 def card(model: Model, edit: Edit, sha256: str) -> str:
     """The model card of an exported edit. sha256: of the exported weights. No path of this machine is in it."""
-    named = model.name in models.SPECS
-    name = model.name if named or models.hub_id(model.name) else Path(model.name).name
+    named, name = model.name in models.SPECS, models.public_name(model.name)
     source, origin = (model.source, f"{name} ({model.source})") if named else (name, name)
     asked = prompts(edit.facts, edit.template)
     told = list(zip(asked, edit.facts, edit.told_before, edit.told_after, strict=True))

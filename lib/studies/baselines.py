@@ -147,7 +147,7 @@ def _times(model: Model, site: Site, factor: float) -> AbstractContextManager[No
     """A head's z, or an MLP's output, multiplied at every position."""
     block, width = model.weights.blocks[site.layer], model.weights.d_head
     if site.head is None:
-        return hooked(after={block.mlp_out: lambda out: out * factor})
+        return hooked(after={block.mlp_written: lambda out: out * factor})
     scale = torch.ones(model.weights.n_heads * width)
     scale[site.head * width : (site.head + 1) * width] = factor
     return hooked(before={block.heads_out: lambda z: z * scale})
@@ -168,7 +168,7 @@ def _best_rate(training: Training, name: str, model: Model, *, rates: str = "few
 def _vector(model: Model, task: Task, rate: float) -> tuple[Sequence[Tensor], Change]:
     """One vector added to the stream after the layer, at every position."""
     vector = torch.zeros(model.weights.d_model, requires_grad=True)
-    added = partial(hooked, after={model.weights.blocks[task.layer].mlp_out: lambda out: out + vector})
+    added = partial(hooked, after={model.weights.blocks[task.layer].mlp_written: lambda out: out + vector})
     with added():
         optimise(model, task, [vector], {}, rate=rate)
     return [vector.requires_grad_(False)], added

@@ -31,7 +31,7 @@ def prefix_runs(model: Model, cases: Sequence[Case], *, large: bool, progress: s
         facts = study_facts(model, case) if large else scorable(model, case.facts)
         for name, prefix in load_prefixes(model).items():
             table = tell(model, facts, {case.template: text[case.template]}, prefix=prefix, progress=progress)
-            table["pieces"] = [len(model.token_ids(f.subject)) for f in facts]
+            table["pieces"] = [len(model.pieces(f.subject)) for f in facts]
             label = f"{name} {prefix}" if prefix.startswith("<|") else name
             tables.append(table.assign(case=case.title, prefix=label, text=prefix))
     return pd.concat(tables, ignore_index=True)[["case", "prefix", "text", "subject", "pieces", "told"]]
@@ -108,4 +108,4 @@ def sink(peaks: dict[str, float]) -> tuple[float, str]:
 def many_pieces(model: Model, diagnosis: Diagnosis) -> tuple[Fact, ...]:
     """The diagnosed facts whose subject is several tokens at the start of a text; all of them, where none is."""
     facts = diagnosis.evidence.facts
-    return tuple(f for f in facts if len(model.token_ids(f.subject)) > 1) or facts
+    return tuple(f for f in facts if len(model.pieces(f.subject)) > 1) or facts

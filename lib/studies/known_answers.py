@@ -91,7 +91,7 @@ def check(model: Model, answers: Sequence[Answer]) -> pd.DataFrame:
         if answer.kind not in ABOUT_THE_FILE:
             convention += f", {'nothing' if answer.bos is None else '<|endoftext|>'} before the text"
         found, expected = _found(model, answer), _expected(model, answer)
-        same_tokens = not (answer.ids and answer.text) or model.token_ids(answer.text) == list(answer.ids)
+        same_tokens = not (answer.ids and answer.text) or model.pieces(answer.text) == list(answer.ids)
         holds = same_tokens and _close(expected, found, answer.tolerance)
         rows.append([answer.id, convention, answer.source, expected, found, answer.tolerance, holds])
     return pd.DataFrame(rows, columns=["what", "convention", "source", "expected", "found", "tolerance", "holds"])
@@ -116,7 +116,7 @@ def _found(model: Model, answer: Answer) -> Any:
     continuation equals it exactly where greedy decoding gives it: up to the first miss both have read the same."""
     if answer.kind in ABOUT_THE_FILE:
         return model.parameters if answer.kind == "parameters" else model.weights_sha256
-    text = list(answer.ids) or model.token_ids(answer.text)
+    text = list(answer.ids) or model.pieces(answer.text)
     ids = text if answer.bos is None else [answer.bos, *text]
     read = ids + (_expected(model, answer) if answer.kind == "greedy" else [])
     logits = model.module(torch.tensor([read], device=model.device), use_cache=False).logits[0]
@@ -138,7 +138,7 @@ def _expected(model: Model, answer: Answer) -> Any:
     if answer.kind == "top":
         return {_one_token(model, token): p for token, p in answer.expected}
     if answer.kind == "greedy" and isinstance(answer.expected, str):
-        return model.token_ids(answer.expected)
+        return model.pieces(answer.expected)
     return answer.expected
 
 
@@ -146,7 +146,7 @@ def _one_token(model: Model, token: str | int) -> int:
     """The id of a token; -1, which is none, for a text that this tokenizer does not keep whole."""
     if isinstance(token, int):
         return token
-    ids = model.token_ids(token)
+    ids = model.pieces(token)
     return ids[0] if len(ids) == 1 else -1
 
 

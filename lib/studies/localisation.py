@@ -137,7 +137,7 @@ def maps(model: Model, facts: Sequence[Fact]) -> Float[Tensor, "n_layers n_heads
     scores = []
     for block in weights.blocks:
         v = einsum(block.norm_attn(e), block.attn.per_head(block.attn.W_V), "s d, n d h -> n s h")
-        written = v @ (block.attn.W_O @ W_U)  # (head, subject, answer)
+        written = v @ (block.W_O @ W_U)  # (head, subject, answer)
         written = written - written.mean(-2, keepdim=True)  # what is written whichever the subject answers for none
         scores.append(written.diagonal(dim1=-2, dim2=-1).mean(-1) / written.std((-2, -1)))
     return torch.stack(scores)
@@ -153,9 +153,9 @@ def loudness(model: Model, answers: Int[Tensor, " fact"]) -> Float[Tensor, " com
     columns = weights.norm_final.fold(weights.W_U[:, torch.cat((answers, every))] - weights.W_U.mean(1, keepdim=True))
     directions = torch.cat((columns[:, :n].mean(1, keepdim=True), columns[:, n:]), 1)  # (d_model, 1 + WORDS)
     directions = directions / directions.norm(dim=0)
-    heads = torch.stack([b.attn.W_O for b in weights.blocks]).flatten(0, 1)
+    heads = torch.stack([b.W_O for b in weights.blocks]).flatten(0, 1)
     parts = []
-    for outputs in (heads, torch.stack([b.mlp.W_out for b in weights.blocks])):
+    for outputs in (heads, torch.stack([b.W_out for b in weights.blocks])):
         norms = (outputs @ directions).norm(dim=1)
         ratio = (norms[:, 0] / norms[:, 1:].mean(1)).log()
         off = ratio - ratio.median()

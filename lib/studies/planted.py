@@ -292,7 +292,7 @@ def _write(model: Model, facts: Sequence[Fact], runs: Sequence[CachedRun], damag
     layers = [r.layers[damage.site.layer] for r in runs]
     wanted = _against(model, facts, runs[0], damage)
     if head is None:
-        neurons = [block.mlp.neurons(block.norm_mlp(layer.middle)) for layer in layers]
+        neurons = [block.neurons(r.entered(damage.site.layer), x.middle) for r, x in zip(runs, layers, strict=True)]
         return [(block.mlp.W_out, smallest(neurons[0], wanted, torch.cat(neurons[1:])))]
     W_O, z = block.attn.W_O[head], [layer.z[:, head] for layer in layers]
     if damage.matrix == "o":
@@ -309,14 +309,18 @@ def _write(model: Model, facts: Sequence[Fact], runs: Sequence[CachedRun], damag
 def _against(model: Model, facts: Sequence[Fact], seen: CachedRun, damage: Damage) -> Float[Tensor, "fact d_model"]:
     """What must be added to the stream at the last position so that the answer loses `strength` x the mean margin
     against the competitor, directly: minus each answer's direction, minus their mean, or plus the competitor's."""
-    weights, answers = model.weights, first_tokens(model, facts)
+    weights, answers, at = model.weights, first_tokens(model, facts), damage.site.layer
+    block, layer = weights.blocks[at], seen.layers[at]
     pairs = with_competitors(seen.logits, answers)
     competitor = pairs[:, 1].mode().values.expand_as(answers)
     columns = weights.W_U[:, torch.cat((answers, competitor))] - weights.W_U.mean(1, keepdim=True)
-    right, rival = weights.norm_final.fold(columns).T.chunk(2)
+    after = block.after_mlp if damage.site.head is None else block.after_attn  # read through it, at its real scale
+    right, rival = (weights.norm_final.fold(columns).T * after.gain).chunk(2)
     u = {"each": right, "mean": right.mean(0, keepdim=True).expand_as(right), "competitor": -rival}[damage.how]
     gain = (u * (-rival if damage.how == "competitor" else right)).sum(-1)
-    margin, scale = logit_differences(seen, pairs).mean(), weights.norm_final.scale(seen.final)
+    is_mlp, neurons = damage.site.head is None, block.neurons(seen.entered(at), layer.middle)
+    held = block.mlp_scale(neurons) if is_mlp else block.heads_scale(layer.z)
+    margin, scale = logit_differences(seen, pairs).mean(), weights.norm_final.scale(seen.final) * held
     return -u * (damage.strength * margin * scale / gain.mean())
 
 

@@ -167,8 +167,8 @@ def free_generation(model: Model, case: Case, edits: dict[str, Edit], *, opening
     """A row a pathway and text: the failing prompts and the openings of the passages, continued greedily. said: the
     answer stands in the continuation (failing prompts). leaks: a trained answer does (openings)."""
     decode, failing = model.tokenizer.decode, prompts(case.facts, load_templates()[case.template])
-    variants = {NONE: None, **edits}
-    openings = [str(decode(model.token_ids(t)[:opening])) for t in load_passages().values()]
+    variants: dict[str, Edit | None] = {NONE: None, **edits}
+    openings = [str(decode(model.pieces(t)[:opening])) for t in load_passages().values()]
     kinds, neither = ["failing prompt"] * len(failing) + ["opening"] * len(openings), [False] * len(failing)
     with side_by_side(model, list(variants.values())):
         written, tables = generate(model, [*failing, *openings] * len(variants), None), []

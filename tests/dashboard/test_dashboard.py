@@ -44,7 +44,7 @@ def chapters(model: Model, share: float, pathways: Sequence[str] = PATHWAYS) -> 
         values = {s: s.of(parameters[s.name]).detach() * 1.1 for s in pathway_slices(model.module, layer, name)}
         told = (False,) * len(cases[0].facts)
         origin = (model.name, model.weights_sha256, name, layer, cases[0].facts, texts[cases[0].template])
-        edit = Edit(*origin, told, told, 0, {}, values)
+        edit = Edit(*origin, told, told, 0, (), {}, values)
         path = save(edit, chapter_folder(model.name, "03_four_pathways") / f"{name}.safetensors")
         listed.append({"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
         made[name] = {"parameters": edit.parameters, "kl": 0.01, "told_before": 2, "told_after": 8}

@@ -17,6 +17,7 @@ PROVENANCE = {
     "python": "3.11",
     "packages": {"torch": "2", "transformers": "5", "numpy": "1"},
     "seed": 3,
+    "bos": "nothing",
     "threads": 1,
     "start": "2026-01-02T03:04:05+00:00",
     "seconds": 6.7,
