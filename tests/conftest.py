@@ -1,4 +1,4 @@
-"""Shared models. The real model is loaded, never skipped; tiny random models of both families are seeded."""
+"""Shared models. The real model is loaded, never skipped; tiny random models of every family are seeded."""
 
 import os
 from collections.abc import Sequence
@@ -97,7 +97,7 @@ TINY = {
     "llama with biases": lambda: tiny_llama(attention_bias=True, mlp_bias=True, head_dim=12),
     "gemma3": tiny_gemma3,
     "gpt_neox": tiny_gpt_neox,
-    "gpt_neox, one after the other": lambda: tiny_gpt_neox(use_parallel_residual=False, attention_bias=False),
+    "gpt_neox, one after the other": lambda: tiny_gpt_neox(use_parallel_residual=False),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**GROUPED, head_dim=12, sliding_window=4)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**GROUPED, **SLIDING, use_sliding_window=True)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**GROUPED, head_dim=12, attention_bias=True)),

@@ -17,6 +17,7 @@ from lib import edits
 from lib.edits import Edit, applied, outside_bytes, outside_sha256
 from lib.errors import EditError
 from lib.facts import Fact, load_facts
+from lib.models import public_name
 from lib.weights import PATHWAYS, Slice, pathway_slices
 
 
@@ -30,7 +31,8 @@ def an_edit(model, pathway: str = "v_only", layer: int = 1) -> Edit:
     told = (False,) * len(facts)
     template, recipe = "The capital of {} is", {"rate": 0.1}
     return Edit(
-        model.name, model.weights_sha256, pathway, layer, facts, template, told, told, 0, model.bos, recipe, values
+        *(public_name(model.name), model.weights_sha256, pathway, layer, facts, template),
+        *(told, told, 0, model.bos, recipe, values),
     )
 
 
@@ -229,7 +231,7 @@ def test_another_model_and_another_revision_are_refused(tiny, organism):
     edit = an_edit(tiny)
     other = dataclasses.replace(edit, base_sha256="f" * 64)
     refused(tiny, other, r"another revision of tiny \(weights ffffffffffff\.\.\., not 0000.*get the revision")
-    refused(organism, edit, r"for another model than organism \(weights 0000.*load tiny")
+    refused(organism, edit, r"for another model than organism \(weights 0000.*give the one .*, tiny, with --model")
     renamed = dataclasses.replace(edit, model_name="tiny under another path")
     with applied(tiny, renamed):
         pass  # the same weights are the same model
@@ -239,7 +241,8 @@ def test_another_shape_or_type_is_refused(tiny):
     edit = an_edit(tiny)
     ((part, value),) = edit.values.items()
     for wrong in (value[:-1], value[..., None], value[:, :1]):
-        message = rf"has the shape \({value.shape[0]}, {value.shape[1]}\) in torch.float32, .* the edit's values have"
+        shape = re.escape(str(tuple(value.shape)))
+        message = rf"has the shape {shape} in torch.float32, .* the edit's values have"
         refused(tiny, dataclasses.replace(edit, values={part: wrong}), message)
     for kind in (torch.float16, torch.float64, torch.int32):
         refused(tiny, dataclasses.replace(edit, values={part: value.to(kind)}), rf"in {kind}; the edit is of another")

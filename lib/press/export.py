@@ -22,6 +22,7 @@ from lib import edits, models
 from lib.edits import Edit, applied
 from lib.errors import BookError, EditError
 from lib.facts import prompts
+from lib.files import ROOT
 from lib.forward import next_token_logits
 from lib.models import Model
 from lib.press.texts import fill
@@ -46,9 +47,20 @@ def export(model: Model, edit: Edit, folder: Path) -> Path:
         model.tokenizer.save_pretrained(ready)
         edits.save(edit, ready / EDIT)
         (ready / CARD).write_text(card(model, edit, models.weights_sha256(str(ready))), encoding="utf-8")
+        copy_terms(model, ready, f"Modified: {WEIGHTS}, {edit.title}, as {CARD} and {EDIT} say.")
         # safetensors makes files that only their owner may read; a folder to be shared has one mode throughout
         (ready / WEIGHTS).chmod((ready / CARD).stat().st_mode)
     return folder
+
+
+def copy_terms(model: Model, folder: Path, modified: str) -> None:
+    """Put the terms of use of a model's family, if it has any, and their notice beside what was made from it. modified:
+    what was, in a sentence. (Gemma's terms, section 3.1: a copy of them, the notice, the restrictions, the change.)"""
+    if terms := models.terms_of(model):
+        name = Path(terms.text).name
+        shutil.copyfile(ROOT / terms.text, folder / name)
+        restricted = f"Use is restricted by section 3.2 of these terms, a copy of which is {name}."
+        (folder / "NOTICE").write_text(f"{terms.notice}\n\n{restricted}\n{modified}\n", encoding="utf-8")
 
 
 @contextmanager
@@ -75,7 +87,7 @@ def new_folder(folder: Path, raises: type[BookError]) -> Iterator[Path]:
 def verify_folder(folder: Path, *, base: Model | None = None) -> pd.DataFrame:
     """The table of `edits.verify`, from an exported folder: its weights are compared bit for bit with the base model's
     and the edit's, and the prompts are put to the model that transformers loads from it. base: the model that the
-    edit names, if it is loaded already or goes by another name here. Raises EditError for a folder that is no export or was altered."""
+    edit was made for, if it is loaded already. Raises EditError for a folder that is no export or was altered."""
     folder = folder.expanduser().resolve()
     edit = edit_of(folder)
     base = base or edits.base_model(edit)
@@ -108,7 +120,7 @@ def card_data(model: Model, **more: Any) -> ModelCardData:
     """The front matter of a card, as the hub reads it. more: what this card says besides."""
     return ModelCardData(
         base_model=models.hub_id(model.name),
-        license=model.licence.lower() if model.name in models.SPECS else "other",
+        license=model.licence.lower().split()[0] if model.name in models.SPECS else "other",  # the hub's word: gemma
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["model-editing", "knowledge-editing", "qkv-decomposition"],

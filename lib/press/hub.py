@@ -24,7 +24,7 @@ from lib.files import file_sha256
 from lib.models import Model
 from lib.press import build, check, release
 from lib.press.archive import SUMS, sums, under
-from lib.press.export import CARD, EDIT, card_data, export, new_folder
+from lib.press.export import CARD, EDIT, card_data, copy_terms, export, new_folder
 from lib.press.texts import fill
 from lib.results import chapter_folder
 from lib.studies.pathways import PAPER
@@ -59,6 +59,7 @@ def prepare(model_name: str, folder: Path, *, whole: bool = False) -> Path:
             text = fill("edit_card.md", edit=edit, sha256=file_sha256(path))
             path.with_name(CARD).write_text(text, encoding="utf-8")
         (ready / MODEL / CARD).write_text(card(model, chosen, values, ready / MODEL, whole=whole), encoding="utf-8")
+        copy_terms(model, ready / MODEL, "Modified: the tensors that each card names.")
         (ready / SPACE).mkdir()
         shutil.copyfile(page, ready / SPACE / "index.html")
         (ready / SPACE / CARD).write_text(space_card(model), encoding="utf-8")

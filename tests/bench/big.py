@@ -34,7 +34,7 @@ def _one(name: str, shape: tuple[int, ...], like: Model) -> dict[str, Any]:
     give_back()  # the memory of the model before
     hidden, mlp, layers, heads, kv = shape
     config = AutoConfig.from_pretrained(
-        models.fetch_smollm2(),
+        models.fetch("smollm2"),
         hidden_size=hidden,
         intermediate_size=mlp,
         num_hidden_layers=layers,

@@ -31,7 +31,7 @@ def _points(model: Model) -> Iterator[tuple[str, int, Model, int, int]]:
     yield from (("prompts", n, model, n, 8) for n in PROMPTS)
     yield from (("tokens a prompt", t, model, 8, t) for t in LENGTHS)
     for layers in LAYERS:
-        config = AutoConfig.from_pretrained(models.fetch_smollm2(), num_hidden_layers=layers)
+        config = AutoConfig.from_pretrained(models.fetch("smollm2"), num_hidden_layers=layers)
         yield "layers", layers, _random(LlamaForCausalLM(config), model, f"random, {layers} layers"), 8, 8
     for one in (models.load("organism"), _random(GPT2LMHeadModel(GPT2Config()), model, "random GPT-2"), model):
         yield "parameters", one.parameters, one, 8, 8

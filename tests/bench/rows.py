@@ -336,7 +336,7 @@ def static_rows(model: Model) -> list[Row]:
 
 def load_rows(model: Model) -> list[Row]:
     """A cached model, its checksum and weight view checked, beside the plain loading of model and tokenizer."""
-    folder = models.fetch_smollm2()
+    folder = models.fetch("smollm2")
 
     def plain() -> Tensor:
         AutoTokenizer.from_pretrained(folder)

@@ -120,6 +120,22 @@ def test_the_folder_holds_what_a_reader_needs(organism, edit, exported):
     assert models.load(str(exported)).weights_sha256 == own
 
 
+def test_terms_go_with_a_model_that_has_some(organism, edit, exported, tmp_path, monkeypatch):
+    """Gemma's terms, section 3.1, of any model of the family; the planted model has none."""
+    assert not (exported / "NOTICE").exists()
+    terms = models.SPECS["gemma3"].terms
+    family = organism.module.config.model_type
+    spec = dataclasses.replace(models.SPECS["gemma3"], terms=dataclasses.replace(terms, family=family))
+    monkeypatch.setitem(models.SPECS, "gemma3", spec)
+    folder = export.export(organism, edit, tmp_path / "mine")
+    notice = (folder / "NOTICE").read_text()
+    assert notice.startswith(
+        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/"
+    )
+    assert "restricted by section 3.2" in notice and f"Modified: model.safetensors, {edit.title}" in notice
+    assert (folder / "Gemma-Terms-of-Use.txt").read_bytes() == (files.ROOT / terms.text).read_bytes()
+
+
 def test_the_model_card(organism, edit, exported):
     text = (exported / export.CARD).read_text()
     assert front(text) == {
@@ -155,6 +171,7 @@ def test_nothing_tells_of_this_machine(exported, tmp_path, smollm2):
     folders = [exported, export.export(own, an_edit(own), tmp_path / "out")]
     assert "One layer of own was changed" in (folders[1] / export.CARD).read_text()
     here = [str(tmp_path), str(files.ROOT), str(Path.home()), str(files.cache_folder()), str(exported.parent)]
+    assert all(h.encode() not in (folder / export.EDIT).read_bytes() for h in here for folder in folders)
     for path in (p for folder in folders for p in folder.iterdir() if p.suffix != ".safetensors"):
         text = path.read_text()
         assert not [h for h in here if h in text], path
@@ -354,3 +371,32 @@ def test_the_commands(edit, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit, match="1"):
             main()
         assert said in capsys.readouterr().err
+
+
+def test_an_edit_of_a_model_that_is_kept_elsewhere(organism, edit, tmp_path, monkeypatch, capsys):
+    """The author's folder is not in the file; another place is given with --model, and the checksum decides."""
+    here, other = (Path(shutil.copytree(files.DATA / "organism", tmp_path / name)) for name in ("here", "other"))
+    change(other / "model.safetensors", "transformer.wpe.weight", 3)
+    about = {f.name: getattr(edit, f.name) for f in dataclasses.fields(edit)[2:] if f.name != "told_after"}
+    made = edits.make(models.load(str(here)), **about)
+    assert made.model_name == "here" and made.told_after == edit.told_after
+    old = dataclasses.replace(made, model_name="/home/somebody/here")  # as edits were once written
+    folder, cli = tmp_path / "out", CliRunner()
+
+    def refused(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["lib", *words])
+        with pytest.raises(SystemExit, match="1"):
+            main()
+        return capsys.readouterr().err
+
+    for given in (made, old):
+        path = edits.save(given, tmp_path / "v.safetensors")
+        assert edits.load(path).model_name == "here"
+        for words in (["verify", str(path)], ["export", str(path), str(folder)], ["verify", str(folder)]):
+            assert re.search(r"^error: the model 'here' .* give its folder, .* with --model", refused(*words))
+            assert re.search(
+                r"^error: the edit .* is for another model than .*other", refused(*words, "-m", str(other))
+            )
+            right = cli.invoke(app, [*words, "--model", str(here)])
+            assert right.exit_code == 0 and "somebody" not in right.output, right.output
+        shutil.rmtree(folder)
