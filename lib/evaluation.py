@@ -14,7 +14,7 @@ relations of the same subject is reported by Liu et al. (2024) and Cohen et al. 
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from lib.edits import Edit
 from lib.errors import DataError, EditError
 from lib.facts import Case, Fact, load_templates, prompts
 from lib.files import DATA, file_sha256
-from lib.forward import Pack, above, pack, packs, streams
+from lib.forward import Bias, Pack, Streams, above, beside, pack, packs, streams
 from lib.models import Model
 from lib.recall import scorable
 from lib.statistics import block_interval, exact_interval, gaussian, paired
@@ -48,7 +48,6 @@ ARTICLES = 10  # of WikiText-2
 WIKITEXT_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 NONE = "none"  # the pathway of the untouched model
 Texts = dict[str, str]  # by name
-Bias = Float[Tensor, " vocab"] | None  # added to all logits
 
 
 @dataclass(frozen=True)
@@ -128,21 +127,28 @@ def build_protocol(model: Model, case: Case, layer: int, **options: Any) -> Prot
 
 @torch.no_grad()
 def build_protocols(
-    model: Model, case: Case, layers: Sequence[int], *, texts: Texts | None = None, table: pd.DataFrame | None = None
+    model: Model,
+    case: Case,
+    layers: Sequence[int],
+    *,
+    texts: Texts | None = None,
+    table: pd.DataFrame | None = None,
+    run: Callable[[Model, Pack, Sequence[int]], Streams] = streams,
 ) -> dict[int, Protocol]:
     """A protocol for edits of each of some layers, from one run of the model; the layer that would follow the last one
-    stands for changes of the logits alone. texts: passages by name, or the book's. table: some of `questions`."""
+    stands for changes of the logits alone. texts: passages by name, or the book's. table: some of `questions`. run: how
+    streams are come by."""
     table = questions(model, case) if table is None else table.reset_index(drop=True)
     protocols = {layer: Protocol(layer, table, [], []) for layer in layers}
     for batch in packs(model, [model.token_ids(p) for p in table.prompt], share=True):
-        before = streams(model, batch, layers)
+        before = run(model, batch, layers)
         for layer, protocol in protocols.items():
             protocol.prompts.append((batch, before[layer]))
     end, size = model.weights.n_layers, min(WINDOW, model.weights.context)
     for name, text in tqdm((load_passages() if texts is None else texts).items(), desc="passages", leave=False):
         for ids in model.windows(text, size):
             window = pack(model, [ids])
-            before = streams(model, window, [*layers, end])
+            before = run(model, window, [*layers, end])
             final = model.weights.norm_final_module(before[end])
             for layer, protocol in protocols.items():
                 protocol.passages.append(Passage(name, window, before[layer], final))
@@ -184,12 +190,13 @@ def score_questions(model: Model, protocol: Protocol, edit: Edit | None, *, bias
     for (batch, entering), token in zip(protocol.prompts, answers.split(sizes), strict=True):
         final = above(model, batch, protocol.layer, entering, values, batch.last)
         logits = final @ model.weights.W_U + (0 if bias is None else bias)
-        right = logits.gather(1, token)[:, 0]
-        wrong = logits.scatter(1, token, float("-inf")).amax(1)
-        scores.append(torch.stack((right - wrong, (right - logits.logsumexp(-1)).exp(), logits.argmax(-1).float()), 1))
+        right, log_z = logits.gather(1, token)[:, 0], logits.logsumexp(-1)
+        wrong, rival = logits.scatter_(1, token, float("-inf")).max(1)
+        top = torch.where(right > wrong, token[:, 0], rival)
+        scores.append(torch.stack((right - wrong, (right - log_z).exp(), top.float()), 1))
     margin, prob, top = torch.cat(scores).T.cpu().numpy()
-    top = [model.token_text(int(token)) for token in top]
-    return protocol.questions.assign(told=margin > 0, prob=prob, margin=margin, top=top)
+    said = [model.token_text(int(token)) for token in top]
+    return protocol.questions.assign(told=margin > 0, prob=prob, margin=margin, top=said)
 
 
 @torch.no_grad()
@@ -197,27 +204,22 @@ def score_passages(
     model: Model, protocol: Protocol, edits: Mapping[str, Edit | None], *, bias: Bias = None, divergence: bool = True
 ) -> dict[str, pd.DataFrame]:
     """For each edit, a row a predicted token of the passages: passage, block, nll and kl (untouched || edited), in
-    nats. bias: added to all logits. divergence: False leaves kl out (NaN), which takes half of the time where little is
-    run again. Passage by passage: the untouched model's logits are computed once for all edits, and never kept.
+    nats. `none` is the untouched model, which is not run again. bias: added to all logits of the others. divergence:
+    False leaves kl out (NaN), which takes half of the time where little is run again. Passage by passage, all at once.
 
     Training's KL, `forward.Reference.divergence`, needs no logits; its rounding is of the size of what is seen here."""
-    parts, start, W_U = {name: list[pd.DataFrame]() for name in edits}, 0, model.weights.W_U
+    parts, start, rows = {name: list[pd.DataFrame]() for name in edits}, 0, [name for name in edits if name != NONE]
+    first = int(divergence or NONE in edits)  # row 0 is the untouched model
     for passage in tqdm(protocol.passages, desc="passages", leave=False, disable=len(edits) < 2):
-        if divergence:
-            base = passage.final[:-1] @ W_U
-            probs, base_log_z = base.softmax(-1), base.logsumexp(-1)
-        following = passage.pack.tokens[1:, None]
-        block = start + np.arange(len(following)) // BLOCK
+        layer, texts, entering = protocol.layer, passage.pack, passage.entering
+        edited = [above(model, texts, layer, entering, _values(protocol, edits[name])) for name in rows]
+        finals = torch.stack([passage.final] * first + edited)[:, :-1]
+        nll, kl = beside(finals, texts.tokens[1:], model.weights.W_U, bias, first=first)
+        block = start + np.arange(nll.shape[1]) // BLOCK
         start = int(block[-1]) + 1
-        for name, edit in edits.items():
-            final = above(model, passage.pack, protocol.layer, passage.entering, _values(protocol, edit))[:-1]
-            logits = final @ W_U + (0 if bias is None else bias)
-            log_z = logits.logsumexp(-1)
-            nll = log_z - logits.gather(1, following)[:, 0]
-            kl = torch.full_like(nll, torch.nan)
-            if divergence:  # the mean difference of logits as the untouched model weighs them, less the normalisers'
-                kl = ((probs * (base - logits)).sum(-1) - base_log_z + log_z).clamp(min=0)
-            columns = {"nll": nll.cpu().numpy(), "kl": kl.cpu().numpy()}
+        for name in edits:
+            row = rows.index(name) + first if name in rows else 0
+            columns = {"nll": nll[row].cpu().numpy(), "kl": kl[row].cpu().numpy() if divergence else np.nan}
             parts[name].append(pd.DataFrame({"passage": passage.name, "block": block, **columns}))
     return {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
 

@@ -49,6 +49,7 @@ Stream = Float[Tensor, "t d_model"]  # of all tokens of a pack
 Streams = dict[int, Stream]  # before each of some layers
 Values = dict[Slice, Tensor] | None  # put for a layer's own, which are not written to
 Which = Int[Tensor, " n"] | None  # rows of a pack
+Bias = Float[Tensor, " vocab"] | None  # added to all logits
 Rows = Float[Tensor, "m d_model"]  # of m tokens: of last ones in as many versions as there are, or of any
 ROOM = 512  # tokens in a pack: attention's cost grows with its square, and beyond a few hundred nothing is gained
 _Places = dict[tuple[int, int, int, int], int]  # token, position, row of the token before, own text or -1: its row
@@ -305,3 +306,27 @@ def _swept(final: Tensor, W_U: Tensor, apart: Tensor | None, *, mean: bool) -> t
             weighed = torch.addmm(weighed * shrunk[:, None], share, part)
         top, start = new, start + len(part)
     return top + total.log(), weighed / total[:, None], other
+
+
+@torch.no_grad()
+def beside(
+    finals: Float[Tensor, "way n d_model"], tokens: Int[Tensor, " n"], W_U: Unembedding, bias: Bias, *, first: int
+) -> tuple[Float[Tensor, "way n"], Float[Tensor, "way n"]]:
+    """Cross-entropy of tokens at n final streams (normalised) in several ways, and KL(the first way || each), in nats.
+    bias: added to the logits of all ways but the `first` ones. The KL is the mean, as the first way weighs it, of the
+    differences of logits, less the normalisers': accurate where it is far below 1e-5."""
+    finals, start, right = finals.float(), 0, (finals * W_U.T[tokens]).sum(-1).float()
+    top, total, apart = torch.full(right.shape, float("-inf")), torch.zeros(right.shape), torch.zeros(right.shape)
+    for part in W_U.T.split(CHUNK // 4):  # there are many rows
+        logits = finals @ part.float().T
+        if bias is not None:
+            logits[first:] += bias[start : start + len(part)]
+        new = torch.maximum(top, logits.amax(-1))
+        shrunk, share = (top - new).exp(), (logits - new[..., None]).exp()
+        total = total * shrunk + share.sum(-1)
+        apart = apart * shrunk[0] + (share[0] * (logits[0] - logits)).sum(-1)
+        top, start = new, start + len(part)
+    if bias is not None:
+        right[first:] += bias[tokens]
+    log_z = top + total.log()
+    return log_z - right, (apart / total[0] - log_z[0] + log_z).clamp(min=0)

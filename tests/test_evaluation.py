@@ -13,6 +13,7 @@ from lib.edits import applied
 from lib.errors import DataError, EditError
 from lib.evaluation import NONE, Measured, Protocol
 from lib.facts import Case, Fact, load_cases, load_facts
+from lib.forward import pack, streams
 from lib.recall import study_facts, trainable
 from lib.studies import side_effects
 from lib.training import slice_values
@@ -124,6 +125,35 @@ def test_generation_equals_one_at_a_time(organism):
     assert together == [side_effects.generate(organism, [t], None, tokens=8)[0] for t in texts]
     with pytest.raises(DataError, match="more than the 64"):
         side_effects.generate(organism, texts, None, tokens=80)
+
+
+def test_edits_side_by_side_write_what_each_writes_alone(organism):
+    texts = ["The capital of Zorland is", "Zorland"]
+    edits = [None, *(an_edit(organism, name) for name in ("v_only", "full", "ffn"))]
+    before = {name: p.clone() for name, p in organism.module.named_parameters()}
+    with side_effects.side_by_side(organism, edits):
+        together = side_effects.generate(organism, texts * 4, None, tokens=8)
+    alone = [side_effects.generate(organism, texts, edit, tokens=8) for edit in edits]
+    assert together == [row for rows in alone for row in rows] and alone[0] != alone[2]
+    assert all(torch.equal(p, before[name]) for name, p in organism.module.named_parameters())
+    assert side_effects.generate(organism, texts, None, tokens=8) == alone[0]
+
+
+def test_kept_streams_are_the_model_s_wherever_one_begins(tiny, tmp_path, monkeypatch):
+    """The second reader goes on from what the first one kept; other texts and other weights are other streams."""
+    monkeypatch.setattr(side_effects, "BUILD", tmp_path)
+    texts, ran = pack(tiny, [[5, 6, 7], [5, 8]]), []
+    own = side_effects.resid_post
+    monkeypatch.setattr(side_effects, "resid_post", lambda *a: ran.append(a[-1]) or own(*a))
+    for layers, new in (([1], [0]), ([0, 2, 3], [1, 2]), ([1, 3], [])):
+        found = side_effects.kept_streams(tiny, texts, layers)
+        assert ran == new and list(found) == layers
+        for layer, stream in streams(tiny, texts, layers).items():
+            torch.testing.assert_close(found[layer], stream)
+        ran.clear()
+    side_effects.kept_streams(tiny, pack(tiny, [[5, 6, 8], [5, 8]]), [1])
+    side_effects.kept_streams(dataclasses.replace(tiny, weights_sha256="1"), texts, [1])
+    assert ran == [0, 0] and len(list((tmp_path / "kept").iterdir())) == 3
 
 
 def test_wikitext_says_what_to_do_without_a_hub(monkeypatch):

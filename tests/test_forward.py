@@ -210,3 +210,19 @@ def test_on_the_real_unembedding(smollm2):
     torch.testing.assert_close(log_z, (final @ W_U).logsumexp(-1), atol=1e-5, rtol=1e-6)
     shares = (final @ W_U).softmax(-1)
     torch.testing.assert_close(reference(final, W_U).mean_unembedding, shares @ W_U.T, atol=1e-5, rtol=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(ways=st.integers(1, 3), first=st.integers(0, 1), seed=st.integers(0, 99))
+def test_losses_of_several_ways_are_those_of_whole_logits(ways, first, seed):
+    """PyTorch's own, with more tokens than are taken at a time; the bias is of all ways but the first ones."""
+    generator, n = torch.Generator().manual_seed(seed), forward.CHUNK + 7
+    finals, W_U = torch.randn(ways, 4, 5, generator=generator) * 4, torch.randn(n, 5, generator=generator).T
+    bias, tokens = torch.randn(n, generator=generator) * 3, torch.randint(n, (4,), generator=generator)
+    logits = (finals @ W_U).double()
+    logits[first:] += bias
+    logs = logits.log_softmax(-1)
+    nll, kl = forward.beside(finals, tokens, W_U, bias, first=first)
+    torch.testing.assert_close(nll.double(), -logs[:, range(4), tokens], rtol=1e-5, atol=1e-4)
+    divergence = F.kl_div(logs, logs[:1].expand_as(logs), log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(kl.double(), divergence, rtol=1e-4, atol=1e-4)

@@ -123,6 +123,16 @@ def load_places(model: Model, case: Case) -> list[str]:
     return names
 
 
+def tell_once(model: Model, facts: Sequence[Fact], template: str, *, prefix: str = "") -> pd.DataFrame:
+    """As `recall.tell` of one template's text. The untouched model is asked the same by several parts of a study: what
+    it has answered is kept in its memory, and not asked again."""
+    kept = model.memory.setdefault(tell_once, {})
+    if new := [fact for fact in facts if (prefix, template, fact) not in kept]:
+        rows = tell(model, new, {"": template}, prefix=prefix).to_dict("records")
+        kept.update({(prefix, template, fact): row for fact, row in zip(new, rows, strict=True)})
+    return pd.DataFrame([kept[prefix, template, fact] for fact in facts])
+
+
 def contexts(case: Case) -> dict[str, tuple[str, str]]:
     """Where the model might tell: name -> prefix and template. The control templates, and the failing template after
     worked examples, which are the case's own first facts."""
@@ -137,7 +147,7 @@ def teachers(model: Model, case: Case) -> pd.DataFrame:
     log-probability of the answer; the best first. The examples themselves are left out: theirs would be copied."""
     can = {f.subject for f in (*scorable(model, case.large), *case.facts)}  # screened among the whole set
     facts = tuple(f for f in fit_countries(case) if f.subject in can)[EXAMPLES:]
-    asked = {name: tell(model, facts, {name: t}, prefix=p) for name, (p, t) in contexts(case).items()}
+    asked = {name: tell_once(model, facts, t, prefix=p) for name, (p, t) in contexts(case).items()}
     known = np.any([asked[c].told for c in case.controls], axis=0)
     if not known.any():
         raise DataError(f"case {case.name!r}: no fit fact is known, so {model.name} has nothing to teach itself.")
@@ -155,7 +165,7 @@ def lesson(model: Model, case: Case, facts: Sequence[Fact], places: Sequence[str
         raise DataError("there is no fit country to learn from.")
     text, (prefix, context) = load_templates(), contexts(case)[teacher]
     can = {f.subject for f in scorable(model, facts)}
-    told = np.any([tell(model, facts, {c: text[c]}).told for c in case.controls], axis=0)
+    told = np.any([tell_once(model, facts, text[c]).told for c in case.controls], axis=0)
     names = [*facts, *(Fact(p, "") for p in places)]
     others = [text[c].replace("{}", f.subject) for c, f in zip(cycle(case.controls), facts, strict=False)]  # in turns
     windows, _ = neutral_windows(model, WINDOW)
@@ -264,7 +274,7 @@ def _forward(
 def _edit(model: Model, lesson: Lesson, config: Config, values: dict[Slice, Tensor], seed: int) -> Edit:
     """The trained values as an edit; its facts are the fit countries that the model knows."""
     facts = tuple(compress(lesson.facts, lesson.known.tolist()))
-    told = tuple(tell(model, facts, {"failing": lesson.template}).told.tolist())
+    told = tuple(tell_once(model, facts, lesson.template).told.tolist())
     about: dict[str, Any] = {"template": lesson.template, "pathway": config.pathway, "layer": config.layer}
     recipe = {"objective": f"self-distillation from {lesson.teacher}", **asdict(config)}
     recipe["pupils"] = len(lesson.texts.pupils)
@@ -277,9 +287,14 @@ def learn_at(
 ) -> dict[str, Any]:
     """One point of the frontier: train a slice of a layer (counted from 1) on the fit countries, and ask what the rule
     reads (`cost`). Raises EditError for a layer that is not there."""
+    return learned(model, _config(layer, pathway, rank, steps, truth), seed=seed)[1]
+
+
+def learned(model: Model, config: Config, *, seed: int = 0) -> tuple[Edit, dict[str, Any]]:
+    """The edit of a run on the model's first case, and what `learn_at` gives of it."""
     case, taught = _classroom(model)
-    edit, _ = learn(model, taught, _config(layer, pathway, rank, steps, truth), seed=seed)
-    return {"parameters": edit.parameters, "teacher": taught.teacher} | cost(model, case, edit)
+    edit, _ = learn(model, taught, config, seed=seed)
+    return edit, {"parameters": edit.parameters, "teacher": taught.teacher} | cost(model, case, edit)
 
 
 def relearned(model: Model, row: pd.Series) -> Edit:

@@ -1,18 +1,24 @@
 """What chapter 4 says of the edits' side effects, and the same question where the truth is known (`planted_edit`)."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from safetensors.torch import load, save
+from torch import Tensor, nn
 
 from lib.diagnosis import prescribe
 from lib.edits import Edit, applied
 from lib.errors import DataError, EditError
 from lib.evaluation import BAND, ELSEWHERE, NONE, build_protocol, generalisation, load_passages, measure
 from lib.facts import Case, load_cases, load_templates, prompts
+from lib.files import BUILD, ROOT, digest, modules, write_atomically
+from lib.forward import Pack, Streams, resid_post
 from lib.models import Model
 from lib.recall import trainable
 from lib.results import Results
@@ -88,6 +94,25 @@ def report_effects(
 
 
 @torch.no_grad()
+def kept_streams(model: Model, texts: Pack, layers: Sequence[int]) -> Streams:
+    """`forward.streams` of the untouched model, for the texts that two chapters read, at layers of their own: what one
+    has run, the other goes on from. Kept on disk under the sha256 of model, texts and code."""
+    made_of = (model.weights_sha256, str(model.weights.W_E.dtype), torch.get_num_threads(), torch.__version__)
+    inputs = json.dumps([*made_of, texts.tokens.tolist(), texts.before])
+    path = BUILD / "kept" / f"streams-{digest(modules({'forward'}, ROOT), inputs, ROOT)}.safetensors"
+    kept = {int(layer): x.to(model.device) for layer, x in load(path.read_bytes()).items()} if path.is_file() else {}
+    found = {0: model.weights.embed(texts.tokens, texts.position), **kept}
+    for layer in sorted(set(layers) - set(found)):
+        reached = max(x for x in found if x < layer)
+        found[layer] = found[reached]
+        for below in range(reached, layer):
+            found[layer] = resid_post(model, texts, found[layer], below)
+    if set(found) != {0, *kept}:
+        write_atomically(path, save({str(layer): x.contiguous().cpu() for layer, x in found.items() if layer}))
+    return {layer: found[layer] for layer in layers}
+
+
+@torch.no_grad()
 def generate(model: Model, texts: Sequence[str], edit: Edit | None, *, tokens: int = 24) -> list[list[int]]:
     """Greedy continuations of each text, as token lists: what the model writes when nobody holds its hand."""
     ids = [model.token_ids(t) for t in texts]
@@ -104,6 +129,34 @@ def generate(model: Model, texts: Sequence[str], edit: Edit | None, *, tokens: i
     return out[:, width:].tolist()
 
 
+@contextmanager
+def side_by_side(model: Model, edits: Sequence[Edit | None]) -> Iterator[None]:
+    """A batch is read in as many equal parts as there are edits, each with its own (None: with none): the weights of
+    all other layers are fetched once for all of them. Afterwards the model is what it was."""
+    own = [layer for i in {e.layer for e in edits if e} for layer in _own_weights(model.weights.blocks[i].module)]
+    copies = []
+    for edit in edits:
+        with nullcontext() if edit is None else applied(model, edit):
+            copies.append(deepcopy(own))
+    try:
+        for module, *variants in zip(own, *copies, strict=True):
+            module.forward = partial(_part_by_part, variants)
+        yield
+    finally:
+        for module in own:
+            module.__dict__.pop("forward", None)
+
+
+def _own_weights(block: nn.Module) -> list[nn.Module]:
+    """The modules within a block that hold parameters themselves."""
+    return [module for module in block.modules() if next(module.parameters(recurse=False), None) is not None]
+
+
+def _part_by_part(variants: Sequence[nn.Module], batch: Tensor) -> Tensor:
+    parts = zip(variants, batch.chunk(len(variants)), strict=True)
+    return torch.cat([variant(part) for variant, part in parts])
+
+
 def repetition(tokens: Sequence[int], n: int = 4) -> float:
     """Share of a text's n-grams that it has had before: 0 for none, near 1 for a text that runs in circles."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
@@ -114,11 +167,13 @@ def free_generation(model: Model, case: Case, edits: dict[str, Edit], *, opening
     """A row a pathway and text: the failing prompts and the openings of the passages, continued greedily. said: the
     answer stands in the continuation (failing prompts). leaks: a trained answer does (openings)."""
     decode, failing = model.tokenizer.decode, prompts(case.facts, load_templates()[case.template])
+    variants: dict[str, Edit | None] = {NONE: None, **edits}
     openings = [str(decode(model.pieces(t)[:opening])) for t in load_passages().values()]
     kinds, neither = ["failing prompt"] * len(failing) + ["opening"] * len(openings), [False] * len(failing)
-    tables = []
-    for name, edit in tqdm([(NONE, None), *edits.items()], desc="generation"):
-        tokens = generate(model, [*failing, *openings], edit)
+    with side_by_side(model, list(variants.values())):
+        written, tables = generate(model, [*failing, *openings] * len(variants), None), []
+    for i, name in enumerate(variants):
+        tokens = written[i * len(kinds) : (i + 1) * len(kinds)]
         texts = [str(decode(ids)) for ids in tokens]
         table = pd.DataFrame({"pathway": name, "kind": kinds, "prompt": [*failing, *openings], "text": texts})
         said = [f.answer in text for f, text in zip(case.facts, texts, strict=False)] + [False] * len(openings)

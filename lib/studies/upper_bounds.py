@@ -21,15 +21,16 @@ from tqdm.auto import tqdm
 
 from lib import evaluation
 from lib.diagnosis import prescribe
+from lib.edits import Edit
 from lib.errors import DataError
-from lib.evaluation import BAND, NONE
+from lib.evaluation import BAND, NONE, Measured, generalisation
 from lib.facts import Case, Fact, load_cases, load_templates, prompts
-from lib.forward import ends, pack, resid_post, streams
+from lib.forward import Pack, Streams, ends, pack, streams
 from lib.models import Model, load
-from lib.recall import first_tokens, known_and_told, load_prefixes, scorable, tell, trainable
+from lib.recall import first_tokens, known_and_told, load_prefixes, scorable, trainable
 from lib.results import Results
 from lib.show.sentences import say
-from lib.studies.distillation import TRUTH, choose, harmless, learn_at, relearned
+from lib.studies.distillation import Config, choose, harmless, learned, tell_once
 from lib.trace import subject_positions
 
 PREFIX = "\n"  # the shortest that helps; it leaves the words after it cut into tokens as they were
@@ -38,11 +39,16 @@ SEEN = ("fit", "eight", "selection")  # no held-out fact takes part
 sentence = partial(say, "upper_bounds")
 
 
-def untold_facts(model: Model, case: Case, splits: Sequence[str] = SEEN) -> tuple[Fact, ...]:
-    """Facts of some splits that a control template tells and the failing one does not. Raises DataError for none."""
+def untold_facts(
+    model: Model, case: Case, splits: Sequence[str] = SEEN, *, asked: pd.DataFrame | None = None
+) -> tuple[Fact, ...]:
+    """Facts of some splits that a control template tells and the failing one does not. asked: what the model says to
+    `evaluation.questions`, if they were put to it; otherwise it is asked. Raises DataError for none."""
     facts, text = [f for f in scorable(model, case.large) if f.split in splits], load_templates()
-    asked = {name: text[name] for name in (case.template, *case.controls)}
-    failed = known_and_told(tell(model, facts, asked), case).routing_failure if facts else []
+    if asked is None:
+        names = (case.template, *case.controls)
+        asked = pd.concat([tell_once(model, facts, text[name]).assign(template=name) for name in names])
+    failed = known_and_told(asked[asked.split.isin(splits)], case).routing_failure if facts else []
     out = tuple(compress(facts, failed))
     if not out:
         raise DataError(f"case {case.name!r}: no fact of {', '.join(splits)} is known to {model.name} and not told.")
@@ -55,7 +61,7 @@ def told_in(model: Model, case: Case, facts: Sequence[Fact]) -> pd.DataFrame:
     text = load_templates()
     asked = [("control template", text[c], "", text[c]) for c in case.controls]
     asked += [("prefix", repr(p), p, text[case.template]) for p in load_prefixes(model).values()]
-    told = [tell(model, facts, {"": template}, prefix=prefix).told.sum() for *_, prefix, template in asked]
+    told = [tell_once(model, facts, template, prefix=prefix).told.sum() for *_, prefix, template in asked]
     return pd.DataFrame([row[:2] for row in asked], columns=["kind", "context"]).assign(told=told, n=len(facts))
 
 
@@ -77,32 +83,49 @@ def carried(
     back = short.last.diff(prepend=torch.tensor([-1])) - 1 - torch.tensor(at)  # tokens after the subject's last one
     answers = first_tokens(model, facts)
     before, source = (streams(model, texts, range(min(layers), end)) for texts in (short, long))
-    rows = []
+    moved = torch.cat([torch.arange(last - n, last) for last, n in zip(short.last, back, strict=True)])
+    alone, rows = _last_alone(model, short, before, {i: source[i][long.last] for i in layers}), []
     for layer in tqdm(layers, desc="patched streams", leave=False):
-        at_last = source[layer][long.last]
-        later = {layer: before[layer].clone()}  # the streams that enter this layer and those above, subject patched
+        later = {i: before[i].clone() for i in range(layer, end)}  # the streams that enter layers, subject patched
         later[layer][short.last - back] = source[layer][long.last - back]
-        for i in range(layer, end - 1):
-            later[i + 1] = resid_post(model, short, later[i], i)
-        *_, last_alone = ends(model, short, before, at_last, layer)
-        *_, subject = ends(model, short, later, torch.cat((later[layer][short.last], at_last)), layer)
+        for i in range(layer, end - 1 if len(moved) else layer):  # no other token sees the subject's last one
+            later[i + 1][moved] = next(ends(model, short, later, later[i][moved], i, moved)).stream
+        *_, subject = ends(model, short, later, torch.cat((later[layer][short.last], source[layer][long.last])), layer)
         subject_alone, both = subject.stream.split(len(facts))
-        for place, final in zip(PLACES, (subject_alone, last_alone.stream, both), strict=True):
+        for place, final in zip(PLACES, (subject_alone, alone[layer], both), strict=True):
             top = (model.weights.norm_final(final) @ model.weights.W_U).argmax(-1)
             rows.append((layer + 1, place, int((top == answers).sum()), len(facts)))
     return pd.DataFrame(rows, columns=["layer", "place", "told", "n"])
+
+
+def _last_alone(model: Model, texts: Pack, before: Streams, put: Streams) -> Streams:
+    """The final streams of last tokens that are put in place on entering a layer, by that layer. All go up together:
+    they look back on the same."""
+    rows = before[min(put)][:0]
+    for layer in range(min(put), model.weights.n_layers):
+        rows = torch.cat((rows, put.get(layer, rows[:0])))
+        rows = next(ends(model, texts, before, rows, layer)).stream
+    return dict(zip(sorted(put), rows.split(len(texts.last)), strict=True))
+
+
+def noise_beside(model: Model, case: Case, edit: Edit, measured: Measured, *, seed: int = 0) -> pd.DataFrame:
+    """`generalisation` of a random change of the same slices and size, on which nothing but the failing template of the
+    other countries is asked. measured: with the untouched model's answers."""
+    asked = measured.asked[NONE].query("set == 'large' and template == @case.template")
+    protocol = evaluation.build_protocol(model, case, edit.layer, texts={}, table=asked)
+    changed = {"noise": evaluation.noise(model, edit, seed=seed)}
+    return generalisation(evaluation.measure(model, protocol, changed, passages=False, beside=measured), case)
 
 
 def where_it_can_be_done(*, layers: Sequence[int] = (4, 8), seed: int = 0) -> dict[str, int]:
     """The positive control: the same training, rule and look on the organism, whose failure was planted in one head.
     Layers counted from 1. layer, untold, repaired: of the chosen run, on the held-out facts."""
     model = load("organism")
-    runs = pd.DataFrame([{"layer": x} | learn_at(model, layer=x, steps=20, seed=seed) for x in layers])
-    runs = runs.assign(pathway="full", rank=0, steps=20, truth=TRUTH, seed=seed)
-    edit, case = relearned(model, runs.loc[choose(runs)]), trainable(model, load_cases(model.name)[0])
+    runs = [learned(model, Config(layer - 1, steps=20), seed=seed) for layer in layers]
+    edit, case = runs[choose(pd.DataFrame([row for _, row in runs]))][0], trainable(model, load_cases(model.name)[0])
     protocol = evaluation.build_protocol(model, case, edit.layer, texts={})
     measured = evaluation.measure(model, protocol, {"edit": edit}, passages=False)
-    row = evaluation.generalisation(measured, case).query("split == 'held_out'").iloc[0]
+    row = generalisation(measured, case).query("split == 'held_out'").iloc[0]
     return {"layer": edit.layer + 1, "untold": int(row.untold), "repaired": int(row.repaired)}
 
 

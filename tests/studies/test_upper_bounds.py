@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 
+from lib import evaluation
 from lib.errors import DataError
 from lib.facts import load_cases, load_templates, prompts
 from lib.forward import above, pack, resid_pre
@@ -10,6 +11,7 @@ from lib.recall import tell
 from lib.studies import upper_bounds
 from lib.trace import subject_positions
 from tests.studies.test_comparisons import Reported
+from tests.test_edits import an_edit
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,21 @@ def test_untold_are_known_and_not_told_and_of_the_splits_asked_for(organism, cas
     assert pd.DataFrame(known).any().all()
     with pytest.raises(DataError, match="no fact of nowhere is known"):
         upper_bounds.untold_facts(organism, case, ("nowhere",))
+
+
+def test_held_out_questions_that_were_put_are_not_put_again(organism, case, monkeypatch):
+    """And noise beside an edit is asked as much as its generalisation needs: as if it were asked everything."""
+    protocol = evaluation.build_protocol(organism, case, 1, texts={})
+    edit = an_edit(organism, "v_only")
+    random = {"noise": evaluation.noise(organism, edit, seed=3)}
+    whole = evaluation.measure(organism, protocol, {"edit": edit, **random}, passages=False)
+    measured = evaluation.Measured({name: whole.asked[name] for name in (evaluation.NONE, "edit")}, {})
+    beside = upper_bounds.noise_beside(organism, case, edit, measured, seed=3)
+    expected = evaluation.generalisation(whole, case).query("pathway == 'noise'")
+    pd.testing.assert_frame_equal(beside, expected.reset_index(drop=True))
+    plain = upper_bounds.untold_facts(organism, case, ("held_out",))
+    monkeypatch.setattr(upper_bounds, "tell_once", None)
+    assert upper_bounds.untold_facts(organism, case, ("held_out",), asked=whole.asked[evaluation.NONE]) == plain
 
 
 @pytest.mark.model
