@@ -81,9 +81,18 @@ def save(edit: Edit, path: Path) -> Path:
     header = {f.name: getattr(edit, f.name) for f in fields(edit) if f.name != "values"}
     header |= {"facts": [asdict(f) for f in edit.facts], "slices": [asdict(s) for s in edit.values]}
     tensors = {f"{i:03d}": v.contiguous() for i, v in enumerate(edit.values.values())}
-    content = safetensors.torch.save(tensors, metadata={"format": FORMAT, "edit": json.dumps(header)})
+    content = _in_order(safetensors.torch.save(tensors, metadata={"format": FORMAT, "edit": json.dumps(header)}))
     advice = f"It needs {len(content):,} bytes in a folder that you may write to."
     return write_atomically(path, content, error=EditError, advice=advice)
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with sorted entries in its header, where the library leaves those of the metadata to chance:
+    the same edit has the same sum."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def load(path: Path) -> Edit:
