@@ -1,7 +1,7 @@
 """How long `make book` takes: on a clone of the last commit with an empty home and no cache, and again with nothing
 changed; and each chapter's seconds and memory, as its results say.
 
-python -m tests.bench.book            writes _build/book.json, which `python -m tests.bench --book` takes into its record
+python -m tests.bench.book       writes _build/book.json, which `python -m tests.bench --book` takes into its record
 """
 
 import json

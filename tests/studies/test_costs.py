@@ -59,7 +59,7 @@ def test_the_times_of_a_build_are_read_from_its_results(tmp_path):
     assert table.to_dict("list") == {
         "seconds": ["481", "15", "12"],
         "goal": ["480", "15", ""],
-        "met": ["", "yes", ""],
+        "met": ["no", "yes", ""],
         "MB": ["", "", "800"],
     }
     assert tables.arranged("costs_builds", costs.builds({})).index.tolist() == ["not measured"]
