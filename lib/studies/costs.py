@@ -41,8 +41,9 @@ def with_rows_replaced(record: dict[str, Any], measured: list[dict[str, Any]]) -
 
 def tables(record: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """A row a comparison (bound: how many times fewer floating-point operations ours needs, which is what it could be
-    faster if both ran at the same rate; reached: its share of that); a row a point of `growth` (what grows, where it stands, seconds of a trace and
-    of a plain forward pass); a row a shape of model that was tried (what it needs by arithmetic, and what it did)."""
+    faster if both ran at the same rate; reached: its share of that); a row a point of `growth` (what grows, where it
+    stands, seconds of a trace and of a plain forward pass); a row a shape of model that was tried (what it needs by
+    arithmetic, and what it did)."""
     rows, growth, sizes = (pd.DataFrame(record[name]) for name in ("rows", "growth", "sizes"))
     bound = rows.peer_gflop.where(rows.peer_gflop > 0) / rows.gflop.where(rows.gflop > 0)
     return rows.assign(bound=bound, reached=rows.ratio / bound), growth, sizes
