@@ -3,6 +3,7 @@ PYTHON ?= python3
 MODEL  ?= smollm2
 BIN    := .venv/bin
 LIB    := $(BIN)/python -m lib
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 ifdef SUBJECT
 $(error SUBJECT= is called MODEL= now: make $(MAKECMDGOALS) MODEL=$(SUBJECT))
@@ -18,7 +19,7 @@ book: .venv/ready  ## execute every chapter on MODEL (default smollm2) and build
 	@$(LIB) book --model $(MODEL)
 
 # Files in their order: left to itself, xdist begins with those of many tests, and ends alone on the longest.
-test: .venv/ready  ## lint, types and tests, the real model's included
+test: .venv/developer  ## lint, types and tests, the real model's included
 	$(BIN)/ruff check lib tests data
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -33,16 +34,16 @@ smoke: .venv/ready  ## execute every chapter on the small planted model, and che
 check: .venv/ready  ## compare the last run on MODEL with data/expected
 	$(LIB) check --model $(MODEL)
 
-pages: .venv/ready  ## look at every built page in a browser without network: scripts, pictures, links, accessibility
+pages: .venv/developer  ## look at every built page in a browser without network: scripts, pictures, links, accessibility
 	$(BIN)/python -m pytest tests/pages
 
-pdf: .venv/ready  ## print the built book of MODEL into _build/book.pdf
+pdf: .venv/developer  ## print the built book of MODEL into _build/book.pdf
 	$(LIB) pdf --model $(MODEL)
 
 colab: .venv/ready  ## execute each chapter by itself as Colab would, in a new environment
 	PYTHONPATH=. $(BIN)/python tests/simulate_colab.py
 
-snapshot: book  ## one archive of the run on MODEL, to deposit, with its checksum beside it
+snapshot: .venv/developer book  ## one archive of the run on MODEL, to deposit, with its checksum beside it
 	$(LIB) pdf --model $(MODEL)
 	$(LIB) snapshot --model $(MODEL)
 
@@ -58,10 +59,15 @@ bench: .venv/ready  ## speed of the book beside TransformerLens, Captum, PyTorch
 clean:  ## delete what was built (the environment, fetched models and shared runs stay)
 	rm -rf _build
 
-.venv/ready: requirements.txt requirements-dev.txt constraints.txt pyproject.toml
+# Nothing is compiled before it is imported: most of it never is.
+.venv/ready: requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar on torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(PIP) --progress-bar on torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(PIP) -r requirements.txt -c constraints.txt
+	$(PIP) --no-deps --editable .
+	@touch $@
+
+.venv/developer: .venv/ready requirements-dev.txt
+	$(PIP) -r requirements-dev.txt -c constraints.txt
 	@touch $@

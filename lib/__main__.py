@@ -95,6 +95,9 @@ def run(
 @app.command()
 def book(model_name: ModelOption = "smollm2") -> None:
     """All that `make book` does, where it changed: run, spot-check (unless RECORD=off), dashboard, build."""
+    from lib.press import kernel
+
+    kernel.warm_up()  # what follows takes as long to import here as there
     from lib.files import live
     from lib.press import build, execute
     from lib.sweeps import spot

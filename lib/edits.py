@@ -83,16 +83,20 @@ def save(edit: Edit, path: Path) -> Path:
     """Write the edit whole or not at all. Raises EditError for one that `load` would refuse, or if it cannot write."""
     _check_content(edit, f"{path} is not written")
     header = {f.name: getattr(edit, f.name) for f in fields(edit) if f.name != "values"}
-    header |= {"facts": [asdict(f) for f in edit.facts], "slices": [_entry(s) for s in edit.values]}
+    header |= {"facts": [asdict(f) for f in edit.facts], "slices": [asdict(s) for s in edit.values]}
     tensors = {f"{i:03d}": v.contiguous() for i, v in enumerate(edit.values.values())}
-    content = safetensors.torch.save(tensors, metadata={"format": FORMAT, "edit": json.dumps(header)})
+    content = _in_order(safetensors.torch.save(tensors, metadata={"format": FORMAT, "edit": json.dumps(header)}))
     advice = f"It needs {len(content):,} bytes in a folder that you may write to."
     return write_atomically(path, content, error=EditError, advice=advice)
 
 
-def _entry(part: Slice) -> dict[str, Any]:
-    """A slice as a header holds it."""
-    return {name: value for name, value in asdict(part).items() if name != "every" or value is not None}
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with sorted entries in its header, where the library leaves those of the metadata to chance:
+    the same edit has the same sum."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def load(path: Path) -> Edit:

@@ -205,10 +205,10 @@ def _through(lens: Any, model: Model, tokens: Tensor, answers: Tokens) -> tuple[
     z = torch.stack([cache[name][:, -1].view(len(tokens), weights.n_heads, -1) for name in z_names], 1)
     W_O = torch.stack([b.attn.W_O.view(weights.n_heads, -1, weights.d_model) for b in lens.blocks])
     directions = logit_direction(model, cache[last][:, -1], answers)
-    written = einsum(z, W_O, "b l n h, l n h d -> b l n d").unbind(1)
-    after = zip((b.after_attn for b in weights.blocks), written, strict=True)
+    layerwise = einsum(z, W_O, "b l n h, l n h d -> l b n d").unbind()
+    after = zip((b.after_attn for b in weights.blocks), layerwise, strict=True)
     written = torch.stack([x * norm.gain / norm.scale(x.sum(1, keepdim=True)) for norm, x in after], 1)
-    heads = einsum(written, directions, "b l n d, b d -> b l n")
+    heads = torch.einsum("b l n d, b d -> b l n", written, directions)
     return logits[:, -1], heads, torch.stack([cache[name][:, -1] for name in names], 1)
 
 

@@ -105,6 +105,15 @@ def test_files_hold_everything(tiny, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["v.safetensors"]
 
 
+def test_the_same_edit_has_the_same_sum_each_time(tiny, tmp_path):
+    """The library leaves the order of a header's entries to chance: twenty files would not be the same one."""
+    edit = an_edit(tiny, "full")
+    files = {edits.save(edit, tmp_path / f"{i}.safetensors").read_bytes() for i in range(20)}
+    assert len(files) == 1
+    size = int.from_bytes(files.pop()[:8], "little")
+    assert size % 8 == 0, "values begin where a tensor may"
+
+
 def test_files_that_are_no_edits(tmp_path):
     with pytest.raises(EditError, match=r"there is no edit .*none\.safetensors.*Give the \.safetensors file"):
         edits.load(tmp_path / "none.safetensors")

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 SYSTEM = Path("/usr/bin/chromium")
 OPTIONS = ["--no-sandbox", "--font-render-hinting=none"]  # in a container; glyphs the same at every size
 NEEDED = (
-    "needs Chromium, driven by Playwright. Install the developer's packages (`make .venv/ready`), and Chromium with "
-    "`apt install chromium` or `.venv/bin/python -m playwright install chromium`."
+    "needs Chromium, driven by Playwright. Install the developer's packages (`make .venv/developer`), and Chromium "
+    "with `apt install chromium` or `.venv/bin/python -m playwright install chromium`."
 )
 
 

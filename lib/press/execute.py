@@ -34,6 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from lib.errors import ChapterError
 from lib.files import BUILD, ROOT, data_files, digest, imports, live, make_folder, modules, slug, write_atomically
 from lib.models import canonical, load, use_device_of, weights_sha256
+from lib.press.kernel import FORKS, Forked, warm_up
 from lib.results import PACKAGES, chapter_folder, results_path
 from lib.studies import known_answers
 
@@ -88,6 +89,8 @@ def run(
             say(f"{chapter} needs {needed}, which is executed first")
             run(model_name, [needed], say=say, bars=bars)
     due = [c for c in chapters if force or not is_current(model_name, c, values, weights)]
+    if due:
+        warm_up()
     cores = os.cpu_count() or 1
     jobs = max(1, min(jobs, cores, len(due)))
     columns = "{task.description}", BarColumn(), MofNCompleteColumn(), "cells", TimeElapsedColumn()
@@ -242,6 +245,7 @@ def _kernel_manager(folder: Path, stream: TextIO, threads: int) -> type[AsyncKer
     class Manager(AsyncKernelManager):
         def __init__(self, **options: Any) -> None:
             super().__init__(**options, **connection)
+            self.provisioner = Forked(kernel_spec=self.kernel_spec, parent=self) if FORKS else None
 
         async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
             await super().start_kernel(stdout=stream, stderr=stream, env=environment, **options)

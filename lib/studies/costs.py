@@ -41,11 +41,18 @@ def with_rows_replaced(record: dict[str, Any], measured: list[dict[str, Any]]) -
 
 def tables(record: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """A row a comparison (bound: how many times fewer floating-point operations ours needs, which is what it could be
-    faster if both ran at the same rate); a row a point of `growth` (what grows, where it stands, seconds of a trace and
-    of a plain forward pass); a row a shape of model that was tried (what it needs by arithmetic, and what it did)."""
+    faster if both ran at the same rate; reached: its share of that); a row a point of `growth` (what grows, where it
+    stands, seconds of a trace and of a plain forward pass); a row a shape of model that was tried (what it needs by
+    arithmetic, and what it did)."""
     rows, growth, sizes = (pd.DataFrame(record[name]) for name in ("rows", "growth", "sizes"))
     bound = rows.peer_gflop.where(rows.peer_gflop > 0) / rows.gflop.where(rows.gflop > 0)
-    return rows.assign(bound=bound), growth, sizes
+    return rows.assign(bound=bound, reached=rows.ratio / bound), growth, sizes
+
+
+def builds(record: dict[str, Any]) -> pd.DataFrame:
+    """A row a build of the whole book and a row a chapter of it; none, if the record has no such times."""
+    rows = record.get("book") or [{"what": "not measured", "seconds": float("nan")}]
+    return pd.DataFrame(rows, columns=["what", "seconds", "limit_s", "met", "peak_mb"])
 
 
 def report_costs(report: Results, record: dict[str, Any], table: pd.DataFrame, points: pd.DataFrame) -> None:

@@ -7,6 +7,7 @@ each call given up is tried once more with the cluster to itself, and only one t
 
 import asyncio
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,7 +29,8 @@ def connect(scheduler: str | None, *, workers: int) -> Iterator[Client]:
     """A client of the scheduler at an address, or of as many workers on this machine. Raises SweepError where nobody
     answers at the address."""
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # deaths of workers are counted and told by us
-    with dask.config.set({"distributed.scheduler.worker-saturation": 1.0}):
+    forks = {"distributed.worker.multiprocessing-method": "forkserver"} if sys.platform == "linux" else {}  # one import
+    with dask.config.set({"distributed.scheduler.worker-saturation": 1.0, **forks}):
         if scheduler is not None:
             _require_scheduler(scheduler)
             with Client(scheduler, timeout=TIMEOUT, set_as_default=False) as client:

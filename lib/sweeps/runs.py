@@ -13,7 +13,7 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from lib.sweeps.experiments import code, code_sha256, differing, perform
 from lib.sweeps.specification import Spec, expand
 from lib.sweeps.store import Run, Store, in_turn
 
+PREPARED_BY = {"baselines": "location"}  # a study whose runs use what another's prepare
 SHOWN = 20  # failed runs that a message lists before it only counts them
 
 
@@ -99,15 +100,16 @@ def finish(
     scheduler: str | None = None,
     workers: int | None = None,
     fresh: bool = False,
-    together: bool = False,
+    seconds: Mapping[str, float] | None = None,
     timing: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[pd.DataFrame]:
     """The tables of planned sweeps, after what is missing was run, on workers that load a model once, keep what they
     know of it, and do not wait for the end of one sweep to begin the next. scheduler: the address of a Dask scheduler;
     otherwise this machine, with `workers` processes (one a core unless told). fresh: results of another model or
-    version are set aside instead of being an error; those of this one are kept in any case. together: runs of one study
-    go to one worker, where few of them share much that is prepared. timing: with a column `seconds`. Raises SweepError
+    version are set aside instead of being an error; those of this one are kept in any case. seconds: what runs are
+    expected to take, by key; if given, those that share what is prepared go to one worker, as few of many do. timing:
+    with a column `seconds`. Raises SweepError
     at the end if runs failed, with their errors; the others are kept."""
     if workers is not None and workers < 1:
         raise SweepError(f"{workers} workers cannot do anything; give at least one.")
@@ -116,7 +118,7 @@ def finish(
     with ExitStack() as locks:
         todo = [(planned, run) for planned in plans for run in _missing(planned, locks, fresh, say)]
         try:
-            failures = _do(todo, scheduler, workers, together, say) if todo else []
+            failures = _do(todo, scheduler, workers, seconds, say) if todo else []
         except KeyboardInterrupt:
             say(f"stopped: {_counts(todo)}; the same command goes on from there")
             raise
@@ -146,7 +148,7 @@ def _do(
     todo: Sequence[tuple[Plan, Run]],
     scheduler: str | None,
     workers: int | None,
-    together: bool,
+    seconds: Mapping[str, float] | None,
     say: Callable[[str], None],
 ) -> list[tuple[Plan, Run, BaseException]]:
     """Run what is to do, write each result as it arrives, return what failed and why."""
@@ -154,9 +156,9 @@ def _do(
     waiting, plans = defaultdict(list), list({planned.store: planned for planned, _ in todo}.values())
     for planned, run in todo:  # a run that two sweeps share is done once
         waiting[run.key].append((planned, run))
-    calls = {key: _call(*pairs[0]) for key, pairs in waiting.items()}
-    n = min(workers or CPU_COUNT, len(calls))
-    homes = _homes({key: pairs[0][0].spec for key, pairs in waiting.items()}, n) if together else None
+    n = min(workers or CPU_COUNT, len(waiting))
+    homes = None if seconds is None else _homes({key: pairs[0][0].spec for key, pairs in waiting.items()}, seconds, n)
+    calls = {key: _call(*waiting[key][0]) for key in homes or waiting}
     with ExitStack() as stack:
         if not scheduler:
             stack.enter_context(in_turn(plans[0].store.folder.parent, say))
@@ -179,18 +181,19 @@ def _do(
     return failures
 
 
-def _homes(specs: dict[str, Spec], n: int) -> dict[str, int]:
-    """A worker, of n, for each run: those of one study on one model together, the longest dealt out first."""
-    groups = defaultdict(list)
+def _homes(specs: Mapping[str, Spec], seconds: Mapping[str, float], n: int) -> dict[str, int]:
+    """A worker, of n, for each run, in the order in which to do them. Runs of one study on one model share what is
+    prepared, and go together, the longest dealt out first; a worker has all that it does on one model in a row."""
+    groups, loads, homes = defaultdict(list), [0.0] * n, dict[str, int]()
     for key, spec in specs.items():
-        groups[spec.model, spec.run.split(".")[0]].append(key)
-    costs = {tuple(keys): sum(specs[key].seconds or 1 for key in keys) for keys in groups.values()}
-    loads, homes = [0.0] * n, dict[str, int]()
-    for keys in sorted(costs, key=costs.__getitem__, reverse=True):
+        study = spec.run.split(".")[0]
+        groups[spec.model, PREPARED_BY.get(study, study)].append(key)
+    costs = {group: sum(seconds[key] for key in keys) for group, keys in groups.items()}
+    for group in sorted(groups, key=costs.__getitem__, reverse=True):
         home = loads.index(min(loads))
-        loads[home] += costs[keys]
-        homes |= dict.fromkeys(keys, home)
-    return homes
+        loads[home] += costs[group]
+        homes |= dict.fromkeys(sorted(groups[group], key=seconds.__getitem__, reverse=True), home)
+    return dict(sorted(homes.items(), key=lambda pair: specs[pair[0]].model, reverse=True))
 
 
 def _call(planned: Plan, run: Run) -> dict[str, Any]:

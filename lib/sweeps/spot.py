@@ -73,7 +73,7 @@ def spot_check(model_name: str, *, whole: bool = False, say: Callable[[str], Non
     recorded, with both values."""
     pairs = kept(model_name, whole=whole)
     due = [p if whole else _drawn(p, recorded) for p, recorded in pairs if whole or not _again(p)]
-    finish(due, fresh=True, together=True, say=say)
+    finish(due, fresh=True, seconds=_seconds(pairs), say=say)
     checks = [check(*pair) for pair in pairs]
     for c in checks:
         verdict = "NOT as recorded" if c.wrong else "as recorded"
@@ -120,9 +120,10 @@ def kept(model_name: str, *, whole: bool = False) -> list[Pair]:
 
 
 def draw(recorded: record.Record, commit: str) -> list[dict[str, Any]]:
-    """Rows that a commit draws: every run may come, one that takes half the time twice as readily."""
+    """Rows that a commit draws, the same on every machine: each run may come, one that took half the seconds when it
+    was recorded four times as readily."""
     chance = random.Random(f"{commit} {recorded.header.model} {recorded.header.sweep}")
-    return sorted(recorded.rows, key=lambda row: chance.random() ** max(row["seconds"], 0.1))[-DRAWN:]
+    return sorted(recorded.rows, key=lambda row: chance.random() ** max(row["seconds"], 0.1) ** 2)[-DRAWN:]
 
 
 def _followed(spec: Spec, table: pd.DataFrame) -> list[Spec]:
@@ -138,6 +139,12 @@ def _drawn(planned: Plan, recorded: record.Record) -> Plan:
     """The plan of the drawn runs alone."""
     keys = {key(row["parameters"]) for row in draw(recorded, commit().partition("+")[0])}
     return replace(planned, runs=tuple(run for run in planned.runs if key(run.parameters) in keys))
+
+
+def _seconds(pairs: Sequence[Pair]) -> dict[str, float]:
+    """What each run took when it was recorded, by its key."""
+    tables = [(p.runs, {key(row["parameters"]): row["seconds"] for row in recorded.rows}) for p, recorded in pairs]
+    return {run.key: took[key(run.parameters)] for runs, took in tables for run in runs}
 
 
 def _again(planned: Plan) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """`make bench`: every row measured and checked, the table printed, all of it kept as JSON.
 
-python -m tests.bench [ROW ...] [--output FILE | --record]
+python -m tests.bench [ROW ...] [--book] [--output FILE | --record]
 """
 
 import json
@@ -18,6 +18,7 @@ from lib import __version__, models
 from lib.files import BUILD, commit, write_atomically
 from lib.studies import costs
 from tests.bench import big, growth, measure, rows
+from tests.bench.book import BOOK
 
 app = typer.Typer(add_completion=False)
 
@@ -29,8 +30,10 @@ def bench(
     record: Annotated[
         bool, typer.Option(help="Write the record that the book shows; of some rows, put them in place of its own.")
     ] = False,
+    book: Annotated[bool, typer.Option(help="Take the times that `python -m tests.bench.book` has written.")] = False,
 ) -> None:
     """Measure the book's work against its peers, each row with its equality check. Exit 1 where results differ."""
+    built = json.loads(BOOK.read_text("utf-8")) if book else []
     makers = {maker.__name__.removesuffix("_rows"): maker for maker in rows.ROWS}
     for word in only or ():
         if word not in makers:
@@ -43,7 +46,7 @@ def bench(
             bar.set_postfix_str(f"{row.name} / {row.peer_name}")
             found.append(measure.run(row, measure.matmul_rate()) | stamp)
     if only and record:
-        content = costs.with_rows_replaced(costs.load_record(), found)
+        content = costs.with_rows_replaced(costs.load_record(), found) | ({"book": built} if book else {})
     else:
         content = {
             "machine": measure.machine(),
@@ -51,6 +54,7 @@ def bench(
             "matmul_gflops": measure.matmul_rate() / 1e9,
             **stamp,
             "rows": found,
+            "book": built,
             "growth": [] if only else growth.measure_all(model),
             "sizes": [] if only else big.measure_all(model),
         }
@@ -67,6 +71,7 @@ def show(found: list[dict]) -> Table:
         "beside",
         "times faster (spread)",
         "goal",
+        "bound",
         "ours s",
         "peer s",
         "MB",
@@ -82,6 +87,7 @@ def show(found: list[dict]) -> Table:
             r["peer"],
             f"{r['ratio']:.2f} ({r['least']:.2f} to {r['most']:.2f})",
             said,
+            f"{r['bound']:.2f}" if r["bound"] else "-",
             f"{r['ours_s']:.3f}",
             f"{r['peer_s']:.3f}",
             f"{r['ours_mb']:.0f} / {r['peer_mb']:.0f}" if r["ours_mb"] is not None else "-",

@@ -26,8 +26,9 @@ Work = Callable[[], Any]
 @dataclass(frozen=True)
 class Row:
     """ours, peer: do the work and give the result. same: the largest difference of two results, relative to what the
-    tolerance is. ours_of, peer_of: the share of the work that a call does, where a sample stands for the whole. goal:
-    how many times faster ours must be (below 1: at most so much slower). seconds: how long ours may take at most."""
+    tolerance is. share: of the speed-up that the counts of operations allow, how much is to be reached; None where the
+    peer does not do the same work. ours_of, peer_of: the share of the work that a call does, where a sample stands for
+    the whole. seconds: how long ours may take at most."""
 
     name: str
     what: str
@@ -36,7 +37,7 @@ class Row:
     peer: Work
     same: Callable[[Any, Any], float]
     tolerance: float
-    goal: float | None
+    share: float | None = 0.8
     ours_of: float = 1.0
     peer_of: float = 1.0
     rounds: int = 5
@@ -59,6 +60,8 @@ def run(row: Row, matmul: float) -> dict[str, Any]:
             grown[side].append(more)
     ratios = [p / o for o, p in zip(seconds["ours"], seconds["peer"], strict=True)]
     best, flops, peer_flops = min(seconds["ours"]), flops / row.ours_of, peer_flops / row.peer_of
+    bound = peer_flops / flops if flops and peer_flops else None  # times faster, if both ran at one rate
+    goal = row.share * bound if row.share and bound else None
     return {
         "row": row.name,
         "what": row.what,
@@ -71,9 +74,10 @@ def run(row: Row, matmul: float) -> dict[str, Any]:
         "ratio": median(ratios),
         "least": min(ratios),
         "most": max(ratios),
-        "goal": row.goal,
+        "bound": bound,
+        "goal": goal,
         "limit_s": row.seconds,
-        "met": _met(row, median(ratios), median(seconds["ours"])),
+        "met": _met(goal, row.seconds, median(ratios), median(seconds["ours"])),
         "ours_mb": _most(grown["ours"]),
         "peer_mb": _most(grown["peer"]),
         "gflop": flops / 1e9,
@@ -82,10 +86,10 @@ def run(row: Row, matmul: float) -> dict[str, Any]:
     }
 
 
-def _met(row: Row, ratio: float, seconds: float) -> bool | None:
-    if row.goal is None and row.seconds is None:
+def _met(goal: float | None, limit: float | None, ratio: float, seconds: float) -> bool | None:
+    if goal is None and limit is None:
         return None
-    return (row.goal is None or ratio >= row.goal) and (row.seconds is None or seconds <= row.seconds)
+    return (goal is None or ratio >= goal) and (limit is None or seconds <= limit)
 
 
 def timed(work: Work) -> tuple[float, float | None]:

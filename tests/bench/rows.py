@@ -60,8 +60,8 @@ def trace_rows(model: Model) -> list[Row]:
     logits, heads = (lambda a, b, i=i: largest(a[i], b[i]) for i in (0, 1))
     plain, lens_name = "one plain forward pass (Hugging Face)", "TransformerLens: run_with_cache, heads stacked"
     return [
-        Row("logit trace", what, plain, ours, forward, logits, 1e-4, 1 / 1.3, rounds=9),
-        Row("logit trace", what, lens_name, ours, through_lens, heads, 1e-3, None, rounds=5),
+        Row("logit trace", what, plain, ours, forward, logits, 1e-4, rounds=9),
+        Row("logit trace", what, lens_name, ours, through_lens, heads, 1e-3, rounds=5),
     ]
 
 
@@ -88,7 +88,7 @@ def neuron_rows(model: Model) -> list[Row]:
     work = {f"{captum}, a call a layer {scaled}": one_by_one, f"{captum}, one call for all {scaled}": together}
     share = SAMPLE / len(texts)
     return [
-        Row("neuron trace", what, name, ours, peer, largest, 1e-3, 10, peer_of=share, rounds=2)
+        Row("neuron trace", what, name, ours, peer, largest, 1e-3, peer_of=share, rounds=2)
         for name, peer in work.items()
     ]
 
@@ -123,7 +123,7 @@ def patching_rows(model: Model) -> list[Row]:
         f"TransformerLens' own helper ({len(index)} heads, scaled)",
         len(LAYERS_OF_PEER) / model.weights.n_layers,
     )
-    return [Row("activation patching", what, name, ours, through_lens, largest, 1e-3, 20, peer_of=share, rounds=3)]
+    return [Row("activation patching", what, name, ours, through_lens, largest, 1e-3, peer_of=share, rounds=3)]
 
 
 def _margin(logits: Tensor, pairs: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def step_rows(model: Model) -> list[Row]:
     }
     what = f"L{LAYER + 1}, {len(case.facts)} prompts and {task.recipe.windows} window of {task.recipe.window} tokens"
     return [
-        Row("V-only step", what, name, ours, peer, _same_loss if "peft" in name else _same_step, 2e-3, 5, rounds=9)
+        Row("V-only step", what, name, ours, peer, _same_loss if "peft" in name else _same_step, 2e-3, rounds=9)
         for name, peer in ways.items()
     ]
 
@@ -266,7 +266,7 @@ def four_rows(model: Model) -> list[Row]:
     what = f"{what}, set-up and KL on unseen windows included"
     ways = {"plain PyTorch, every parameter's gradient": False, "plain PyTorch, all else frozen": True}
     return [
-        Row("four pathways", what, name, ours, partial(plain, frozen), _same_runs, 1e-2, 5, rounds=3)
+        Row("four pathways", what, name, ours, partial(plain, frozen), _same_runs, 1e-2, rounds=3)
         for name, frozen in ways.items()
     ]
 

@@ -3,16 +3,18 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from typer.testing import CliRunner
 
 from lib import files, results
 from lib.__main__ import app
 from lib.errors import BookError, ChapterError
-from lib.press import build, check, execute
+from lib.press import build, check, execute, kernel
 
 SAVE = """\
 import json, pathlib
@@ -98,6 +100,49 @@ def test_a_kernel_that_dies_is_told_in_a_sentence(workshop):
     notebook(workshop, "01_a", "import os\nos._exit(1)")
     with pytest.raises(ChapterError, match=r"01_a\.ipynb: Kernel died.* before stands in .*01_a\.log"):
         run("01_a")
+
+
+NEW = """\
+import builtins, sys
+assert "torch" in sys.modules and not hasattr(builtins, "left")
+assert {m for m in sys.modules if m.startswith("lib.")} <= {"lib.press", "lib.press.kernel"}
+builtins.left = "by another kernel"
+"""
+
+
+@pytest.mark.skipif(not kernel.FORKS, reason="kernels are not forked here")
+def test_a_kernel_has_packages_from_a_server_of_one_thread_and_nothing_from_another_kernel(workshop):
+    notebook(workshop, "01_a", NEW)
+    notebook(workshop, "02_b", NEW)
+    run("01_a", "02_b", jobs=1)
+    [server] = [p for p in psutil.Process().children() if "forkserver" in p.cmdline()[-1]]
+    assert server.num_threads() == 1 and not server.children()
+
+
+def test_a_kernel_goes_when_whoever_started_it_is_killed(workshop):
+    sleeps = "import os, time\nopen('../pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    path, pid = notebook(workshop, "01_a", sleeps), workshop / "pid"
+    code = (
+        "import pathlib, sys\nfrom lib.press import execute\nfolder = pathlib.Path(sys.argv[1])\n"
+        "execute.execute(folder / 'book' / '01_a.ipynb', folder / 'x.ipynb', {}, log=folder / 'log', threads=1, "
+        "tick=lambda *_, **__: None)"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", code, str(workshop)], cwd=files.ROOT)
+    try:
+        assert until(lambda: pid.is_file() and pid.read_text()), path
+        process = psutil.Process(int(pid.read_text()))
+    finally:
+        starter.kill()
+        starter.wait()
+    assert until(lambda: not process.is_running(), 20)
+
+
+def until(holds, seconds: float = 200) -> bool:
+    """Whether something comes true in time."""
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.1)
+    return bool(holds())
 
 
 @pytest.mark.parametrize("place, transport", [("/x", "ipc"), ("/" + "x" * 100, "tcp")])

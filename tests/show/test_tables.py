@@ -55,7 +55,9 @@ def test_cells_are_made_from_templates():
     """By hand: formats, alternatives where a value is missing, pairs, and the number of a row."""
     nan = float("nan")
     costs = {"row": ["trace", "edit"], "peer": "Captum", "ratio": 2.0, "least": 1.0, "most": 3.126, "goal": [nan, 2.5]}
-    table = pd.DataFrame(costs | {"limit_s": [60.0, nan], "met": [None, True], "bound": [nan, 4.0]})
+    table = pd.DataFrame(costs | {"limit_s": [60.0, nan], "met": [None, True], "bound": [nan, 4.0]}).eval(
+        "reached = ratio / bound"
+    )
     made = tables.arranged("costs", table)
     assert made.index.tolist() == ["trace beside Captum", "edit beside Captum"]
     assert made.to_dict("list") == {
@@ -63,7 +65,8 @@ def test_cells_are_made_from_templates():
         "spread": ["1.00\u00a0to\u00a03.13"] * 2,
         "goal": ["60 s", "2.5x"],
         "met": ["", "yes"],
-        "fewer operations": ["–", "4.0x"],
+        "operations allow": ["–", "4.0x"],
+        "of that": ["–", "50%"],
     }
     row = {"#": 7, "name": "v_only", "p": 0.0004, "ratio": 0.9876, "low": 1.0, "high": 1.0, "rank": 0, "gap": None}
     text = tables._text("{#} {name:words} {p:p3} {ratio:change} {low to high:.0f} {rank:rank}", row)

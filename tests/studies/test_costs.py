@@ -9,24 +9,32 @@ from typer import BadParameter
 
 from lib.errors import DataError
 from lib.results import Results
+from lib.show import tables
 from lib.studies import costs
-from tests.bench import measure
+from tests.bench import book, measure
 from tests.bench.__main__ import bench
 from tests.bench.measure import Row
 
-ONE = torch.ones(3)
+ONE, SQUARE = torch.ones(3), torch.ones(8, 8)
 
 
 def row(**changes) -> Row:
-    given = {"name": "sum", "what": "three ones", "peer_name": "a slow way", "tolerance": 1e-6, "goal": 2.0}
-    given |= {"ours": lambda: time.sleep(0.005) or ONE, "peer": lambda: time.sleep(0.1) or ONE}
+    """One product of matrices beside ten and a long sleep."""
+    given = {"name": "sum", "what": "three ones", "peer_name": "a slow way", "tolerance": 1e-6}
+    given |= {"ours": lambda: _products(1, 0.005), "peer": lambda: _products(10, 0.1)}
     return Row(**given | {"same": measure.largest} | changes)
+
+
+def _products(n: int, seconds: float) -> torch.Tensor:
+    time.sleep(seconds)
+    return [ONE, *(SQUARE @ SQUARE for _ in range(n))][0]
 
 
 def test_a_ratio_is_that_of_the_times():
     found = measure.run(row(), matmul=1e9)
     assert 4 < found["least"] <= found["ratio"] <= found["most"] < 25 and found["met"] is True
-    assert found["difference"] == 0 and found["matmul_share"] is None, "nothing was multiplied"
+    assert found["difference"] == 0 and found["gflop"] == 2 * 8**3 / 1e9
+    assert (found["bound"], found["goal"]) == (10, 8), "ten times fewer operations, and four fifths of that"
 
 
 def test_results_that_differ_are_an_error():
@@ -35,9 +43,26 @@ def test_results_that_differ_are_an_error():
 
 
 def test_a_missed_goal_is_said():
-    assert measure.run(row(goal=50.0), matmul=1e9)["met"] is False
-    assert measure.run(row(goal=None, seconds=1e-6), matmul=1e9)["met"] is False
-    assert measure.run(row(goal=None), matmul=1e9)["met"] is None
+    assert measure.run(row(share=5.0), matmul=1e9)["met"] is False
+    assert measure.run(row(share=None, seconds=1e-6), matmul=1e9)["met"] is False
+    assert measure.run(row(share=None), matmul=1e9)["met"] is None
+    found = measure.run(row(ours=lambda: ONE), matmul=1e9)
+    assert found["bound"] is found["goal"] is found["met"] is None, "nothing was multiplied"
+
+
+def test_the_times_of_a_build_are_read_from_its_results(tmp_path):
+    """A table by hand: two builds, one of them too slow, and a chapter."""
+    (tmp_path / "01_a.json").write_text('{"provenance": {"seconds": 12.5, "peak_mb": 800}, "values": {}}')
+    rows = [book.row("cold", 481.0, 480), book.row("warm", 15.0, 15), *book.chapters(tmp_path)]
+    table = tables.arranged("costs_builds", costs.builds({"book": rows}))
+    assert table.index.tolist() == ["cold", "warm", "01_a"]
+    assert table.to_dict("list") == {
+        "seconds": ["481", "15", "12"],
+        "goal": ["480", "15", ""],
+        "met": ["no", "yes", ""],
+        "MB": ["", "", "800"],
+    }
+    assert tables.arranged("costs_builds", costs.builds({})).index.tolist() == ["not measured"]
 
 
 def test_a_sample_stands_for_the_whole():
@@ -62,7 +87,7 @@ def test_what_is_no_record(tmp_path, text):
 
 
 def test_a_record_is_told_as_it_is(tmp_path, organism):
-    one, other = measure.run(row(), matmul=1e9), measure.run(row(goal=90.0, name="other"), matmul=1e9)
+    one, other = measure.run(row(), matmul=1e9), measure.run(row(share=9.0, name="other"), matmul=1e9)
     points = [{"grows": "prompts", "at": n, "trace_s": 0.1 * n, "forward_s": 0.05 * n} for n in (1, 4)]
     sizes = [{"shape": "a", "parameters": 9}, {"shape": "b", "precision": "bfloat16", "seconds": 1.0, "peak_gb": 3.0}]
     record = {"machine": {"processor": "p", "cores": 2, "threads": 2}, "commit": "c", "started": "s"}

@@ -71,6 +71,22 @@ def here(monkeypatch) -> list[dict]:
     return called
 
 
+def test_runs_that_share_what_is_prepared_go_to_one_worker_the_longest_first():
+    """By hand: 50 + 30 seconds to the first, the organism's 70 to the second, 40 + 20 of two studies that share a
+    setting to the second, 9 to the first. The organism's are done after all on the other model."""
+    given = {
+        "a": ("distillation.x", 30),
+        "b": ("distillation.x", 50),
+        "c": ("location.y", 20),
+        "d": ("baselines.z", 40),
+    }
+    given |= {"e": ("pathways.w", 9), "f": ("pathways.w", 70)}
+    models = dict.fromkeys("abcde", "smollm2") | {"f": "organism"}
+    specs = {k: spec().model_copy(update={"run": run, "model": models[k]}) for k, (run, _) in given.items()}
+    homes = runs._homes(specs, {k: seconds for k, (_, seconds) in given.items()}, 2)
+    assert list(homes.items()) == [("b", 0), ("a", 0), ("d", 1), ("c", 1), ("e", 0), ("f", 1)]
+
+
 # What is run
 
 
@@ -503,6 +519,13 @@ def test_a_call_that_kills_its_workers_takes_no_other_with_it():
     )
 
 
+def copied(folder: Path) -> Path:
+    """A copy of the project in a folder, without data, whose studies have one more."""
+    shutil.copytree(ROOT / "lib", folder / "project" / "lib")
+    shutil.copy(Path(__file__).with_name("told.py"), folder / "project" / "lib" / "studies")
+    return folder / "project"
+
+
 @contextmanager
 def started(project: Path, *words, **options):
     """A process of its own group in a project, which is killed at the end with all that it started."""
@@ -531,11 +554,12 @@ def results(store: Path) -> dict[str, int]:
 
 
 def workers_of(pid: int) -> list[psutil.Process]:
-    """Processes that compute for a sweep: the children that multiprocessing spawned."""
+    """Processes that compute for a sweep: those that multiprocessing spawned, or forked from its server."""
     workers = []
     for child in psutil.Process(pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):  # one that has just ended
-            workers += [child] if "spawn_main" in " ".join(child.cmdline()) else []
+        with suppress(psutil.NoSuchProcess, AttributeError):  # one that has just ended
+            forked = all("forkserver" in " ".join(p.cmdline()) for p in (child, child.parent()))
+            workers += [child] if forked or "spawn_main" in " ".join(child.cmdline()) else []
     return workers
 
 
@@ -544,6 +568,29 @@ def ended(process: psutil.Process) -> bool:
         return process.status() == psutil.STATUS_ZOMBIE  # where nobody has asked for its exit code yet
     except psutil.NoSuchProcess:
         return True
+
+
+def test_a_record_that_is_killed_while_it_is_made_stays_as_it_was_and_the_same_command_goes_on(tmp_path):
+    project = copied(tmp_path)
+    shutil.copytree(ROOT / "data", project / "data", ignore=shutil.ignore_patterns("sweeps", "record"))
+    (project / "data" / "sweeps").mkdir()
+    written(project / "data" / "sweeps", grid={"layer": "all", "scale": 0.5, "draws": 4}, seeds=[0, 1])
+    store, quiet = project / "_build" / "sweeps" / "organism" / "s", {"stdout": subprocess.DEVNULL}
+    table = project / "data" / "record" / "organism" / "s.csv"
+    table.parent.mkdir(parents=True)
+    table.write_text("what was there")
+    command = "lib", "record", "--model", "organism", "--workers", 1
+    with started(project, *command, **quiet) as process:
+        until(lambda: len(results(store)) >= 2, "two runs")
+        process.kill()
+    first = results(store)
+    assert 2 <= len(first) < 24 and [p.name for p in table.parent.iterdir()] == ["s.csv"]
+    assert table.read_text() == "what was there"
+    with started(project, *command, **quiet) as process:
+        assert process.wait(300) == 0
+    assert first.items() <= results(store).items(), "none is repeated"
+    assert len(table.read_text().splitlines()) == 25
+    assert sorted(p.name for p in table.parent.iterdir()) == ["s.csv", "s.json"], "nothing is half-written"
 
 
 def test_a_worker_of_another_version_is_named():
@@ -566,9 +613,7 @@ def test_killed_at_every_place_and_resumed_the_table_is_that_of_an_undisturbed_r
     1. On a scheduler and a worker that Dask's own command line started: the scheduler is killed.
     2. On this machine: one of its workers is killed, then all of it. While it runs, no other sweep may write there.
     3. With one worker, the rest. No finished run was repeated, and the table is that of the same runs made here."""
-    project, store = tmp_path / "project", tmp_path / "store"
-    shutil.copytree(ROOT / "lib", project / "lib")
-    shutil.copy(Path(__file__).with_name("told.py"), project / "lib" / "studies")
+    project, store = copied(tmp_path), tmp_path / "store"
     (project / "data").symlink_to(ROOT / "data")
     path = written(tmp_path, grid={"layer": "all", "scale": 0.5, "draws": 4}, seeds=[0, 1])
     at, near = ("--scheduler-file", tmp_path / "dask.json"), ("--host", "127.0.0.1", "--no-dashboard")
