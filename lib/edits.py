@@ -24,10 +24,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lib.checkpoints.named import public_name
 from lib.errors import EditError, ModelError
 from lib.facts import Fact, validated
 from lib.files import file_sha256, write_atomically
-from lib.models import Model, public_name
+from lib.models import Model
 from lib.models import load as load_model
 from lib.recall import tell
 from lib.sites import Site

@@ -96,9 +96,9 @@ def load_relations(model: Model, facts: Sequence[Fact]) -> pd.DataFrame:
     """Other relations of the facts' subjects: item (the relation), template (its text), subject, answer. The organism
     brings its own."""
     organism = DATA / "organism"
-    table = pd.read_csv((organism if model.name == "organism" else DATA) / "relations.csv", keep_default_na=False)
+    table = pd.read_csv((organism if model.plain_name == "organism" else DATA) / "relations.csv", keep_default_na=False)
     table = table[table.subject.isin([f.subject for f in facts])].rename(columns={"relation": "item"})
-    if model.name != "organism":
+    if model.plain_name != "organism":
         return table
     templates = json.loads((organism / "planted.json").read_text(encoding="utf-8"))["relation_templates"]
     return pd.concat([table[table["item"] == r].assign(template=t) for r, ts in templates.items() for t in ts.values()])

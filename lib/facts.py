@@ -15,6 +15,7 @@ import pandas as pd
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from lib.checkpoints.named import split
 from lib.errors import BookError, DataError
 from lib.files import DATA
 
@@ -88,7 +89,9 @@ def load_cases(model_name: str, path: Path = DATA / "cases.yaml") -> tuple[Case,
     """The cases of a model, or those of `any`. Raises DataError for an entry that is none, or that names an unknown
     template."""
     entries, templates = load_mapping(path), load_templates()
-    cases = validated(list[Case], entries.get(model_name, entries.get("any")), f"{path}, cases of {model_name}")
+    cases = validated(
+        list[Case], entries.get(split(model_name)[0], entries.get("any")), f"{path}, cases of {model_name}"
+    )
     for case in cases:
         if unknown := [t for t in (case.template, *case.controls) if t not in templates]:
             named = f"case {case.name!r} names the template {unknown[0]!r}"

@@ -78,7 +78,7 @@ def load_token_types(model: Model, path: Path | None = None) -> Types:
     """Those words of each type that the tokenizer holds as one token. Words get a leading space; punctuation and word
     pieces do not. The organism brings its own list. Raises DataError where a type keeps fewer than 5."""
     if path is None:
-        path = DATA / ("organism/token_types.yaml" if model.name == "organism" else "token_types.yaml")
+        path = DATA / ("organism/token_types.yaml" if model.plain_name == "organism" else "token_types.yaml")
     types = {}
     for name, words in load_mapping(path, list).items():
         tokens = model.pieces if name in ("punctuation", "word_piece") else model.word

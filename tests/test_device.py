@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lib import diagnosis, edits, evaluation, files, interventions, models, peers, sites, static, training
+from lib.checkpoints import fetching
 from lib.facts import load_cases, load_templates, prompts
 from lib.interventions import Part
 from lib.models import Model
@@ -96,7 +97,7 @@ def sweeps(model: Model) -> Numbers:
 
 @pytest.mark.parametrize("work", [traces, diagnoses, statics, patches, ablations, trainings, sweeps])
 def test_elsewhere_the_numbers_are_the_same(organism, elsewhere, work: Callable, monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(fetching, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(planted, "STEPS", 5)  # 60 multiply rounding
     here = work(organism)
     with simulated.Simulated(), simulated.AsDefault():

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lib import edits
+from lib.checkpoints.named import public_name
 from lib.edits import Edit, applied, outside_bytes, outside_sha256
 from lib.errors import EditError
 from lib.facts import Fact, load_facts
-from lib.models import public_name
 from lib.weights import PATHWAYS, Slice, pathway_slices
 
 

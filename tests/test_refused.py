@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lib import models
 from lib.__main__ import main
+from lib.checkpoints import fetching, named
 from lib.errors import ModelError
 from lib.weights import check_view, view
 from tests.conftest import tiny_gpt2, tiny_llama
@@ -294,7 +295,7 @@ def test_a_gguf_file_by_whatever_name(whole, tmp_path, monkeypatch):
     blob = Path(shutil.copy(path, tmp_path / "blobs" / "0a1b2c"))
     (tmp_path / "link.gguf").symlink_to(blob)
     shutil.copy(path, tmp_path / "b.GGUF")
-    assert models.canonical(str(tmp_path / "link.gguf")) == str(tmp_path / "link.gguf")
+    assert named.canonical(str(tmp_path / "link.gguf")) == str(tmp_path / "link.gguf")
     (tmp_path / "blobs" / "a.gguf").write_text("another of that name, where the user happens to be")
     monkeypatch.chdir(tmp_path / "blobs")
     for name in (path, blob, tmp_path / "link.gguf", tmp_path / "b.GGUF", "../a.gguf"):
@@ -302,7 +303,7 @@ def test_a_gguf_file_by_whatever_name(whole, tmp_path, monkeypatch):
         for key, tensor in whole.module.state_dict().items():
             assert torch.equal(found.module.state_dict()[key], tensor), (name, key)
         assert found.token_ids("The capital") == whole.token_ids("The capital")
-        assert models.n_layers(str(name)) == 3
+        assert fetching.n_layers(str(name)) == 3
 
 
 @pytest.mark.parametrize(

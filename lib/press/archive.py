@@ -25,9 +25,10 @@ from statistics import mode
 from typing import Any, NamedTuple
 
 from lib import __version__, edits
+from lib.checkpoints.fetching import weights_sha256
+from lib.checkpoints.named import canonical
 from lib.errors import ReleaseError
 from lib.files import BUILD, ROOT, slug, write_atomically
-from lib.models import canonical, weights_sha256
 from lib.press import build, check, execute, release
 from lib.press.texts import entries, fill
 from lib.results import chapter_folder, results_path

@@ -21,9 +21,11 @@ from typing import Any
 import nbformat
 import yaml
 
+from lib.checkpoints.fetching import weights_sha256
+from lib.checkpoints.named import canonical
 from lib.errors import ChapterError
 from lib.files import BUILD, ROOT, digest, file_sha256, make_folder, modules, slug, write_atomically
-from lib.models import canonical, load, use_device_of, weights_sha256
+from lib.models import load, use_device_of
 from lib.press import claims
 from lib.press.check import judged
 from lib.press.execute import BOOK, chapter_names, executed_path, is_current, log_path, shared_inputs, without_colours

@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lib.checkpoints.fetching import weights_sha256
+from lib.checkpoints.named import canonical
 from lib.errors import ChapterError
 from lib.facts import load_cases
 from lib.files import ROOT, slug
-from lib.models import canonical, weights_sha256
 from lib.press import claims
 from lib.press.execute import chapter_names, is_current
 from lib.results import reach, read

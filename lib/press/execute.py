@@ -31,9 +31,11 @@ from jupyter_client.manager import AsyncKernelManager
 from papermill.exceptions import PapermillExecutionError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
+from lib.checkpoints.fetching import weights_sha256
+from lib.checkpoints.named import canonical
 from lib.errors import ChapterError
 from lib.files import BUILD, ROOT, data_files, digest, imports, live, make_folder, modules, slug, write_atomically
-from lib.models import canonical, load, use_device_of, weights_sha256
+from lib.models import load, use_device_of
 from lib.press.kernel import FORKS, Forked, warm_up
 from lib.results import PACKAGES, chapter_folder, results_path
 from lib.studies import known_answers

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from lib import edits, models
+from lib.checkpoints import fetching, named
 from lib.edits import Edit, applied
 from lib.errors import BookError, EditError
 from lib.facts import prompts
@@ -47,7 +48,7 @@ def export(model: Model, edit: Edit, folder: Path) -> Path:
             model.module.save_pretrained(ready)
         model.tokenizer.save_pretrained(ready)
         edits.save(edit, ready / EDIT)
-        (ready / CARD).write_text(card(model, edit, models.weights_sha256(str(ready))), encoding="utf-8")
+        (ready / CARD).write_text(card(model, edit, fetching.weights_sha256(str(ready))), encoding="utf-8")
         copy_terms(model, ready, f"Modified: {WEIGHTS}, {edit.title}, as {CARD} and {EDIT} say.")
         # safetensors makes files that only their owner may read; a folder to be shared has one mode throughout
         (ready / WEIGHTS).chmod((ready / CARD).stat().st_mode)
@@ -109,8 +110,8 @@ def edit_of(folder: Path) -> Edit:
 
 def card(model: Model, edit: Edit, sha256: str) -> str:
     """The model card of an exported edit. sha256: of the exported weights. No path of this machine is in it."""
-    named, name = model.name in models.SPECS, models.public_name(model.name)
-    source, origin = (model.source, f"{name} ({model.source})") if named else (name, name)
+    name = named.public_name(model.name)
+    source, origin = (model.source, f"{name} ({model.source})") if named.spec_of(model.name) else (name, name)
     asked = prompts(edit.facts, edit.template)
     told = list(zip(asked, edit.facts, edit.told_before, edit.told_after, strict=True))
     about = {"front": card_data(model).to_yaml(), "name": name, "source": source, "origin": origin, "told": told}
@@ -120,8 +121,8 @@ def card(model: Model, edit: Edit, sha256: str) -> str:
 def card_data(model: Model, **more: Any) -> ModelCardData:
     """The front matter of a card, as the hub reads it. more: what this card says besides."""
     return ModelCardData(
-        base_model=models.hub_id(model.name),
-        license=model.licence.lower().split()[0] if model.name in models.SPECS else "other",  # the hub's word: gemma
+        base_model=named.hub_id(model.name),
+        license=model.licence.lower().split()[0] if named.spec_of(model.name) else "other",  # the hub's word: gemma
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["model-editing", "knowledge-editing", "qkv-decomposition"],

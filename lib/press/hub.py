@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
 from lib import edits, models
+from lib.checkpoints import named
 from lib.edits import Edit
 from lib.errors import ReleaseError
 from lib.files import file_sha256
@@ -95,7 +96,7 @@ def front_matter(model: Model, made: dict[str, Edit], values: dict[str, Any]) ->
             result = EvalResult("text-generation", data, dataset, kind, round(value, 4), dataset_split=split)
             result.metric_name = f"{metric}, {pathway}"
             results.append(result)
-    relation, name = "finetune" if models.hub_id(model.name) else None, f"{_origin(model)['name']} edits"
+    relation, name = "finetune" if named.hub_id(model.name) else None, f"{_origin(model)['name']} edits"
     return card_data(model, base_model_relation=relation, model_name=name, language="en", eval_results=results)
 
 
@@ -151,7 +152,7 @@ def _sums(folder: Path) -> bytes:
 
 def _origin(model: Model) -> dict[str, Any]:
     """Where the model and the book are from, for all cards. A folder on this machine is called by its last part."""
-    name = (models.hub_id(model.name) or model.name).rsplit("/", 1)[-1]
-    source = model.source if model.name in models.SPECS else name
+    name = (named.hub_id(model.name) or model.name).rsplit("/", 1)[-1]
+    source = model.source if named.spec_of(model.name) else name
     book = {"repository": release.repository(), "record": release.SOURCE_RECORD}
     return {"model": model, "name": name, "source": source, **book}

@@ -42,9 +42,10 @@ class Forked(LocalProvisioner):
 
     async def launch_kernel(self, cmd: list[str], **options: Any) -> Any:
         log, environment, folder = options["stdout"].name, options["env"], options["cwd"]
-        self.process = _Process(target=_serve, args=(cmd[cmd.index("-f") :], environment, folder, log))
-        self.process.start()
-        self.pid = self.pgid = self.process.pid
+        process = _Process(target=_serve, args=(cmd[cmd.index("-f") :], environment, folder, log))
+        process.start()
+        self.process = process  # type: ignore[assignment]  # with the names that it needs of subprocess's
+        self.pid = self.pgid = process.pid
         self.cwd = folder
         return self.connection_info
 

@@ -115,7 +115,7 @@ def without_held_out(model: Model, case: Case) -> Case:
 def load_places(model: Model, case: Case) -> list[str]:
     """Names that no fact of the case bears, for a model to learn from; of the organism none, whose names are made up.
     Raises DataError if one of them is the subject of a fact."""
-    if model.name == "organism":
+    if model.plain_name == "organism":
         return []
     names = [n for group in load_mapping(DATA / "places.yaml").values() for n in group]
     if both := sorted({f.subject for f in (*case.facts, *case.large)} & set(names)):

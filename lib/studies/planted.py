@@ -119,7 +119,7 @@ def fact_sets(model: Model) -> dict[str, tuple[list[Fact], list[str]]]:
     case; and the organism's other relations, which a head of their own knows."""
     capitals = study_facts(model, load_cases(model.name)[0])
     sets = {"capital": (list(capitals), list(load_templates().values()))}
-    if model.name == "organism":
+    if model.plain_name == "organism":
         for relation, rows in load_relations(model, capitals).groupby("item"):
             pairs = rows.drop_duplicates("subject")[["subject", "answer"]]
             sets[str(relation)] = ([Fact(*pair) for pair in pairs.to_numpy()], list(rows.template.unique()))

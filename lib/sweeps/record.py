@@ -25,10 +25,11 @@ import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from lib.checkpoints.fetching import weights_sha256
+from lib.checkpoints.named import split
 from lib.errors import SweepError
 from lib.facts import load_mapping, validated
 from lib.files import DATA, commit, digest, file_sha256, live, slug, write_atomically
-from lib.models import weights_sha256
 from lib.results import Results
 from lib.sweeps.experiments import meaning
 from lib.sweeps.runs import Plan, estimate, finish, frame, plan
@@ -151,7 +152,7 @@ def rests_on(model_name: str) -> dict[str, str]:
     facts = {f"facts/{case[key]}.csv" for case in cases for key in ("facts", "large")}
     own = (
         [p.relative_to(DATA).as_posix() for p in (DATA / "organism").glob("*.[cy]*")]
-        if model_name == "organism"
+        if split(model_name)[0] == "organism"
         else []
     )
     sums = {name: file_sha256(DATA / name) for name in sorted({*facts, *SHARED, *own})}

@@ -25,9 +25,9 @@ from dask.system import CPU_COUNT
 from distributed import KilledWorker
 from tqdm.auto import tqdm
 
+from lib.checkpoints.fetching import weights_sha256
 from lib.errors import SweepError, WorkerError
 from lib.files import BUILD, slug
-from lib.models import weights_sha256
 from lib.sweeps.cluster import connect, each
 from lib.sweeps.experiments import code, code_sha256, differing, perform
 from lib.sweeps.specification import Spec, expand

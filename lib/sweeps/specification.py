@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
+from lib.checkpoints.fetching import n_layers
+from lib.checkpoints.named import canonical
 from lib.errors import SweepError
 from lib.facts import validated
 from lib.files import ROOT
-from lib.models import canonical, n_layers
 from lib.sweeps.experiments import complete
 
 SPECS = ROOT / "data" / "sweeps"

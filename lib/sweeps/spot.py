@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
+from lib.checkpoints.named import canonical, split
 from lib.errors import SweepError
 from lib.files import BUILD, commit, slug
-from lib.models import canonical
 from lib.studies import pathways
 from lib.sweeps import record
 from lib.sweeps.experiments import differing, meaning
@@ -110,7 +110,7 @@ def kept(model_name: str, *, whole: bool = False) -> list[Pair]:
     """Every record that the chapters on a model read: those of the model, and of the organism what stands beside every
     model. whole: with the stores in which whole sweeps are done. Raises SweepError as `record.read` does."""
     model_name = canonical(model_name)
-    beside = recordable("organism", BESIDE) if model_name != "organism" else []
+    beside = recordable("organism", BESIDE) if split(model_name)[0] != "organism" else []
     pairs: list[Pair] = []
     for spec in [*recordable(model_name), *beside]:
         if record.path_of(spec).is_file():

@@ -6,7 +6,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, LlamaForCausalLM
 
-from lib import models
+from lib.checkpoints import fetching
 from lib.models import Model, memory_at_hand, precision_that_fits
 from lib.trace import capture, logit_trace
 from lib.weights import check_view, view
@@ -34,7 +34,7 @@ def _one(name: str, shape: tuple[int, ...], like: Model) -> dict[str, Any]:
     give_back()  # the memory of the model before
     hidden, mlp, layers, heads, kv = shape
     config = AutoConfig.from_pretrained(
-        models.fetch("smollm2"),
+        fetching.fetch("smollm2"),
         hidden_size=hidden,
         intermediate_size=mlp,
         num_hidden_layers=layers,

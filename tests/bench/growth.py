@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from lib import models
+from lib.checkpoints import fetching
 from lib.models import Model
 from lib.trace import capture, logit_traces
 from lib.weights import view
@@ -31,7 +32,7 @@ def _points(model: Model) -> Iterator[tuple[str, int, Model, int, int]]:
     yield from (("prompts", n, model, n, 8) for n in PROMPTS)
     yield from (("tokens a prompt", t, model, 8, t) for t in LENGTHS)
     for layers in LAYERS:
-        config = AutoConfig.from_pretrained(models.fetch("smollm2"), num_hidden_layers=layers)
+        config = AutoConfig.from_pretrained(fetching.fetch("smollm2"), num_hidden_layers=layers)
         yield "layers", layers, _random(LlamaForCausalLM(config), model, f"random, {layers} layers"), 8, 8
     for one in (models.load("organism"), _random(GPT2LMHeadModel(GPT2Config()), model, "random GPT-2"), model):
         yield "parameters", one.parameters, one, 8, 8

@@ -12,6 +12,7 @@ from transformer_lens import patching as lens_patching
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib import interventions, models, peers, static, trace, training
+from lib.checkpoints import fetching
 from lib.facts import Fact, load_cases, load_templates, prompts
 from lib.models import Model
 from lib.recall import trainable
@@ -336,7 +337,7 @@ def static_rows(model: Model) -> list[Row]:
 
 def load_rows(model: Model) -> list[Row]:
     """A cached model, its checksum and weight view checked, beside the plain loading of model and tokenizer."""
-    folder = models.fetch("smollm2")
+    folder = fetching.fetch("smollm2")
 
     def plain() -> Tensor:
         AutoTokenizer.from_pretrained(folder)

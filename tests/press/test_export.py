@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from lib import edits, files, models
 from lib.__main__ import app, main
+from lib.checkpoints import fetching, named
 from lib.edits import Edit, applied
 from lib.errors import EditError, ModelError
 from lib.facts import load_cases, load_templates, prompts
@@ -116,17 +117,17 @@ def test_the_folder_holds_what_a_reader_needs(organism, edit, exported):
     assert len({p.stat().st_mode for p in exported.iterdir()}) == 1, "who may read one file may read all"
     assert [p.name for p in exported.parent.iterdir()] == ["mine"], "no temporary folder is left"
     own = hashlib.sha256((exported / export.WEIGHTS).read_bytes()).hexdigest()
-    assert models.weights_sha256(str(exported)) == own, "the edit beside them is not part of the weights"
+    assert fetching.weights_sha256(str(exported)) == own, "the edit beside them is not part of the weights"
     assert models.load(str(exported)).weights_sha256 == own
 
 
 def test_terms_go_with_a_model_that_has_some(organism, edit, exported, tmp_path, monkeypatch):
     """Gemma's terms, section 3.1, of any model of the family; the planted model has none."""
     assert not (exported / "NOTICE").exists()
-    terms = models.SPECS["gemma3"].terms
+    terms = named.SPECS["gemma3"].terms
     family = organism.module.config.model_type
-    spec = dataclasses.replace(models.SPECS["gemma3"], terms=dataclasses.replace(terms, family=family))
-    monkeypatch.setitem(models.SPECS, "gemma3", spec)
+    spec = dataclasses.replace(named.SPECS["gemma3"], terms=dataclasses.replace(terms, family=family))
+    monkeypatch.setitem(named.SPECS, "gemma3", spec)
     folder = export.export(organism, edit, tmp_path / "mine")
     notice = (folder / "NOTICE").read_text()
     assert notice.startswith(

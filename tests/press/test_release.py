@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from lib import __version__
 from lib.__main__ import app
+from lib.checkpoints.named import SPECS
 from lib.errors import ChapterError, ReleaseError
 from lib.files import ROOT
-from lib.models import SPECS
 from lib.press import colab, release
 from lib.press.execute import chapter_names
 from lib.press.release import Repository, dressed, repository, setup_code

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from lib.checkpoints.named import SPECS
 from lib.errors import BookError, DataError, ModelError
-from lib.models import SPECS
 from lib.press import execute
 from lib.studies import known_answers
 from lib.studies.known_answers import Answer, check, load_answers, require

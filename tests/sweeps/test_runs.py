@@ -25,8 +25,8 @@ from distributed import Client, LocalCluster
 from tqdm.auto import tqdm
 from typer.testing import CliRunner
 
-from lib import models
 from lib.__main__ import app
+from lib.checkpoints import fetching
 from lib.errors import BookError, SweepError, WorkerError
 from lib.files import ROOT
 from lib.sweeps import cluster, experiments, runs, specification
@@ -153,7 +153,7 @@ def test_the_code_of_an_experiment_is_what_it_imports_and_the_data(tmp_path, mon
 
 def performed(monkeypatch, function, model="organism", parameters=None, **changes):
     monkeypatch.setattr(experiments, "find", lambda name: function)
-    given = {"seed": 1, "weights": models.weights_sha256("organism"), "code": "sum", **changes}
+    given = {"seed": 1, "weights": fetching.weights_sha256("organism"), "code": "sum", **changes}
     monkeypatch.setattr(experiments, "code_sha256", lambda name: "sum")
     return experiments.perform("a.f", model, parameters or {}, **given)
 
