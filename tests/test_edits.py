@@ -236,6 +236,12 @@ def test_an_edit_that_contradicts_itself(organism, tmp_path, changes, message):
     refused(organism, edit, message)
 
 
+def test_an_edit_made_after_another_beginning_of_text_is_refused(tiny):
+    edit = dataclasses.replace(an_edit(tiny), bos=(7,))
+    with pytest.raises(EditError, match=r"was made with .* before every text, and tiny puts nothing there"):
+        edits.check(tiny, edit)
+
+
 def test_another_model_and_another_revision_are_refused(tiny, organism):
     edit = an_edit(tiny)
     other = dataclasses.replace(edit, base_sha256="f" * 64)

@@ -9,6 +9,7 @@ import zipfile
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, normalizers
@@ -21,8 +22,9 @@ from lib import files, models
 from lib.__main__ import app
 from lib.checkpoints import fetching, named
 from lib.errors import DataError, ModelError
+from lib.facts import load_cases
 from lib.forward import next_token_logits
-from lib.recall import load_prefixes
+from lib.recall import load_prefixes, tell
 from lib.trace import capture, logit_trace, subject_positions
 from tests.conftest import tiny_gpt2, tiny_llama, wrap
 
@@ -66,7 +68,7 @@ def test_a_folder_of_ones_own(folder, make, family):
 def test_paths_are_named_in_full(folder, monkeypatch):
     """A chapter runs in another folder than the user: a relative path must mean the same there."""
     monkeypatch.chdir(folder.parent)
-    assert named.canonical("mine") == str(folder)
+    assert named.canonical("mine") == str(folder) and named.canonical("mine@bos") == f"{folder}@bos"
     assert named.canonical("smollm2") == "smollm2" and named.canonical("a/b") == "a/b"
 
 
@@ -97,6 +99,23 @@ def test_a_text_begins_as_its_tokenizer_begins_it(end):
     assert mine.windows("France is Paris France", 3) == [[1, france, is_], [1, paris, france]]
     assert mine.encode(["France is"])[1].tolist() == [2]
     assert load_prefixes(mine)["none"] == "" and "bos" not in load_prefixes(mine)
+
+
+def test_a_beginning_of_text_can_be_forced(organism):
+    forced = models.load("organism@bos")
+    assert forced.bos == (organism.tokenizer.bos_token_id,) and forced.plain_name == "organism"
+    assert forced.token_ids("France") == [*forced.bos, *organism.token_ids("France")]
+    assert forced.weights_sha256 == organism.weights_sha256 and models.load("organism@no-bos").bos == ()
+    assert load_cases("organism@bos") == load_cases("organism") != load_cases("another")
+    untold, told = (tell(m, load_cases("organism")[0].facts, {"x": "{} is"}).margin for m in (organism, forced))
+    assert not np.allclose(untold, told)  # it is really read
+
+
+def test_a_beginning_of_text_that_a_tokenizer_lacks_is_refused(smollm2):
+    without = PreTrainedTokenizerFast(tokenizer_object=smollm2.tokenizer.backend_tokenizer)
+    with pytest.raises(ModelError, match="has no beginning-of-text token; leave out `@bos`"):
+        models.beginning(without, forced=True)
+    assert models.beginning(without, forced=False) == ()
 
 
 def test_windows_cover_a_text_and_none_is_of_one_token(smollm2):
