@@ -76,7 +76,8 @@ def carried(
     layers = layers or range(end)
     without, with_prefix = ([model.token_ids(p) for p in prompts(facts, template, x)] for x in ("", prefix))
     for fact, ids, longer in zip(facts, without, with_prefix, strict=True):
-        if longer[-len(ids) :] != ids or len(longer) == len(ids):
+        own = ids[len(model.bos) :]
+        if longer[-len(own) :] != own or len(longer) == len(ids):
             raise DataError(f"after {prefix!r} the prompt of {fact.subject} is cut into other tokens; use another one.")
     short, long = pack(model, without), pack(model, with_prefix)
     at = [subject_positions(model, p, f.subject)[-1] for p, f in zip(prompts(facts, template), facts, strict=True)]
