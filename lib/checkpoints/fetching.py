@@ -166,7 +166,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     except Exception as error:  # offline, no such repository, no permission: the remedy is the same
         raise ModelError(
             f"cannot fetch {repo} from the model hub ({type(error).__name__}). Run where the hub is reachable, for "
-            "example in Colab, check the name, or use a model that needs no hub: smollm2, organism."
+            "example in Colab, check the name, or use a model that needs no hub: smollm2, gemma3, organism."
         ) from error
 
 
