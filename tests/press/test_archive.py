@@ -196,8 +196,8 @@ import json, pathlib, sys
 path = pathlib.Path('../_build/results') / model_name / '01_a.json'
 path.parent.mkdir(parents=True, exist_ok=True)
 print(path.resolve(), sys.prefix + '/lib')
-facts = {'model': model_name, 'source': '', 'weights_sha256': '0' * 64, 'bos': 'nothing', 'lib': '0', 'commit': 'c', 'python': '3',
-         'packages': {}, 'seed': 0, 'threads': 1, 'start': '', 'seconds': 1}
+facts = {'model': model_name, 'source': '', 'weights_sha256': '0' * 64, 'lib': '0', 'commit': 'c', 'python': '3',
+         'packages': {}, 'bos': '', 'seed': 0, 'threads': 1, 'start': '', 'seconds': 1}
 path.write_text(json.dumps({'provenance': facts, 'values': {'seed': seed}}))
 """
 CONFIG = """
