@@ -41,7 +41,8 @@ app = typer.Typer(
     "numbers; verify an edit and export it as a model.",
     epilog="The whole book: `make book`. One chapter on another model: `python -m lib run 2 --model organism`.",
 )
-MODELS = "smollm2, gemma3, gpt2, organism, or a folder, .gguf file or hub id of a GPT-2- or Llama-family model."
+MODELS = """smollm2, gemma3, gpt2, organism, or a folder, .gguf file or hub id of a model of the family of GPT-2, Llama,
+Mistral, Qwen 2 or 3, Gemma 3 or GPT-NeoX. NAME@bos and NAME@no-bos force a beginning-of-text token on or off."""
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODELS)]
 BaseOption = Annotated[
     str | None, typer.Option("--model", "-m", help="The base model, where it is not called or kept as the edit says.")

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from lib import models
+from lib.checkpoints import fetching
 from lib.facts import Case, load_cases
 from lib.models import Model, beginning
 from lib.recall import trainable
@@ -48,6 +49,14 @@ def plain_logits(model: Model, prompts: Sequence[str]) -> torch.Tensor:
 @pytest.fixture(scope="session")
 def smollm2() -> Model:
     return models.load("smollm2")
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> Model:
+    """Fetched where its terms are accepted, as CI accepts them; elsewhere nobody may accept them for who runs this."""
+    if os.environ.get("ACCEPT_GEMMA_TERMS") != "1" and not (fetching.cache_folder() / "gemma3-v1").exists():
+        pytest.skip("the terms of Gemma are not accepted: ACCEPT_GEMMA_TERMS=1 runs these tests")
+    return models.load("gemma3")
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,9 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import models, recall
+from lib import recall
 from lib.errors import DataError
-from lib.facts import Case, Fact, load_cases, load_facts, load_templates
-from lib.files import cache_folder
+from lib.facts import Case, Fact, load_facts, load_templates
 from lib.recall import known_and_told, screen, tell
 
 
@@ -53,16 +52,6 @@ def test_best_controls_by_hand():
     table = pd.DataFrame([(t, v) for t, values in told.items() for v in values], columns=["template", "told"])
     assert recall.best_controls(table, "own") == ("all", "too", "one")
     assert recall.best_controls(table, "all", 1) == ("own",)
-
-
-@pytest.mark.skipif(not (cache_folder() / "gemma3-v1").exists(), reason="its terms are accepted by who fetches it")
-def test_controls_of_gemma3_are_what_the_rule_gives():
-    gemma, case = models.load("gemma3"), load_cases("gemma3")[0]
-    bos = gemma.tokenizer.bos_token
-    facts = [f for f in recall.scorable(gemma, case.large) if f.split == "fit"]
-    prefix = "" if gemma.token_ids("a")[0] == gemma.tokenizer.bos_token_id else bos
-    table = tell(gemma, facts, load_templates(), prefix=prefix)
-    assert recall.best_controls(table, case.template, len(case.controls)) == case.controls
 
 
 def test_tell_by_hand(tiny, monkeypatch):
