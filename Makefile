@@ -3,7 +3,7 @@ PYTHON ?= python3
 MODEL  ?= smollm2
 BIN    := .venv/bin
 LIB    := $(BIN)/python -m lib
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 ifdef SUBJECT
 $(error SUBJECT= is called MODEL= now: make $(MAKECMDGOALS) MODEL=$(SUBJECT))

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -84,17 +85,18 @@ def commit() -> str:
         return "unknown"
 
 
-def imports(code: str) -> set[str]:
+@cache
+def imports(code: str) -> frozenset[str]:
     """Modules of lib/ that some code imports, as paths below lib/ (`trace`, `show/tables`); a name that is no
     module has no file and does no harm."""
-    found = set()
+    found = set[str]()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and (path := (node.module or "").split("."))[0] == "lib":
             room = path[1:]
             found |= {"/".join(room), *("/".join([*room, name.name]) for name in node.names)}
         elif isinstance(node, ast.Import):
             found |= {"/".join(name.name.split(".")[1:]) for name in node.names if name.name.startswith("lib.")}
-    return found - {""}
+    return frozenset(found - {""})
 
 
 def modules(names: Iterable[str], root: Path) -> list[Path]:
