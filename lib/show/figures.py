@@ -29,6 +29,7 @@ from lib.show.tables import UNTOUCHED, WORDS
 from lib.sites import Site
 from lib.statistics import exact_interval
 
+MARGIN = "answer − competitor (logits)"
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 GREY, BLACK = "#777777", "#000000"
 TYPE_COLOURS = (RED, BLUE, GREEN, ORANGE, GREY, PINK, SKY, BLACK)
@@ -90,12 +91,12 @@ def k_norm_by_layer(table: pd.DataFrame) -> Figure:
     """K-norm of each token type relative to the layer's mean over types, with bootstrap bands."""
     centre = table.groupby("layer")["mean"].transform("mean")
     relative = table.assign(**{column: table[column] / centre for column in ("low", "mean", "high")})
-    fig, ax = _panel((9, 4.4), ylabel="K-norm, relative to\nthe mean of the types")
+    fig, ax = _panel((9, 4.4), ylabel="K-norm, relative to\nthe mean of the types", xlabel="layer")
     for colour, (name, part) in zip(TYPE_COLOURS, relative.groupby("type", sort=False), strict=False):
         ax.fill_between(part.layer + 1, part.low, part.high, color=colour, alpha=0.15, lw=0)
         ax.plot(part.layer + 1, part["mean"], color=colour, lw=3 if name == "proper_noun" else 1.3, label=words(name))
     ax.axhline(1, color="black", lw=0.6)
-    ax.set(xlabel="layer", xlim=(1, table.layer.max() + 1))
+    ax.set_xlim(1, table.layer.max() + 1)
     return _legend(fig, ncols=4)
 
 
@@ -114,7 +115,7 @@ def told_matrix(table: pd.DataFrame) -> Figure:
 
 def cumulative_curves(diagnoses: Sequence[Diagnosis]) -> Figure:
     """Answer minus competitor by layer, in logits: each failing prompt thin, means bold, controls beside them."""
-    fig, axes = _panels(1, len(diagnoses), (4.9 * len(diagnoses), 4), ylabel="answer − competitor (logits)")
+    fig, axes = _panels(1, len(diagnoses), (4.9 * len(diagnoses), 4), ylabel=MARGIN, xlabel="layers summed")
     for ax, d in zip(axes.flat, diagnoses, strict=True):
         _curves(ax, d.evidence.control.curve.T.cpu().numpy(), BLUE, "told under control templates", (0.6, 0.45))
         _curves(ax, d.evidence.failing.curve.T.cpu().numpy(), RED, "failing template", (0.6, 0.45))
@@ -122,7 +123,7 @@ def cumulative_curves(diagnoses: Sequence[Diagnosis]) -> Figure:
         _mark_layer(ax, d.verdict.knowledge_head, GREEN, 0.97)
         if d.verdict.suppressor:
             _mark_layer(ax, d.verdict.suppressor, ORANGE, 0.03)
-        ax.set(xlabel="layers summed", title=f"{d.case.title} (n = {len(d.evidence.facts)})")
+        ax.set_title(f"{d.case.title} (n = {len(d.evidence.facts)})")
     return _legend(fig, ncols=2)
 
 
@@ -390,7 +391,7 @@ def layer_sweep(means: pd.DataFrame, layer: int) -> Figure:
     told.set_ylim(-0.3, means.facts_told.max() + 0.3)
     repaired.set_ylim(-0.5, means.held_out_n.max() + 0.5)
     kl.set_yscale("log")
-    for axis in (told.xaxis, repaired.xaxis, kl.xaxis, told.yaxis, repaired.yaxis):
+    for axis in (told.yaxis, repaired.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     return _legend(fig, ncols=6)
 
@@ -435,7 +436,7 @@ def planted_curves(table: pd.DataFrame) -> Figure:
     """Answer minus competitor by layer before and after planting, a panel a plant; facts thin, means bold."""
     colours = {"controls, planted": GREY, "failing template, before": BLUE, "failing template, planted": RED}
     table = table.sort_values("seed", kind="stable")
-    size, label = (4.9 * table.seed.nunique(), 4), "answer − competitor (logits)"
+    size, label = (4.9 * table.seed.nunique(), 4), MARGIN
     fig, panels = _split(table, "seed", size, sharey=False, xlabel="layers summed", ylabel=label)
     for ax, _, plant in panels:
         for name, part in plant.groupby("curve", sort=False):
@@ -542,6 +543,8 @@ def _panels(
     ylabel: of the first panel; settings: of every panel."""
     fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=sharey, subplot_kw=settings)
     axes[0, 0].set_ylabel(ylabel)
+    for ax in axes.flat if "layer" in settings.get("xlabel", "") else ():
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no layer 2.5
     plt.close(fig)
     return fig, axes
 
