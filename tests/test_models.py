@@ -137,7 +137,7 @@ def test_hub_unreachable(name, monkeypatch, tmp_path):
         raise ConnectionError("no route")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    with pytest.raises(ModelError, match=r"cannot fetch .* from the model hub.*Colab.*smollm2, organism"):
+    with pytest.raises(ModelError, match=r"cannot fetch .* from the model hub.*Colab.*smollm2, gemma3, organism"):
         models.load(name)
 
 
