@@ -59,7 +59,6 @@ bench: .venv/ready  ## speed of the book beside TransformerLens, Captum, PyTorch
 clean:  ## delete what was built (the environment, fetched models and shared runs stay)
 	rm -rf _build
 
-# Nothing is compiled before it is imported: most of it never is.
 .venv/ready: requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv .venv

@@ -1,9 +1,11 @@
 """The real Gemma 3 270M: the paper's own story under the paper's own wording, and the checks that the book rests on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from lib import models, peers, recall
+from lib import peers, recall
 from lib.evaluation import load_passages
 from lib.facts import load_cases, load_templates, prompts
 from lib.recall import first_tokens, tell
@@ -30,8 +32,8 @@ def test_it_knows_and_does_not_tell(gemma3):
 
 
 def test_without_its_beginning_of_text_it_reads_otherwise(gemma3):
-    bare = models.Model(*(getattr(gemma3, name) for name in list(models.Model.__dataclass_fields__)[:8]))
-    assert bare.bos == () and bare.token_ids(PARIS) == gemma3.token_ids(PARIS)[1:]
+    bare = replace(gemma3, bos=())
+    assert bare.token_ids(PARIS) == gemma3.token_ids(PARIS)[1:]
     assert not torch.allclose(plain_logits(bare, [PARIS]), plain_logits(gemma3, [PARIS]), atol=0.1)
 
 
@@ -46,8 +48,9 @@ def test_the_trace_is_exact_and_the_lens_sees_paris_before_the_end(gemma3):
     case = load_cases("gemma3")[0]
     asked = prompts(case.facts, load_templates()[case.template])
     seen, tokens = capture(gemma3, asked), first_tokens(gemma3, case.facts)[:, None]
-    assert {logit_traces(gemma3, seen, tokens)[name].error < 1e-2 for name in CONVENTIONS} == {True}
-    assert logit_traces(gemma3, seen, tokens)["scaled"].error < 1e-3
+    errors = {name: trace.error for name, trace in logit_traces(gemma3, seen, tokens).items()}
+    assert list(errors) == list(CONVENTIONS) and max(errors.values()) < 1e-2
+    assert max(errors["scaled"], errors["centred"]) < 1e-3  # `raw` sums terms of hundreds, which no norm tames
     _, ranks = logit_lens(gemma3, seen, tokens)
     paris = [layer for layer in range(19) if ranks[0, layer, 0] == 1]
     assert paris == [13, 16, 17]  # as many layers have run; the last one takes it away

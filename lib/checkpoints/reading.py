@@ -62,8 +62,10 @@ class Files:
         source = {"gguf_file": str(self.where.absolute())} if self.gguf else {}
         return {"local_files_only": True, "trust_remote_code": False, **source}
 
+    @cached_property
     def config(self) -> Any:
-        """Raises ModelError for one that cannot be read, of another family, or of weights that are packed."""
+        """What config.json, or a GGUF file, says. Raises ModelError for one that cannot be read, of another family, or
+        of weights that are packed."""
         where = str(self.where)
         with self.reading():
             family = str(self.header.fields["general.architecture"].contents()) if self.gguf else None
@@ -112,7 +114,7 @@ class Files:
         """Of the weights in fp32: eight 4-bit ones and their scales take little more than four bytes in a GGUF file."""
         if self.gguf:
             return 7 * self.where.stat().st_size
-        stored = 2 if str(getattr(self.config(), "dtype", None)) in ("torch.bfloat16", "torch.float16") else 4
+        stored = 2 if str(getattr(self.config, "dtype", None)) in ("torch.bfloat16", "torch.float16") else 4
         return sum(path.stat().st_size for path in self.weights()) * 4 // stored
 
     @contextmanager
@@ -141,7 +143,7 @@ def read(files: Files, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedMo
     set_verbosity_error()  # what it would warn of is refused here
     if not files.gguf:
         disable_progress_bar()  # a cached model loads in a moment; a bar would only litter the chapters
-    config, checked = files.config(), {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    config, checked = files.config, {"output_loading_info": True, "ignore_mismatched_sizes": True}
     source = files.options if files.gguf else files.options | {"use_safetensors": True}
     with files.reading():
         packed = _not_float(files)

@@ -2,7 +2,8 @@
 
 1. Each chapter has a fingerprint: its notebook, every module of lib/ that it imports, directly or through others, all
    of data/, the pins and the installed packages, the model's weights. A chapter whose fingerprint is unchanged is not
-   executed again. Beside these copies only sweeps keep runs (`lib.sweeps`), and `knowledge_path` the relation maps.
+   executed again. Beside these copies sweeps keep runs (`lib.sweeps`), `knowledge_path` the relation maps, and
+   `side_effects` the streams that two chapters read.
 2. Executed copies go to _build/executed/<model>/, numbers to _build/results/<model>/. A chapter that reads what
    another one makes has that one executed before it, and is executed anew when it changes.
 3. A terminal shows one bar a chapter. All that kernels say, warnings and bars of their own, goes to

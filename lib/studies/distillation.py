@@ -126,11 +126,10 @@ def load_places(model: Model, case: Case) -> list[str]:
 def tell_once(model: Model, facts: Sequence[Fact], template: str, *, prefix: str = "") -> pd.DataFrame:
     """As `recall.tell` of one template's text. The untouched model is asked the same by several parts of a study: what
     it has answered is kept in its memory, and not asked again."""
-    kept = model.memory.setdefault(tell_once, {})
-    if new := [fact for fact in facts if (prefix, template, fact) not in kept]:
-        rows = tell(model, new, {"": template}, prefix=prefix).to_dict("records")
-        kept.update({(prefix, template, fact): row for fact, row in zip(new, rows, strict=True)})
-    return pd.DataFrame([kept[prefix, template, fact] for fact in facts])
+    kept = model.memory.get(tell_once)
+    table = tell(model, facts, {"": template}, prefix=prefix, known=kept)
+    model.memory[tell_once] = pd.concat([kept, table]).drop_duplicates(["prompt", "answer"])
+    return table
 
 
 def contexts(case: Case) -> dict[str, tuple[str, str]]:

@@ -109,8 +109,7 @@ def finish(
     otherwise this machine, with `workers` processes (one a core unless told). fresh: results of another model or
     version are set aside instead of being an error; those of this one are kept in any case. seconds: what runs are
     expected to take, by key; if given, those that share what is prepared go to one worker, as few of many do. timing:
-    with a column `seconds`. Raises SweepError
-    at the end if runs failed, with their errors; the others are kept."""
+    with a column `seconds`. Raises SweepError at the end if runs failed, with their errors; the others are kept."""
     if workers is not None and workers < 1:
         raise SweepError(f"{workers} workers cannot do anything; give at least one.")
     if len({planned.store for planned in plans}) < len(plans):

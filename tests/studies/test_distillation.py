@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import training, weights
+from lib import recall, training, weights
 from lib.edits import applied, outside_sha256
 from lib.errors import DataError, EditError
 from lib.facts import Case, Fact, load_cases, load_templates, prompts
@@ -37,17 +37,17 @@ def test_fit_countries_are_the_case_s_own_and_the_fit_part():
 def test_what_was_answered_is_not_asked_again(organism, case, monkeypatch):
     """By template, prefix and fact; the answers are those of `tell`, in the order of the facts."""
     text, asked = "Of {}, the capital is", list[str]()
-    monkeypatch.setattr(
-        distillation, "tell", lambda m, f, *a, **k: asked.extend(x.subject for x in f) or tell(m, f, *a, **k)
-    )
+    plain = recall.next_token_logits
+    monkeypatch.setattr(recall, "next_token_logits", lambda m, p, **k: asked.extend(p) or plain(m, p, **k))
     facts = case.facts[:4]
     distillation.tell_once(organism, facts[1:3], text)
     found = distillation.tell_once(organism, facts, text)
-    assert asked == [f.subject for f in (*facts[1:3], facts[0], facts[3])]
+    assert asked == prompts([*facts[1:3], facts[0], facts[3]], text)
+    monkeypatch.undo()
     whole = tell(organism, facts, {"": text})
     pd.testing.assert_frame_equal(found, whole, rtol=1e-3)
     other = distillation.tell_once(organism, facts[:1], text, prefix="As is known. ")
-    assert len(asked) == 5 and other.prompt[0] != whole.prompt[0]
+    assert other.prompt[0] != whole.prompt[0] and other.prob[0] != whole.prob[0]
 
 
 def test_no_prompt_of_another_split_is_in_a_lesson(smollm2, organism, case, taught):
