@@ -42,6 +42,7 @@ from lib.weights import Slice
 Change = Callable[[], AbstractContextManager[Any]]
 Training = Callable[[Model, Task, float], tuple[Sequence[Tensor], Change]]
 RATES = {"few": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "all": (1e-5, 3e-5, 1e-4)}  # few parameters take larger steps
+SHRINK = 1e-3  # of neutral text's moment towards an even one: so few tokens leave it singular, and its inverse noise
 RIDGES = (1.0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6)  # weight of neutral text against the facts, in the closed form
 SCALES = {"head": (1.5, 2.0, 3.0, 4.0, 6.0), "opponent": (0.75, 0.5, 0.25, 0.0)}
 LOWER = (0.5, 1.0, 2.0, 4.0, 8.0)  # logits
@@ -256,12 +257,14 @@ def _closed_form(model: Model) -> Rival:
                 losses(model, task, {}, rows)
     keys, values = seen[-1][last], wanted.detach()
     neutral = torch.cat([neurons[len(task.prompt_stream) :] for neurons in seen])
+    keys, values, neutral = (x.double() for x in (keys, values, neutral))
     moment = neutral.T @ neutral / len(neutral)
+    moment += SHRINK * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
     part, made = Slice(layout.name(task.layer, "W_out")), []
     weight = slice_values(model, [part])[part]
     for ridge in RIDGES:
         change = torch.linalg.solve(ridge * moment * len(keys) + keys.T @ keys, keys.T @ values)
-        new = weight + (change if layout.input_first else change.T)
+        new = weight + (change if layout.input_first else change.T).to(weight.dtype)
         put = partial(written, model.module, {part: new})
         made.append(Rival("closed form on W_out", new.numel(), task.layer, f"ridge {ridge:g}", put))
     return _chosen(model, task, made)
