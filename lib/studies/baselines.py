@@ -243,7 +243,7 @@ def _pathway(name: str, model: Model) -> Rival:
 def _closed_form(model: Model) -> Rival:
     """ROME and MEMIT's two steps at the diagnosed layer: for each fact the vector that, added after the MLP at the last
     position, makes it told; then the least-squares change of W_out that gives these for the facts' neurons and as
-    little as may be for those of neutral text: dW = (ridge C + K'K)^-1 K' V."""
+    little as may be for those of neutral text (`least_squares`)."""
     task, layout, seen = _task(model), model.weights.layout, list[Tensor]()
     mlp_out, last = model.weights.blocks[task.layer].mlp_out, task.texts.last[: len(task.facts)]
     wanted = torch.zeros(len(last), model.weights.d_model, requires_grad=True)
@@ -257,17 +257,29 @@ def _closed_form(model: Model) -> Rival:
                 losses(model, task, {}, rows)
     keys, values = seen[-1][last], wanted.detach()
     neutral = torch.cat([neurons[len(task.prompt_stream) :] for neurons in seen])
-    keys, values, neutral = (x.double() for x in (keys, values, neutral))
-    moment = neutral.T @ neutral / len(neutral)
-    moment += SHRINK * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
     part, made = Slice(layout.name(task.layer, "W_out")), []
     weight = slice_values(model, [part])[part]
-    for ridge in RIDGES:
-        change = torch.linalg.solve(ridge * moment * len(keys) + keys.T @ keys, keys.T @ values)
-        new = weight + (change if layout.input_first else change.T).to(weight.dtype)
+    for ridge, change in zip(RIDGES, least_squares(keys, values, neutral, RIDGES), strict=True):
+        new = weight + (change if layout.input_first else change.T)
         put = partial(written, model.module, {part: new})
         made.append(Rival("closed form on W_out", new.numel(), task.layer, f"ridge {ridge:g}", put))
     return _chosen(model, task, made)
+
+
+def least_squares(
+    keys: Float[Tensor, "fact d_mlp"],
+    values: Float[Tensor, "fact d_model"],
+    neutral: Float[Tensor, "t d_mlp"],
+    ridges: Sequence[float],
+) -> list[Float[Tensor, "d_mlp d_model"]]:
+    """For each ridge, the change of W_out that gives the facts' keys their values and other neurons as little as may
+    be: (n ridge C + K'K)^-1 K' V for n facts, where C is the second moment of neutral neurons, shrunk towards an even
+    one by SHRINK. In fp64, because the system is nearly singular still."""
+    K, V, N = (x.double() for x in (keys, values, neutral))
+    moment = N.T @ N / len(N)
+    moment += SHRINK * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+    solved = (torch.linalg.solve(ridge * moment * len(K) + K.T @ K, K.T @ V) for ridge in ridges)
+    return [change.to(values.dtype) for change in solved]
 
 
 # Shared

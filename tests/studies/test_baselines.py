@@ -2,6 +2,7 @@
 
 import hashlib
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from lib.errors import EditError
 from lib.evaluation import build_protocols, questions, score_questions
 from lib.sites import Site
 from lib.studies import baselines
-from lib.studies.baselines import RIVALS, Rival
+from lib.studies.baselines import RIVALS, Rival, least_squares
 from lib.studies.location import setting
 from lib.training import Recipe, losses
 
@@ -107,6 +108,19 @@ def test_the_rule_takes_the_most_told_then_the_least_harm(organism, monkeypatch)
     monkeypatch.setattr(baselines, "neutral_kl", lambda *_: harm[now[0]])
     made = [Rival(n, 0, 0, change=lambda n=n: change(n)) for n in told]
     assert baselines._chosen(organism, task, made).name == "c"
+
+
+def test_the_closed_form_is_no_rounding():
+    """Fewer neutral tokens than neurons leave their moment singular: a rounding of the facts' keys must not matter."""
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator)
+    keys, values, neutral = draw(4, 96), draw(4, 16), draw(60, 96)
+    change, held = least_squares(keys, values, neutral, (1e-6, 100.0))
+    torch.testing.assert_close(keys @ change, values, atol=1e-2, rtol=0)  # nothing holds it back: the facts are met
+    (rounded,) = least_squares(keys * (1 + 1e-6 * draw(4, 96)), values, neutral, (100.0,))
+    assert float((rounded - held).norm() / held.norm()) < 1e-4
+    singular = 100.0 * 4 * neutral.T @ neutral / 60 + keys.T @ keys  # as it was once solved
+    assert torch.linalg.cond(singular.double()) > 1e6
 
 
 def test_a_prefix_stands_before_every_question(organism):
