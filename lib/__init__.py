@@ -11,6 +11,7 @@ The core, in the order data flows through it (imports point upward only; a test 
     static                   input-free diagnostics of every head
     trace                    the exact logit trace of one input                                 -> Capture, LogitTrace
     diagnosis                static and dynamic evidence, and the rule                          -> Diagnosis
+    sinks                    one learned position before every text
     edits, training          an edit, checked and restored; how a pathway is trained            -> Edit
     evaluation               side effects and generalisation of edits
     interventions, peers     ablation and patching; Captum and TransformerLens

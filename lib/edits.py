@@ -31,17 +31,19 @@ from lib.files import file_sha256, write_atomically
 from lib.models import Model
 from lib.models import load as load_model
 from lib.recall import tell
+from lib.sinks import check as check_sink
+from lib.sinks import standing
 from lib.sites import Site
-from lib.weights import PATHWAYS, Slice, pathway_slices, places
+from lib.weights import PATHWAYS, SINKS, Slice, pathway_slices, places
 
 FORMAT = "qkv-edit-3"
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What a pathway changed in one layer (0-based) of a model, for which facts under which template (its text), and
-    what was told before and after. bos: the tokens that stood before every text. recipe: objective and hyperparameters,
-    as they were used."""
+    """What a pathway changed in one layer (0-based; of a sink: 0) of a model, for which facts under which template (its
+    text), and what was told before and after. bos: the tokens that stood before every text, without a sink. recipe:
+    objective and hyperparameters, as they were used."""
 
     model_name: str
     base_sha256: str
@@ -62,7 +64,8 @@ class Edit:
 
     @property
     def title(self) -> str:
-        return f"{self.model_name} {Site(self.layer)} {self.pathway}"
+        where = "" if self.pathway in SINKS else f"{Site(self.layer)} "
+        return f"{self.model_name} {where}{self.pathway}"
 
 
 _ENTRIES: dict[str, Any] = {name: (kind, ...) for name, kind in get_type_hints(Edit).items() if name != "values"}
@@ -75,8 +78,8 @@ def make(model: Model, values: dict[Slice, Tensor], **about: Any) -> Edit:
     fields of `Edit` from pathway to recipe, but told_after. Raises EditError as `check` does."""
     told = {"told_before": about["told_before"], "told_after": about["told_before"]}
     draft = Edit(public_name(model.name), model.weights_sha256, bos=model.bos, values=values, **{**about, **told})
-    with applied(model, draft):
-        after = tell(model, draft.facts, {"failing": draft.template})
+    with applied(model, draft) as changed:
+        after = tell(changed, draft.facts, {"failing": draft.template})
     return replace(draft, told_after=tuple(after.told.tolist()))
 
 
@@ -166,10 +169,15 @@ def base_model(edit: Edit, name: str | None = None) -> Model:
 
 @contextmanager
 def applied(model: Model, edit: Edit) -> Iterator[Model]:
-    """The model with the edit in place; `restored` afterwards. Raises EditError as `check` does, before any change."""
+    """The model with the edit in place; `restored` afterwards. What it gives is to be asked: with a sink it reads every
+    text otherwise than the model that was given. Raises EditError as `check` does, before any change."""
     check(model, edit)
-    with written(model.module, edit.values):
-        yield model
+    if edit.pathway in SINKS:
+        with standing(model, edit.values) as changed:
+            yield changed
+    else:
+        with written(model.module, edit.values):
+            yield model
 
 
 @contextmanager
@@ -211,7 +219,10 @@ def check(model: Model, edit: Edit) -> None:
             f"the edit {edit.title!r} was made with {stood} before every text, and {model.name} puts "
             f"{model.before_texts} there; load it as {edit.model_name}."
         )
-    targets(model.module, edit.values)
+    if edit.pathway in SINKS:
+        check_sink(model, edit.values)
+    else:
+        targets(model.module, edit.values)
     try:
         wanted = pathway_slices(model.module, edit.layer, edit.pathway)
     except ValueError as error:
@@ -257,7 +268,8 @@ def outside_sha256(model: PreTrainedModel, slices: Sequence[Slice]) -> str:
 
 def outside_bytes(model: PreTrainedModel, slices: Sequence[Slice]) -> int:
     """How many bytes `outside_sha256` vouches for."""
-    return sum(p.nbytes for p in model.parameters()) - sum(part.nbytes for part in places(model, slices))
+    inside = places(model, [part for part in slices if part.name in dict(model.named_parameters())])
+    return sum(p.nbytes for p in model.parameters()) - sum(part.nbytes for part in inside)
 
 
 def verify(model: Model, edit: Edit, *, edited: Model | None = None) -> pd.DataFrame:

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib.edits import Edit
+from lib.edits import Edit, applied
 from lib.errors import DataError, EditError
 from lib.facts import Case, Fact, load_templates, prompts
 from lib.files import DATA, file_sha256
@@ -37,6 +37,7 @@ from lib.models import Model
 from lib.recall import scorable
 from lib.statistics import block_interval, exact_interval, gaussian, paired
 from lib.training import slice_values
+from lib.weights import SINKS
 
 WINDOW = 512  # tokens of a passage read at once, or as many as the model reads
 BLOCK = 32  # tokens of a block of the bootstrap: neighbouring tokens are not independent
@@ -139,11 +140,7 @@ def build_protocols(
     stands for changes of the logits alone. texts: passages by name, or the book's. table: some of `questions`. run: how
     streams are come by."""
     table = questions(model, case) if table is None else table.reset_index(drop=True)
-    protocols = {layer: Protocol(layer, table, [], []) for layer in layers}
-    for batch in packs(model, [model.token_ids(p) for p in table.prompt], share=True):
-        before = run(model, batch, layers)
-        for layer, protocol in protocols.items():
-            protocol.prompts.append((batch, before[layer]))
+    protocols = _prompts(model, table, layers, run)
     end, size = model.weights.n_layers, min(WINDOW, model.weights.context)
     for name, text in tqdm((load_passages() if texts is None else texts).items(), desc="passages", leave=False):
         for ids in model.windows(text, size):
@@ -152,6 +149,21 @@ def build_protocols(
             final = model.weights.norm_final_module(before[end])
             for layer, protocol in protocols.items():
                 protocol.passages.append(Passage(name, window, before[layer], final))
+    return protocols
+
+
+def _prompts(
+    model: Model,
+    table: pd.DataFrame,
+    layers: Sequence[int],
+    run: Callable[[Model, Pack, Sequence[int]], Streams] = streams,
+) -> dict[int, Protocol]:
+    """Protocols with the questions of a table, and no passages."""
+    protocols = {layer: Protocol(layer, table, [], []) for layer in layers}
+    for batch in packs(model, [model.token_ids(p) for p in table.prompt], share=True):
+        before = run(model, batch, layers)
+        for layer, protocol in protocols.items():
+            protocol.prompts.append((batch, before[layer]))
     return protocols
 
 
@@ -184,6 +196,9 @@ def load_wikitext() -> Texts:
 @torch.no_grad()
 def score_questions(model: Model, protocol: Protocol, edit: Edit | None, *, bias: Bias = None) -> pd.DataFrame:
     """The questions with told, prob (of the answer), top (the token said), margin (in logits). bias: of all logits."""
+    if edit is not None and edit.pathway in SINKS:  # every layer reads otherwise: all is run again
+        with applied(model, edit) as changed:
+            return score_questions(changed, _prompts(changed, protocol.questions, [0])[0], None, bias=bias)
     values, scores = _values(protocol, edit), []
     answers = torch.tensor(protocol.questions.answer_token.to_numpy())[:, None]
     sizes = [len(batch.last) for batch, _ in protocol.prompts]
@@ -211,8 +226,7 @@ def score_passages(
     parts, start, rows = {name: list[pd.DataFrame]() for name in edits}, 0, [name for name in edits if name != NONE]
     first = int(divergence or NONE in edits)  # row 0 is the untouched model
     for passage in tqdm(protocol.passages, desc="passages", leave=False, disable=len(edits) < 2):
-        layer, texts, entering = protocol.layer, passage.pack, passage.entering
-        edited = [above(model, texts, layer, entering, _values(protocol, edits[name])) for name in rows]
+        texts, edited = passage.pack, [_final(model, protocol, passage, edits[name]) for name in rows]
         finals = torch.stack([passage.final] * first + edited)[:, :-1]
         nll, kl = beside(finals, texts.tokens[1:], model.weights.W_U, bias, first=first)
         block = start + np.arange(nll.shape[1]) // BLOCK
@@ -222,6 +236,19 @@ def score_passages(
             columns = {"nll": nll[row].cpu().numpy(), "kl": kl[row].cpu().numpy() if divergence else np.nan}
             parts[name].append(pd.DataFrame({"passage": passage.name, "block": block, **columns}))
     return {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
+
+
+def _final(model: Model, protocol: Protocol, passage: Passage, edit: Edit | None) -> Float[Tensor, "t d_model"]:
+    """The final stream (normalised) of a passage's tokens with an edit. With a sink there is one token more: left out
+    is the row that no token of the passage follows, so that each row is followed by what followed it."""
+    if edit is None or edit.pathway not in SINKS:
+        return above(model, passage.pack, protocol.layer, passage.entering, _values(protocol, edit))
+    tokens, place = passage.pack.tokens.tolist(), len(model.bos)
+    with applied(model, edit) as changed:
+        texts = pack(changed, [[*tokens[:place], changed.bos[-1], *tokens[place:]]])
+        final = above(changed, texts, 0, changed.weights.embed(texts.tokens, texts.position))
+    left_out = max(place - 1, 0)
+    return torch.cat((final[:left_out], final[left_out + 1 :]))
 
 
 def measure(

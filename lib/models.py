@@ -74,6 +74,8 @@ class Model:
         return [window for window in cut if len(window) > 1]
 
     def token_text(self, token: int) -> str:
+        if token == len(self.weights.W_E):
+            return "<sink>"  # of `lib.sinks`
         return str(self.tokenizer.decode([token]))
 
     @property

@@ -34,12 +34,13 @@ from tqdm.auto import tqdm
 from lib.diagnosis import prescribe
 from lib.edits import Edit, load_all, make
 from lib.errors import DataError, EditError
-from lib.facts import Case, Fact, load_templates
+from lib.facts import Case, Fact, load_templates, prompts
 from lib.files import DATA
 from lib.forward import Pack, Reference, above, log_normalisers, pack, packs, reference, streams
 from lib.models import Model
 from lib.recall import screen, tell
-from lib.weights import PATHWAYS, Slice, pathway_slices, places
+from lib.sinks import ordinary, standing
+from lib.weights import PATHWAYS, SINK_SLICES, SINKS, Slice, pathway_slices, places
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class Task:
     n_training: int  # how many of them, the first, training draws from; the others are for choosing
     window_streams: Float[Tensor, "window t d_model"]  # the streams of these
     untouched: Reference  # what it says, at the compared positions of the windows: (window, positions)
+    sink: bool = False  # whether prompts and windows have one, which `untouched` has not
 
 
 def neutral_windows(model: Model, length: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -180,8 +182,51 @@ def tasks_at(model: Model, case: Case, layers: Sequence[int], recipe: Recipe = D
     return {x: at_layer(layer=x, prompt_stream=prompts[x], window_streams=entering[x]) for x in layers}
 
 
+@torch.no_grad()
+def sink_task(model: Model, task: Task) -> Task:
+    """The same lesson for a sink: prompts and neutral windows have it before them, and what enters is embeddings. The
+    model is still held to what it says without one. Raises EditError where that says nothing at a compared position."""
+    recipe, bos = task.recipe, len(model.bos)
+    if recipe.read[0] <= bos:
+        raise EditError(
+            f"a window is compared at position {int(recipe.read[0])}, where the sink stands; compare fewer."
+        )
+    with standing(model, ordinary(model, "sink_token")) as changed:
+        training, choosing = neutral_windows(changed, recipe.window)
+        texts = pack(changed, [changed.token_ids(p) for p in prompts(task.facts, task.template)])
+        whole = pack(
+            changed, [changed.token_ids(p) for p in prompts(task.facts, task.template)] + training[: recipe.windows]
+        )
+        windows = torch.tensor(training + choosing)
+        prompt_stream, streams = changed.weights.embed(texts.tokens, texts.position), changed.weights.embed(windows)
+    without = [[*w[:bos], *w[bos + 1 :]] for w in windows.tolist()]
+    return replace(
+        task,
+        layer=0,
+        texts=whole,
+        prompt_stream=prompt_stream,
+        windows=windows.tolist(),
+        n_training=len(training),
+        window_streams=streams,
+        untouched=_untouched(model, without, recipe.read - 1),
+        sink=True,
+    )
+
+
+def _untouched(model: Model, windows: list[list[int]], read: Int[Tensor, " positions"]) -> Reference:
+    """What the model says at some positions of windows of equal length: (window, positions)."""
+    end, size, final = model.weights.n_layers, len(windows[0]), []
+    for batch in packs(model, windows):
+        at = (torch.arange(len(batch.last))[:, None] * size + read).flatten()
+        final.append(streams(model, batch, [end])[end][at])
+    said = reference(model.weights.norm_final_module(torch.cat(final)), model.weights.W_U)
+    return said[torch.arange(len(said.log_z)).view(-1, len(read))]
+
+
 def slice_values(model: Model, slices: Sequence[Slice]) -> dict[Slice, Tensor]:
-    """A copy of each slice's values."""
+    """A copy of each slice's values; of a sink's, those that training starts from."""
+    if pathway := next((name for name in SINKS if set(slices) == set(SINK_SLICES[name])), None):
+        return ordinary(model, pathway)
     return {s: x.detach().clone() for s, x in zip(slices, places(model.module, slices), strict=True)}
 
 
@@ -192,11 +237,23 @@ def losses(
     answer's logit exceeds every other token's. One pass over prompts and windows together."""
     stream, n = torch.cat((task.prompt_stream, task.window_streams[rows].flatten(0, 1))), len(task.facts)
     read = torch.cat((task.texts.last[:n], len(task.prompt_stream) + _compared(len(rows), task.recipe)))
-    final, W_U = above(model, task.texts, task.layer, stream, values, read), model.weights.W_U
+    final, W_U = _above(model, task, task.texts, stream, values, read), model.weights.W_U
     log_z, others = log_normalisers(final, W_U, task.answers)
     answers = (final[:n] * W_U[:, task.answers].T).sum(-1)  # their logits
     kl = task.untouched[rows].divergence(*(x[n:].unflatten(0, (len(rows), -1)) for x in (final, log_z)))
     return (log_z[:n] - answers).mean(), kl.mean(), answers.detach() - others
+
+
+def _above(
+    model: Model, task: Task, texts: Pack, stream: Tensor, values: dict[Slice, Tensor], read: Tensor
+) -> Float[Tensor, "n d_model"]:
+    """`forward.above` for what a task trains."""
+    if not task.sink:
+        return above(model, texts, task.layer, stream, values, read)
+    with standing(model, values) as changed:
+        at, place = texts.position == len(model.bos), torch.tensor(changed.bos[-1:])
+        own = changed.weights.embed(place, torch.tensor([len(model.bos)]))
+        return above(changed, texts, 0, torch.where(at[:, None], own, stream), read=read)
 
 
 def train(
@@ -205,6 +262,8 @@ def train(
     """Train one pathway at one rate (Adam, no weight decay). seed: of the order in which neutral windows come. masks:
     Boolean, of a slice: the entries that may change; all, if not given."""
     start, slices = perf_counter(), pathway_slices(model.module, task.layer, pathway)
+    if task.sink != (pathway in SINKS):
+        raise EditError(f"{pathway} needs a task {'with' if pathway in SINKS else 'without'} a sink (`sink_task`).")
     leaves = {s: v.requires_grad_() for s, v in slice_values(model, slices).items()}
     for part, mask in (masks or {}).items():  # Adam without weight decay leaves what has never had a gradient alone
         leaves[part].register_hook(lambda gradient, mask=mask: gradient * mask)
@@ -248,7 +307,7 @@ def neutral_kl(model: Model, task: Task, values: dict[Slice, Tensor]) -> float:
     unseen = list(packs(model, task.windows[task.n_training :]))
     entering = task.window_streams[task.n_training :].split([len(texts.last) for texts in unseen])
     final = [
-        above(model, texts, task.layer, stream.flatten(0, 1), values, _compared(len(texts.last), task.recipe))
+        _above(model, task, texts, stream.flatten(0, 1), values, _compared(len(texts.last), task.recipe))
         for texts, stream in zip(unseen, entering, strict=True)
     ]
     untouched, edited = task.untouched[task.n_training :], torch.cat(final)
@@ -294,7 +353,8 @@ def compare(
 ) -> Comparison:
     """The grid for each pathway, with one seed, in one process."""
     points = tqdm(list(product(pathways, task.recipe.rates)), desc="training", disable=not progress)
-    runs = [train(model, task, pathway, rate=rate, seed=seed) for pathway, rate in points]
+    tasks = dict.fromkeys(pathways, task) | {name: sink_task(model, task) for name in SINKS if name in pathways}
+    runs = [train(model, tasks[pathway], pathway, rate=rate, seed=seed) for pathway, rate in points]
     grid = summary(runs)
     best = chosen_rows(grid)
     first = {runs[i].pathway: runs[i] for i in best.index}

@@ -163,8 +163,8 @@ def _compare_logits(folder: Path, exported: Model, base: Model, edit: Edit, tole
     """Raises EditError where sound weights answer otherwise than they should: then the configuration or the tokenizer
     beside them differs. Tolerance: the same weights in the same code differ by rounding at most, near 1e-5."""
     texts = prompts(edit.facts, edit.template)
-    with applied(base, edit):
-        ours = next_token_logits(base, texts)
+    with applied(base, edit) as changed:
+        ours = next_token_logits(changed, texts)
     theirs = next_token_logits(exported, texts)
     if ours.shape != theirs.shape or not float((ours - theirs).abs().max()) <= tolerance:
         fault = f"the weights in {folder} are sound, and yet the model answers otherwise than {base.name} with the edit"

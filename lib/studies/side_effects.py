@@ -24,7 +24,8 @@ from lib.recall import trainable
 from lib.results import Results
 from lib.statistics import exact_interval
 from lib.studies import experiment
-from lib.training import compare, false_facts, task_at, train
+from lib.training import compare, false_facts, sink_task, task_at, train
+from lib.weights import SINKS
 
 BLED = (
     "The trained answers bleed into the neighbourhood: beside each fact, the edit has learned that this wording is to "
@@ -115,14 +116,14 @@ def kept_streams(model: Model, texts: Pack, layers: Sequence[int]) -> Streams:
 @torch.no_grad()
 def generate(model: Model, texts: Sequence[str], edit: Edit | None, *, tokens: int = 24) -> list[list[int]]:
     """Greedy continuations of each text, as token lists: what the model writes when nobody holds its hand."""
-    ids = [model.token_ids(t) for t in texts]
-    width, fill = max(map(len, ids)), model.tokenizer.eos_token_id or 0
-    if width + tokens > model.weights.context:
-        raise DataError(f"{width} + {tokens} tokens are more than the {model.weights.context} {model.name} reads.")
-    rows = torch.tensor([[fill] * (width - len(i)) + i for i in ids])
-    mask = torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids])
     module: Any = model.module
-    with nullcontext() if edit is None else applied(model, edit):
+    with nullcontext(model) if edit is None else applied(model, edit) as changed:
+        ids = [changed.token_ids(t) for t in texts]
+        width, fill = max(map(len, ids)), model.tokenizer.eos_token_id or 0
+        if width + tokens > model.weights.context:
+            raise DataError(f"{width} + {tokens} tokens are more than the {model.weights.context} {model.name} reads.")
+        rows = torch.tensor([[fill] * (width - len(i)) + i for i in ids])
+        mask = torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids])
         out = module.generate(
             rows, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=fill
         )
@@ -170,9 +171,11 @@ def free_generation(model: Model, case: Case, edits: dict[str, Edit], *, opening
     variants: dict[str, Edit | None] = {NONE: None, **edits}
     openings = [str(decode(model.pieces(t)[:opening])) for t in load_passages().values()]
     kinds, neither = ["failing prompt"] * len(failing) + ["opening"] * len(openings), [False] * len(failing)
-    with side_by_side(model, list(variants.values())):
-        written, tables = generate(model, [*failing, *openings] * len(variants), None), []
-    for i, name in enumerate(variants):
+    beside, texts = {n: e for n, e in variants.items() if e is None or e.pathway not in SINKS}, [*failing, *openings]
+    with side_by_side(model, list(beside.values())):
+        written, tables = generate(model, texts * len(beside), None), []
+    written += [ids for name in variants if name not in beside for ids in generate(model, texts, variants[name])]
+    for i, name in enumerate([*beside, *(name for name in variants if name not in beside)]):
         tokens = written[i * len(kinds) : (i + 1) * len(kinds)]
         texts = [str(decode(ids)) for ids in tokens]
         table = pd.DataFrame({"pathway": name, "kind": kinds, "prompt": [*failing, *openings], "text": texts})
@@ -193,7 +196,13 @@ def planted_edit(model: Model, *, case: int, pathway: str, seed: int = 0) -> dic
     planted = trainable(model, listed[case - 1])
     task = task_at(model, planted, prescribe(model, planted).knowledge_head.layer)
     found = compare(model, task, seed=seed, pathways=[pathway], progress=False)
-    lie = train(model, false_facts(task), pathway, rate=found.runs[pathway].rate, seed=seed)
+    lie = train(
+        model,
+        false_facts(sink_task(model, task) if pathway in SINKS else task),
+        pathway,
+        rate=found.runs[pathway].rate,
+        seed=seed,
+    )
     asked = measure(model, build_protocol(model, planted, task.layer, texts={}), found.edits, passages=False)
     held = generalisation(asked, planted).query("split == 'held_out'").iloc[0] if found.edits else None
     return {
