@@ -240,15 +240,16 @@ def score_passages(
 
 def _final(model: Model, protocol: Protocol, passage: Passage, edit: Edit | None) -> Float[Tensor, "t d_model"]:
     """The final stream (normalised) of a passage's tokens with an edit. With a sink there is one token more: left out
-    is the row that no token of the passage follows, so that each row is followed by what followed it."""
+    is the row that no token of the passage follows, so that each row is followed by what followed it; and the last
+    token, which nothing follows, makes room (its row repeats the one before)."""
     if edit is None or edit.pathway not in SINKS:
         return above(model, passage.pack, protocol.layer, passage.entering, _values(protocol, edit))
     tokens, place = passage.pack.tokens.tolist(), len(model.bos)
     with applied(model, edit) as changed:
-        texts = pack(changed, [[*tokens[:place], changed.bos[-1], *tokens[place:]]])
+        texts = pack(changed, [[*tokens[:place], changed.bos[-1], *tokens[place:-1]]])
         final = above(changed, texts, 0, changed.weights.embed(texts.tokens, texts.position))
     left_out = max(place - 1, 0)
-    return torch.cat((final[:left_out], final[left_out + 1 :]))
+    return torch.cat((final[:left_out], final[left_out + 1 :], final[-1:]))
 
 
 def measure(

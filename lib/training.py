@@ -17,6 +17,7 @@ and the model is not touched at all.
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, product
@@ -36,7 +37,7 @@ from lib.edits import Edit, load_all, make
 from lib.errors import DataError, EditError
 from lib.facts import Case, Fact, load_templates, prompts
 from lib.files import DATA
-from lib.forward import Pack, Reference, above, log_normalisers, pack, packs, reference, streams
+from lib.forward import Pack, Reference, above, log_normalisers, pack, packs, reference, resid_pre, streams
 from lib.models import Model
 from lib.recall import screen, tell
 from lib.sinks import ordinary, standing
@@ -163,7 +164,7 @@ def tasks_at(model: Model, case: Case, layers: Sequence[int], recipe: Recipe = D
     texts = [model.token_ids(p) for p in told.prompt]
     found = [(batch, streams(model, batch, [*layers, end])) for batch in packs(model, training + choosing)]
     final = [x[end][_compared(len(batch.last), recipe)] for batch, x in found]
-    untouched = reference(model.weights.norm_final_module(torch.cat(final)), model.weights.W_U)
+    untouched = _said(model, torch.cat(final), recipe.positions)
     prompts = streams(model, pack(model, texts), layers)
     size = (-1, recipe.window, model.weights.d_model)
     entering = {layer: torch.cat([x[layer].view(size) for _, x in found]) for layer in layers}
@@ -177,7 +178,7 @@ def tasks_at(model: Model, case: Case, layers: Sequence[int], recipe: Recipe = D
         answers=torch.tensor(told.answer_token.tolist()),
         windows=training + choosing,
         n_training=len(training),
-        untouched=untouched[torch.arange(len(untouched.log_z)).view(-1, recipe.positions)],
+        untouched=untouched,
     )
     return {x: at_layer(layer=x, prompt_stream=prompts[x], window_streams=entering[x]) for x in layers}
 
@@ -193,23 +194,30 @@ def sink_task(model: Model, task: Task) -> Task:
         )
     with standing(model, ordinary(model, "sink_token")) as changed:
         training, choosing = neutral_windows(changed, recipe.window)
-        texts = pack(changed, [changed.token_ids(p) for p in prompts(task.facts, task.template)])
-        whole = pack(
-            changed, [changed.token_ids(p) for p in prompts(task.facts, task.template)] + training[: recipe.windows]
-        )
-        windows = torch.tensor(training + choosing)
-        prompt_stream, streams = changed.weights.embed(texts.tokens, texts.position), changed.weights.embed(windows)
-    without = [[*w[:bos], *w[bos + 1 :]] for w in windows.tolist()]
+        streams = changed.weights.embed(torch.tensor(training + choosing))
+    without = [[*w[:bos], *w[bos + 1 :]] for w in training + choosing]
+    untouched = _untouched(model, without, recipe.read - 1)
+    lesson = replace(task, windows=training + choosing, n_training=len(training), window_streams=streams)
+    return with_facts(model, replace(lesson, layer=0, untouched=untouched, sink=True), task.facts)
+
+
+@torch.no_grad()
+def with_facts(model: Model, task: Task, facts: tuple[Fact, ...]) -> Task:
+    """The same task with other facts. Raises DataError as `task_at` does."""
+    _identifiable(model, facts)
+    told = tell(model, facts, {"failing": task.template})
+    first = ordinary(model, "sink_token") if task.sink else {}
+    with standing(model, first) if task.sink else nullcontext(model) as changed:
+        ids = [changed.token_ids(p) for p in prompts(facts, task.template)]
+        stream = resid_pre(changed, pack(changed, ids), task.layer)
+        whole = pack(changed, ids + task.windows[: task.recipe.windows])
     return replace(
         task,
-        layer=0,
+        facts=facts,
+        told_before=tuple(told.told.tolist()),
         texts=whole,
-        prompt_stream=prompt_stream,
-        windows=windows.tolist(),
-        n_training=len(training),
-        window_streams=streams,
-        untouched=_untouched(model, without, recipe.read - 1),
-        sink=True,
+        prompt_stream=stream,
+        answers=torch.tensor(told.answer_token.tolist()),
     )
 
 
@@ -219,8 +227,13 @@ def _untouched(model: Model, windows: list[list[int]], read: Int[Tensor, " posit
     for batch in packs(model, windows):
         at = (torch.arange(len(batch.last))[:, None] * size + read).flatten()
         final.append(streams(model, batch, [end])[end][at])
-    said = reference(model.weights.norm_final_module(torch.cat(final)), model.weights.W_U)
-    return said[torch.arange(len(said.log_z)).view(-1, len(read))]
+    return _said(model, torch.cat(final), len(read))
+
+
+def _said(model: Model, final: Float[Tensor, "n d_model"], positions: int) -> Reference:
+    """What final streams say: (window, positions)."""
+    said = reference(model.weights.norm_final_module(final), model.weights.W_U)
+    return said[torch.arange(len(said.log_z)).view(-1, positions)]
 
 
 def slice_values(model: Model, slices: Sequence[Slice]) -> dict[Slice, Tensor]:

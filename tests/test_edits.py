@@ -18,7 +18,7 @@ from lib.checkpoints.named import public_name
 from lib.edits import Edit, applied, outside_bytes, outside_sha256
 from lib.errors import EditError
 from lib.facts import Fact, load_facts
-from lib.weights import PATHWAYS, Slice, pathway_slices
+from lib.weights import OF_A_LAYER, Slice, pathway_slices
 
 
 def an_edit(model, pathway: str = "v_only", layer: int = 1) -> Edit:
@@ -62,7 +62,7 @@ def refused(model, edit: Edit, message: str) -> None:
     assert same(before, state(model))
 
 
-@pytest.mark.parametrize("pathway", PATHWAYS)
+@pytest.mark.parametrize("pathway", OF_A_LAYER)
 def test_applied_changes_the_slice_and_restores_everything(tiny, pathway):
     edit, before = an_edit(tiny, pathway), state(tiny)
     slices = tuple(edit.values)

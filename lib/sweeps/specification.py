@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from lib.checkpoints.fetching import n_layers
 from lib.checkpoints.named import canonical
 from lib.errors import SweepError
-from lib.facts import validated
+from lib.facts import load_cases, validated
 from lib.files import ROOT
 from lib.sweeps.experiments import complete
 
@@ -96,7 +96,9 @@ def key(parameters: dict[str, Any]) -> str:
 
 
 def _axis(spec: Spec, name: str, values: list[Any]) -> list[Any]:
-    """The values of one parameter. Raises SweepError for a number that YAML takes for text, and a value given twice."""
+    """The values of one parameter; `case: all` are those of the model, counted from 1. Raises SweepError for a number that YAML takes for text, and a value given twice."""
+    if name == "case" and values == ["all"]:
+        return list(range(1, len(load_cases(spec.model)) + 1))
     if name == "layer":
         return list(dict.fromkeys(layer for value in values for layer in _layers(spec, value)))
     for value in values:
