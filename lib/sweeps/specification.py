@@ -96,7 +96,8 @@ def key(parameters: dict[str, Any]) -> str:
 
 
 def _axis(spec: Spec, name: str, values: list[Any]) -> list[Any]:
-    """The values of one parameter; `case: all` are those of the model, counted from 1. Raises SweepError for a number that YAML takes for text, and a value given twice."""
+    """The values of one parameter; `case: all` are those of the model, counted from 1. Raises SweepError for a number
+    that YAML takes for text, and a value given twice."""
     if name == "case" and values == ["all"]:
         return list(range(1, len(load_cases(spec.model)) + 1))
     if name == "layer":
