@@ -211,9 +211,10 @@ def own_case(model_name: str) -> CaseFile | None:
     return read_case(path) if path and split(model_name)[0] != "organism" else None
 
 
-def case_sums() -> dict[str, str]:
-    """sha256 of every file of the case of one's own, by its part in it; empty where there is none."""
-    path = case_file()
+def case_sums(model_name: str = "") -> dict[str, str]:
+    """sha256 of every file of the case of one's own, by its part in it; empty where there is none, and for the
+    organism."""
+    path = case_file() if split(model_name)[0] != "organism" else None
     files = _files(path, _entry(path)[0]) if path else {}
     return {f"case/{part}": file_sha256(p) if is_file(p) else "" for part, p in files.items()}
 
