@@ -19,6 +19,7 @@ The core, in the order data flows through it (imports point upward only; a test 
 
 Beside it:
 
+    inputs/                  files of facts and YAML as they come, read right or refused; below `facts`
     checkpoints/             where a model's files come from, and whether they are what they say; below `models`
     show/                    figures, tables, sentences: arrays and tables in, things to look at out
     studies/                 what chapters 2 to 9 ask beyond one trace, one edit, one measurement

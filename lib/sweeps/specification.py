@@ -7,13 +7,12 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from lib.checkpoints.fetching import n_layers
 from lib.checkpoints.named import canonical
 from lib.errors import SweepError
-from lib.facts import load_cases, validated
+from lib.facts import load_cases, read_yaml, validated
 from lib.files import ROOT
 from lib.sweeps.experiments import complete
 
@@ -63,10 +62,7 @@ def load(source: str | Path, *, model_name: str | None = None) -> Spec:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in SPECS.glob("*.yaml")))
         raise SweepError(f"there is no specification {path}; give a .yaml file, or one of {known}.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SweepError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, SweepError)
     if not isinstance(content, dict):
         raise SweepError(f"{path} is no mapping; it needs name, model, run and grid.")
     if "subject" in content:
