@@ -10,14 +10,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lib.diagnosis import prescribe
 from lib.edits import Edit, applied, outside_unchanged
 from lib.errors import EditError
-from lib.facts import load_cases
 from lib.models import Model
-from lib.recall import tell, trainable
-from lib.studies import Row, experiment, once_a_model, one_thread
-from lib.training import Comparison, Task, Trained, chosen_rows, false_facts, task_at, train
+from lib.recall import tell
+from lib.studies import Row, experiment, location, one_thread
+from lib.training import Comparison, Task, Trained, chosen_rows, false_facts, train
 from lib.weights import PATHWAYS, pathway_slices, places
 
 CURVES = ["margins", "kls"]  # of a run, by step: smallest margin, and KL on the step's neutral window
@@ -38,11 +36,9 @@ def train_at(model: Model, *, pathway: str, rate: float, facts: str = "true", lo
     return run.outcome | {"margins": run.history.min_margin.tolist(), "kls": run.history.kl.tolist()}
 
 
-@once_a_model
 def diagnosed_task(model: Model) -> Task:
     """What training takes at the diagnosed layer of the model's first case."""
-    case = trainable(model, load_cases(model.name)[0])
-    return task_at(model, case, prescribe(model, case).knowledge_head.layer)
+    return location.tasks(model)[location.setting(model).verdict.knowledge_head.layer]
 
 
 def further(grid: pd.DataFrame, *, seed: int = 0, seeds: int = 10) -> list[dict[str, list[Any]]]:
