@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -113,9 +114,11 @@ def book(model_name: ModelOption = "smollm2") -> None:
 
     say = typer.echo
     execute.run(model_name, execute.chapter_names(), say=say, bars=sys.stdout.isatty())
-    if not live():
-        spot.spot_check(model_name, say=say)
-    build.dashboard(model_name, say=say)
+    with ThreadPoolExecutor(1) as aside:  # a core is idle while the longest run of the spot-checks ends
+        page = aside.submit(build.dashboard, model_name, say=say)
+        if not live():
+            spot.spot_check(model_name, say=say)
+        page.result()
     build.build(model_name, say=say)
 
 

@@ -112,6 +112,19 @@ def test_noise_is_as_large_and_goes_elsewhere(organism):
         assert abs(float(torch.cosine_similarity(own.flatten(), random.flatten(), 0))) < 0.1
 
 
+def test_noise_is_asked_as_much_as_is_read_of_it(organism, protocol):
+    """Its generalisation and bleeding come out as if it were asked everything."""
+    case, asked = protocol
+    edits = {name: an_edit(organism, name) for name in ("v_only", "ffn")}
+    noise = {name: evaluation.noise(organism, edit, seed=3) for name, edit in edits.items()}
+    measured = evaluation.measure(organism, asked, edits, passages=False)
+    whole = evaluation.measure(organism, asked, noise, passages=False, beside=measured)
+    control = side_effects.noise_control(organism, case, edits, measured, seed=3)
+    assert len(control.asked["ffn"]) < len(whole.asked["ffn"]) / 4
+    pd.testing.assert_frame_equal(*(evaluation.generalisation(m, case) for m in (whole, control)))
+    pd.testing.assert_frame_equal(*(evaluation.bleeding(organism, m, case) for m in (whole, control)))
+
+
 def test_edits_of_another_layer_are_refused(organism, protocol):
     edit = dataclasses.replace(an_edit(organism, "v_only"), layer=3)
     with pytest.raises(EditError, match="prepared for layer index 1, the edit is of 3"):

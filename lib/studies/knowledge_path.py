@@ -4,6 +4,8 @@ whether the weights rate the heads as the trace does, when the answer wins, and 
 import json
 from collections.abc import Sequence
 from operator import attrgetter
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -16,7 +18,7 @@ from lib.facts import Case, Fact, load_cases, load_templates, prompts
 from lib.files import BUILD, DATA, ROOT, digest, modules, write_atomically
 from lib.interventions import run_with_cache
 from lib.models import Model
-from lib.recall import first_tokens, study_facts
+from lib.recall import first_tokens, study_facts, tell
 from lib.results import Results
 from lib.sites import Site
 from lib.static import TOP, JointMap, RelationMap, join, qk_overlap, relation_maps
@@ -48,14 +50,34 @@ def strongest_terms(table: pd.DataFrame, *, k: int = 8) -> pd.DataFrame:
 def relation_maps_once(model: Model, facts: Sequence[Fact]) -> dict[str, RelationMap]:
     """The `relation_maps` that two chapters and the dashboard show: made by whoever comes first, and kept on disk under
     the sha256 of weights (and of their present sums, which an edit changes), facts and code."""
-    sums = [float(p.double().sum()) for p in model.module.parameters()]
-    inputs = json.dumps([model.weights_sha256, sums, [vars(fact) for fact in facts], torch.__version__])
-    path = BUILD / "kept" / f"relation_maps-{digest(modules({'static'}, ROOT), inputs, ROOT)}.safetensors"
+    path = _kept("relation_maps", "static", model, [vars(fact) for fact in facts], "safetensors")
     if path.is_file():
         return {name: RelationMap(hits) for name, hits in load(path.read_bytes()).items()}
     maps = relation_maps(model, facts)
     write_atomically(path, save({name: m.hits.contiguous().cpu() for name, m in maps.items()}))
     return maps
+
+
+def answers_once(
+    model: Model, facts: Sequence[Fact], templates: dict[str, str], *, progress: str | None = None
+) -> pd.DataFrame:
+    """`recall.tell` of many questions that two studies ask (chapter 2, and what a failure is planted in): put by
+    whoever comes first, and kept as `relation_maps_once` keeps maps."""
+    asked = [torch.get_num_threads(), list(templates.values()), [vars(fact) for fact in facts]]
+    path = _kept("answers", "recall", model, asked, "json")
+    if path.is_file():
+        table = pd.DataFrame(json.loads(path.read_text(encoding="utf-8")))
+        return table.assign(template=[name for name in templates for _ in facts])
+    table = tell(model, facts, templates, progress=progress)
+    write_atomically(path, json.dumps(table.to_dict("list")))
+    return table
+
+
+def _kept(what: str, code: str, model: Model, inputs: list[Any], suffix: str) -> Path:
+    """Where something is kept that a module of lib/ makes of a model and of plain values."""
+    sums = [float(p.double().sum()) for p in model.module.parameters()]
+    made_of = json.dumps([model.weights_sha256, model.bos, sums, torch.__version__, *inputs])
+    return BUILD / "kept" / f"{what}-{digest(modules({code}, ROOT), made_of, ROOT)}.{suffix}"
 
 
 def terms_by_site(table: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:

@@ -11,15 +11,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lib.diagnosis import prescribe
 from lib.edits import Edit, applied, outside_unchanged
 from lib.errors import EditError
-from lib.facts import load_cases
 from lib.models import Model
-from lib.recall import tell, trainable
+from lib.recall import tell
 from lib.sinks import shapes
-from lib.studies import Row, experiment, once_a_model, one_thread
-from lib.training import Comparison, Task, Trained, chosen_rows, false_facts, sink_task, task_at, train
+from lib.studies import Row, experiment, location, once_a_model, one_thread
+from lib.training import Comparison, Task, Trained, chosen_rows, false_facts, sink_task, train
 from lib.weights import OF_A_LAYER, PATHWAYS, SINKS, pathway_slices, places, view
 
 CURVES = ["margins", "kls"]  # of a run, by step: smallest margin, and KL on the step's neutral window
@@ -40,11 +38,9 @@ def train_at(model: Model, *, pathway: str, rate: float, facts: str = "true", lo
     return run.outcome | {"margins": run.history.min_margin.tolist(), "kls": run.history.kl.tolist()}
 
 
-@once_a_model
 def diagnosed_task(model: Model) -> Task:
     """What training takes at the diagnosed layer of the model's first case."""
-    case = trainable(model, load_cases(model.name)[0])
-    return task_at(model, case, prescribe(model, case).knowledge_head.layer)
+    return location.tasks(model)[location.setting(model).verdict.knowledge_head.layer]
 
 
 @once_a_model

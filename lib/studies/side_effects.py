@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from lib import evaluation
 from lib.diagnosis import prescribe
 from lib.edits import Edit, applied
 from lib.errors import DataError, EditError
-from lib.evaluation import BAND, ELSEWHERE, NONE, build_protocol, generalisation, load_passages, measure
+from lib.evaluation import BAND, ELSEWHERE, NONE, Measured, build_protocol, generalisation, load_passages, measure
 from lib.facts import Case, load_cases, load_templates, prompts
 from lib.files import BUILD, ROOT, digest, modules, write_atomically
 from lib.forward import Pack, Streams, resid_post
@@ -92,6 +93,17 @@ def report_effects(
     report.many({"bled_before": int(wrong[NONE]), "bled_after": int(wrong[best])})
     report.many({"bled_prompts": int(bled.prompts.iloc[0]), "bleeds": bleeds})
     report("bled_lesson", BLED if bleeds else "The trained answers stay where they belong.")
+
+
+def noise_control(model: Model, case: Case, edits: dict[str, Edit], measured: Measured, *, seed: int = 0) -> Measured:
+    """Beside each edit, a random change of the same slices and size (`evaluation.noise`). Its figures and tables read
+    what other countries are answered under the failing template; nothing else is asked of it. measured: with what the
+    untouched model answers."""
+    asked = measured.asked[NONE].query("set == 'large' and template == @case.template")
+    (layer,) = {edit.layer for edit in edits.values()}
+    protocol = build_protocol(model, case, layer, texts={}, table=asked)
+    changed = {name: evaluation.noise(model, edit, seed=seed) for name, edit in edits.items()}
+    return measure(model, protocol, changed, passages=False, beside=measured)
 
 
 @torch.no_grad()

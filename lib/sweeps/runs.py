@@ -33,7 +33,7 @@ from lib.sweeps.experiments import code, code_sha256, differing, perform
 from lib.sweeps.specification import Spec, expand
 from lib.sweeps.store import Run, Store, in_turn
 
-PREPARED_BY = {"baselines": "location"}  # a study whose runs use what another's prepare
+PREPARED_BY = {"baselines": "location", "pathways": "location"}  # studies whose runs use what another's prepare
 SHOWN = 20  # failed runs that a message lists before it only counts them
 
 
