@@ -64,8 +64,8 @@ def repair_at(
     if facts not in LESSONS or variant not in VARIANTS or look not in LOOKS:
         raise EditError(f"no facts {facts!r}, variant {variant!r} or look {look!r}: see `studies.repairs`.")
     own = _case(model, case)
-    edit = fitted(model, case, pathway, rate=rate, steps=steps, facts=facts, variant=variant, seed=seed)
-    return {"parameters": edit.parameters, "facts_n": len(edit.facts)} | judged(model, case, look, own, edit)
+    edit, learned = fitted(model, case, pathway, rate=rate, steps=steps, facts=facts, variant=variant, seed=seed)
+    return {"parameters": edit.parameters, "facts_n": len(edit.facts), **learned} | judged(model, case, look, own, edit)
 
 
 @once_a_model
@@ -114,8 +114,9 @@ def fitted(
     facts: str = "eight",
     variant: str = "true",
     seed: int = 0,
-) -> Edit:
-    """The edit of one run. seed: of the order of facts and neutral windows, and of what a variant draws."""
+) -> tuple[Edit, dict[str, int]]:
+    """The edit of one run, and how many of the prompts that it was trained on get the answer that they were given
+    (learned, of lesson_n). seed: of the order of facts and neutral windows, and of what a variant draws."""
     task, learned = _task(model, number, pathway in SINKS), lesson(model, number, facts)
     generator = torch.Generator().manual_seed(seed)
     tasks = [with_facts(model, task, part) for part in _parts(learned, generator)]
@@ -143,7 +144,10 @@ def fitted(
     about: dict[str, Any] = {"layer": task.layer, "facts": learned, "template": task.template, "told_before": told}
     recipe = {"objective": "the pathways'", "rate": rate, "steps": steps, "facts": facts, "variant": variant}
     final = {part: v.detach() for part, v in leaves.items()}
-    return make(model, final, pathway=pathway, seed=seed, recipe=recipe, **about)
+    edit = make(model, final, pathway=pathway, seed=seed, recipe=recipe, **about)
+    with torch.no_grad():
+        margins = torch.cat([losses(model, part, final, torch.tensor([0]))[2] for part in tasks])
+    return edit, {"learned": int((margins > 0).sum()), "lesson_n": len(margins)}
 
 
 def _parts(facts: tuple[Fact, ...], generator: torch.Generator) -> list[tuple[Fact, ...]]:
