@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -35,7 +35,7 @@ from lib.files import DATA, file_sha256
 from lib.forward import Bias, Pack, Streams, above, beside, pack, packs, streams
 from lib.models import Model
 from lib.recall import scorable
-from lib.statistics import block_interval, exact_interval, gaussian, paired
+from lib.statistics import block_interval, cluster_interval, exact_interval, gaussian, paired
 from lib.training import slice_values
 
 WINDOW = 512  # tokens of a passage read at once, or as many as the model reads
@@ -274,10 +274,12 @@ def kinds(asked: pd.DataFrame, case: Case, told_before: pd.Series) -> dict[str, 
 
 
 def outcomes(measured: Measured, case: Case) -> pd.DataFrame:
-    """`paired` for each pathway and each kind of question; long form, with pathway and what."""
+    """`paired` for each pathway and each kind of question; long form, with pathway and what. Questions about one
+    country, under several templates or of several relations, are one cluster; a probe is a cluster of its own."""
     before = measured.asked[NONE]
+    about = before.subject.where(before.subject != "", before["item"])
     rows = [
-        {"pathway": name, "what": what, **paired(before.told[pick], measured.asked[name].told[pick])}
+        {"pathway": name, "what": what, **paired(before.told[pick], measured.asked[name].told[pick], about[pick])}
         for name in measured.names
         for what, pick in kinds(before, case, before.told).items()
     ]
@@ -318,14 +320,18 @@ def bleeding(model: Model, measured: Measured, case: Case) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["pathway", "bled", "prompts"])
 
 
-def perplexity(measured: Measured, *, seed: int = 0) -> pd.DataFrame:
-    """One row a pathway: perplexity before and after, their ratio with a 95 % bootstrap interval over blocks of
-    tokens, mean KL a token, and the share of tokens whose loss changed by more than a tenth of a nat."""
+def perplexity(measured: Measured, *, by: Literal["passage", "block"] = "passage", seed: int = 0) -> pd.DataFrame:
+    """One row a pathway: perplexity before and after, their ratio with a 95 % bootstrap interval, mean KL a token, and
+    the share of tokens whose loss changed by more than a tenth of a nat. by: what is drawn for the interval. Whole
+    passages: it holds for texts of their kind. Blocks of tokens (or where there is one passage): for these texts only.
+    """
     before, rows = measured.tokens[NONE], []
+    by = by if before.passage.nunique() > 1 else "block"
+    drawn = cluster_interval if by == "passage" else block_interval
     for name in measured.names:
         after = measured.tokens[name]
         change = after.nll - before.nll
-        interval = np.exp(block_interval(change, before.block, seed))
+        interval = np.exp(drawn(change, before[by], seed))
         means = np.exp([before.nll.mean(), after.nll.mean(), change.mean()])
         moved = float((change.abs() > MOVED).mean())
         rows.append((name, len(before), *means, *interval, after.kl.mean(), moved))

@@ -280,7 +280,7 @@ def probe_matrix(measured: Measured) -> Figure:
 
 
 def perplexity_ratios(table: pd.DataFrame, band: float) -> Figure:
-    """Perplexity after over before, with bootstrap intervals; grey: within the band around 1."""
+    """Perplexity after over before, with intervals over texts; grey: within the band around 1."""
     fig, ax = _panel((8, 0.45 * len(table) + 1.1), xlabel="perplexity after the edit / before")
     ax.axvspan(1 - band, 1 + band, color="#dddddd", lw=0)
     ax.axvline(1, color="black", lw=0.6)

@@ -118,7 +118,8 @@ def static_agreement(
     model: Model, maps: dict[str, RelationMap], joint: JointMap, attribution: ByHead, *, seed: int = 0
 ) -> pd.DataFrame:
     """Static scores of all heads against their direct logit attribution: the joint map, the enriched map alone, and
-    two controls that should fail, the joint map of permuted answers and QK overlap."""
+    two controls that should fail, the joint map of permuted answers and QK overlap. top5_chance: with heads that share
+    a key/value head shuffled together."""
     order = torch.randperm(maps["raw"].hits.shape[-1], generator=torch.Generator().manual_seed(seed), device="cpu")
     scores = {
         "relation maps, joint": joint.score,
@@ -126,11 +127,11 @@ def static_agreement(
         "control: permuted capitals": join([RelationMap(m.hits[..., order]) for m in maps.values()], seed=seed).score,
         "control: QK overlap": qk_overlap(model.weights),
     }
-    rows = []
+    rows, group = [], model.weights.n_heads // model.weights.n_kv_heads
     for name, score in scores.items():
         rho, p_heads = rank_correlation(score, attribution, seed=seed)
         p_layers = rank_correlation(score, attribution, by_layer=True, seed=seed)[1]
-        shared, chance = top_overlap(score, attribution)
+        shared, chance = top_overlap(score, attribution, group=group, seed=seed)
         rows.append((name, rho, p_heads, p_layers, shared, f"{chance:.1g}"))
     return pd.DataFrame(rows, columns=["static score", "rho", "p_heads", "p_layers", "top5", "top5_chance"])
 
