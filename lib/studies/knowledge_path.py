@@ -7,7 +7,7 @@ from operator import attrgetter
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -150,6 +150,24 @@ def lens_by_case(model: Model, diagnoses: Sequence[Diagnosis]) -> dict[str, Floa
         answers = first_tokens(model, facts)[:, None]
         ranks[f"{kind}: {text}"] = logit_lens(model, capture(model, prompts(facts, text)), answers)[1][..., 0]
     return ranks
+
+
+def lens_top(model: Model, texts: Sequence[str], answers: Int[Tensor, " text"]) -> int | None:
+    """`first_in_top` of some prompts."""
+    return first_in_top(logit_lens(model, capture(model, texts), answers[:, None])[1][..., 0])
+
+
+def lens_rises(model: Model, diagnoses: Sequence[Diagnosis]) -> dict[str, int]:
+    """The other reading of the lens, for the prompts of `lens_by_case`: the layer (from 1) over which each answer's
+    logit minus the mean of the other answers' rises most, on average."""
+    weights, layers = model.weights, {}
+    for kind, d in [("control", diagnoses[0]), *(("failing", d) for d in diagnoses)]:
+        facts, text = d.evidence.facts, _templates(d.case)[kind]
+        read = weights.norm_final(capture(model, prompts(facts, text)).stream) @ weights.W_U[:, first_tokens(model, facts)]
+        own = read.diagonal(dim1=0, dim2=2).T  # (fact, layer)
+        curves = own - (read.sum(-1) - own) / max(1, len(facts) - 1)
+        layers[f"{kind}: {text}"] = int(curves.mean(0).diff().argmax()) + 1
+    return layers
 
 
 def first_in_top(ranks: Float[Tensor, "fact n_layers+1"]) -> int | None:
