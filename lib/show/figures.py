@@ -396,6 +396,18 @@ def layer_sweep(means: pd.DataFrame, layer: int) -> Figure:
     return _legend(fig, ncols=6)
 
 
+def depth(table: pd.DataFrame, layer: int) -> Figure:
+    """Held-out repaired and bled by layer: the mean over pathways, and their range. layer: the diagnosed one."""
+    fig, axes = _panels(1, 2, (10, 3.6), xlabel="layer")
+    labels = {"repaired": "held-out repaired", "bled": "trained answers, wrongly"}
+    for ax, (name, label), colour in zip(axes.flat, labels.items(), (BLUE, RED), strict=True):
+        ax.fill_between(table.layer, table[f"{name}_min"], table[f"{name}_max"], color=colour, alpha=0.15, lw=0)
+        ax.plot(table.layer, table[f"{name}_mean"], "o-", ms=3.5, lw=2, color=colour)
+        ax.axvline(layer, color="black", lw=1, ls=":")
+        ax.set(ylabel=label, ylim=(0, None))
+    return fig
+
+
 def correlations(table: pd.DataFrame) -> Figure:
     """Rank correlations with intervals: a panel a score, a row a measure, a dot a pathway; hollow: 0 is within."""
     measures = list(table.measure.unique())
