@@ -1,7 +1,7 @@
 """Side effects of an edit: the source page's 25 probes, and what "zero side effects" leaves out.
 
-    probes          15 of general capability and 10 of unrelated tasks, item by item: which were right and are wrong now;
-                    and, where asked for, 88 more of capability
+    probes          15 of general capability and 10 of unrelated tasks, item by item: which were right and are wrong
+                    now; and, where asked for, 88 more of capability
     passages        perplexity, and KL from the untouched model, on texts that no training saw
     other relations of the same countries: does "France's currency is the" still say what it said?
     other templates of the same facts: those that fail too (paraphrases), and those that worked

@@ -119,8 +119,8 @@ def cluster_interval(change: pd.Series, cluster: pd.Series, seed: int) -> Interv
 
 
 def block_interval(change: pd.Series, block: pd.Series, seed: int) -> Interval:
-    """Bootstrap interval of the mean change, over blocks of neighbouring tokens, which are no independent draws. It says
-    how sure the change is on these very texts; for texts of their kind there is `cluster_interval`."""
+    """Bootstrap interval of the mean change, over blocks of neighbouring tokens, which are no independent draws. It
+    says how sure the change is on these very texts; for texts of their kind there is `cluster_interval`."""
     sums, sizes = change.groupby(block).sum().to_numpy(), change.groupby(block).size().to_numpy()
 
     def mean(total: NDArray, size: NDArray, axis: int = -1) -> NDArray:

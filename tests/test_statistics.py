@@ -154,7 +154,7 @@ def test_clustered_interval_by_hand():
 
 
 def test_clustered_interval_holds_the_share_where_the_exact_one_does_not():
-    """1,000 draws of 40 countries with five prompts each that mostly agree: the interval is to hold the truth in 95 %."""
+    """1,000 draws of 40 countries with five prompts each that mostly agree: 95 % of the intervals are to hold."""
     rng, truth, held = np.random.default_rng(0), 0.3, {"clustered": 0, "exact": 0}
     cluster = pd.Series(np.repeat(np.arange(40), 5))
     for _ in range(1000):
@@ -167,7 +167,7 @@ def test_clustered_interval_holds_the_share_where_the_exact_one_does_not():
 
 
 def test_sign_flip_finds_nothing_where_there_is_nothing_and_mcnemar_does():
-    """1,000 draws of 30 countries whose five prompts gain or lose together, by a coin: 5 % may be called significant."""
+    """1,000 draws of 30 countries whose five prompts gain or lose together, by a coin: 5 % may be significant."""
     rng, found = np.random.default_rng(0), {"by country": 0, "by prompt": 0}
     for _ in range(1000):
         net = rng.choice([-5, 0, 5], size=30)

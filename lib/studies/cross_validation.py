@@ -112,7 +112,7 @@ def losses_of_heads(model: Model, texts: Sequence[str], answers: Tokens) -> Floa
     """Every head of the model, one at a time, given its output for the next prompt: the mean change of the answer's
     logit. As `ablate` by `resample`, all in one pass."""
     run, weights = run_with_cache(model, texts), model.weights
-    (rows,) = deque(interventions.patched_streams(model, run, run.z.roll(-1, 0)), maxlen=1)  # what leaves the last layer
+    (rows,) = deque(interventions.patched_streams(model, run, run.z.roll(-1, 0)), maxlen=1)  # leaving the last layer
     final = weights.norm_final(rows).view(-1, len(texts), rows.shape[-1])
     logits = (final * weights.W_U[:, answers].T).sum(-1)
     return (logits - run.logits.gather(1, answers[:, None])[:, 0]).mean(1).view(weights.n_layers, weights.n_heads)
@@ -135,13 +135,13 @@ def three_tools(model: Model, eight: Asked, others: Asked, verdict: Verdict, len
     theirs = Site.parse(lenses.table.their_head.mode()[0])
     named = int(trace.argmax()), int(gradient.argmax()), int(costliest)
     loss_of_neuron = [_loss(model, others, Part(Site(knowledge.layer), neuron), "zero") for neuron in named]
-    loss_of_head = {site: _loss(model, others, Part(site), "resample") for site in {knowledge, theirs, patched}}
+    loss = {site: _loss(model, others, Part(site), "resample") for site in {knowledge, theirs, patched}}
     lens, layer = f"L{peers.routing_layer(lenses.theirs) + 1}", f"L{patched.layer + 1}"
     rows = [
         ("Which layer writes the answer?", f"L{knowledge.layer + 1}", "-", layer, lens),
         ("Which head?", str(knowledge), "-", str(patched), str(theirs)),
         ("Which neuron of that layer?", *map(str, named), "-"),
-        ("Does the answer lose without that head?", loss_of_head[knowledge], "-", *map(loss_of_head.get, (patched, theirs))),
+        ("Does the answer lose without that head?", loss[knowledge], "-", loss[patched], loss[theirs]),
         ("Does the answer lose without that neuron?", *loss_of_neuron, "-"),
     ]
     return pd.DataFrame(rows, columns=["question", "this book's trace", "Captum", "patching", AGAIN])

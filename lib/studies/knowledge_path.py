@@ -163,7 +163,8 @@ def lens_rises(model: Model, diagnoses: Sequence[Diagnosis]) -> dict[str, int]:
     weights, layers = model.weights, {}
     for kind, d in [("control", diagnoses[0]), *(("failing", d) for d in diagnoses)]:
         facts, text = d.evidence.facts, _templates(d.case)[kind]
-        read = weights.norm_final(capture(model, prompts(facts, text)).stream) @ weights.W_U[:, first_tokens(model, facts)]
+        stream, answers = capture(model, prompts(facts, text)).stream, first_tokens(model, facts)
+        read = weights.norm_final(stream) @ weights.W_U[:, answers]
         own = read.diagonal(dim1=0, dim2=2).T  # (fact, layer)
         curves = own - (read.sum(-1) - own) / max(1, len(facts) - 1)
         layers[f"{kind}: {text}"] = int(curves.mean(0).diff().argmax()) + 1
