@@ -161,7 +161,7 @@ def pdf(model_name: ModelOption = "smollm2", output: Output = None) -> None:
 
 @app.command()
 def check(model_name: ModelOption = "smollm2") -> None:
-    """Compare the last run's numbers with data/expected; exit 1 if one misses."""
+    """Regression test: the last run's numbers beside data/expected, an earlier run's; exit 1 if one misses."""
     from lib.press import check
 
     rows = check.check(model_name)

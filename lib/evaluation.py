@@ -1,6 +1,7 @@
 """Side effects of an edit: the source page's 25 probes, and what "zero side effects" leaves out.
 
-    probes          15 of general capability and 10 of unrelated tasks, item by item: which were right and are wrong now
+    probes          15 of general capability and 10 of unrelated tasks, item by item: which were right and are wrong
+                    now; and, where asked for, 88 more of capability
     passages        perplexity, and KL from the untouched model, on texts that no training saw
     other relations of the same countries: does "France's currency is the" still say what it said?
     other templates of the same facts: those that fail too (paraphrases), and those that worked
@@ -17,7 +18,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -35,7 +36,7 @@ from lib.files import DATA, file_sha256
 from lib.forward import Bias, Pack, Streams, above, beside, pack, packs, streams
 from lib.models import Model
 from lib.recall import scorable
-from lib.statistics import block_interval, exact_interval, gaussian, paired
+from lib.statistics import block_interval, cluster_interval, exact_interval, gaussian, paired
 from lib.training import slice_values
 from lib.weights import SINKS
 
@@ -44,6 +45,7 @@ BLOCK = 32  # tokens of a block of the bootstrap: neighbouring tokens are not in
 BAND = 0.01  # a change of perplexity that this book calls small
 MOVED = 0.1  # nats: a token whose loss changed by more than this has moved
 ELSEWHERE = "working templates, other facts"
+MORE, CAPABILITY = "more capability", "capability, all probes"  # the set of further probes; and they with the 15
 WIKITEXT, WIKITEXT_FILE = "Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"
 ARTICLES = 10  # of WikiText-2
 WIKITEXT_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
@@ -93,6 +95,13 @@ def load_probes() -> pd.DataFrame:
     return pd.concat(parts).rename(columns={"id": "item"})[["set", "item", "kind", "prompt", "answer"]]
 
 
+def load_more_probes() -> pd.DataFrame:
+    """The further frozen probes of capability, as `load_probes` has them. No recorded sweep reads them."""
+    content = yaml.safe_load((DATA / "more_probes.yaml").read_text(encoding="utf-8"))
+    parts = [pd.DataFrame(items).assign(set=MORE, kind=kind) for kind, items in content.items()]
+    return pd.concat(parts).rename(columns={"id": "item"})[["set", "item", "kind", "prompt", "answer"]]
+
+
 def load_relations(model: Model, facts: Sequence[Fact]) -> pd.DataFrame:
     """Other relations of the facts' subjects: item (the relation), template (its text), subject, answer. The organism
     brings its own."""
@@ -105,14 +114,14 @@ def load_relations(model: Model, facts: Sequence[Fact]) -> pd.DataFrame:
     return pd.concat([table[table["item"] == r].assign(template=t) for r, ts in templates.items() for t in ts.values()])
 
 
-def questions(model: Model, case: Case) -> pd.DataFrame:
+def questions(model: Model, case: Case, *, more: bool = False) -> pd.DataFrame:
     """Everything with one right next token. set: capability, unrelated, relations, eight (the case's facts under every
-    template), large (the other scorable facts under the failing template and the controls)."""
+    template), large (the other scorable facts under the failing template and the controls); with more, also MORE."""
     templates, trained = load_templates(), {f.subject for f in case.facts}
     large = [f for f in scorable(model, case.large) if f.subject not in trained and f.split != "eight"]
     relations = load_relations(model, case.facts)
     filled = [t.replace("{}", s) for t, s in zip(relations.template, relations.subject, strict=True)]
-    parts = [load_probes(), relations.assign(set="relations", prompt=filled)]
+    parts = [load_probes(), *([load_more_probes()] if more else []), relations.assign(set="relations", prompt=filled)]
     for name, facts, used in (("eight", case.facts, templates), ("large", large, (case.template, *case.controls))):
         rows = pd.DataFrame(facts).assign(set=name)
         parts += [rows.assign(template=t, prompt=prompts(facts, templates[t])) for t in used]
@@ -286,10 +295,10 @@ def flips(measured: Measured, *sets: str) -> pd.DataFrame:
 
 
 def kinds(asked: pd.DataFrame, case: Case, told_before: pd.Series) -> dict[str, pd.Series]:
-    """Which of the questions are of which kind."""
+    """Which of the questions are of which kind; CAPABILITY only where MORE was asked."""
     failing, control = asked.template == case.template, asked.template.isin(case.controls)
-    eight, large = asked.set == "eight", asked.set == "large"
-    return {
+    eight, large, more = asked.set == "eight", asked.set == "large", asked.set == MORE
+    return ({CAPABILITY: more | (asked.set == "capability")} if more.any() else {}) | {
         "capability": asked.set == "capability",
         "unrelated": asked.set == "unrelated",
         "the facts": eight & failing,
@@ -302,10 +311,12 @@ def kinds(asked: pd.DataFrame, case: Case, told_before: pd.Series) -> dict[str, 
 
 
 def outcomes(measured: Measured, case: Case) -> pd.DataFrame:
-    """`paired` for each pathway and each kind of question; long form, with pathway and what."""
+    """`paired` for each pathway and each kind of question; long form, with pathway and what. Questions about one
+    country, under several templates or of several relations, are one cluster; a probe is a cluster of its own."""
     before = measured.asked[NONE]
+    about = before.subject.where(before.subject != "", before["item"])
     rows = [
-        {"pathway": name, "what": what, **paired(before.told[pick], measured.asked[name].told[pick])}
+        {"pathway": name, "what": what, **paired(before.told[pick], measured.asked[name].told[pick], about[pick])}
         for name in measured.names
         for what, pick in kinds(before, case, before.told).items()
     ]
@@ -346,14 +357,18 @@ def bleeding(model: Model, measured: Measured, case: Case) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["pathway", "bled", "prompts"])
 
 
-def perplexity(measured: Measured, *, seed: int = 0) -> pd.DataFrame:
-    """One row a pathway: perplexity before and after, their ratio with a 95 % bootstrap interval over blocks of
-    tokens, mean KL a token, and the share of tokens whose loss changed by more than a tenth of a nat."""
+def perplexity(measured: Measured, *, by: Literal["passage", "block"] = "passage", seed: int = 0) -> pd.DataFrame:
+    """One row a pathway: perplexity before and after, their ratio with a 95 % bootstrap interval, mean KL a token, and
+    the share of tokens whose loss changed by more than a tenth of a nat. by: what is drawn for the interval. Whole
+    passages: it holds for texts of their kind. Blocks of tokens (or where there is one passage): for these texts only.
+    """
     before, rows = measured.tokens[NONE], []
+    by = by if before.passage.nunique() > 1 else "block"
+    drawn = cluster_interval if by == "passage" else block_interval
     for name in measured.names:
         after = measured.tokens[name]
         change = after.nll - before.nll
-        interval = np.exp(block_interval(change, before.block, seed))
+        interval = np.exp(drawn(change, before[by], seed))
         means = np.exp([before.nll.mean(), after.nll.mean(), change.mean()])
         moved = float((change.abs() > MOVED).mean())
         rows.append((name, len(before), *means, *interval, after.kl.mean(), moved))

@@ -81,7 +81,7 @@ def rival(model: Model, *, name: str) -> dict[str, Any]:
     row |= summarise_answers(model, asked)
     if tokens:
         measured = Measured({NONE: asked, name: asked}, {NONE: _untouched(model)} | tokens)
-        row |= evaluation.perplexity(measured)[["ratio", "ratio_low", "ratio_high"]].iloc[0].to_dict()
+        row |= evaluation.perplexity(measured, by="block")[["ratio", "ratio_low", "ratio_high"]].iloc[0].to_dict()
     return row
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -140,7 +140,8 @@ def static_agreement(
     model: Model, maps: dict[str, RelationMap], joint: JointMap, attribution: ByHead, *, seed: int = 0
 ) -> pd.DataFrame:
     """Static scores of all heads against their direct logit attribution: the joint map, the enriched map alone, and
-    two controls that should fail, the joint map of permuted answers and QK overlap."""
+    two controls that should fail, the joint map of permuted answers and QK overlap. top5_chance: with heads that share
+    a key/value head shuffled together."""
     order = torch.randperm(maps["raw"].hits.shape[-1], generator=torch.Generator().manual_seed(seed), device="cpu")
     scores = {
         "relation maps, joint": joint.score,
@@ -148,11 +149,11 @@ def static_agreement(
         "control: permuted capitals": join([RelationMap(m.hits[..., order]) for m in maps.values()], seed=seed).score,
         "control: QK overlap": qk_overlap(model.weights),
     }
-    rows = []
+    rows, group = [], model.weights.n_heads // model.weights.n_kv_heads
     for name, score in scores.items():
         rho, p_heads = rank_correlation(score, attribution, seed=seed)
         p_layers = rank_correlation(score, attribution, by_layer=True, seed=seed)[1]
-        shared, chance = top_overlap(score, attribution)
+        shared, chance = top_overlap(score, attribution, group=group, seed=seed)
         rows.append((name, rho, p_heads, p_layers, shared, f"{chance:.1g}"))
     return pd.DataFrame(rows, columns=["static score", "rho", "p_heads", "p_layers", "top5", "top5_chance"])
 
@@ -171,6 +172,25 @@ def lens_by_case(model: Model, diagnoses: Sequence[Diagnosis]) -> dict[str, Floa
         answers = first_tokens(model, facts)[:, None]
         ranks[f"{kind}: {text}"] = logit_lens(model, capture(model, prompts(facts, text)), answers)[1][..., 0]
     return ranks
+
+
+def lens_top(model: Model, texts: Sequence[str], answers: Int[Tensor, " text"]) -> int | None:
+    """`first_in_top` of some prompts."""
+    return first_in_top(logit_lens(model, capture(model, texts), answers[:, None])[1][..., 0])
+
+
+def lens_rises(model: Model, diagnoses: Sequence[Diagnosis]) -> dict[str, int]:
+    """The other reading of the lens, for the prompts of `lens_by_case`: the layer (from 1) over which each answer's
+    logit minus the mean of the other answers' rises most, on average."""
+    weights, layers = model.weights, {}
+    for kind, d in [("control", diagnoses[0]), *(("failing", d) for d in diagnoses)]:
+        facts, text = d.evidence.facts, _templates(d.case)[kind]
+        stream, answers = capture(model, prompts(facts, text)).stream, first_tokens(model, facts)
+        read = weights.norm_final(stream) @ weights.W_U[:, answers]
+        own = read.diagonal(dim1=0, dim2=2).T  # (fact, layer)
+        curves = own - (read.sum(-1) - own) / max(1, len(facts) - 1)
+        layers[f"{kind}: {text}"] = int(curves.mean(0).diff().argmax()) + 1
+    return layers
 
 
 def first_in_top(ranks: Float[Tensor, "fact n_layers+1"]) -> int | None:

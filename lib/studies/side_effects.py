@@ -16,7 +16,17 @@ from lib import evaluation
 from lib.diagnosis import prescribe
 from lib.edits import Edit, applied
 from lib.errors import DataError, EditError
-from lib.evaluation import BAND, ELSEWHERE, NONE, Measured, build_protocol, generalisation, load_passages, measure
+from lib.evaluation import (
+    BAND,
+    CAPABILITY,
+    ELSEWHERE,
+    NONE,
+    Measured,
+    build_protocol,
+    generalisation,
+    load_passages,
+    measure,
+)
 from lib.facts import Case, load_cases, load_templates, prompts
 from lib.files import BUILD, ROOT, digest, modules, write_atomically
 from lib.forward import Pack, Streams, resid_post
@@ -34,6 +44,7 @@ BLED = (
 )
 LEFT_OUT = ("the facts", "paraphrases", "working templates", ELSEWHERE, "other relations", "neighbours")
 PROBES = ["capability", "unrelated"]
+INTERVALS = {"capability": "capability", "every": CAPABILITY}  # kinds whose share lost is kept with its interval
 
 
 def report_planted(report: Results, table: pd.DataFrame) -> None:
@@ -52,9 +63,11 @@ def pathway_entry(
     """What results keep of a pathway, from `evaluation`'s tables: outcomes, perplexity, generalisation, bleeding."""
     by, texts = outcome[outcome.pathway == name].set_index("what"), texts.set_index("pathway").loc[name]
     held = general[(general.pathway == name) & (general.split == "held_out")].iloc[0]
-    flips = by.gained + by.lost
+    flips, every = by.gained + by.lost, by.loc[CAPABILITY]
     entry = {f"{probe}_{when}": by[when][probe] for probe in PROBES for when in ("before", "after")}
     entry |= {"flips": flips[PROBES].sum(), "capability_flips": flips["capability"]}
+    entry |= {f"every_{key}": every[key] for key in ("n", "before", "after", "gained", "lost", "p")}
+    entry |= {f"{what}_lost_interval": (by.lost_low[k], by.lost_high[k]) for what, k in INTERVALS.items()}
     entry |= {"ppl_before": texts.ppl_before, "ppl_after": texts.ppl_after, "ppl_ratio": texts.ratio, "kl": texts.kl}
     entry |= {"held_out_facts": held["all"]}
     entry |= {f"held_out_{key}": held[key] for key in ("told_before", "told_after", "untold", "repaired")}
@@ -62,17 +75,27 @@ def pathway_entry(
     return entry | {f"{kind.replace(' ', '_').replace(',', '')}_after": by.after[kind] for kind in LEFT_OUT}
 
 
+def report_probes(report: Results, by: pd.DataFrame, outcome: pd.DataFrame) -> None:
+    """The source page's 25 probes, and all of capability. by: the recommended pathway's outcomes, by kind."""
+    probes, all_probes = (outcome[outcome.what.isin(kinds)] for kinds in (PROBES, [CAPABILITY]))
+    right, every, most = int(by.before[PROBES].sum()), by.loc[CAPABILITY], all_probes.set_index("pathway").lost
+    report.many({f"{probe}_{key}": int(by[key][probe]) for probe in PROBES for key in ("before", "after", "n")})
+    report.many({"own_flips": int((by.gained + by.lost)[PROBES].sum()), "probes_right": right})
+    report("all_flips", int((probes.gained + probes.lost).sum()))
+    report("resolution", exact_interval(0, right)[1], ".0%")
+    report.many({f"every_{key}": int(every[key]) for key in ("n", "before", "after", "gained", "lost")})
+    report("every_lost_interval", (float(every.lost_low), float(every.lost_high)), ".0%")
+    report.many({"every_most_lost": int(most.max()), "every_most_lost_by": str(most.idxmax()).replace("_", " ")})
+    report("every_most_lost_p", float(all_probes.set_index("pathway").p[most.idxmax()]), ".2f")
+
+
 def report_effects(
     report: Results, best: str, outcome: pd.DataFrame, texts: pd.DataFrame, general: pd.DataFrame, bled: pd.DataFrame
 ) -> None:
     """What the chapter's prose says of the recommended pathway, and of all: what it changes and breaks, and how far it
     carries over, to held-out facts and to countries where it is wrong."""
-    by, probes = outcome.set_index(["pathway", "what"]).loc[best], outcome[outcome.what.isin(PROBES)]
-    right = int(by.before[PROBES].sum())
-    report.many({f"{probe}_{key}": int(by[key][probe]) for probe in PROBES for key in ("before", "after", "n")})
-    report.many({"own_flips": int((by.gained + by.lost)[PROBES].sum()), "probes_right": right})
-    report("all_flips", int((probes.gained + probes.lost).sum()))
-    report("resolution", exact_interval(0, right)[1], ".0%")
+    by = outcome.set_index(["pathway", "what"]).loc[best]
+    report_probes(report, by, outcome)
     for key, kind in (("other_relations", "other relations"), ("elsewhere", ELSEWHERE)):
         report(key, [int(by.gained[kind]), int(by.lost[kind])])
     report.many({"elsewhere_n": int(by.n[ELSEWHERE]), "neighbours": int(by.n["neighbours"])})
