@@ -50,7 +50,7 @@ snapshot: .venv/developer book  ## one archive of the run on MODEL, to deposit, 
 links: .venv/ready  ## check every link that the built book follows to the outside (needs the network)
 	rm -rf _build/links && mkdir -p _build/links
 	cp -r book _config.yml _toc.yml _build/links
-	cp _build/executed/$(MODEL)/*.ipynb _build/html/_sources/book/reproduction.md _build/links/book
+	cp _build/executed/$(MODEL)/*.ipynb _build/html/_sources/book/index.md _build/html/_sources/book/reproduction.md _build/links/book
 	$(BIN)/jupyter-book build _build/links --builder linkcheck
 
 bench: .venv/ready  ## speed of the book beside TransformerLens, Captum, PyTorch and peft: a table, and _build/bench.json

@@ -7,6 +7,7 @@ document.addEventListener("DOMContentLoaded", () => {
   for (const image of document.querySelectorAll(".cell_output figure > img")) offerZoom(image);
   new MutationObserver(nameScrolling).observe(document.body, { childList: true, subtree: true }); // sortable tables
   nameScrolling();
+  explainWords();
 });
 
 // A figure opens large in a dialog: by a click on it, or by the button that the keyboard reaches.
@@ -24,6 +25,65 @@ function offerZoom(image) {
   frame.className = "framed";
   image.replaceWith(frame);
   frame.append(image, button);
+  offerFiles(image, number);
+}
+
+// Under its caption a figure has its address, its picture and its chapter's numbers, to take along.
+function offerFiles(image, number) {
+  const figure = image.closest("figure");
+  const numbers = document.querySelector(".colophon a.download")?.getAttribute("href");
+  const files = document.createElement("p");
+  files.className = "files";
+  for (const [text, href, download] of [["Link", `#${figure.id}`], ["SVG", image.src, `${figure.id}.svg`], ["Numbers", numbers, ""]]) {
+    if (!href) continue;
+    const link = document.createElement("a");
+    link.textContent = text;
+    link.href = href;
+    link.setAttribute("aria-label", `${text} of ${number}`);
+    if (download !== undefined) link.download = download;
+    files.append(link, " ");
+  }
+  figure.append(files);
+}
+
+// A word of the glossary is explained where it stands: under the pointer, and where the keyboard's focus is.
+function explainWords() {
+  const definitions = JSON.parse(document.getElementById("definitions")?.textContent ?? "{}");
+  const tip = document.createElement("div");
+  tip.id = "tip";
+  tip.setAttribute("role", "tooltip");
+  tip.hidden = true;
+  document.body.append(tip);
+  let word, later;
+  const show = (link) => {
+    hide();
+    word = link;
+    tip.textContent = definitions[decodeURI(link.hash.slice(1))];
+    tip.hidden = false;
+    link.setAttribute("aria-describedby", "tip");
+    const box = link.getClientRects()[0];
+    const left = Math.min(box.left, innerWidth - tip.offsetWidth - 8);
+    const below = box.bottom + tip.offsetHeight + 8 < innerHeight;
+    tip.style.left = `${Math.max(8, left) + scrollX}px`;
+    tip.style.top = `${(below ? box.bottom + 4 : box.top - tip.offsetHeight - 4) + scrollY}px`;
+  };
+  const hide = () => {
+    clearTimeout(later);
+    word?.removeAttribute("aria-describedby");
+    word = undefined;
+    tip.hidden = true;
+  };
+  const leave = () => { later = setTimeout(hide, 200); }; // time to reach the tip itself
+  for (const link of document.querySelectorAll('.bd-article a[href*="#term-"]')) {
+    if (!(decodeURI(link.hash.slice(1)) in definitions)) continue;
+    link.addEventListener("mouseenter", () => show(link));
+    link.addEventListener("focus", () => show(link));
+    link.addEventListener("mouseleave", leave);
+    link.addEventListener("blur", hide);
+  }
+  tip.addEventListener("mouseenter", () => clearTimeout(later));
+  tip.addEventListener("mouseleave", leave);
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
 }
 
 function enlarge(image, number) {

@@ -27,7 +27,7 @@ from lib.errors import ChapterError
 from lib.facts import case_sums
 from lib.files import BUILD, ROOT, digest, file_sha256, make_folder, modules, run_folder, slug, write_atomically
 from lib.models import load, use_device_of
-from lib.press import claims
+from lib.press import boxes, claims
 from lib.press.check import judged
 from lib.press.execute import BOOK, chapter_names, executed_path, is_current, log_path, shared_inputs, without_colours
 from lib.press.texts import fill
@@ -141,12 +141,21 @@ def _stage(model_name: str, stage: Path) -> None:
     runs = provenances(model_name)
     recorded = any("date" in note for run in runs.values() for note in run.get("sweeps", {}).values())
     checks = {c.name: c for c in (spot.check(*pair) for pair in spot.kept(model_name))} if recorded else {}
+    verdicts = judged(model_name) if (ROOT / "data" / "claims.yaml").is_file() else []
     for chapter in chapter_names():
         shutil.copy(executed_path(model_name, chapter), stage / "book")
         shutil.copy(results_path(model_name, chapter), stage / "book")
-        add_foot(stage / "book" / f"{chapter}.ipynb", runs[chapter], checks)
-    if (ROOT / "data" / "claims.yaml").is_file():
-        text = claims.page(judged(model_name), model_name)
+    reported = {c: json.loads((stage / "book" / f"{c}.json").read_text(encoding="utf-8")) for c in runs}
+    for chapter, run in reported.items():
+        boxes.add_box(stage / "book" / f"{chapter}.ipynb", model_name, run, verdicts)
+        add_foot(stage / "book" / f"{chapter}.ipynb", run["provenance"], checks)
+    index = stage / "book" / "index.md"
+    text = boxes.landing(index.read_text(encoding="utf-8"), model_name, reported, verdicts)
+    index.write_text(text, encoding="utf-8")
+    for picture in sorted(results_path(model_name, "").parent.glob(boxes.PANELS)):
+        shutil.copy(picture, stage / "book")
+    if verdicts:
+        text = claims.page(verdicts, model_name)
         (stage / "book" / "reproduction.md").write_text(text, encoding="utf-8")
     if (path := stage / "book" / "verify.md").is_file():
         expected = ROOT / "data" / "expected" / f"{slug(model_name)}.json"

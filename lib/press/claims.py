@@ -40,6 +40,11 @@ RELATIONS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "below": ("is below {}", operator.lt),
     "contains": ("contains {}", lambda value, wanted: wanted in value),
 }
+KINDS = {  # of claims, by what judges them
+    "any": "empirical, judged on the model of the build",
+    "gpt2": "empirical, about GPT-2's weights",
+    "shape": "arithmetic, of GPT-2's shape",
+}
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -193,6 +198,12 @@ def counts(judged: Sequence[Judged]) -> str:
     kinds = [kind for kind in get_args(Kind) if any(j.claim.kind == kind for j in judged)]
     verdicts = {k: ", ".join(f"{total[k, verdict]} {words}" for verdict, words in VERDICTS.items()) for k in kinds}
     return "; ".join(f"{kind}: {text}" for kind, text in verdicts.items())
+
+
+def by_kind(judged: Sequence[Judged]) -> dict[str, dict[str, int]]:
+    """How many claims of each kind came to which verdict."""
+    total = Counter((KINDS[j.claim.judged_on], j.verdict) for j in judged)
+    return {kind: {verdict: total[kind, verdict] for verdict in VERDICTS} for kind in KINDS.values()}
 
 
 def table(judged: Sequence[Judged], model_name: str) -> pd.DataFrame:

@@ -7,14 +7,17 @@ A value that a template needs and is not given is an error, never a gap.
 
 import json
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lib import __version__
 from lib.sites import Site
+from lib.statistics import exact_interval
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -25,8 +28,8 @@ def fill(template: str, **values: object) -> str:
     return _environment(TEMPLATES).get_template(template).render(**values)
 
 
-def entries(name: str) -> dict[str, str]:
-    """Words for values: a YAML file of `templates/` that maps names to texts."""
+def entries(name: str) -> dict[str, Any]:
+    """Words for values: a YAML file of `templates/` that maps names to texts, or to entries of texts."""
     return yaml.safe_load((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
@@ -50,11 +53,26 @@ def cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", "\\n")
 
 
+def between(ends: Sequence[float], form: str) -> str:
+    """An interval: `0.1 to 0.3`."""
+    return " to ".join(format(end, form) for end in ends)
+
+
+def counted(k: int, n: int) -> str:
+    """A count of a count, with the exact 95 % interval of the share: `2 of 19 (1% to 33%)`."""
+    return f"{k} of {n} ({between(exact_interval(k, n), '.0%')})"
+
+
+def rendered(text: str, **values: object) -> str:
+    """A text with Jinja's marks, from one of the YAML files, filled as a template is, on one line a paragraph."""
+    return _environment(TEMPLATES).from_string(text).render(**values).strip()
+
+
 @cache
 def _environment(folder: Path) -> Environment:
     environment = Environment(loader=FileSystemLoader(folder), undefined=StrictUndefined, keep_trailing_newline=True)
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= {"format": format, "markdown": escape, "code": code, "cell": cell, "json": json.dumps}
-    environment.filters |= {"number": chapter_number, "site": Site}
-    environment.globals |= {"version": __version__, "changed": entries("changed.yaml")}
+    environment.filters |= {"number": chapter_number, "site": Site, "between": between}
+    environment.globals |= {"version": __version__, "changed": entries("changed.yaml"), "counted": counted}
     return environment

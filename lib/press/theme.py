@@ -2,16 +2,23 @@
 
 Formulas are MathML, set by the browser itself, so that pages need neither network nor script. A captioned table is
 called a table: MyST-NB makes a figure of whatever a cell shows; those whose name begins with `tab-` are numbered as
-tables (`Table 5.3`) beside the figures, and referred to as such. Live code (Thebe), which would fetch scripts from the
-network, is left out.
+tables (`Table 5.3`) beside the figures, and referred to as such. What is too wide for the column of text may use the
+margin beside it. A page carries the definitions of the glossary's words that it links, which book.js shows where the
+word stands. Live code (Thebe), which would fetch scripts from the network, is left out.
 """
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
+
+GLOSSARY = "book/glossary"
+COLUMNS, TEXT = 6, 530  # a table of more columns, a figure of more points, is wider than the column of text
 
 
 class TableFigure(nodes.figure):
@@ -32,12 +39,49 @@ class NameTables(SphinxTransform):
                 self.document.ids.update(dict.fromkeys(table["ids"], table))
 
 
+def widen(app: Sphinx, document: nodes.document, page: str) -> None:
+    """Give cells whose table or figure is wider than the column of text the theme's class for it."""
+    for cell in document.findall(lambda node: isinstance(node, nodes.container) and "cell" in node["classes"]):
+        tables = [raw.astext().partition("<details")[0] for raw in cell.findall(nodes.raw)]
+        columns = max((len(set(re.findall(r"col_heading level0 (col\d+)", table))) for table in tables), default=0)
+        pictures = [Path(app.srcdir, image["uri"]) for image in cell.findall(nodes.image)]
+        if columns > COLUMNS or any(_width(path) > TEXT for path in pictures):
+            cell["classes"].append("tag_full-width")
+
+
+def _width(picture: Path) -> float:
+    """Of an SVG, in its points; 0 for any other picture."""
+    start = picture.read_text(encoding="utf-8")[:1000] if picture.suffix == ".svg" and picture.is_file() else ""
+    found = re.search(r'<svg [^>]*?width="([\d.]+)pt"', start)
+    return float(found[1]) if found else 0.0
+
+
+def definitions(glossary: nodes.document) -> dict[str, str]:
+    """What each word of the glossary means, by its id."""
+    return {
+        name: " ".join(item.next_node(nodes.definition).astext().split())
+        for item in glossary.findall(nodes.definition_list_item)
+        for term in item.findall(nodes.term)
+        for name in term["ids"]
+    }
+
+
+def _carry_definitions(app: Sphinx, body: str) -> str:
+    """The definitions of the words that a page links, as data for its script."""
+    linked = set(re.findall(r'href="(?:glossary\.html)?#(term-[^"]+)"', body))
+    known = definitions(app.env.get_doctree(GLOSSARY)) if linked and GLOSSARY in app.env.found_docs else {}
+    data = json.dumps({name: known[name] for name in sorted(linked & known.keys())}).replace("<", "\\u003c")
+    return f'{body}<script type="application/json" id="definitions">{data}</script>'
+
+
 def finish_page(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
     """Leave out Thebe, which Jupyter Book always adds, and roles that docutils gives to a bibliography's parts, which
     screen readers cannot use: a list whose items are no list items."""
     context["script_files"] = [s for s in context["script_files"] if not _is_thebe(s)]
     for role in (' role="list"', ' role="doc-biblioentry"'):
         context["body"] = context.get("body", "").replace(role, "")
+    if app is not None and page != GLOSSARY:
+        context["body"] = _carry_definitions(app, context["body"])
 
 
 def _is_thebe(script: Any) -> bool:
@@ -59,5 +103,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     as_figure = (lambda visitor, node: visitor.visit_figure(node), lambda visitor, node: visitor.depart_figure(node))
     app.add_enumerable_node(TableFigure, "table", html=as_figure)
     app.add_transform(NameTables)
+    app.connect("doctree-resolved", widen)
     app.connect("html-page-context", finish_page, priority=900)  # after all others have added theirs
     return {"parallel_read_safe": True, "parallel_write_safe": True}

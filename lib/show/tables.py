@@ -26,6 +26,7 @@ from lib.statistics import exact_interval
 
 # a number, or a text that begins with one: `3 of 8`, `-0.1 to 0.2`
 _NUMBER = r"(?:nan|–|<? ?[-+]?\d[\d.,]*(?:e[-+]\d+)?%?(?:[\s(/].*)?)"
+SHOWN = 7  # columns of a table on the page; the rest is behind a fold
 SHORT_NAME = 12  # characters: a shorter name of a row is a site or a number, and stays on one line
 ROW_NAMES = "row names"  # the label in columns.yaml under which the rows' names stand
 
@@ -98,10 +99,21 @@ def sortable(table: pd.DataFrame, *, rows: int = 12) -> HTML:
 
 
 def plain(table: pd.DataFrame, *, digits: int = 2, index: bool = False) -> HTML:
-    """A small table, numbers to a number of digits and flush right, that scrolls sideways where the page is narrow.
-    index: show the row names; then texts may wrap."""
+    """A small table, numbers to a number of digits and flush right, that scrolls sideways where the page is narrow. Of
+    more than SHOWN columns the first stand there, and all of them behind a fold. index: show the row names; then texts
+    may wrap."""
     if index:  # names of sites stay on one line, sentences may wrap
         table = table.rename(index=lambda name: name.replace(" ", "\u00a0") if len(name) < SHORT_NAME else name)
+    n = table.shape[1]
+    html = _scrolling(table.iloc[:, :SHOWN] if n > SHOWN else table, digits, index)
+    if n > SHOWN:
+        whole = _scrolling(table, digits, index)
+        html += f'<details class="whole"><summary>All {n} columns</summary>{whole}</details>'
+    return HTML(html)
+
+
+def _scrolling(table: pd.DataFrame, digits: int, index: bool) -> str:
+    """The HTML of a table in a box that can be scrolled."""
     texts = [column.map(str).str for _, column in table.items() if len(table)]
     right = [f".col{i}" for i, column in enumerate(texts) if column.fullmatch(_NUMBER).all()]
     align = {"th, td": "left", **dict.fromkeys(right, "right")}
@@ -114,7 +126,7 @@ def plain(table: pd.DataFrame, *, digits: int = 2, index: bool = False) -> HTML:
     html = styler.set_table_attributes('class="dataframe"').to_html()
     wrap = "normal" if index else "nowrap"
     style = f"overflow-x:auto;font-size:85%;white-space:{wrap};font-variant-numeric:tabular-nums"
-    return HTML(f'<div class="scroll" style="{style}" tabindex="0" role="region" aria-label="table">{html}</div>')
+    return f'<div class="scroll" style="{style}" tabindex="0" role="region" aria-label="table">{html}</div>'
 
 
 def told_by_template(table: pd.DataFrame) -> pd.DataFrame:

@@ -14,10 +14,12 @@ import hashlib
 import io
 import json
 import platform
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +77,8 @@ def tables(report: Results, specs: Sequence[Spec], *, timing: bool = False) -> l
     """The rows of several sweeps, from the record, or with RECORD=off after doing here what is missing; the report
     notes which. timing: with a column `seconds`. Raises SweepError as `read` and `finish` do."""
     if live():
-        found = finish([plan(spec) for spec in specs], fresh=True, timing=timing)
+        aside = partial(print, file=sys.stderr)  # into the log: what a sweep says of itself is nothing for a page
+        found = finish([plan(spec) for spec in specs], fresh=True, timing=timing, say=aside)
         notes = [{"runs": len(table)} for table in found]
     else:
         records = [read(spec) for spec in specs]

@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
@@ -47,6 +48,49 @@ def test_a_wide_table_scrolls_by_keyboard_in_a_region_named_by_its_caption(page,
     box.focus()
     page.keyboard.press("ArrowRight")
     page.wait_for_function("b => b.scrollLeft > 0", arg=box.element_handle())
+
+
+def test_a_word_is_explained_where_it_stands_by_keyboard_and_by_pointer(page, html):
+    page.goto((html / FIGURES).as_uri())
+    word, tip = page.locator(".bd-article a[href*='term-Known']").first, page.get_by_role("tooltip")
+    word.focus()
+    expect(tip).to_contain_text("A fact is known when")
+    expect(word).to_have_attribute("aria-describedby", tip.get_attribute("id"))
+    assert tip.evaluate("t => t.getBoundingClientRect().right <= innerWidth")
+    page.keyboard.press("Escape")
+    expect(tip).to_be_hidden()
+    word.hover()
+    expect(tip).to_be_visible()
+
+
+def test_a_figure_can_be_linked_and_taken_along(page, html):
+    page.goto((html / FIGURES).as_uri())
+    links = page.locator("#fig-told .files a")
+    assert links.all_inner_texts() == ["Link", "SVG", "Numbers"]
+    assert links.first.evaluate("a => a.hash") == "#fig-told"
+    for link in links.all()[1:]:
+        assert (html / "book" / link.evaluate("a => new URL(a.href).pathname")).is_file()
+
+
+def test_every_chapter_opens_with_its_question_answer_and_figure(page, html):
+    for chapter in sorted((html / "book").glob("0*.html")):
+        page.goto(chapter.as_uri())
+        box = page.locator(".admonition.answer")
+        assert "Question." in box.inner_text() and "to read" in box.inner_text(), chapter
+        if "Answer." in box.inner_text():
+            figure = box.locator("a:has(img)").get_attribute("href")
+            assert page.locator(f"figure{figure}").count() == 1, chapter
+
+
+def test_the_landing_page_is_light_and_leads_in(page, html):
+    index = html / "book" / "index.html"
+    assert index.stat().st_size < 300_000
+    page.goto(index.as_uri())
+    assert page.locator("#five-findings ol > li").count() >= 5
+    for door in page.locator(".doors a").all():
+        target, _, place = door.evaluate("a => a.href").removeprefix("file://").partition("#")
+        assert f'id="{place}"' in Path(target).read_text() if place else Path(target).is_file()
+    assert "@software" in page.locator("#how-to-cite .highlight:has(button.copybtn)").inner_text()
 
 
 def test_search_finds_a_word_from_disk(page, html):

@@ -8,7 +8,9 @@ import subprocess
 import pytest
 
 from lib.files import ROOT
+from lib.press import boxes
 from lib.press.execute import BOOK, chapter_names
+from lib.press.texts import entries
 
 PAPER = {"25.8", "149.9", "42.7", "42.6", "0.44", "7.1", "2.4", "4.7"}  # figures of the source page, quoted as such
 NOT_THE_WORD = r"in case\b|in (?:both|95 % of) cases|head to head|\btold of in full|in fact\b"
@@ -29,7 +31,17 @@ def glossary_terms() -> list[str]:
 
 
 def page_text(page: str) -> str:
-    return "\n\n".join(cells(page, "markdown")) if "." not in page else (BOOK / page).read_text(encoding="utf-8")
+    """What a reader meets, in its order: in a chapter the box comes after the question; Jinja's marks are not read."""
+    if "." in page:
+        return without_marks((BOOK / page).read_text(encoding="utf-8"))
+    text, entry = "\n\n".join(cells(page, "markdown")), entries("boxes.yaml").get(page, {})
+    question = boxes.QUESTION.search(text)
+    box = without_marks(f"{entry.get('answer', '')}\n\n{entry.get('refute', '')}")
+    return f"{text[: question.end()]}\n\n{box}\n\n{text[question.end() :]}"
+
+
+def without_marks(text: str) -> str:
+    return re.sub(r"(?s)\{#.*?#\}|\{%.*?%\}|\{\{.*?\}\}", "", text)
 
 
 def words_before_links(text: str, terms: list[str]) -> dict[str, str]:
@@ -77,6 +89,30 @@ def test_no_measured_decimal_is_typed_into_prose(chapter):
         assert typed <= PAPER, typed
 
 
+@pytest.mark.parametrize("name", ["../book/index.md", "../book/abstract.md", "press/templates/boxes.yaml"])
+def test_no_number_is_typed_into_what_a_reader_sees_first(name):
+    text = without_marks((ROOT / "lib" / name).read_text(encoding="utf-8")).replace("Python 3.11", "")
+    assert re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])|\d ?%", text.replace("95 %", "")) == []
+
+
+def test_a_chapter_asks_its_question_first(chapter):
+    assert boxes.QUESTION.search(cells(chapter, "markdown")[0])
+
+
+def test_every_box_answers_with_a_figure_that_its_chapter_has():
+    for chapter, entry in entries("boxes.yaml").items():
+        shown = [cell["metadata"].get("mystnb", {}).get("figure", {}) for cell in notebook_cells(chapter, "code")]
+        figures = [figure.get("name") for figure in shown]
+        assert {"short", "after"} <= entry.keys() and set(entry["after"]) < set(chapter_names())
+        assert "answer" not in entry or (entry["figure"] in figures and entry["refute"])
+    assert list(entries("boxes.yaml")) == chapter_names()
+
+
+def test_the_abstract_has_at_most_200_words():
+    english = (BOOK / "abstract.md").read_text(encoding="utf-8").split("::::")[0].split("\n", 1)[1]
+    assert len(english.split()) <= 200
+
+
 def test_every_figure_has_caption_and_alt_text(chapter):
     for cell in notebook_cells(chapter, "code"):
         if re.search(r"^figures\.(?!style)", "".join(cell["source"]), re.M):
@@ -96,7 +132,7 @@ def test_nothing_in_git_names_a_machine():
             assert not re.search(r"(?<![\w.])/(root|home|work|tmp)/\w", (ROOT / name).read_text(encoding="utf-8")), name
 
 
-@pytest.mark.parametrize("page", [*chapter_names(), "index.md", "dashboard.md", "verify.md"])
+@pytest.mark.parametrize("page", [*chapter_names(), "index.md", "abstract.md", "dashboard.md", "verify.md"])
 def test_words_of_the_glossary_are_linked_at_first_use(page):
     assert words_before_links(page_text(page), glossary_terms()) == {}
 

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 from docutils import nodes
 from docutils.utils import new_document
 
-from lib.press.theme import NameTables, TableFigure, finish_page
+from lib.press.theme import NameTables, TableFigure, definitions, finish_page, widen
 
 
 def test_figures_named_as_tables_become_tables_and_keep_their_name():
@@ -24,3 +24,28 @@ def test_live_code_is_left_out_and_nothing_else():
     context = {"script_files": [thebe, kept, inline, "x.js"], "body": '<div role="list" class="c">a</div>'}
     finish_page(None, "page", "page.html", context, None)
     assert context == {"script_files": [kept, "x.js"], "body": '<div class="c">a</div>'}
+
+
+def test_words_of_the_glossary_have_their_definitions_as_text():
+    term, meaning = nodes.term("", "Head", ids=["term-Head"]), nodes.paragraph("", "One of\nmany; see ")
+    meaning += nodes.reference("", "layer", refuri="#term-Layer")
+    document = new_document("glossary")
+    document += nodes.definition_list("", nodes.definition_list_item("", term, nodes.definition("", meaning)))
+    assert definitions(document) == {"term-Head": "One of many; see layer"}
+
+
+def test_a_wide_picture_and_a_table_of_many_columns_use_the_margin(tmp_path):
+    def cell(*children):
+        return nodes.container("", *children, classes=["cell"])
+
+    def table(n):
+        heads = "".join(f'<th class="col_heading level0 col{i}">' for i in range(n))
+        return cell(nodes.raw("", heads + '<details><th class="col_heading level0 col99">', format="html"))
+
+    for name, width in (("narrow", "300.5"), ("wide", "713.9")):
+        (tmp_path / f"{name}.svg").write_text(f'<svg xmlns="x" width="{width}pt" height="3pt">')
+    document = new_document("page")
+    pictures = [cell(nodes.image("", uri=f"{name}.svg")) for name in ("narrow", "wide", "missing")]
+    document.extend([table(6), table(7), *pictures, nodes.container("", nodes.image("", uri="wide.svg"))])
+    widen(SimpleNamespace(srcdir=tmp_path), document, "page")
+    assert ["tag_full-width" in child["classes"] for child in document] == [False, True, False, True, False, False]

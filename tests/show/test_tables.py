@@ -13,7 +13,7 @@ def aligned_right(table: pd.DataFrame, **options) -> list[str]:
     return [table.columns[i] for i in columns]
 
 
-def test_numbers_stand_flush_right_and_words_left():
+def test_numbers_stand_flush_right_and_words_left(monkeypatch):
     table = pd.DataFrame(
         {
             "site": ["L24 H4", "L1"],
@@ -28,6 +28,7 @@ def test_numbers_stand_flush_right_and_words_left():
             "small": ["1.2e-05", "3e-06"],
         }
     )
+    monkeypatch.setattr(tables, "SHOWN", 10)
     assert aligned_right(table) == ["n", "share", "told", "interval", "p", "parameters", "small"]
     assert aligned_right(table.iloc[:0]) == []
 
@@ -49,6 +50,14 @@ def test_the_same_table_gives_the_same_bytes_and_can_be_scrolled_by_keyboard():
     table = pd.DataFrame({"a": [1.0]})
     assert tables.plain(table).data == tables.plain(table.copy()).data != tables.plain(table + 1).data
     assert 'tabindex="0" role="region" aria-label="table"' in tables.plain(table).data
+
+
+@pytest.mark.parametrize("n, folded", [(7, False), (8, True)])
+def test_a_table_shows_seven_columns_and_all_behind_a_fold(n, folded):
+    html = tables.plain(pd.DataFrame([range(n)], columns=[f"c{i}" for i in range(n)])).data
+    shown, _, whole = html.partition("<details")
+    assert re.findall(r">(c\d)<", shown) == [f"c{i}" for i in range(7)]
+    assert bool(whole) == folded and (not folded or (">c7<" in whole and "All 8 columns" in whole))
 
 
 def test_cells_are_made_from_templates():

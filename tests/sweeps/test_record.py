@@ -38,7 +38,7 @@ def altered(path, change) -> None:
     path.with_suffix(".json").write_text(json.dumps(header))
 
 
-def test_chapters_read_what_was_recorded_and_run_nothing(kept, here, organism, monkeypatch):  # noqa: F811
+def test_chapters_read_what_was_recorded_and_run_nothing(kept, here, organism, monkeypatch, capsys):  # noqa: F811
     report = Results("x", organism)
     [table] = record.tables(report, [GRID])
     [timed] = record.tables(report, [GRID], timing=True)
@@ -49,6 +49,7 @@ def test_chapters_read_what_was_recorded_and_run_nothing(kept, here, organism, m
     [live] = record.tables(report, [GRID])
     assert report.provenance["sweeps"]["organism/s"] == {"runs": 4}
     pd.testing.assert_frame_equal(live, table, check_exact=True)
+    assert capsys.readouterr().out == "", "a page shows what a chapter prints"
 
 
 def test_values_of_every_kind_come_back_as_they_were(tmp_path, monkeypatch):

@@ -1,0 +1,114 @@
+"""What a reader sees first: the box that opens each chapter, and the landing page.
+
+Both are filled while the book is staged, from what the runs reported: boxes by the texts of templates/boxes.yaml, the
+landing page from book/index.md, which holds Jinja's marks. So no number in them is typed, and a chapter need not be
+executed again when a word of its box changes.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+from jinja2 import UndefinedError
+
+from lib.errors import ChapterError
+from lib.files import ROOT
+from lib.press.claims import VERDICTS, Judged, by_kind
+from lib.press.execute import executed_path
+from lib.press.texts import chapter_number, entries, fill, rendered
+from lib.results import results_path
+
+QUESTION = re.compile(r"^\*\*Question\.\*\* (.+)$", re.M)  # a paragraph of the chapter's first cell
+WORDS, LOOK = 200, 0.3  # words read a minute; minutes for a figure or table
+PANELS = "landing*.png"  # pictures that chapters keep for the landing page
+
+
+def add_box(notebook: Path, model_name: str, run: Mapping[str, Any], judged: Sequence[Judged]) -> None:
+    """Put the box in place of the question in a staged executed chapter that asks one. run: the chapter's results file.
+    Raises ChapterError for an answer with a number that the chapter did not report."""
+    book = nbformat.read(notebook, as_version=4)
+    first = next((cell for cell in book.cells if cell.cell_type == "markdown"), None)
+    if first is None or not (asked := QUESTION.search(first.source)):
+        return
+    entry = entries("boxes.yaml").get(notebook.stem, {})
+    try:
+        answer = " ".join(rendered(entry.get("answer", ""), v=run["values"]).split())
+    except UndefinedError as error:
+        raise ChapterError(f"the box of {notebook.stem} (templates/boxes.yaml) needs a number: {error}.") from error
+    picture, alt = _picture(book, entry.get("figure", ""), notebook)
+    numbers = defaultdict(list)
+    for i, judgement in enumerate(judged, start=1):
+        if judgement.claim.chapter == notebook.stem:
+            numbers[VERDICTS[judgement.verdict]].append(i)
+    box = fill(
+        "box.md",
+        question=asked[1],
+        answer=answer,
+        picture=picture,
+        alt=alt,
+        figure=entry.get("figure"),
+        numbers=numbers,
+        refute=entry.get("refute"),
+        reading=minutes_to_read(book),
+        running=minutes_to_run(run["provenance"]),
+        after=entry.get("after", ()),
+        model_name=model_name,
+    )
+    first.source = first.source[: asked.start()] + box.strip() + first.source[asked.end() :]
+    nbformat.write(book, notebook)
+
+
+def minutes_to_read(book: nbformat.NotebookNode) -> int:
+    """Of an average reader, for prose, figures and tables."""
+    prose = sum(len(cell.source.split()) for cell in book.cells if cell.cell_type == "markdown")
+    return max(1, round(prose / WORDS + LOOK * sum("mystnb" in cell.metadata for cell in book.cells)))
+
+
+def minutes_to_run(provenance: Mapping[str, Any]) -> str:
+    """As the run took, recorded sweeps not counted."""
+    minutes = round(provenance["seconds"] / 60)
+    return str(minutes) if minutes else "< 1"
+
+
+def landing(page: str, model_name: str, runs: Mapping[str, Mapping[str, Any]], judged: Sequence[Judged]) -> str:
+    """The landing page, from its text. runs: results files by chapter. In the text: `c1`, `c2` ... for what chapters
+    reported, `chapters` for the map of them, `claims` for verdicts by kind of claim, `panel` for a picture that a
+    chapter kept beside its results. Raises ChapterError for a number that the text needs and no chapter reported."""
+    texts, folder = entries("boxes.yaml"), results_path(model_name, "").parent
+    chapters = [
+        {
+            "name": name,
+            "number": chapter_number(name),
+            "short": texts.get(name, {}).get("short", ""),
+            "after": texts.get(name, {}).get("after", ()),
+            "reading": minutes_to_read(nbformat.read(executed_path(model_name, name), as_version=4)),
+            "running": minutes_to_run(run["provenance"]),
+        }
+        for name, run in runs.items()
+    ]
+    values = {f"c{chapter_number(name)}": run["values"] for name, run in runs.items()}
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    minutes = sum(run["provenance"]["seconds"] for run in runs.values()) / 60
+    about = {"chapters": chapters, "claims": by_kind(judged), "model_name": model_name, "minutes": minutes}
+    about["citation"] = citation
+    try:
+        return rendered(page, panel=lambda name: (folder / f"{name}.png").is_file(), **about, **values) + "\n"
+    except UndefinedError as error:
+        raise ChapterError(f"book/index.md needs a number that no chapter reported: {error}.") from error
+
+
+def _picture(book: nbformat.NotebookNode, figure: str, notebook: Path) -> tuple[str, str]:
+    """The file of a figure's picture, put beside the notebook, and its alternative text; empty if there is none."""
+    for cell in book.cells:
+        shown = cell.metadata.get("mystnb", {})
+        if figure and shown.get("figure", {}).get("name") == figure:
+            for output in cell.get("outputs", ()):
+                if drawn := output.get("data", {}).get("image/svg+xml"):
+                    path = notebook.with_name(f"key_{notebook.stem}.svg")
+                    path.write_text(drawn, encoding="utf-8")
+                    return path.name, shown.get("image", {}).get("alt", "")
+    return "", ""

@@ -1,0 +1,98 @@
+"""The box at the head of a chapter, and the landing page."""
+
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+
+from lib.errors import ChapterError
+from lib.press import boxes
+
+RUN = {"provenance": {"seconds": 130.0}, "values": {"told": 2}}
+SVG = "<svg xmlns='http://www.w3.org/2000/svg'/>"
+JUDGED = [
+    SimpleNamespace(claim=SimpleNamespace(chapter=chapter, judged_on=kind), verdict=verdict)
+    for chapter, kind, verdict in (
+        ("02_x", "any", "differs"),
+        ("03_y", "any", "reproduced"),
+        ("02_x", "gpt2", "not run"),
+        ("02_x", "any", "differs"),
+    )
+]
+ENTRY = {
+    "short": "s",
+    "figure": "fig-a",
+    "after": ["01_w"],
+    "refute": "none.",
+    "answer": "{% if v.told %}Of it {{ v.told }}.{% else %}Nothing fails.{% endif %}",
+}
+
+
+@pytest.fixture
+def staged(tmp_path, monkeypatch):
+    monkeypatch.setattr(boxes, "entries", lambda name: {"02_x": ENTRY})
+    figure = {"figure": {"name": "fig-a", "caption": "c"}, "image": {"alt": "a [line]"}}
+    output = nbformat.v4.new_output("execute_result", {"image/svg+xml": SVG}, execution_count=1)
+    cells = [
+        nbformat.v4.new_markdown_cell("# Title\n\n**Question.** Where?\n\nThen " + "word " * 400),
+        nbformat.v4.new_code_cell("x", metadata={"mystnb": figure}, outputs=[output]),
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "02_x.ipynb")
+    return tmp_path / "02_x.ipynb"
+
+
+def first_cell(notebook) -> str:
+    return nbformat.read(notebook, as_version=4).cells[0].source
+
+
+def test_the_box_stands_where_the_question_was_and_says_all(staged):
+    boxes.add_box(staged, "m", RUN, JUDGED)
+    title, box, rest = first_cell(staged).partition(":::{admonition}")[0], *first_cell(staged).split(":::")[1:3]
+    assert title.startswith("# Title") and rest.strip().startswith("Then word")
+    for text in ("Where?", "Of it 2.", "1, 4 differ; 3 not run", "none.", "2 to read, 2 to run", "`m`", "<01_w>"):
+        assert text in box, text
+    assert r"[![a \[line\]](key_02_x.svg)](#fig-a)" in box
+    assert staged.with_name("key_02_x.svg").read_text() == SVG
+    nbformat.validate(nbformat.read(staged, as_version=4))
+
+
+def test_a_run_without_a_failure_says_so(staged):
+    boxes.add_box(staged, "m", RUN | {"values": {"told": 0}}, [])
+    assert "Nothing fails." in first_cell(staged) and "Claims" not in first_cell(staged)
+
+
+def test_a_number_that_was_not_reported_is_refused(staged):
+    with pytest.raises(ChapterError, match=r"02_x.*told"):
+        boxes.add_box(staged, "m", RUN | {"values": {}}, [])
+
+
+def test_a_chapter_without_an_answer_has_a_box_and_one_without_a_question_none(staged, monkeypatch):
+    monkeypatch.setattr(boxes, "entries", lambda name: {})
+    boxes.add_box(staged, "m", RUN, [])
+    assert "Where?" in first_cell(staged) and "Answer" not in first_cell(staged)
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title")]), staged)
+    boxes.add_box(staged, "m", RUN, [])
+    assert first_cell(staged) == "# Title"
+
+
+@pytest.fixture
+def land(staged, monkeypatch):
+    monkeypatch.setattr(boxes, "executed_path", lambda model_name, name: staged)
+    monkeypatch.setattr(boxes, "results_path", lambda model_name, name: staged.with_name("results.json"))
+    return lambda page, run=RUN: boxes.landing(page, "m", {"02_x": run}, JUDGED)
+
+
+def test_the_landing_page_has_numbers_intervals_verdicts_and_minutes(land):
+    assert land("{{ c2.told }} {{ counted(2, 8) }} {{ minutes | format('.1f') }}") == "2 2 of 8 (3% to 65%) 2.2\n"
+    assert land("{{ claims.values() | map(attribute='differs') | join(' ') }}") == "2 0 0\n"
+    assert land("{% for c in chapters %}{{ c.number }} {{ c.reading }} {{ c.after[0] }}{% endfor %}") == "2 2 01_w\n"
+    with pytest.raises(ChapterError, match="other"):
+        land("{{ c2.other }}")
+
+
+def test_the_second_panel_appears_with_its_picture(land, staged):
+    page = "{% if panel('landing') and c2.landing is defined %}![]({{ c2.landing }}){% endif %}"
+    with_words = RUN | {"values": {"landing": "carries over"}}
+    assert "carries" not in land(page, with_words)
+    staged.with_name("landing.png").write_bytes(b"")
+    assert "carries over" in land(page, with_words) and "carries" not in land(page)
