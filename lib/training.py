@@ -41,7 +41,7 @@ from lib.forward import Pack, Reference, above, log_normalisers, pack, packs, re
 from lib.models import Model
 from lib.recall import screen, tell
 from lib.sinks import ordinary, standing
-from lib.weights import PATHWAYS, SINK_SLICES, SINKS, Slice, pathway_slices, places
+from lib.weights import OF_A_LAYER, PATHWAYS, SINK_SLICES, SINKS, Slice, pathway_slices, places
 
 
 @dataclass(frozen=True)
@@ -362,9 +362,9 @@ class Comparison:
 
 
 def compare(
-    model: Model, task: Task, *, seed: int = 0, pathways: Sequence[str] = PATHWAYS, progress: bool = True
+    model: Model, task: Task, *, seed: int = 0, pathways: Sequence[str] = OF_A_LAYER, progress: bool = True
 ) -> Comparison:
-    """The grid for each pathway, with one seed, in one process."""
+    """The grid for each pathway (of a layer, if not said), with one seed, in one process."""
     points = tqdm(list(product(pathways, task.recipe.rates)), desc="training", disable=not progress)
     tasks = dict.fromkeys(pathways, task) | {name: sink_task(model, task) for name in SINKS if name in pathways}
     runs = [train(model, tasks[pathway], pathway, rate=rate, seed=seed) for pathway, rate in points]
@@ -410,7 +410,7 @@ def under_study(edits: dict[str, Edit]) -> tuple[str, str]:
 def saved_or_trained(model: Model, case: Case, folder: Path, *, seed: int = 0) -> dict[str, Edit]:
     """The edits that chapter 3 left in a folder, by pathway; trained here by its rule where it left none that fit."""
     saved = load_all(folder)
-    if list(saved) == list(PATHWAYS) and all(_fits(e, model, case, seed) for e in saved.values()):
+    if list(saved) == list(OF_A_LAYER) and all(_fits(e, model, case, seed) for e in saved.values()):
         return saved
     return compare(model, task_at(model, case, prescribe(model, case).knowledge_head.layer), seed=seed).edits
 

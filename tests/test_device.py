@@ -17,7 +17,7 @@ from lib.interventions import Part
 from lib.models import Model
 from lib.recall import study_facts, trainable
 from lib.studies import planted
-from lib.studies.distillation import learn_at
+from lib.studies.repairs import repair_at
 from lib.sweeps import experiments
 from lib.trace import capture, logit_lens, logit_traces, subject_attention
 from lib.weights import view
@@ -90,7 +90,7 @@ def trainings(model: Model) -> Numbers:
 
 def sweeps(model: Model) -> Numbers:
     rows = [experiments.find("location.part_at")(model, part="neurons", pick="diagnosed", seed=0)]
-    rows += [learn_at(model, layer=LAYER + 1, steps=3, seed=0)]
+    rows += [repair_at(model, case=1, pathway=pathway, rate=1e-3, steps=2) for pathway in ("sink_kv", "v_only")]
     rows += [experiments.find("planted.plant_run")(model, seed=s, repair=s == 0) for s in (0, 1)]
     return [float(v) for row in rows for v in row.values() if isinstance(v, int | float)]
 

@@ -31,10 +31,11 @@ from lib.statistics import exact_interval
 
 MARGIN = "answer − competitor (logits)"
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
+VIOLET = "#7E57C2"
 GREY, BLACK = "#777777", "#000000"
 TYPE_COLOURS = (RED, BLUE, GREEN, ORANGE, GREY, PINK, SKY, BLACK)
 PATHWAY_COLOURS = {"full": BLACK, "attention": BLUE, "ffn": ORANGE, "v_only": GREEN, "q_only": PINK, "k_only": RED}
-PATHWAY_COLOURS |= {"none": GREY}
+PATHWAY_COLOURS |= {"sink_kv": SKY, "sink_token": VIOLET, "newline": GREY, "none": GREY}
 KIND_COLOURS = {"no training": GREY, "few parameters": BLUE, "closed form": PINK, "pathway": ORANGE}
 KIND_COLOURS |= {"everything": RED, "general": GREEN}
 Grid = Float[Tensor, "n_layers n_heads"]
@@ -347,20 +348,25 @@ def carried(table: pd.DataFrame, whole: int, layer: int) -> Figure:
     return _legend(fig, ncols=3)
 
 
-def frontier(runs: pd.DataFrame, harmless: pd.Series, pick: int) -> Figure:
-    """Repaired selection countries against KL on neutral text; a point a configuration."""
-    untold = runs.untold.iloc[0]
-    fig, ax = _panel((8.5, 4.2), xscale="log", ylabel=f"repaired, of {untold}\nselection countries")
-    for (low, part), colour in zip(runs.groupby(runs["rank"] > 0), (BLUE, ORANGE), strict=False):
-        fill = np.where(harmless[part.index], colour, "white")
-        name = "low rank" if low else "any change"
-        ax.scatter(part.kl, part.repaired, s=42, ec=colour, c=fill, zorder=3, label=name)
-    ax.scatter(runs.kl[pick], runs.repaired[pick], s=190, facecolors="none", edgecolors="black", lw=1.5)
-    for row in runs.itertuples():
-        _name_point(ax, f"L{row.layer}", row.kl, row.repaired, (5, 5))
-    ax.axhline(untold / 2, color="black", lw=1, ls="--")
-    ax.set(xlabel="KL on neutral text (nats a token)", ylim=(-0.5, untold / 2 + 1))
-    return _legend(fig, ncols=2)
+def place_and_cause(table: pd.DataFrame) -> Figure:
+    """Of edits trained on the eight facts: held-out countries told, and trained answers where they are wrong. table: of
+    `carrying_over.judged`, with case_title."""
+    eight = table[table.facts == "eight"].reset_index(drop=True)
+    colours = eight.kind.map({"cause": BLUE, "place": ORANGE, "fixed prefix": GREY})
+    y = np.arange(len(eight)) + eight.case.diff().fillna(0).cumsum() * 0.8  # a gap between cases
+    fig, axes = _panels(1, 2, (9.8, 0.34 * len(eight) + 1.6), sharey=True)
+    share, bled = axes[0]
+    share.hlines(y, eight.low, eight.high, color=colours, lw=2)
+    share.scatter(eight.repaired / eight.untold, y, color=colours, zorder=3, s=46)
+    share.set(xlim=(-0.02, 1.02), xlabel="held-out countries told, share of the known and untold")
+    share.set_yticks(y, [f"{row.case_title}: {words(row.pathway)}" for row in eight.itertuples()])
+    bled.hlines(y, 0, eight.bled, color=colours, lw=2)
+    bled.scatter(eight.bled, y, color=colours, zorder=3, s=46)
+    bled.set(xlim=(0, None), xlabel=f"other prompts answered with a trained capital, of {int(eight.bled_n.max())}")
+    share.invert_yaxis()
+    return _legend(
+        fig, ncols=3, handles=_dots({"edit of the cause": BLUE, "edit of the place": ORANGE, "line break": GREY}, lw=0)
+    )
 
 
 def effects_of_parts(table: pd.DataFrame) -> Figure:

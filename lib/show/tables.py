@@ -192,11 +192,6 @@ def generalisation(table: pd.DataFrame, noise: pd.DataFrame) -> pd.DataFrame:
     return arranged("generalisation", part.assign(noise=control.repaired).reset_index())
 
 
-def frontier(runs: pd.DataFrame) -> pd.DataFrame:
-    """Configurations of an edit that should carry over, on the selection countries; the chosen one first."""
-    return arranged("frontier", runs.sort_values(["chosen", "layer", "rank"], ascending=[False, True, True]))
-
-
 def writing(table: pd.DataFrame) -> pd.DataFrame:
     """Free generation by pathway."""
     asked, other = (table[table.kind == k].groupby("pathway", sort=False) for k in ("failing prompt", "opening"))

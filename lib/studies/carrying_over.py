@@ -10,6 +10,7 @@ Nothing here runs a model. The rule was written before any held-out country was 
 The sentences stand in `show/words/carrying_over.yaml`.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from lib.evaluation import BAND
+from lib.facts import Case
 from lib.results import Results
 from lib.show.sentences import listed, say
 from lib.statistics import exact_interval
@@ -53,6 +55,11 @@ def frontier(runs: pd.DataFrame) -> pd.DataFrame:
     pick = runs.merge(best[["case", "pathway", "rate", "steps"]], how="left", indicator=True)["_merge"] == "both"
     table = named(runs).assign(chosen=pick.to_numpy() & (runs.steps > 0), harmless=harmless(runs))
     return _ordered(table)
+
+
+def titled(table: pd.DataFrame, cases: Sequence[Case]) -> pd.DataFrame:
+    """A table with the titles of its cases."""
+    return table.assign(case_title=[cases[number - 1].title for number in table.case])
 
 
 def _ordered(table: pd.DataFrame) -> pd.DataFrame:

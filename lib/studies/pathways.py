@@ -66,7 +66,7 @@ def gather(model: Model, task: Task, grid: pd.DataFrame, runs: pd.DataFrame) -> 
     """The comparison that two finished sweeps make (`pathways`, and what is `further`), with the first seed's runs once
     more, for their edits. Raises EditError where one of these does not reach what its row does."""
     best, first = chosen_rows(grid), dict[str, Trained]()
-    tasks = dict.fromkeys(PATHWAYS, task) | dict.fromkeys(SINKS, sink_task(model, task))
+    tasks = {name: sink_task(model, task) if name in SINKS else task for name in best.pathway}
     for row in tqdm(list(best.itertuples()), desc="the edits"):
         with one_thread():  # as a sweep runs it: sums are added in the same order
             run = first[row.pathway] = train(model, tasks[row.pathway], row.pathway, rate=row.rate, seed=row.seed)

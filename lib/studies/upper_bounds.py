@@ -19,18 +19,14 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from lib import evaluation
 from lib.diagnosis import prescribe
-from lib.edits import Edit
 from lib.errors import DataError
-from lib.evaluation import BAND, NONE, Measured, generalisation
-from lib.facts import Case, Fact, load_cases, load_templates, prompts
+from lib.facts import Case, Fact, load_templates, prompts
 from lib.forward import Pack, Streams, ends, pack, streams
-from lib.models import Model, load
-from lib.recall import first_tokens, known_and_told, load_prefixes, scorable, trainable
+from lib.models import Model
+from lib.recall import first_tokens, known_and_told, load_prefixes, scorable, tell
 from lib.results import Results
 from lib.show.sentences import say
-from lib.studies.distillation import Config, choose, harmless, learned, tell_once
 from lib.trace import subject_positions
 
 PREFIX = "\n"  # the shortest that helps; it leaves the words after it cut into tokens as they were
@@ -39,17 +35,11 @@ SEEN = ("fit", "eight", "selection")  # no held-out fact takes part
 sentence = partial(say, "upper_bounds")
 
 
-def untold_facts(
-    model: Model, case: Case, splits: Sequence[str] = SEEN, *, asked: pd.DataFrame | None = None
-) -> tuple[Fact, ...]:
-    """Facts of some splits that a control template tells and the failing one does not. asked: what the model says to
-    `evaluation.questions`, if they were put to it; otherwise it is asked. Raises DataError for none."""
+def untold_facts(model: Model, case: Case, splits: Sequence[str] = SEEN) -> tuple[Fact, ...]:
+    """Facts of some splits that a control template tells and the failing one does not. Raises DataError for none."""
     facts, text = [f for f in scorable(model, case.large) if f.split in splits], load_templates()
-    if asked is None:
-        names = (case.template, *case.controls)
-        asked = pd.concat([tell_once(model, facts, text[name]).assign(template=name) for name in names])
-    failed = known_and_told(asked[asked.split.isin(splits)], case).routing_failure if facts else []
-    out = tuple(compress(facts, failed))
+    asked = tell(model, facts, {name: text[name] for name in (case.template, *case.controls)}) if facts else None
+    out = () if asked is None else tuple(compress(facts, known_and_told(asked, case).routing_failure))
     if not out:
         raise DataError(f"case {case.name!r}: no fact of {', '.join(splits)} is known to {model.name} and not told.")
     return out
@@ -61,7 +51,7 @@ def told_in(model: Model, case: Case, facts: Sequence[Fact]) -> pd.DataFrame:
     text = load_templates()
     asked = [("control template", text[c], "", text[c]) for c in case.controls]
     asked += [("prefix", repr(p), p, text[case.template]) for p in load_prefixes(model).values()]
-    told = [tell_once(model, facts, template, prefix=prefix).told.sum() for *_, prefix, template in asked]
+    told = [tell(model, facts, {"": template}, prefix=prefix).told.sum() for *_, prefix, template in asked]
     return pd.DataFrame([row[:2] for row in asked], columns=["kind", "context"]).assign(told=told, n=len(facts))
 
 
@@ -109,27 +99,6 @@ def _last_alone(model: Model, texts: Pack, before: Streams, put: Streams) -> Str
     return dict(zip(sorted(put), rows.split(len(texts.last)), strict=True))
 
 
-def noise_beside(model: Model, case: Case, edit: Edit, measured: Measured, *, seed: int = 0) -> pd.DataFrame:
-    """`generalisation` of a random change of the same slices and size, on which nothing but the failing template of the
-    other countries is asked. measured: with the untouched model's answers."""
-    asked = measured.asked[NONE].query("set == 'large' and template == @case.template")
-    protocol = evaluation.build_protocol(model, case, edit.layer, texts={}, table=asked)
-    changed = {"noise": evaluation.noise(model, edit, seed=seed)}
-    return generalisation(evaluation.measure(model, protocol, changed, passages=False, beside=measured), case)
-
-
-def where_it_can_be_done(*, layers: Sequence[int] = (4, 8), seed: int = 0) -> dict[str, int]:
-    """The positive control: the same training, rule and look on the organism, whose failure was planted in one head.
-    Layers counted from 1. layer, untold, repaired: of the chosen run, on the held-out facts."""
-    model = load("organism")
-    runs = [learned(model, Config(layer - 1, steps=20), seed=seed) for layer in layers]
-    edit, case = runs[choose(pd.DataFrame([row for _, row in runs]))][0], trainable(model, load_cases(model.name)[0])
-    protocol = evaluation.build_protocol(model, case, edit.layer, texts={})
-    measured = evaluation.measure(model, protocol, {"edit": edit}, passages=False)
-    row = generalisation(measured, case).query("split == 'held_out'").iloc[0]
-    return {"layer": edit.layer + 1, "untold": int(row.untold), "repaired": int(row.repaired)}
-
-
 # What the chapter says of it
 
 
@@ -154,33 +123,3 @@ def report_carried(report: Results, table: pd.DataFrame, contexts: pd.DataFrame,
     words = counts | {"n": int(table.n.iloc[0]), "layer": layer, "before": last[jump], "after": last[jump + 1]}
     report.many(counts | {"carried_verdict": sentence("carried_verdict", **words)})
     return layer
-
-
-def report_frontier(report: Results, runs: pd.DataFrame, pick: int) -> None:
-    """The chosen run among all, on the selection countries."""
-    row = runs.loc[pick]
-    counts: dict[str, Any] = {"teacher": str(row.teacher), "runs": len(runs), "harmless": int(harmless(runs).sum())}
-    counts |= {"chosen_layer": int(row.layer), "chosen_rank": int(row["rank"]), "chosen_repaired": int(row.repaired)}
-    counts["frontier_best"] = int(runs.repaired.max())
-    report.many(counts | {"frontier_verdict": sentence("frontier_verdict", untold=row.untold, **counts)})
-    report.table("frontier", runs.to_dict("records"))
-
-
-def report_held_out(
-    report: Results, held: pd.DataFrame, costs: pd.DataFrame, text: pd.DataFrame, bled: pd.DataFrame, free: pd.DataFrame
-) -> None:
-    """The one look: repaired of the held-out, the limits, and what a prefix tells of the same countries for nothing."""
-    by = held[held.split == "held_out"].set_index("pathway")
-    edit, lost = by.loc["edit"], costs[costs.pathway == "edit"].set_index("what").lost
-    perplexity, bled = text.set_index("pathway").loc["edit"], bled.set_index("pathway").bled
-    prefix = free[free.kind == "prefix"].sort_values("told", kind="stable").iloc[-1]
-    within = abs(perplexity.ratio - 1) <= BAND and not lost["capability"] and not lost["working templates"]
-    counts: dict[str, Any] = {f"held_out_{name}": int(edit[name]) for name in ("untold", "repaired")}
-    counts |= {"held_out_noise": int(by.repaired["noise"]), "held_out_best_control": int(edit.best_control)}
-    counts |= {"held_out_goal": bool(2 * edit.repaired >= edit.untold), "held_out_prefix": int(prefix.told)}
-    counts |= {"ppl_ratio": float(perplexity.ratio), "capability_lost": int(lost["capability"])}
-    counts |= {"working_lost": int(lost["working templates"]), "harmless_held_out": bool(within)}
-    counts |= {"bled_before": int(bled[NONE]), "bled_after": int(bled["edit"])}
-    words = counts | {"edit": edit, "perplexity": perplexity, "prefix": prefix}
-    verdicts = ("held_out_verdict", "cost_verdict", "free_verdict")
-    report.many(counts | {key: sentence(key, **words) for key in verdicts})

@@ -38,7 +38,7 @@ from lib.sweeps.runs import Plan, estimate, finish, frame, plan
 from lib.sweeps.specification import Spec, Tolerance, expand, key
 
 FOLDER = DATA / "record"
-SHARED = ("templates.yaml", "prefixes.yaml", "places.yaml", "probes.yaml", "relations.csv", "token_types.yaml")
+SHARED = ("templates.yaml", "prefixes.yaml", "probes.yaml", "relations.csv", "token_types.yaml")
 
 
 class Header(BaseModel):
@@ -202,7 +202,7 @@ def _fault(spec: Spec, header: Header, rows: list[dict[str, Any]]) -> str:
     if header.weights_sha256 != (weights := weights_sha256(spec.model)):
         return f"was made with weights {header.weights_sha256[:12]}..., not {weights[:12]}..."
     now = rests_on(spec.model)
-    if changed := [name for name in sorted(now.keys() | header.data.keys()) if now.get(name) != header.data.get(name)]:
+    if changed := [name for name in sorted(now) if now[name] != header.data.get(name)]:
         return f"was made of other data ({', '.join(changed)})"
     recorded, wanted = {key(row["parameters"]) for row in rows}, {key(parameters) for parameters in expand(spec)}
     if recorded != wanted:

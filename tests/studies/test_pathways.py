@@ -137,11 +137,11 @@ def test_head_to_head_and_spread(ran, swept, organism):
 
 
 def test_saved_edits_that_fit_are_taken_and_others_are_trained(ran, organism, case, tmp_path, monkeypatch):
-    calls, six = [], {name: an_edit(organism, name) for name in weights.PATHWAYS}
+    calls, six = [], {name: an_edit(organism, name) for name in weights.OF_A_LAYER}
     monkeypatch.setattr(training, "compare", lambda *a, **k: calls.append(1) or ran[1])
     monkeypatch.setattr(training, "_fits", lambda edit, *a: True)
     edits.save_all(six, tmp_path)
-    assert list(training.saved_or_trained(organism, case, tmp_path)) == list(weights.PATHWAYS) and not calls
+    assert list(training.saved_or_trained(organism, case, tmp_path)) == list(weights.OF_A_LAYER) and not calls
     (tmp_path / "ffn.safetensors").unlink()
     training.saved_or_trained(organism, case, tmp_path)
     assert calls == [1], "one is missing: all are trained anew"

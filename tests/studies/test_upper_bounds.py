@@ -3,15 +3,12 @@
 import pandas as pd
 import pytest
 
-from lib import evaluation
 from lib.errors import DataError
 from lib.facts import load_cases, load_templates, prompts
 from lib.forward import above, pack, resid_pre
 from lib.recall import tell
 from lib.studies import upper_bounds
 from lib.trace import subject_positions
-from tests.studies.test_comparisons import Reported
-from tests.test_edits import an_edit
 
 
 @pytest.fixture(scope="module")
@@ -29,21 +26,6 @@ def test_untold_are_known_and_not_told_and_of_the_splits_asked_for(organism, cas
     assert pd.DataFrame(known).any().all()
     with pytest.raises(DataError, match="no fact of nowhere is known"):
         upper_bounds.untold_facts(organism, case, ("nowhere",))
-
-
-def test_held_out_questions_that_were_put_are_not_put_again(organism, case, monkeypatch):
-    """And noise beside an edit is asked as much as its generalisation needs: as if it were asked everything."""
-    protocol = evaluation.build_protocol(organism, case, 1, texts={})
-    edit = an_edit(organism, "v_only")
-    random = {"noise": evaluation.noise(organism, edit, seed=3)}
-    whole = evaluation.measure(organism, protocol, {"edit": edit, **random}, passages=False)
-    measured = evaluation.Measured({name: whole.asked[name] for name in (evaluation.NONE, "edit")}, {})
-    beside = upper_bounds.noise_beside(organism, case, edit, measured, seed=3)
-    expected = evaluation.generalisation(whole, case).query("pathway == 'noise'")
-    pd.testing.assert_frame_equal(beside, expected.reset_index(drop=True))
-    plain = upper_bounds.untold_facts(organism, case, ("held_out",))
-    monkeypatch.setattr(upper_bounds, "tell_once", None)
-    assert upper_bounds.untold_facts(organism, case, ("held_out",), asked=whole.asked[evaluation.NONE]) == plain
 
 
 @pytest.mark.model
@@ -85,23 +67,3 @@ def test_a_prefix_that_cuts_the_prompt_anew_is_refused(smollm2, real):
     for prefix in ("Answer: ", ""):  # the space of the first joins the name
         with pytest.raises(DataError, match="is cut into other tokens"):
             upper_bounds.carried(smollm2, case, facts[:3], prefix, [0])
-
-
-def held_out(repaired: int, capability: int = 0, ratio: float = 1.0) -> Reported:
-    found = pd.DataFrame({"pathway": ["edit", "noise"], "repaired": [repaired, 0], "split": "held_out"})
-    found = found.assign(untold=10, low=0.1, high=0.9, best_control=8)
-    costs = pd.DataFrame({"pathway": "edit", "what": ["capability", "working templates"], "lost": [capability, 0]})
-    text = pd.DataFrame([{"pathway": "edit", "ratio": ratio, "ratio_low": ratio, "ratio_high": ratio}])
-    bled = pd.DataFrame({"pathway": ["none", "edit"], "bled": [1, 2]})
-    free = pd.DataFrame([("prefix", "'x'", 7, 10)], columns=["kind", "context", "told", "n"])
-    reported = Reported()
-    upper_bounds.report_held_out(reported, found, costs, text, bled, free)
-    return reported
-
-
-def test_the_goal_and_the_limits_by_hand():
-    assert held_out(5)["held_out_goal"] and "is reached" in held_out(5)["held_out_verdict"]
-    assert not held_out(4)["held_out_goal"] and "is not reached" in held_out(4)["held_out_verdict"]
-    assert "limits are kept" in held_out(5)["cost_verdict"]
-    for broken in (held_out(5, capability=1), held_out(5, ratio=1.02), held_out(5, ratio=0.98)):
-        assert "limits are not kept" in broken["cost_verdict"]
