@@ -27,11 +27,11 @@ test: .venv/developer  ## lint, types and tests, the real model's included
 record: .venv/ready  ## do every sweep of MODEL anew and write data/record (an hour for smollm2)
 	$(LIB) record --model $(MODEL)
 
-smoke: .venv/ready  ## execute every chapter on the small planted model, and check its numbers
+smoke: .venv/ready  ## execute every chapter on the small planted model, and the regression test of its numbers
 	$(LIB) run --model organism
 	$(LIB) check --model organism
 
-check: .venv/ready  ## compare the last run on MODEL with data/expected
+check: .venv/ready  ## regression test: does the last run on MODEL still give what an earlier one gave (data/expected)
 	$(LIB) check --model $(MODEL)
 
 pages: .venv/developer  ## look at every built page in a browser without network: scripts, pictures, links, accessibility

@@ -11,6 +11,7 @@ The core, in the order data flows through it (imports point upward only; a test 
     static                   input-free diagnostics of every head
     trace                    the exact logit trace of one input                                 -> Capture, LogitTrace
     diagnosis                static and dynamic evidence, and the rule                          -> Diagnosis
+    sinks                    one learned position before every text
     edits, training          an edit, checked and restored; how a pathway is trained            -> Edit
     evaluation               side effects and generalisation of edits
     interventions, peers     ablation and patching; Captum and TransformerLens
@@ -18,6 +19,7 @@ The core, in the order data flows through it (imports point upward only; a test 
 
 Beside it:
 
+    inputs/                  files of facts and YAML as they come, read right or refused; below `facts`
     checkpoints/             where a model's files come from, and whether they are what they say; below `models`
     show/                    figures, tables, sentences: arrays and tables in, things to look at out
     studies/                 what chapters 2 to 9 ask beyond one trace, one edit, one measurement

@@ -1,11 +1,11 @@
 """The command line: `python -m lib --help`."""
 
-import json
 import logging
 import os
 import re
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -48,6 +48,9 @@ BaseOption = Annotated[
     str | None, typer.Option("--model", "-m", help="The base model, where it is not called or kept as the edit says.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Do it again even if nothing changed.")]
+CaseOption = Annotated[
+    Path | None, typer.Option("--case", help="A YAML file: facts, template and controls of your own, for the book's.")
+]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="The file to write; by default in _build.")]
 
 
@@ -83,14 +86,19 @@ def fetch(
 def run(
     chapters: Annotated[list[str] | None, typer.Argument(help="By number or name; all if none is given.")] = None,
     model_name: ModelOption = "smollm2",
-    parameter: Annotated[list[str] | None, typer.Option("--parameter", "-p", help="NAME=VALUE (JSON or text).")] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option("--parameter", "-p", help="NAME=VALUE, of the chapter's kind.")
+    ] = None,
+    case: CaseOption = None,
     force: Force = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Chapters at a time, sharing the cores.")] = 2,
 ) -> None:
     """Execute chapters with papermill; those whose inputs did not change are kept."""
     from lib.press import execute
 
-    chosen, values = execute.choose_chapters(chapters or []), dict(map(_parameter, parameter or []))
+    _use_case(case, model_name)
+    chosen = execute.choose_chapters(chapters or [])
+    values = execute.parse_parameters(chosen, map(_settable, parameter or []))
     execute.run(model_name, chosen, values, force=force, jobs=jobs, say=typer.echo, bars=sys.stdout.isatty())
 
 
@@ -106,14 +114,18 @@ def book(model_name: ModelOption = "smollm2") -> None:
 
     say = typer.echo
     execute.run(model_name, execute.chapter_names(), say=say, bars=sys.stdout.isatty())
-    if not live():
-        spot.spot_check(model_name, say=say)
-    build.dashboard(model_name, say=say)
+    with ThreadPoolExecutor(1) as aside:  # a core is idle while the longest run of the spot-checks ends
+        page = aside.submit(build.dashboard, model_name, say=say)
+        if not live():
+            spot.spot_check(model_name, say=say)
+        page.result()
     build.build(model_name, say=say)
 
 
 @app.command()
-def dashboard(model_name: ModelOption = "smollm2", output: Output = None, force: Force = False) -> None:
+def dashboard(
+    model_name: ModelOption = "smollm2", case: CaseOption = None, output: Output = None, force: Force = False
+) -> None:
     """Make one HTML file of every head, before and after each edit, into _build/dashboard.
 
     It is made from the results of chapters 1, 2, 3 and 5, needs no server and no network, and is kept if nothing
@@ -121,6 +133,7 @@ def dashboard(model_name: ModelOption = "smollm2", output: Output = None, force:
     """
     from lib.press import build
 
+    _use_case(case, model_name)
     build.dashboard(model_name, output, force=force, say=typer.echo)
 
 
@@ -148,7 +161,7 @@ def pdf(model_name: ModelOption = "smollm2", output: Output = None) -> None:
 
 @app.command()
 def check(model_name: ModelOption = "smollm2") -> None:
-    """Compare the last run's numbers with data/expected; exit 1 if one misses."""
+    """Regression test: the last run's numbers beside data/expected, an earlier run's; exit 1 if one misses."""
     from lib.press import check
 
     rows = check.check(model_name)
@@ -236,6 +249,7 @@ def verify(
 def sweep(
     spec: Annotated[str, typer.Argument(help="A .yaml file, or the name of one in data/sweeps.")],
     model_name: Annotated[str | None, typer.Option("--model", "-m", help="Instead of the specification's.")] = None,
+    case: CaseOption = None,
     scheduler: Annotated[str | None, typer.Option(help="Dask's, as tcp://node1:8786; otherwise this machine.")] = None,
     workers: Annotated[int | None, typer.Option(help="On this machine: processes, one model each; one a core.")] = None,
     store: Annotated[Path | None, typer.Option(help="Folder of results; by default _build/sweeps/MODEL/NAME.")] = None,
@@ -255,6 +269,7 @@ def sweep(
     from lib.sweeps import runs
 
     loaded = sweeps.load(spec, model_name=model_name)
+    _use_case(case, loaded.model)
     planned = runs.plan(loaded, store)
     if dry_run:
         typer.echo(runs.estimate(planned, workers))
@@ -386,16 +401,33 @@ def _show(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], **o
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def _parameter(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise BookError(f"--parameter {text!r}: write NAME=VALUE.")
-    if name in ("subject", "model_name"):
+def _settable(text: str) -> str:
+    """A parameter as typed, unless the command sets it itself."""
+    name = text.partition("=")[0].strip()
+    if name == "subject":
         _refuse(f"--parameter {name}: the parameter is called model_name now, and --model sets it.")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
+    if name == "model_name":
+        _refuse("--parameter model_name: --model sets it.")
+    return text
+
+
+def _use_case(path: Path | None, model_name: str) -> None:
+    """Put a case of one's own in the place of the book's, in this process and those that it starts; read before."""
+    from lib import facts
+    from lib.checkpoints.named import split
+    from lib.files import CASE_VARIABLE
+
+    if path is None:
+        return
+    if split(model_name)[0] == "organism":
+        _refuse("--case: the organism's cases are its planted failures; give another model.")
+    facts.read_case(path)
+    os.environ[CASE_VARIABLE] = str(path.resolve())
+
+
+def _printable(text: str) -> str:
+    """A text whose control characters, but line ends and tabs, are written out: none of them reaches a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def main() -> None:
@@ -404,7 +436,7 @@ def main() -> None:
     try:
         app()
     except BookError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        typer.secho(f"error: {_printable(str(error))}", fg="red", err=True)
         raise SystemExit(1) from None
 
 

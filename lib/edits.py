@@ -31,17 +31,19 @@ from lib.files import file_sha256, write_atomically
 from lib.models import Model
 from lib.models import load as load_model
 from lib.recall import tell
+from lib.sinks import check as check_sink
+from lib.sinks import standing
 from lib.sites import Site
-from lib.weights import PATHWAYS, Slice, pathway_slices, places
+from lib.weights import PATHWAYS, SINKS, Slice, pathway_slices, places
 
 FORMAT = "qkv-edit-3"
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What a pathway changed in one layer (0-based) of a model, for which facts under which template (its text), and
-    what was told before and after. bos: the tokens that stood before every text. recipe: objective and hyperparameters,
-    as they were used."""
+    """What a pathway changed in one layer (0-based; of a sink: 0) of a model, for which facts under which template (its
+    text), and what was told before and after. bos: the tokens that stood before every text, without a sink. recipe:
+    objective and hyperparameters, as they were used."""
 
     model_name: str
     base_sha256: str
@@ -62,7 +64,8 @@ class Edit:
 
     @property
     def title(self) -> str:
-        return f"{self.model_name} {Site(self.layer)} {self.pathway}"
+        where = "" if self.pathway in SINKS else f"{Site(self.layer)} "
+        return f"{self.model_name} {where}{self.pathway}"
 
 
 _ENTRIES: dict[str, Any] = {name: (kind, ...) for name, kind in get_type_hints(Edit).items() if name != "values"}
@@ -75,8 +78,8 @@ def make(model: Model, values: dict[Slice, Tensor], **about: Any) -> Edit:
     fields of `Edit` from pathway to recipe, but told_after. Raises EditError as `check` does."""
     told = {"told_before": about["told_before"], "told_after": about["told_before"]}
     draft = Edit(public_name(model.name), model.weights_sha256, bos=model.bos, values=values, **{**about, **told})
-    with applied(model, draft):
-        after = tell(model, draft.facts, {"failing": draft.template})
+    with applied(model, draft) as changed:
+        after = tell(changed, draft.facts, {"failing": draft.template})
     return replace(draft, told_after=tuple(after.told.tolist()))
 
 
@@ -166,10 +169,15 @@ def base_model(edit: Edit, name: str | None = None) -> Model:
 
 @contextmanager
 def applied(model: Model, edit: Edit) -> Iterator[Model]:
-    """The model with the edit in place; `restored` afterwards. Raises EditError as `check` does, before any change."""
+    """The model with the edit in place; `restored` afterwards. What it gives is to be asked: with a sink it reads every
+    text otherwise than the model that was given. Raises EditError as `check` does, before any change."""
     check(model, edit)
-    with written(model.module, edit.values):
-        yield model
+    if edit.pathway in SINKS:
+        with standing(model, edit.values) as changed:
+            yield changed
+    else:
+        with written(model.module, edit.values):
+            yield model
 
 
 @contextmanager
@@ -211,7 +219,10 @@ def check(model: Model, edit: Edit) -> None:
             f"the edit {edit.title!r} was made with {stood} before every text, and {model.name} puts "
             f"{model.before_texts} there; load it as {edit.model_name}."
         )
-    targets(model.module, edit.values)
+    if edit.pathway in SINKS:
+        check_sink(model, edit.values)
+    else:
+        targets(model.module, edit.values)
     try:
         wanted = pathway_slices(model.module, edit.layer, edit.pathway)
     except ValueError as error:
@@ -244,20 +255,39 @@ def targets(model: PreTrainedModel, values: dict[Slice, Tensor]) -> list[Tensor]
 
 def outside_sha256(model: PreTrainedModel, slices: Sequence[Slice]) -> str:
     """sha256 over every byte of the model outside the slices: equal before and after, if nothing leaked."""
-    total = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    sums = _sums_outside(model, slices, {})
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+
+
+def _sums_outside(model: PreTrainedModel, slices: Sequence[Slice], known: dict[str, str]) -> dict[str, str]:
+    """sha256 of each parameter, the slices in it set to zero. known: of whole parameters, which are not read again."""
+    sums = dict[str, str]()
+    for name, parameter in model.named_parameters():
         inside = [part for part in slices if part.name == name]
+        if name in known and not inside:
+            sums[name] = known[name]
+            continue
         left = parameter.detach().clone() if inside else parameter.detach()
         for part in inside:
             part.of(left).zero_()
-        total.update(name.encode())
-        total.update(left.contiguous().view(torch.uint8).cpu().numpy().data)
-    return total.hexdigest()
+        sums[name] = hashlib.sha256(left.contiguous().view(torch.uint8).cpu().numpy().data).hexdigest()
+    return sums
+
+
+def _sums_before(model: Model, slices: Sequence[Slice]) -> dict[str, str]:
+    """`_sums_outside` of the model before an edit. A whole parameter is read for this once in the life of the model:
+    every edit is compared with what it was then, so that what an earlier one left behind would also be seen."""
+    cut = {part.name for part in slices}
+    known = model.memory.setdefault(_sums_before, {})
+    sums = _sums_outside(model.module, slices, known)
+    known |= {name: value for name, value in sums.items() if name not in cut}
+    return sums
 
 
 def outside_bytes(model: PreTrainedModel, slices: Sequence[Slice]) -> int:
     """How many bytes `outside_sha256` vouches for."""
-    return sum(p.nbytes for p in model.parameters()) - sum(part.nbytes for part in places(model, slices))
+    inside = places(model, [part for part in slices if part.name in dict(model.named_parameters())])
+    return sum(p.nbytes for p in model.parameters()) - sum(part.nbytes for part in inside)
 
 
 def verify(model: Model, edit: Edit, *, edited: Model | None = None) -> pd.DataFrame:
@@ -265,9 +295,10 @@ def verify(model: Model, edit: Edit, *, edited: Model | None = None) -> pd.DataF
     edited: a model that has the edit in its weights, to ask instead of the one with the edit applied. Raises
     EditError if a byte outside the slices differs between before and after."""
     template, slices = {"failing": edit.template}, tuple(edit.values)
-    before, outside = tell(model, edit.facts, template), outside_sha256(model.module, slices)
+    before, outside = tell(model, edit.facts, template), _sums_before(model, slices)
     with applied(model, edit) if edited is None else nullcontext(edited) as changed:
-        if outside_sha256(changed.module, slices) != outside:
+        exported = edited is not None and edit.pathway in SINKS  # with a row more, which who exports it compares
+        if not exported and _sums_outside(changed.module, slices, {}) != outside:
             raise EditError(f"with the edit {edit.title!r}, {changed.name} differs from its base outside the slices.")
         after = tell(changed, edit.facts, template)
     asked = [
@@ -303,7 +334,7 @@ def _fault(edit: Edit) -> str | None:
 
 
 def outside_unchanged(model: Model, edit: Edit) -> bool:
-    """Whether every byte outside the slice is the same with the edit in place as without."""
-    before = outside_sha256(model.module, tuple(edit.values))
+    """Whether every byte outside the slice is the same with the edit in place as without: each is read once more."""
+    before = _sums_before(model, tuple(edit.values))
     with applied(model, edit):
-        return outside_sha256(model.module, tuple(edit.values)) == before
+        return _sums_outside(model.module, tuple(edit.values), {}) == before

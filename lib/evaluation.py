@@ -1,6 +1,7 @@
 """Side effects of an edit: the source page's 25 probes, and what "zero side effects" leaves out.
 
-    probes          15 of general capability and 10 of unrelated tasks, item by item: which were right and are wrong now
+    probes          15 of general capability and 10 of unrelated tasks, item by item: which were right and are wrong
+                    now; and, where asked for, 88 more of capability
     passages        perplexity, and KL from the untouched model, on texts that no training saw
     other relations of the same countries: does "France's currency is the" still say what it said?
     other templates of the same facts: those that fail too (paraphrases), and those that worked
@@ -17,7 +18,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -28,21 +29,23 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lib.edits import Edit
+from lib.edits import Edit, applied
 from lib.errors import DataError, EditError
 from lib.facts import Case, Fact, load_templates, prompts
 from lib.files import DATA, file_sha256
 from lib.forward import Bias, Pack, Streams, above, beside, pack, packs, streams
 from lib.models import Model
 from lib.recall import scorable
-from lib.statistics import block_interval, exact_interval, gaussian, paired
+from lib.statistics import block_interval, cluster_interval, exact_interval, gaussian, paired
 from lib.training import slice_values
+from lib.weights import SINKS
 
 WINDOW = 512  # tokens of a passage read at once, or as many as the model reads
 BLOCK = 32  # tokens of a block of the bootstrap: neighbouring tokens are not independent
 BAND = 0.01  # a change of perplexity that this book calls small
 MOVED = 0.1  # nats: a token whose loss changed by more than this has moved
 ELSEWHERE = "working templates, other facts"
+MORE, CAPABILITY = "more capability", "capability, all probes"  # the set of further probes; and they with the 15
 WIKITEXT, WIKITEXT_FILE = "Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"
 ARTICLES = 10  # of WikiText-2
 WIKITEXT_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
@@ -92,6 +95,13 @@ def load_probes() -> pd.DataFrame:
     return pd.concat(parts).rename(columns={"id": "item"})[["set", "item", "kind", "prompt", "answer"]]
 
 
+def load_more_probes() -> pd.DataFrame:
+    """The further frozen probes of capability, as `load_probes` has them. No recorded sweep reads them."""
+    content = yaml.safe_load((DATA / "more_probes.yaml").read_text(encoding="utf-8"))
+    parts = [pd.DataFrame(items).assign(set=MORE, kind=kind) for kind, items in content.items()]
+    return pd.concat(parts).rename(columns={"id": "item"})[["set", "item", "kind", "prompt", "answer"]]
+
+
 def load_relations(model: Model, facts: Sequence[Fact]) -> pd.DataFrame:
     """Other relations of the facts' subjects: item (the relation), template (its text), subject, answer. The organism
     brings its own."""
@@ -104,14 +114,14 @@ def load_relations(model: Model, facts: Sequence[Fact]) -> pd.DataFrame:
     return pd.concat([table[table["item"] == r].assign(template=t) for r, ts in templates.items() for t in ts.values()])
 
 
-def questions(model: Model, case: Case) -> pd.DataFrame:
+def questions(model: Model, case: Case, *, more: bool = False) -> pd.DataFrame:
     """Everything with one right next token. set: capability, unrelated, relations, eight (the case's facts under every
-    template), large (the other scorable facts under the failing template and the controls)."""
+    template), large (the other scorable facts under the failing template and the controls); with more, also MORE."""
     templates, trained = load_templates(), {f.subject for f in case.facts}
     large = [f for f in scorable(model, case.large) if f.subject not in trained and f.split != "eight"]
     relations = load_relations(model, case.facts)
     filled = [t.replace("{}", s) for t, s in zip(relations.template, relations.subject, strict=True)]
-    parts = [load_probes(), relations.assign(set="relations", prompt=filled)]
+    parts = [load_probes(), *([load_more_probes()] if more else []), relations.assign(set="relations", prompt=filled)]
     for name, facts, used in (("eight", case.facts, templates), ("large", large, (case.template, *case.controls))):
         rows = pd.DataFrame(facts).assign(set=name)
         parts += [rows.assign(template=t, prompt=prompts(facts, templates[t])) for t in used]
@@ -139,11 +149,7 @@ def build_protocols(
     stands for changes of the logits alone. texts: passages by name, or the book's. table: some of `questions`. run: how
     streams are come by."""
     table = questions(model, case) if table is None else table.reset_index(drop=True)
-    protocols = {layer: Protocol(layer, table, [], []) for layer in layers}
-    for batch in packs(model, [model.token_ids(p) for p in table.prompt], share=True):
-        before = run(model, batch, layers)
-        for layer, protocol in protocols.items():
-            protocol.prompts.append((batch, before[layer]))
+    protocols = _prompts(model, table, layers, run)
     end, size = model.weights.n_layers, min(WINDOW, model.weights.context)
     for name, text in tqdm((load_passages() if texts is None else texts).items(), desc="passages", leave=False):
         for ids in model.windows(text, size):
@@ -152,6 +158,21 @@ def build_protocols(
             final = model.weights.norm_final_module(before[end])
             for layer, protocol in protocols.items():
                 protocol.passages.append(Passage(name, window, before[layer], final))
+    return protocols
+
+
+def _prompts(
+    model: Model,
+    table: pd.DataFrame,
+    layers: Sequence[int],
+    run: Callable[[Model, Pack, Sequence[int]], Streams] = streams,
+) -> dict[int, Protocol]:
+    """Protocols with the questions of a table, and no passages."""
+    protocols = {layer: Protocol(layer, table, [], []) for layer in layers}
+    for batch in packs(model, [model.token_ids(p) for p in table.prompt], share=True):
+        before = run(model, batch, layers)
+        for layer, protocol in protocols.items():
+            protocol.prompts.append((batch, before[layer]))
     return protocols
 
 
@@ -184,6 +205,9 @@ def load_wikitext() -> Texts:
 @torch.no_grad()
 def score_questions(model: Model, protocol: Protocol, edit: Edit | None, *, bias: Bias = None) -> pd.DataFrame:
     """The questions with told, prob (of the answer), top (the token said), margin (in logits). bias: of all logits."""
+    if edit is not None and edit.pathway in SINKS:  # every layer reads otherwise: all is run again
+        with applied(model, edit) as changed:
+            return score_questions(changed, _prompts(changed, protocol.questions, [0])[0], None, bias=bias)
     values, scores = _values(protocol, edit), []
     answers = torch.tensor(protocol.questions.answer_token.to_numpy())[:, None]
     sizes = [len(batch.last) for batch, _ in protocol.prompts]
@@ -211,8 +235,7 @@ def score_passages(
     parts, start, rows = {name: list[pd.DataFrame]() for name in edits}, 0, [name for name in edits if name != NONE]
     first = int(divergence or NONE in edits)  # row 0 is the untouched model
     for passage in tqdm(protocol.passages, desc="passages", leave=False, disable=len(edits) < 2):
-        layer, texts, entering = protocol.layer, passage.pack, passage.entering
-        edited = [above(model, texts, layer, entering, _values(protocol, edits[name])) for name in rows]
+        texts, edited = passage.pack, [_final(model, protocol, passage, edits[name]) for name in rows]
         finals = torch.stack([passage.final] * first + edited)[:, :-1]
         nll, kl = beside(finals, texts.tokens[1:], model.weights.W_U, bias, first=first)
         block = start + np.arange(nll.shape[1]) // BLOCK
@@ -222,6 +245,20 @@ def score_passages(
             columns = {"nll": nll[row].cpu().numpy(), "kl": kl[row].cpu().numpy() if divergence else np.nan}
             parts[name].append(pd.DataFrame({"passage": passage.name, "block": block, **columns}))
     return {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
+
+
+def _final(model: Model, protocol: Protocol, passage: Passage, edit: Edit | None) -> Float[Tensor, "t d_model"]:
+    """The final stream (normalised) of a passage's tokens with an edit. With a sink there is one token more: left out
+    is the row that no token of the passage follows, so that each row is followed by what followed it; and the last
+    token, which nothing follows, makes room (its row repeats the one before)."""
+    if edit is None or edit.pathway not in SINKS:
+        return above(model, passage.pack, protocol.layer, passage.entering, _values(protocol, edit))
+    tokens, place = passage.pack.tokens.tolist(), len(model.bos)
+    with applied(model, edit) as changed:
+        texts = pack(changed, [[*tokens[:place], changed.bos[-1], *tokens[place:-1]]])
+        final = above(changed, texts, 0, changed.weights.embed(texts.tokens, texts.position))
+    left_out = max(place - 1, 0)
+    return torch.cat((final[:left_out], final[left_out + 1 :], final[-1:]))
 
 
 def measure(
@@ -258,10 +295,10 @@ def flips(measured: Measured, *sets: str) -> pd.DataFrame:
 
 
 def kinds(asked: pd.DataFrame, case: Case, told_before: pd.Series) -> dict[str, pd.Series]:
-    """Which of the questions are of which kind."""
+    """Which of the questions are of which kind; CAPABILITY only where MORE was asked."""
     failing, control = asked.template == case.template, asked.template.isin(case.controls)
-    eight, large = asked.set == "eight", asked.set == "large"
-    return {
+    eight, large, more = asked.set == "eight", asked.set == "large", asked.set == MORE
+    return ({CAPABILITY: more | (asked.set == "capability")} if more.any() else {}) | {
         "capability": asked.set == "capability",
         "unrelated": asked.set == "unrelated",
         "the facts": eight & failing,
@@ -274,10 +311,12 @@ def kinds(asked: pd.DataFrame, case: Case, told_before: pd.Series) -> dict[str, 
 
 
 def outcomes(measured: Measured, case: Case) -> pd.DataFrame:
-    """`paired` for each pathway and each kind of question; long form, with pathway and what."""
+    """`paired` for each pathway and each kind of question; long form, with pathway and what. Questions about one
+    country, under several templates or of several relations, are one cluster; a probe is a cluster of its own."""
     before = measured.asked[NONE]
+    about = before.subject.where(before.subject != "", before["item"])
     rows = [
-        {"pathway": name, "what": what, **paired(before.told[pick], measured.asked[name].told[pick])}
+        {"pathway": name, "what": what, **paired(before.told[pick], measured.asked[name].told[pick], about[pick])}
         for name in measured.names
         for what, pick in kinds(before, case, before.told).items()
     ]
@@ -318,14 +357,18 @@ def bleeding(model: Model, measured: Measured, case: Case) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["pathway", "bled", "prompts"])
 
 
-def perplexity(measured: Measured, *, seed: int = 0) -> pd.DataFrame:
-    """One row a pathway: perplexity before and after, their ratio with a 95 % bootstrap interval over blocks of
-    tokens, mean KL a token, and the share of tokens whose loss changed by more than a tenth of a nat."""
+def perplexity(measured: Measured, *, by: Literal["passage", "block"] = "passage", seed: int = 0) -> pd.DataFrame:
+    """One row a pathway: perplexity before and after, their ratio with a 95 % bootstrap interval, mean KL a token, and
+    the share of tokens whose loss changed by more than a tenth of a nat. by: what is drawn for the interval. Whole
+    passages: it holds for texts of their kind. Blocks of tokens (or where there is one passage): for these texts only.
+    """
     before, rows = measured.tokens[NONE], []
+    by = by if before.passage.nunique() > 1 else "block"
+    drawn = cluster_interval if by == "passage" else block_interval
     for name in measured.names:
         after = measured.tokens[name]
         change = after.nll - before.nll
-        interval = np.exp(block_interval(change, before.block, seed))
+        interval = np.exp(drawn(change, before[by], seed))
         means = np.exp([before.nll.mean(), after.nll.mean(), change.mean()])
         moved = float((change.abs() > MOVED).mean())
         rows.append((name, len(before), *means, *interval, after.kl.mean(), moved))

@@ -18,6 +18,7 @@ from lib.errors import BookError, ChapterError
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
 BUILD = ROOT / "_build"
+CASE_VARIABLE = "QKV_CASE"  # of the environment: the file of a case of one's own
 BENCH = "bench.json"  # in data/: the record of a benchmark
 
 
@@ -31,9 +32,19 @@ def live() -> bool:
     return os.environ.get("RECORD", "").lower() == "off"
 
 
+def case_file() -> Path | None:
+    """The case of one's own ($QKV_CASE) that stands in the place of the book's."""
+    return Path(path) if (path := os.environ.get(CASE_VARIABLE)) else None
+
+
 def slug(name: str) -> str:
     """A model's name as a folder name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
+
+
+def run_folder(model_name: str) -> str:
+    """The name of the folder of what was run: of a model on the book's cases, or on a case of one's own."""
+    return slug(model_name) + (f"+{slug(case.stem)}" if (case := case_file()) else "")
 
 
 def make_folder(folder: Path) -> Path:

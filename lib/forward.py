@@ -155,11 +155,12 @@ def streams(model: Model, texts: Pack, layers: Iterable[int]) -> Streams:
 
 
 def above(model: Model, texts: Pack, layer: int, stream: Stream, values: Values = None, read: Which = None) -> Rows:
-    """The final residual stream, normalised, from the stream that enters a layer; differentiable in the values. read:
-    the rows that are wanted, in this order; all, if not given. With values, the last layer is run for these alone, by
-    the view of its weights: changes of these in place are seen; hooks, adapters and modules put for its own are not."""
+    """The final residual stream, normalised, from the stream that enters a layer; differentiable in both. read: the
+    rows that are wanted, in this order; all, if not given. With values, or a sink, the last layer is run for these
+    alone, by the view of its weights: changes of these in place are seen; hooks, adapters and modules put for its own
+    are not."""
     norm, end = model.weights.norm_final_module, model.weights.n_layers - 1
-    if read is None or not values or layer == end:
+    if read is None or not (values or model.weights.sink) or layer == end:
         final = norm(_blocks(model, texts, stream, range(layer, end + 1), values))
         return final if read is None else final[read]
     stream = _blocks(model, texts, stream, range(layer, end), values)
@@ -186,9 +187,9 @@ class Past:
 def past(block: Block, texts: Pack, stream: Stream, at: Which = None) -> Past:
     """What the tokens in the rows `at` of a pack, or its last ones, look back on. stream: what enters the block."""
     x, attn, at = block.norm_attn(stream), block.attn, texts.last if at is None else at
-    keys = attn.rotated(attn.keys(x), texts.position)
+    keys, values = attn.looked_at(x, texts.position)
     before = texts.sees_in(attn)[at].scatter(1, at[:, None], False)
-    return Past(keys[None], attn.values(x)[None], before, texts.position[at])
+    return Past(attn.rotated(keys, texts.position)[None], values[None], before, texts.position[at])
 
 
 def gathered(block: Block, past: Past, rows: Rows) -> Float[Tensor, "m n_heads d_head"]:
@@ -233,6 +234,8 @@ def ends(model: Model, texts: Pack, before: Streams, rows: Rows, start: int, at:
 def _blocks(model: Model, texts: Pack, stream: Stream, layers: range, values: Values = None) -> Stream:
     """The model's own blocks; the first one with the values in place."""
     weights, stream = model.weights, stream[None]
+    if weights.sink is not None:
+        weights.sink.rows = (texts.position == weights.sink.index)[None]
     kinds = {(a.window, a.rotary): a for a in (weights.blocks[i].attn for i in layers)}
     extras = {kind: _extra(texts, stream, attn) for kind, attn in kinds.items()}
     for layer in layers:

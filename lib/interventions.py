@@ -231,7 +231,7 @@ def _run_on(
     rows = torch.arange(len(last))
     for block in weights.blocks[len(layers) :]:
         attn, x = block.attn, block.norm_attn(stream)
-        (pattern, keys), values = attn.attend(x), attn.values(x)
+        pattern, keys, values = attn.attend(x)
         z = attn.mix(pattern, values).transpose(1, 2)
         middle = stream + block.write_heads(z)
         mlp = block.write_mlp(stream, middle)

@@ -4,6 +4,7 @@ What a model may be, and where its files come from, is the matter of `lib.checkp
 model's own tokenizer puts there (`Model.bos`), and nothing else is ever added.
 """
 
+import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,11 @@ from lib.checkpoints.named import FORCED, SPECS, Terms, spec_of, split
 from lib.checkpoints.reading import read
 from lib.errors import DataError, ModelError
 from lib.weights import Weights, check_view, view
+
+# Scripts written without spaces: Thai, Lao, Burmese, Khmer, kana, Chinese characters
+SPACELESS = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,15 @@ class Model:
         """Token ids of a text with nothing before it."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
+    @staticmethod
+    def joined(before: str, text: str) -> str:
+        """A text and the word after it: with a space between, but before a script that is written without."""
+        return f"{before}{'' if SPACELESS.match(text) else ' '}{text}"
+
     def word(self, text: str, after: str = "is") -> list[int]:
-        """Token ids of a word where it stands after others, with a space between: what `after` lacks of both together.
+        """Token ids of a word where it stands after others, `joined` to them: what `after` lacks of both together.
         So it is also right for tokenizers that put a space before every text (Llama 2's)."""
-        alone, both = self.pieces(after), self.pieces(f"{after} {text}")
+        alone, both = self.pieces(after), self.pieces(self.joined(after, text))
         shared = next((i for i, pair in enumerate(zip(alone, both, strict=False)) if pair[0] != pair[1]), len(alone))
         return both[shared:]
 
@@ -74,6 +85,8 @@ class Model:
         return [window for window in cut if len(window) > 1]
 
     def token_text(self, token: int) -> str:
+        if token == len(self.weights.W_E):
+            return "<sink>"  # of `lib.sinks`
         return str(self.tokenizer.decode([token]))
 
     @property

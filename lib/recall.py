@@ -1,6 +1,7 @@
 """What a model tells and knows of facts. Measured, never assumed:
 
-    told               the answer's first token is the top-1 next token under the case's template
+    told               the answer's first token is the top-1 next token under the case's template; or that of any of
+                       the answers that are accepted
     known              it is top-1 under at least one control template
     routing failure    known and not told
 
@@ -8,8 +9,9 @@
 every top-1 score, and counted where they are left out.
 """
 
+import unicodedata
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lib.errors import DataError
-from lib.facts import Case, Fact, load_mapping, prompts
+from lib.facts import Case, Fact, OpenFact, load_mapping, prompts
 from lib.files import DATA
 from lib.forward import next_token_logits
 from lib.models import Model
@@ -39,25 +41,34 @@ def load_prefixes(model: Model, path: Path = DATA / "prefixes.yaml") -> dict[str
 
 
 def screen(model: Model, facts: Sequence[Fact]) -> pd.DataFrame:
-    """One row a fact: its first token, and why it cannot be scored by it (empty: it can).
+    """One row a fact: its (first) answer's first token, and why it cannot be scored by it (empty: it can).
 
-    odd split        the first token is a single letter or has no letter at all
+    odd split        the first token is a single letter, a part of one, or has no letter at all; a syllable or a word
+                     that is written as one character (Chinese, Korean, Japanese) is no single letter
     merged           the tokenizer joins the answer to the prompt before it
     echo             the subject starts the answer, so that copying would count as telling
     shared           another answer of the set starts with the same token
     """
-    table = pd.DataFrame(map(astuple, facts), columns=["subject", "answer", "split"])
+    table = pd.DataFrame([(f.subject, f.answer, f.split) for f in facts], columns=["subject", "answer", "split"])
     table["token"] = [model.first_token(answer) for answer in table.answer]
     table["token_text"] = [model.token_text(token) for token in table.token]
     before = model.pieces("is")
     reasons = {
-        "odd split": [sum(c.isalpha() for c in text) < 2 for text in table.token_text],
-        "merged": [model.pieces(f"is {a}") != before + model.word(a) for a in table.answer],
+        "odd split": [_letters(text) < 2 for text in table.token_text],
+        "merged": [model.pieces(model.joined("is", a)) != before + model.word(a) for a in table.answer],
         "echo": [t.strip().lower() in s.lower() for t, s in zip(table.token_text, table.subject, strict=True)],
         "shared": table.groupby("token").answer.transform("nunique") > 1,
     }
     table["left_out"] = np.select(list(reasons.values()), list(reasons), "").tolist()
     return table
+
+
+def _letters(text: str) -> int:
+    """How many letters a token has: a wide character, which is a syllable or a word, counts as two, and so does a
+    letter with a vowel sign; a part of a character is none."""
+    wide = [unicodedata.east_asian_width(c) == "W" for c in text if c.isalpha()]
+    marks = sum(unicodedata.category(c) == "Mc" for c in text)
+    return len(wide) + sum(wide) + marks
 
 
 def first_tokens(model: Model, facts: Sequence[Fact]) -> Int[Tensor, " fact"]:
@@ -72,13 +83,19 @@ def left_out_words(screened: pd.DataFrame) -> str:
 
 
 def scorable(model: Model, facts: Sequence[Fact]) -> tuple[Fact, ...]:
-    """The facts that `screen` leaves in. Raises DataError where none is left."""
+    """The facts that `screen` leaves in, with those of their further answers that it would leave in as well. Raises
+    DataError where none is left."""
     left = tuple(f for f, reason in zip(facts, screen(model, facts).left_out, strict=True) if not reason)
     if not left:
         raise DataError(
             f"none of the {len(facts)} answers can be told by its first token with {model.name}'s tokenizer."
         )
-    return left
+    if not any(isinstance(f, OpenFact) for f in left):
+        return left
+    every = [Fact(f.subject, answer) for f in left for answer in f.accepted]
+    fit = {(f.subject, f.answer) for f, why in zip(every, screen(model, every).left_out, strict=True) if not why}
+    kept = {f.subject: tuple(a for a in f.accepted[1:] if (f.subject, a) in fit) for f in left}
+    return tuple(replace(f, also=kept[f.subject]) if isinstance(f, OpenFact) else f for f in left)
 
 
 def trainable(model: Model, case: Case) -> Case:
@@ -104,29 +121,38 @@ def tell(
     progress: str | None = None,
 ) -> pd.DataFrame:
     """What the model says: one row a template and fact. told; rank of the answer (1 is the top); prob of the
-    answer; top token; competitor (the strongest wrong token) and margin (answer minus competitor, in logits). known:
-    a table of the same model; no prompt of it is asked again."""
+    answer; top token; competitor (the strongest wrong token) and margin (answer minus competitor, in logits). Of a fact
+    with several answers, these are of the one that the model ranks highest; answer_token is always that of the first.
+    known: a table of the same model; no prompt of it is asked again."""
     asked = [(name, fact, prompts([fact], text, prefix)[0]) for name, text in templates.items() for fact in facts]
-    rows = {} if known is None else {(row["prompt"], row["answer"]): row for row in known.to_dict("records")}
-    new = [(prompt, fact.answer) for _, fact, prompt in asked if (prompt, fact.answer) not in rows]
+    rows = {} if known is None else {(row["prompt"], _accepted(row)): row for row in known.to_dict("records")}
+    new = [(prompt, fact.accepted) for _, fact, prompt in asked if (prompt, fact.accepted) not in rows]
     logits = next_token_logits(model, [prompt for prompt, _ in new], progress=progress) if new else torch.empty(0)
     rows |= {
-        (prompt, answer): _said(model, prompt, answer, row) for (prompt, answer), row in zip(new, logits, strict=True)
+        (prompt, accepted): _said(model, prompt, accepted, row)
+        for (prompt, accepted), row in zip(new, logits, strict=True)
     }
-    questions = [({"template": name, **asdict(fact)}, rows[prompt, fact.answer]) for name, fact, prompt in asked]
+    questions = [({"template": name, **asdict(fact)}, rows[prompt, fact.accepted]) for name, fact, prompt in asked]
     return pd.DataFrame([question | row | question for question, row in questions])  # first, and as asked here
 
 
-def _said(model: Model, prompt: str, answer: str, logits: Float[Tensor, " vocab"]) -> dict[str, Any]:
+def _accepted(row: dict[str, Any]) -> tuple[str, ...]:
+    """The accepted answers of a row of a `tell` table, which has further ones only where some fact has."""
+    also = row.get("also")
+    return (row["answer"], *also) if isinstance(also, tuple) else (row["answer"],)
+
+
+def _said(model: Model, prompt: str, answers: tuple[str, ...], logits: Float[Tensor, " vocab"]) -> dict[str, Any]:
     """The columns of a `tell` table that the model's answer to one prompt fills."""
-    token, wrong = model.first_token(answer, prompt), logits.clone()
-    logit, wrong[token] = logits[token].item(), float("-inf")
+    tokens, wrong = [model.first_token(answer, prompt) for answer in answers], logits.clone()
+    best, wrong[tokens] = logits[tokens].max(), float("-inf")
+    logit = best.item()
     strongest = int(wrong.argmax())
     other = wrong[strongest].item()
-    prob = (logits[token] - logits.logsumexp(-1)).exp().item()
+    prob = (best - logits.logsumexp(-1)).exp().item()
     top = {"rank": int((logits > logit).sum()) + 1, "prob": prob, "top": model.token_text(int(logits.argmax()))}
     rival = {"competitor_token": strongest, "competitor": model.token_text(strongest), "margin": logit - other}
-    return {"prompt": prompt, "told": logit > other, **top, "answer_token": token, **rival}
+    return {"prompt": prompt, "told": logit > other, **top, "answer_token": tokens[0], **rival}
 
 
 def known_and_told(table: pd.DataFrame, case: Case) -> pd.DataFrame:

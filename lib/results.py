@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 
 from lib import __version__
 from lib.errors import ChapterError
-from lib.files import BUILD, commit, make_folder, slug, write_atomically
+from lib.facts import case_sums
+from lib.files import BUILD, commit, make_folder, run_folder, write_atomically
 from lib.models import Model
 from lib.sites import Site
 
@@ -50,6 +51,7 @@ class Results:
             "python": platform.python_version(),
             "packages": {name: version(name) for name in PACKAGES},
             "seed": seed,
+            **({"case": sums} if (sums := case_sums(model.name)) else {}),
             "threads": torch.get_num_threads(),
             "start": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -93,7 +95,7 @@ class Results:
 
 def results_path(model_name: str, chapter: str) -> Path:
     """Where a chapter's results stand."""
-    return BUILD / "results" / slug(model_name) / f"{chapter}.json"
+    return BUILD / "results" / run_folder(model_name) / f"{chapter}.json"
 
 
 def chapter_folder(model_name: str, chapter: str) -> Path:

@@ -17,6 +17,7 @@ and the model is not touched at all.
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, product
@@ -34,12 +35,13 @@ from tqdm.auto import tqdm
 from lib.diagnosis import prescribe
 from lib.edits import Edit, load_all, make
 from lib.errors import DataError, EditError
-from lib.facts import Case, Fact, load_templates
+from lib.facts import Case, Fact, load_templates, prompts
 from lib.files import DATA
-from lib.forward import Pack, Reference, above, log_normalisers, pack, packs, reference, streams
+from lib.forward import Pack, Reference, above, log_normalisers, pack, packs, reference, resid_pre, streams
 from lib.models import Model
 from lib.recall import screen, tell
-from lib.weights import PATHWAYS, Slice, pathway_slices, places
+from lib.sinks import ordinary, standing
+from lib.weights import PATHWAYS, SINK_SLICES, SINKS, Slice, pathway_slices, places
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class Task:
     n_training: int  # how many of them, the first, training draws from; the others are for choosing
     window_streams: Float[Tensor, "window t d_model"]  # the streams of these
     untouched: Reference  # what it says, at the compared positions of the windows: (window, positions)
+    sink: bool = False  # whether prompts and windows have one, which `untouched` has not
 
 
 def neutral_windows(model: Model, length: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -161,7 +164,7 @@ def tasks_at(model: Model, case: Case, layers: Sequence[int], recipe: Recipe = D
     texts = [model.token_ids(p) for p in told.prompt]
     found = [(batch, streams(model, batch, [*layers, end])) for batch in packs(model, training + choosing)]
     final = [x[end][_compared(len(batch.last), recipe)] for batch, x in found]
-    untouched = reference(model.weights.norm_final_module(torch.cat(final)), model.weights.W_U)
+    untouched = _said(model, torch.cat(final), recipe.positions)
     prompts = streams(model, pack(model, texts), layers)
     size = (-1, recipe.window, model.weights.d_model)
     entering = {layer: torch.cat([x[layer].view(size) for _, x in found]) for layer in layers}
@@ -175,13 +178,68 @@ def tasks_at(model: Model, case: Case, layers: Sequence[int], recipe: Recipe = D
         answers=torch.tensor(told.answer_token.tolist()),
         windows=training + choosing,
         n_training=len(training),
-        untouched=untouched[torch.arange(len(untouched.log_z)).view(-1, recipe.positions)],
+        untouched=untouched,
     )
     return {x: at_layer(layer=x, prompt_stream=prompts[x], window_streams=entering[x]) for x in layers}
 
 
+@torch.no_grad()
+def sink_task(model: Model, task: Task) -> Task:
+    """The same lesson for a sink: prompts and neutral windows have it before them, and what enters is embeddings. The
+    model is still held to what it says without one. Raises EditError where that says nothing at a compared position."""
+    recipe, bos = task.recipe, len(model.bos)
+    if recipe.read[0] <= bos:
+        raise EditError(
+            f"a window is compared at position {int(recipe.read[0])}, where the sink stands; compare fewer."
+        )
+    with standing(model, ordinary(model, "sink_token")) as changed:
+        training, choosing = neutral_windows(changed, recipe.window)
+        streams = changed.weights.embed(torch.tensor(training + choosing))
+    without = [[*w[:bos], *w[bos + 1 :]] for w in training + choosing]
+    untouched = _untouched(model, without, recipe.read - 1)
+    lesson = replace(task, windows=training + choosing, n_training=len(training), window_streams=streams)
+    return with_facts(model, replace(lesson, layer=0, untouched=untouched, sink=True), task.facts)
+
+
+@torch.no_grad()
+def with_facts(model: Model, task: Task, facts: tuple[Fact, ...]) -> Task:
+    """The same task with other facts. Raises DataError as `task_at` does."""
+    _identifiable(model, facts)
+    told = tell(model, facts, {"failing": task.template})
+    first = ordinary(model, "sink_token") if task.sink else {}
+    with standing(model, first) if task.sink else nullcontext(model) as changed:
+        ids = [changed.token_ids(p) for p in prompts(facts, task.template)]
+        stream = resid_pre(changed, pack(changed, ids), task.layer)
+        whole = pack(changed, ids + task.windows[: task.recipe.windows])
+    return replace(
+        task,
+        facts=facts,
+        told_before=tuple(told.told.tolist()),
+        texts=whole,
+        prompt_stream=stream,
+        answers=torch.tensor(told.answer_token.tolist()),
+    )
+
+
+def _untouched(model: Model, windows: list[list[int]], read: Int[Tensor, " positions"]) -> Reference:
+    """What the model says at some positions of windows of equal length: (window, positions)."""
+    end, size, final = model.weights.n_layers, len(windows[0]), []
+    for batch in packs(model, windows):
+        at = (torch.arange(len(batch.last))[:, None] * size + read).flatten()
+        final.append(streams(model, batch, [end])[end][at])
+    return _said(model, torch.cat(final), len(read))
+
+
+def _said(model: Model, final: Float[Tensor, "n d_model"], positions: int) -> Reference:
+    """What final streams say: (window, positions)."""
+    said = reference(model.weights.norm_final_module(final), model.weights.W_U)
+    return said[torch.arange(len(said.log_z)).view(-1, positions)]
+
+
 def slice_values(model: Model, slices: Sequence[Slice]) -> dict[Slice, Tensor]:
-    """A copy of each slice's values."""
+    """A copy of each slice's values; of a sink's, those that training starts from."""
+    if pathway := next((name for name in SINKS if set(slices) == set(SINK_SLICES[name])), None):
+        return ordinary(model, pathway)
     return {s: x.detach().clone() for s, x in zip(slices, places(model.module, slices), strict=True)}
 
 
@@ -192,11 +250,23 @@ def losses(
     answer's logit exceeds every other token's. One pass over prompts and windows together."""
     stream, n = torch.cat((task.prompt_stream, task.window_streams[rows].flatten(0, 1))), len(task.facts)
     read = torch.cat((task.texts.last[:n], len(task.prompt_stream) + _compared(len(rows), task.recipe)))
-    final, W_U = above(model, task.texts, task.layer, stream, values, read), model.weights.W_U
+    final, W_U = _above(model, task, task.texts, stream, values, read), model.weights.W_U
     log_z, others = log_normalisers(final, W_U, task.answers)
     answers = (final[:n] * W_U[:, task.answers].T).sum(-1)  # their logits
     kl = task.untouched[rows].divergence(*(x[n:].unflatten(0, (len(rows), -1)) for x in (final, log_z)))
     return (log_z[:n] - answers).mean(), kl.mean(), answers.detach() - others
+
+
+def _above(
+    model: Model, task: Task, texts: Pack, stream: Tensor, values: dict[Slice, Tensor], read: Tensor
+) -> Float[Tensor, "n d_model"]:
+    """`forward.above` for what a task trains."""
+    if not task.sink:
+        return above(model, texts, task.layer, stream, values, read)
+    with standing(model, values) as changed:
+        at, place = texts.position == len(model.bos), torch.tensor(changed.bos[-1:])
+        own = changed.weights.embed(place, torch.tensor([len(model.bos)]))
+        return above(changed, texts, 0, torch.where(at[:, None], own, stream), read=read)
 
 
 def train(
@@ -205,6 +275,8 @@ def train(
     """Train one pathway at one rate (Adam, no weight decay). seed: of the order in which neutral windows come. masks:
     Boolean, of a slice: the entries that may change; all, if not given."""
     start, slices = perf_counter(), pathway_slices(model.module, task.layer, pathway)
+    if task.sink != (pathway in SINKS):
+        raise EditError(f"{pathway} needs a task {'with' if pathway in SINKS else 'without'} a sink (`sink_task`).")
     leaves = {s: v.requires_grad_() for s, v in slice_values(model, slices).items()}
     for part, mask in (masks or {}).items():  # Adam without weight decay leaves what has never had a gradient alone
         leaves[part].register_hook(lambda gradient, mask=mask: gradient * mask)
@@ -248,7 +320,7 @@ def neutral_kl(model: Model, task: Task, values: dict[Slice, Tensor]) -> float:
     unseen = list(packs(model, task.windows[task.n_training :]))
     entering = task.window_streams[task.n_training :].split([len(texts.last) for texts in unseen])
     final = [
-        above(model, texts, task.layer, stream.flatten(0, 1), values, _compared(len(texts.last), task.recipe))
+        _above(model, task, texts, stream.flatten(0, 1), values, _compared(len(texts.last), task.recipe))
         for texts, stream in zip(unseen, entering, strict=True)
     ]
     untouched, edited = task.untouched[task.n_training :], torch.cat(final)
@@ -294,7 +366,8 @@ def compare(
 ) -> Comparison:
     """The grid for each pathway, with one seed, in one process."""
     points = tqdm(list(product(pathways, task.recipe.rates)), desc="training", disable=not progress)
-    runs = [train(model, task, pathway, rate=rate, seed=seed) for pathway, rate in points]
+    tasks = dict.fromkeys(pathways, task) | {name: sink_task(model, task) for name in SINKS if name in pathways}
+    runs = [train(model, tasks[pathway], pathway, rate=rate, seed=seed) for pathway, rate in points]
     grid = summary(runs)
     best = chosen_rows(grid)
     first = {runs[i].pathway: runs[i] for i in best.index}

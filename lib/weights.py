@@ -23,7 +23,9 @@ from transformers.activations import ACT2FN
 
 from lib.errors import ModelError
 
-PATHWAYS = ("full", "attention", "ffn", "v_only", "q_only", "k_only")
+OF_A_LAYER = ("full", "attention", "ffn", "v_only", "q_only", "k_only")
+SINKS = ("sink_kv", "sink_token")  # of one more position before every text (`lib.sinks`)
+PATHWAYS = (*OF_A_LAYER, *SINKS)
 Vectors = Float[Tensor, "*b d_model"]  # of the residual stream
 Unembedding = Float[Tensor, "d_model vocab"]  # of all tokens, or a part of them
 Heads = Float[Tensor, "b n_heads t d_head"]  # a vector of every head at every position
@@ -85,6 +87,15 @@ NO_NORM = NoNorm()
 
 
 @dataclass(frozen=True)
+class FixedSink:
+    """A learned key (not rotated) and value of one layer, put for those of the token at one index of every text."""
+
+    index: int
+    key: Float[Tensor, "n_kv_heads d_head"]
+    value: Float[Tensor, "n_kv_heads d_head"]
+
+
+@dataclass(frozen=True)
 class Attention:
     """Heads of one block. `rotary(x, position_ids) -> cos, sin` is the model's own, None for GPT-2; it may turn
     only the first dimensions of a head. score_scale: what scores are divided by. norm_Q, norm_K: of each query and key.
@@ -103,6 +114,7 @@ class Attention:
     norm_Q: Norm | NoNorm = NO_NORM
     norm_K: Norm | NoNorm = NO_NORM
     window: int | None = None
+    sink: FixedSink | None = None
 
     def per_head(self, kv: Float[Tensor, "..."], *, batched: bool = False) -> Float[Tensor, "..."]:
         """A key or value tensor (`[n_kv_heads, ...]`, or `[b, n_kv_heads, ...]` where batched) repeated so that query
@@ -116,10 +128,22 @@ class Attention:
 
     def keys(self, x: Vectors) -> Float[Tensor, "*b n_kv_heads t d_head"]:
         """Keys of every position, not rotated."""
-        return self.norm_K(_project(x, self.W_K, self.b_K))
+        return self.norm_K(self.keys_before_norm(x))
+
+    def keys_before_norm(self, x: Vectors) -> Float[Tensor, "*b n_kv_heads t d_head"]:
+        return _project(x, self.W_K, self.b_K)
 
     def values(self, x: Vectors) -> Float[Tensor, "*b n_kv_heads t d_head"]:
         return _project(x, self.W_V, self.b_V)
+
+    def looked_at(self, x: Vectors, position: Int[Tensor, " t"]) -> tuple[Tensor, Tensor]:
+        """Keys (not rotated) and values of every position, `[*b, n_kv_heads, t, d_head]`, with a learned sink's in its
+        place. position: of each token in its own text."""
+        k, v = self.keys(x), self.values(x)
+        if self.sink is None:
+            return k, v
+        at = (position == self.sink.index)[:, None]
+        return torch.where(at, self.sink.key[:, None], k), torch.where(at, self.sink.value[:, None], v)
 
     def rotated(self, x: Float[Tensor, "*b t d_head"], position: Int[Tensor, " t"]) -> Float[Tensor, "*b t d_head"]:
         """Queries or keys, rotated to their positions where the family does so."""
@@ -134,14 +158,14 @@ class Attention:
         """Causal attention probabilities (query, key)."""
         return self.attend(x)[0]
 
-    def attend(self, x: Float[Tensor, "b t d_model"]) -> tuple[Patterns, Heads]:
-        """`pattern`, and the keys that it comes from, rotated, one for each query head."""
+    def attend(self, x: Float[Tensor, "b t d_model"]) -> tuple[Patterns, Heads, Float[Tensor, "b n_kv_heads t d_head"]]:
+        """`pattern`, the keys that it comes from, rotated, one for each query head, and the values."""
         position = torch.arange(x.shape[1], device=x.device)
-        q, k = self.rotated(self.queries(x), position), self.rotated(self.keys(x), position)
-        k = self.per_head(k, batched=True)
+        k, v = self.looked_at(x, position)
+        q, k = self.rotated(self.queries(x), position), self.per_head(self.rotated(k, position), batched=True)
         scores = einsum(q, k, "b n q h, b n k h -> b n q k") / self.score_scale
         sees = self.within_window(position, position) & (position <= position[:, None])
-        return scores.masked_fill(~sees, float("-inf")).softmax(-1), k
+        return scores.masked_fill(~sees, float("-inf")).softmax(-1), k, v
 
     def within_window(self, query: Int[Tensor, " q"], key: Int[Tensor, " *k"]) -> Bool[Tensor, "q k"]:
         """Whether a key's position lies near enough to a query's, if it lies before it."""
@@ -152,7 +176,8 @@ class Attention:
         return einsum(pattern, self.per_head(v, batched=True), "b n q k, b n k h -> b n q h")
 
     def __call__(self, x: Float[Tensor, "b t d_model"]) -> Float[Tensor, "b t d_model"]:
-        return self.write(self.mix(self.pattern(x), self.values(x)).transpose(1, 2))
+        pattern, _, v = self.attend(x)
+        return self.write(self.mix(pattern, v).transpose(1, 2))
 
     def write(self, z: Float[Tensor, "*b n_heads d_head"]) -> Vectors:
         """What the heads of each position write together, with the output bias."""
@@ -247,6 +272,16 @@ class Block:
         return sum((b for b in (self.attn.b_O, self.mlp.b_out) if b is not None), zero)
 
 
+@dataclass
+class Sink:
+    """One more token, whose id is the vocabulary's size, and where it stands in every text. row: its embedding, not
+    scaled. rows: where it is in what the model's modules are reading (`lib.sinks`)."""
+
+    index: int
+    row: Float[Tensor, " d_model"]
+    rows: Bool[Tensor, "b t"] | None = None
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where a family keeps the parameters of a block. blocks: what their names begin with, before the layer's number.
@@ -271,7 +306,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Weights:
-    """The whole model. W_pos is None where positions are rotary. embed_scale: what embeddings are multiplied by."""
+    """The whole model. W_pos is None where positions are rotary. embed_scale: what embeddings are multiplied by.
+    sink: one more token, learned."""
 
     layout: Layout
     W_E: Float[Tensor, "vocab d_model"]
@@ -282,6 +318,7 @@ class Weights:
     W_U: Unembedding
     context: int
     embed_scale: float = 1.0
+    sink: Sink | None = None
 
     @property
     def n_layers(self) -> int:
@@ -312,7 +349,11 @@ class Weights:
 
     def embeddings(self, tokens: Int[Tensor, "*b"] | Sequence[int]) -> Vectors:
         """What tokens are to the first block wherever they stand."""
-        return self.W_E[tokens] * self.embed_scale
+        if self.sink is None:
+            return self.W_E[tokens] * self.embed_scale
+        tokens, end = torch.as_tensor(tokens, device=self.W_E.device), len(self.W_E)
+        words = self.W_E[tokens.clamp(max=end - 1)]
+        return torch.where((tokens == end)[..., None], self.sink.row, words) * self.embed_scale
 
     def residuals(self, tokens: Int[Tensor, "b t"]) -> list[Float[Tensor, "b t d_model"]]:
         """The residual stream before each block and after the last, computed from this view alone."""
@@ -432,9 +473,13 @@ class Slice:
         return torch.cat((parameter[..., : self.start], value, parameter[..., self.stop :]), -1)
 
 
+SINK_SLICES = {"sink_token": (Slice("sink.row"),), "sink_kv": (Slice("sink.keys"), Slice("sink.values"))}
+
+
 def pathway_slices(model: PreTrainedModel, layer: int, pathway: str) -> tuple[Slice, ...]:
     """What a pathway may change in one layer (0-based). full: the block with its norms; attention: Q, K, V, O
-    and their biases; ffn: the MLP; v_only, q_only, k_only: one weight matrix, without bias.
+    and their biases; ffn: the MLP; v_only, q_only, k_only: one weight matrix, without bias. sink_kv, sink_token: of no
+    layer, and no parameters of the model (`lib.sinks`).
     For GPT-2 the matrix is a third of the fused `c_attn.weight`, for GPT-NeoX a third of each head's rows of a fused
     one. Raises ValueError for other names or layers."""
     if pathway not in PATHWAYS:
@@ -443,6 +488,8 @@ def pathway_slices(model: PreTrainedModel, layer: int, pathway: str) -> tuple[Sl
     if not 0 <= layer < weights.n_layers:
         raise ValueError(f"no layer {layer}, counted from 0: the model has L1 to L{weights.n_layers}")
     layout, prefix = weights.layout, weights.layout.prefix(layer)
+    if pathway in SINKS:
+        return SINK_SLICES[pathway]
     groups = {"full": prefix, "attention": prefix + layout.attention, "ffn": prefix + "mlp."}
     if pathway in groups:
         return tuple(Slice(name) for name in parameters if name.startswith(groups[pathway]))

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import json
 import pickle
 import re
@@ -18,7 +19,7 @@ from lib.checkpoints.named import public_name
 from lib.edits import Edit, applied, outside_bytes, outside_sha256
 from lib.errors import EditError
 from lib.facts import Fact, load_facts
-from lib.weights import PATHWAYS, Slice, pathway_slices
+from lib.weights import OF_A_LAYER, Slice, pathway_slices
 
 
 def an_edit(model, pathway: str = "v_only", layer: int = 1) -> Edit:
@@ -62,7 +63,7 @@ def refused(model, edit: Edit, message: str) -> None:
     assert same(before, state(model))
 
 
-@pytest.mark.parametrize("pathway", PATHWAYS)
+@pytest.mark.parametrize("pathway", OF_A_LAYER)
 def test_applied_changes_the_slice_and_restores_everything(tiny, pathway):
     edit, before = an_edit(tiny, pathway), state(tiny)
     slices = tuple(edit.values)
@@ -94,6 +95,29 @@ def test_a_change_outside_is_noticed(tiny):
     assert outside_sha256(tiny.module, slices) != before, name
     with torch.no_grad():
         parameter.view(-1)[3] -= 1
+
+
+def test_what_one_edit_leaves_behind_is_noticed_at_the_next(tiny, monkeypatch):
+    """What stands outside is read before the first edit only, and with each in place: then a byte beside both counts,
+    and one that changed in between, too."""
+    one, other, read = an_edit(tiny, "v_only"), an_edit(tiny, "ffn"), []
+    assert edits.outside_unchanged(tiny, one)
+    real = hashlib.sha256
+    monkeypatch.setattr(edits.hashlib, "sha256", lambda data: read.append(data.nbytes) or real(data))
+    assert edits.outside_unchanged(tiny, other)
+    sizes = {name: p.nbytes for name, p in tiny.module.named_parameters()}
+    cut = {part.name for part in (*one.values, *other.values)}
+    assert sum(read) == sum(sizes.values()) + sum(sizes[name] for name in cut)
+    monkeypatch.undo()
+    name, parameter = next((n, p) for n, p in tiny.module.named_parameters() if ".2." in n)
+    with torch.no_grad():
+        parameter.view(-1)[3] += 1
+    assert not edits.outside_unchanged(tiny, other), name
+    with pytest.raises(EditError, match="differs from its base outside the slices"):
+        edits.verify(tiny, other)
+    with torch.no_grad():
+        parameter.view(-1)[3] -= 1
+    assert edits.outside_unchanged(tiny, one)
 
 
 def test_files_hold_everything(tiny, tmp_path):

@@ -66,7 +66,10 @@ def test_bleeding_counts_wrong_trained_answers_only(smollm2):
 @pytest.fixture(scope="module")
 def protocol(organism) -> tuple[Case, Protocol]:
     case = trainable(organism, load_cases("organism")[0])
-    return case, evaluation.build_protocol(organism, case, 1, texts={"a": evaluation.load_passages()["recipe"][:900]})
+    table = evaluation.questions(organism, case, more=True)
+    return case, evaluation.build_protocol(
+        organism, case, 1, texts={"a": evaluation.load_passages()["recipe"][:900]}, table=table
+    )
 
 
 def test_the_protocol_sees_what_the_edited_model_does(organism, protocol):
@@ -83,7 +86,7 @@ def test_the_protocol_sees_what_the_edited_model_does(organism, protocol):
     np.testing.assert_allclose(table.prob, probs, atol=1e-5)
     np.testing.assert_allclose(measured.tokens["v_only"].nll, torch.cat(nll), atol=1e-4)
     assert measured.tokens[NONE].kl.max() < 1e-6 < measured.tokens["v_only"].kl.mean()
-    assert set(table.set) == {"capability", "unrelated", "relations", "eight", "large"}
+    assert set(table.set) == {"capability", evaluation.MORE, "unrelated", "relations", "eight", "large"}
     assert (table.set.isin(["capability", "unrelated"])).sum() == 25
 
 
@@ -98,6 +101,10 @@ def test_summaries_of_a_real_run_hold_together(organism, protocol):
     ledger = evaluation.flips(measured, "capability", "unrelated")
     assert len(ledger) == entry["flips"]
     assert (outcome.after - outcome.before == outcome.gained - outcome.lost).all()
+    every = outcome.set_index("what").loc[evaluation.CAPABILITY]
+    assert every.n == entry["every_n"] == 15 + len(evaluation.load_more_probes()) >= 75
+    assert (outcome.clusters <= outcome.n).all() and every.clusters == every.n
+    assert outcome.set_index("what").clusters["paraphrases"] == len(case.facts)
     assert outcome.query("what == 'neighbours'").eval("before == n").all()
     assert texts.ratio_low[0] <= texts.ratio[0] <= texts.ratio_high[0]
     assert texts.ratio[0] == pytest.approx(texts.ppl_after[0] / texts.ppl_before[0], rel=1e-4)
@@ -110,6 +117,19 @@ def test_noise_is_as_large_and_goes_elsewhere(organism):
         own, random = value - before[part], control.values[part] - before[part]
         assert random.norm() == pytest.approx(float(own.norm()), rel=1e-4)
         assert abs(float(torch.cosine_similarity(own.flatten(), random.flatten(), 0))) < 0.1
+
+
+def test_noise_is_asked_as_much_as_is_read_of_it(organism, protocol):
+    """Its generalisation and bleeding come out as if it were asked everything."""
+    case, asked = protocol
+    edits = {name: an_edit(organism, name) for name in ("v_only", "ffn")}
+    noise = {name: evaluation.noise(organism, edit, seed=3) for name, edit in edits.items()}
+    measured = evaluation.measure(organism, asked, edits, passages=False)
+    whole = evaluation.measure(organism, asked, noise, passages=False, beside=measured)
+    control = side_effects.noise_control(organism, case, edits, measured, seed=3)
+    assert len(control.asked["ffn"]) < len(whole.asked["ffn"]) / 4
+    pd.testing.assert_frame_equal(*(evaluation.generalisation(m, case) for m in (whole, control)))
+    pd.testing.assert_frame_equal(*(evaluation.bleeding(organism, m, case) for m in (whole, control)))
 
 
 def test_edits_of_another_layer_are_refused(organism, protocol):

@@ -1,13 +1,18 @@
 """Facts, templates, cases: what is read and what is refused."""
 
+import dataclasses
 import hashlib
+import json
 
 import pandas as pd
 import pytest
+from safetensors import safe_open
 
-from lib import facts, files
+from lib import edits, facts, files
 from lib.errors import DataError
-from lib.facts import load_facts, load_templates
+from lib.facts import OpenFact, load_facts, load_templates
+from lib.inputs.mappings import validated
+from tests.test_edits import an_edit
 
 
 def test_the_eight_and_the_countries():
@@ -36,7 +41,7 @@ def test_there_are_ten_templates_or_more():
         ("", "is empty; it needs a line subject,answer"),
         ("subject,answer\nFrance, \n", "line 2: subject 'France' with answer ' '; neither may be empty"),
         ("subject,answer\n", "holds no fact: add at least one row"),
-        ("subject,capital\nFrance,Paris\n", "has no column answer; it needs subject,answer"),
+        ("subject,town\nFrance,Paris\n", "has no column answer; it needs subject,answer"),
         ("subject,answer\nFrance,Paris\nFrance,Lyon\n", "'France' stands 2 times; keep one row"),
         ("subject,answer\nFrance,Paris\nSpain,\n", "line 3: subject 'Spain' with answer ''; neither may be empty"),
         ("subject,answer\n ,Paris\n", "line 2: subject ' '"),
@@ -111,3 +116,16 @@ def test_files_that_map_no_names(tmp_path, text, message):
 def test_every_model_has_cases():
     for name in ("smollm2", "gpt2", "organism", "somebody-elses"):
         assert facts.load_cases(name)
+
+
+def test_an_edit_keeps_further_answers(tiny_gpt2_model, tmp_path):
+    """And the header of a fact without them is what it was."""
+    edit = an_edit(tiny_gpt2_model)
+    told = (OpenFact("France", "Paris", also=("Lutetia",)), edit.facts[1])
+    path = edits.save(dataclasses.replace(edit, facts=told), tmp_path / "a.safetensors")
+    assert edits.load(path).facts == told
+    with safe_open(path, "pt") as file:
+        kept = json.loads(file.metadata()["edit"])["facts"]
+    assert kept[0]["also"] == ["Lutetia"] and kept[1] == {"subject": "Germany", "answer": "Berlin", "split": ""}
+    with pytest.raises(DataError, match=r"it: 0\.0: Input should be a valid string, not 3"):
+        validated(tuple[facts.Fact, ...], [kept[0] | {"also": [3]}], "it")

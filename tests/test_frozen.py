@@ -14,17 +14,18 @@ LINES = [line.split(maxsplit=1) for line in (DATA / "FROZEN.sha256").read_text()
 
 def test_nothing_frozen_has_changed():
     names = {name for _, name in LINES}
-    assert {"probes.yaml", "relations.csv"} < names
+    assert {"probes.yaml", "more_probes.yaml", "relations.csv"} < names
     assert {f"passages/{p.name}" for p in (DATA / "passages").glob("*.txt")} < names
     for wanted, name in LINES:
         assert hashlib.sha256((DATA / name).read_bytes()).hexdigest() == wanted, name
 
 
-def test_probes_are_twenty_five_and_name_no_country():
-    probes = yaml.safe_load((DATA / "probes.yaml").read_text())
+def test_probes_are_twenty_five_and_sixty_more_and_name_no_country():
+    probes, more = (yaml.safe_load((DATA / f"{name}.yaml").read_text()) for name in ("probes", "more_probes"))
     assert (len(probes["capability"]), len(probes["unrelated"])) == (15, 10)
-    items = probes["capability"] + probes["unrelated"]
-    assert len({item["id"] for item in items}) == 25
+    further = [item for items in more.values() for item in items]
+    items = probes["capability"] + probes["unrelated"] + further
+    assert len(further) >= 60 and len({item["id"] for item in items}) == len({i["prompt"] for i in items}) == len(items)
     names = {word for f in load_facts("countries") for word in (f.subject, f.answer)}
     text = " ".join(item["prompt"] for item in items)
     assert not [n for n in names if re.search(rf"\b{re.escape(n)}\b", text)]

@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from lib import diagnosis, interventions, peers
+from lib.diagnosis import prescribe
 from lib.edits import outside_sha256
 from lib.errors import DataError
 from lib.facts import load_cases, load_templates, prompts
 from lib.interventions import Part, ablate
 from lib.peers import agreement, attribute_neurons, captum_attributions, ranked
-from lib.recall import trainable
+from lib.recall import first_tokens, trainable
 from lib.sites import Site
 from lib.studies import cross_validation
 from lib.trace import capture, hooked, logit_trace
+from tests.studies.test_comparisons import Reported
 
 TEXTS = ["The capital of France is", "Once upon a time there was a", "Two plus two equals"]
 ANSWERS = torch.tensor([300, 400, 500])
@@ -189,8 +191,36 @@ def test_routing_layer_and_its_chance():
 
 
 def test_agreed_counts_tools_that_answer():
-    table = pd.DataFrame([("a?", "L8", "-", "L8 (lens)", "L8"), ("b?", "1", "2", "-", "1")], columns=list("qabcd"))
-    assert cross_validation.agreed(table.rename(columns={"q": "question"})) == 1
+    """Agreed: a. The second differs, the third has one answer, and what only repeats the trace is no witness."""
+    rows = [("a?", "yes: 1", "-", "yes: 2", "no"), ("b?", "1", "2", "1", "1"), ("c?", "1", "-", "-", "1")]
+    table = pd.DataFrame(rows, columns=["question", *"abc", cross_validation.AGAIN])
+    assert cross_validation.agreed(table) == 1
+
+
+def test_all_heads_at_once_are_single_ablations(organism):
+    case = trainable(organism, load_cases("organism")[0])
+    texts = prompts(case.facts, load_templates()[case.controls[0]])
+    answers = first_tokens(organism, case.facts)
+    losses = cross_validation.losses_of_heads(organism, texts, answers)
+    for site in (Site(7, 5), Site(0, 3), Site(11, 2)):
+        table = ablate(organism, texts, answers, Part(site)).query("way == 'resample'")
+        assert float(losses[site.layer, site.head]) == pytest.approx(table.total.mean(), abs=1e-4)
+
+
+def test_a_planted_suppressor_is_confirmed_and_what_stands_below_it_is_not(organism):
+    """A mean over failing prompts cannot take away what they share; the controls' mean of other facts can."""
+    cases = load_cases("organism")
+    table = cross_validation.suppressors(organism, cases, prescribe(organism, trainable(organism, cases[0])))
+    effect = table.assign(part=table.part.str.split(": ").str[1]).set_index(["part", "way"]).total
+    assert abs(effect["suppressor L11 H2, the eight", "mean"]) < 1
+    assert effect["suppressor L11 H2, large set", "controls"] > 4
+    assert abs(effect["control L10 H2, large set", "controls"]) < 0.01
+    said = Reported()
+    cross_validation.report_suppressors(said, table)
+    assert said["suppressor_confirmed"] == "yes" and "and 33 are told; confirmed" in said["suppressor_verdict"]
+    low = table.assign(low=table.low.where(table.part.str.contains("eight"), -1.0))
+    cross_validation.report_suppressors(said, low)
+    assert said["suppressor_confirmed"] == "in part" and "not confirmed" in said["suppressor_verdict"]
 
 
 def test_suppressors_are_empty_where_there_is_none(organism, planted, monkeypatch):

@@ -11,7 +11,7 @@ from lib.edits import applied, outside_sha256, written
 from lib.errors import DataError, EditError
 from lib.facts import Case, Fact, load_cases, load_facts, load_templates, prompts
 from lib.training import Recipe, losses, neutral_kl, slice_values, task_at, train
-from lib.weights import PATHWAYS, pathway_slices
+from lib.weights import OF_A_LAYER, pathway_slices
 
 CASE = Case("c", "c", load_facts("eight"), (), "subject_first", ("of_is",))
 QUICK = Recipe(rates=(0.03, 0.1), max_steps=40, margin=0.5, kl_weight=1.0, windows=2, positions=4)
@@ -45,7 +45,7 @@ def test_losses_equal_the_plain_full_forward(tiny, task):
     base = tiny.module(torch.tensor(task.windows)[rows]).logits[:, QUICK.read].log_softmax(-1)
     known = plain_base(tiny, task)
     torch.testing.assert_close(known[rows], base, atol=1e-4, rtol=1e-4)
-    for pathway in PATHWAYS:
+    for pathway in OF_A_LAYER:
         values = slice_values(tiny, pathway_slices(tiny.module, LAYER, pathway))
         values = {s: v + 0.02 * torch.randn(v.shape, generator=generator) for s, v in values.items()}
         cross_entropy, kl, _ = losses(tiny, task, values, rows)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lib.errors import ModelError
-from lib.weights import MLP, PATHWAYS, Norm, Slice, check_view, pathway_slices, places, view
+from lib.weights import MLP, OF_A_LAYER, Norm, Slice, check_view, pathway_slices, places, view
 from tests.conftest import tiny_gpt2, tiny_llama
 
 DESIGN = {  # how many parameters each pathway has
@@ -40,13 +40,13 @@ def test_gpt2_v_slice_is_the_last_third_and_is_what_the_view_calls_w_v(full_gpt2
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
 def test_each_pathway_stays_in_its_layer(make):
     model = make()
-    for pathway in PATHWAYS:
+    for pathway in OF_A_LAYER:
         slices = pathway_slices(model, 1, pathway)
         assert slices and all(".1." in s.name for s in slices)
     with pytest.raises(ValueError, match="choose from full, attention"):
         pathway_slices(model, 1, "values")
     for layer in (-1, 3):
-        for pathway in PATHWAYS:
+        for pathway in OF_A_LAYER:
             with pytest.raises(ValueError, match=rf"no layer {layer}, counted from 0: the model has L1 to L3"):
                 pathway_slices(model, layer, pathway)
 

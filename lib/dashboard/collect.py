@@ -36,6 +36,7 @@ from lib.results import Results, chapter_folder, reach, read, results_path
 from lib.show.figures import visible
 from lib.static import RelationMap
 from lib.studies.knowledge_path import relation_maps_once
+from lib.weights import OF_A_LAYER
 
 EDITS = "03_four_pathways"
 TAKEN = {  # what is read from the chapters' results
@@ -166,7 +167,8 @@ def made_edits(model: Model, cases: Sequence[Case], listed: Sequence[dict[str, A
     is of other weights or no case of the model."""
     folder, texts = chapter_folder(model.name, EDITS), load_templates()
     sums = {row["file"]: row["sha256"] for row in listed}
-    edits = load_all(folder)
+    edits = {name: edit for name, edit in load_all(folder).items() if name in OF_A_LAYER}
+    sums = {name: value for name, value in sums.items() if name.removesuffix(".safetensors") in OF_A_LAYER}
     for name, edit in edits.items():
         path = folder / f"{name}.safetensors"
         if file_sha256(path) != sums.get(path.name):

@@ -24,7 +24,8 @@ import yaml
 from lib.checkpoints.fetching import weights_sha256
 from lib.checkpoints.named import canonical
 from lib.errors import ChapterError
-from lib.files import BUILD, ROOT, digest, file_sha256, make_folder, modules, slug, write_atomically
+from lib.facts import case_sums
+from lib.files import BUILD, ROOT, digest, file_sha256, make_folder, modules, run_folder, slug, write_atomically
 from lib.models import load, use_device_of
 from lib.press import boxes, claims
 from lib.press.check import judged
@@ -44,7 +45,7 @@ def provenances(model_name: str) -> dict[str, dict[str, Any]]:
 
 
 def dashboard_path(model_name: str) -> Path:
-    return BUILD / "dashboard" / f"{slug(model_name)}.html"
+    return BUILD / "dashboard" / f"{run_folder(model_name)}.html"
 
 
 def dashboard(
@@ -88,7 +89,7 @@ def _dashboard_key(model_name: str, weights: str) -> str:
     files += [results_path(model_name, chapter) for chapter in TAKEN]
     files += sorted(chapter_folder(model_name, EDITS).glob("*.safetensors"))
     packages = {p: version(p) for p in (*PACKAGES, "vl-convert-python")}
-    return digest(files, json.dumps([weights, sys.version, packages], sort_keys=True), ROOT)
+    return digest(files, json.dumps([weights, sys.version, packages, case_sums(model_name)], sort_keys=True), ROOT)
 
 
 def build(model_name: str, *, force: bool = False, say: Callable[[str], None] = print) -> Path:

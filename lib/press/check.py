@@ -1,5 +1,6 @@
-"""The numbers of the current results, and whether they are as expected and as the paper claims. Only the results of
-chapters that belong to their present inputs count; all others are `not run`."""
+"""A regression test: are the numbers of the current results still those that an earlier run of this repository gave
+(data/expected)? It finds what has changed, and cannot find what was wrong from the start; whether the paper's claims
+hold is `judged`. Only the results of chapters that belong to their present inputs count; all others are `not run`."""
 
 import json
 from pathlib import Path
@@ -16,7 +17,7 @@ from lib.results import reach, read
 
 
 def check(model_name: str, folder: Path = ROOT / "data" / "expected") -> list[tuple[str, str, Any, Any, bool]]:
-    """Compare results with data/expected/<model>.json: rows (chapter, key, expected, found, holds). An expectation
+    """The regression test: results beside data/expected/<model>.json, rows (chapter, key, expected, found, holds). An expectation
     is {"value": v} with "tolerance" (absolute) for numbers, or {"min": a, "max": b}. A value that no run of the present
     inputs produced is `not run` and does not hold. Raises ChapterError where nothing is expected of the model."""
     model_name = canonical(model_name)

@@ -1,9 +1,13 @@
 """The source page's statements, held to account: `data/claims.yaml`, and what a run made of each.
 
-Four verdicts. `reproduced`: all that the claim must and should satisfy holds. `not reproduced`: something that it must
-satisfy does not. `differs`: it holds as the page measured it, and not by a check that it should survive as well.
-`not run`: a result is missing, or the claim is about GPT-2's weights and another model was run. There is no verdict
-without a run behind it, and `not run` is never a pass.
+Five verdicts. `reproduced`: all that the claim must and should satisfy holds. `not reproduced`: something that it must
+satisfy does not. `cannot tell`: that neither, but the same measurement fails where the claim is true by construction
+(`control`, a positive control), so that its failing says nothing. `differs`: it holds as the page measured it, and not
+by a check that it should survive as well. `not run`: a result is missing, or the claim is about GPT-2's weights and
+another model was run. There is no verdict without a run behind it, and `not run` is never a pass.
+
+Three kinds. `empirical`: how a model behaves. `arithmetic`: follows from a model's shape. `design`: what was built or
+counted, true of whoever builds it so. Verdicts are counted by kind: the last two cannot fail in an interesting way.
 """
 
 import operator
@@ -13,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pandas as pd
 from pydantic import BaseModel, Field, model_validator
@@ -23,8 +27,10 @@ from lib.facts import load_mapping, validated
 from lib.press.texts import chapter_number, fill
 from lib.results import NOT_RUN, as_text, reach, results_path
 
-REPRODUCED, NOT_REPRODUCED, DIFFERS = "reproduced", "not reproduced", "differs"
-VERDICTS = {REPRODUCED: "reproduced", NOT_REPRODUCED: "not reproduced", DIFFERS: "differ", NOT_RUN: "not run"}
+REPRODUCED, NOT_REPRODUCED, DIFFERS, CANNOT_TELL = "reproduced", "not reproduced", "differs", "cannot tell"
+VERDICTS = {v: v for v in (REPRODUCED, NOT_REPRODUCED)} | {DIFFERS: "differ", CANNOT_TELL: "cannot tell"}
+VERDICTS |= {NOT_RUN: "not run"}
+Kind = Literal["empirical", "arithmetic", "design"]
 RELATIONS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "equals": ("is {}", operator.eq),
     "within": ("is {} ± {}", lambda value, wanted: abs(value - wanted[0]) <= wanted[1]),
@@ -33,11 +39,6 @@ RELATIONS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "above": ("is above {}", operator.gt),
     "below": ("is below {}", operator.lt),
     "contains": ("contains {}", lambda value, wanted: wanted in value),
-}
-KINDS = {  # of claims, by what judges them
-    "any": "empirical, judged on the model of the build",
-    "gpt2": "empirical, about GPT-2's weights",
-    "shape": "arithmetic, of GPT-2's shape",
 }
 Text = Annotated[str, Field(min_length=1)]
 
@@ -101,6 +102,7 @@ class Claim(Entry):
     """A statement of the source page; data/claims.yaml says what each entry is, and what a key is."""
 
     id: Text
+    kind: Kind
     says: Text
     paper: Text
     chapter: Text
@@ -108,6 +110,7 @@ class Claim(Entry):
     found: Text
     must: Annotated[list[Condition], Field(min_length=1)]
     should: list[Condition] = []
+    control: list[Condition] = []
     note: str = ""
 
     @model_validator(mode="after")
@@ -120,7 +123,7 @@ class Claim(Entry):
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        return (*self.must, *self.should)
+        return (*self.must, *self.should, *self.control)
 
     @property
     def keys(self) -> list[str]:
@@ -178,26 +181,30 @@ def judge(claim: Claim, model_name: str, results: dict[str, dict[str, Any]], *, 
         return Judged(claim, NOT_RUN, "", f"Chapter {chapter_number(chapter)} {known}.")
     broken = [c for c in claim.must if not any(map(read.holds, c.any_of))]
     strained = [c for c in claim.should if not any(map(read.holds, c.any_of))]
-    verdict = NOT_REPRODUCED if broken else DIFFERS if strained else REPRODUCED
-    return Judged(claim, verdict, read.format(claim.found), " ".join(map(read.reason, broken or strained)))
+    blind = [c for c in claim.control if not any(map(read.holds, c.any_of))]
+    verdict = (CANNOT_TELL if blind else NOT_REPRODUCED) if broken else DIFFERS if strained else REPRODUCED
+    reasons = [*broken, *blind] if broken else strained
+    return Judged(claim, verdict, read.format(claim.found), " ".join(map(read.reason, reasons)))
 
 
 def counts(judged: Sequence[Judged]) -> str:
-    """`12 reproduced, 3 not reproduced, 4 differ, 9 not run`."""
-    total = Counter(j.verdict for j in judged)
-    return ", ".join(f"{total[verdict]} {words}" for verdict, words in VERDICTS.items())
+    """`empirical: 8 reproduced, 3 not reproduced, ...; arithmetic: 6 reproduced, ...`, of the kinds that there are."""
+    texts = {k: ", ".join(f"{n} {VERDICTS[v]}" for v, n in row.items()) for k, row in by_kind(judged).items()}
+    return "; ".join(f"{kind}: {text}" for kind, text in texts.items())
 
 
 def by_kind(judged: Sequence[Judged]) -> dict[str, dict[str, int]]:
-    """How many claims of each kind came to which verdict."""
-    total = Counter((KINDS[j.claim.judged_on], j.verdict) for j in judged)
-    return {kind: {verdict: total[kind, verdict] for verdict in VERDICTS} for kind in KINDS.values()}
+    """How many claims came to which verdict, of the kinds that there are."""
+    total = Counter((j.claim.kind, j.verdict) for j in judged)
+    kinds = [kind for kind in get_args(Kind) if any(j.claim.kind == kind for j in judged)]
+    return {kind: {verdict: total[kind, verdict] for verdict in VERDICTS} for kind in kinds}
 
 
 def table(judged: Sequence[Judged], model_name: str) -> pd.DataFrame:
     """One row a claim, as text."""
-    columns = ["no.", "claim", "paper (GPT-2 small)", f"this build ({model_name})", "verdict", "reason"]
-    rows = [(str(i), j.claim.says, j.claim.paper, j.found or "–", j.verdict, j.reason) for i, j in enumerate(judged, 1)]
+    columns = ["no.", "claim", "kind", "paper (GPT-2 small)", f"this build ({model_name})", "verdict", "reason"]
+    claims = ((str(i), j.claim, j) for i, j in enumerate(judged, 1))
+    rows = [(i, c.says, c.kind, c.paper, j.found or "–", j.verdict, j.reason) for i, c, j in claims]
     return pd.DataFrame(rows, columns=columns)
 
 

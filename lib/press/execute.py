@@ -1,17 +1,19 @@
 """Execute chapters with papermill, each in a kernel of its own, two at a time.
 
 1. Each chapter has a fingerprint: its notebook, every module of lib/ that it imports, directly or through others, all
-   of data/, the pins and the installed packages, the model's weights. A chapter whose fingerprint is unchanged is not
-   executed again. Beside these copies sweeps keep runs (`lib.sweeps`), `knowledge_path` the relation maps, and
-   `side_effects` the streams that two chapters read.
+   of data/, the files of a case of one's own, the pins and the installed packages, the model's weights. A chapter whose
+   fingerprint is unchanged is not executed again. Beside these copies sweeps keep runs (`lib.sweeps`),
+   `knowledge_path` the relation maps, and `side_effects` the streams that two chapters read.
 2. Executed copies go to _build/executed/<model>/, numbers to _build/results/<model>/. A chapter that reads what
    another one makes has that one executed before it, and is executed anew when it changes.
 3. A terminal shows one bar a chapter. All that kernels say, warnings and bars of their own, goes to
    _build/logs/<model>/<chapter>.log, which errors name.
 """
 
+import ast
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -20,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +38,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from lib.checkpoints.fetching import weights_sha256
 from lib.checkpoints.named import canonical
 from lib.errors import ChapterError
-from lib.files import BUILD, ROOT, data_files, digest, imports, live, make_folder, modules, slug, write_atomically
+from lib.facts import case_sums
+from lib.files import BUILD, ROOT, data_files, digest, imports, live, make_folder, modules, run_folder, write_atomically
 from lib.models import load, use_device_of
 from lib.press.kernel import FORKS, Forked, warm_up
 from lib.results import PACKAGES, chapter_folder, results_path
@@ -45,6 +49,9 @@ BOOK = ROOT / "book"
 PINS = ("requirements.txt", "constraints.txt", "pyproject.toml")
 NEEDS = {"04_side_effects": "03_four_pathways"}  # a chapter that reads files which another one makes
 LONGEST = ("03_four_pathways", "08_generalisation", "04_side_effects", "02_knowledge_path", "05_cross_validation")
+WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list in JSON"}
+KINDS |= {dict: "a mapping in JSON", tuple: "a tuple", type(None): "nothing"}
 SOCKET_NAME = 103  # bytes that the path of a Unix socket may have, on the system that allows the fewest
 logging.getLogger("papermill").setLevel(logging.ERROR)
 
@@ -185,20 +192,63 @@ def is_current(model_name: str, chapter: str, values: dict[str, Any] | None, wei
 
 
 def executed_path(model_name: str, chapter: str) -> Path:
-    return BUILD / "executed" / slug(model_name) / f"{chapter}.ipynb"
+    return BUILD / "executed" / run_folder(model_name) / f"{chapter}.ipynb"
 
 
 def log_path(model_name: str, name: str) -> Path:
     """Where all is kept that a chapter, or another program, said while it ran."""
-    return BUILD / "logs" / slug(model_name) / f"{name}.log"
+    return BUILD / "logs" / run_folder(model_name) / f"{name}.log"
 
 
 def check_parameters(notebook: Path, values: dict[str, Any]) -> None:
-    """Papermill only warns of a name it does not know, and then runs with the default: refuse it instead."""
-    known = papermill.inspect_notebook(str(notebook))
+    """Papermill only warns of a name it does not know, and then runs with the default: refuse it instead, and a value
+    that is not of the kind of the chapter's own."""
+    known = literals(notebook)
     if unknown := sorted(set(values) - set(known)):
         names, others = ", ".join(map(repr, unknown)), ", ".join(sorted(known)) or "none"
         raise ChapterError(f"{notebook.name} has no parameter {names}; its parameters cell knows {others}.")
+    for name, value in values.items():
+        kind, own = type(known[name]), known[name]
+        if not (type(value) is kind or (kind is float and type(value) is int) or own is None):
+            raise ChapterError(f"{notebook.name}: {name} is {KINDS[kind]}, as {own!r}, and not {value!r:.60}.")
+
+
+def literals(notebook: Path) -> dict[str, Any]:
+    """The parameters of a chapter, with the values that its cell gives them."""
+    known = papermill.inspect_notebook(str(notebook))
+    return {name: ast.literal_eval(entry["default"]) for name, entry in known.items()}
+
+
+def parse_parameters(chapters: Iterable[str], texts: Iterable[str]) -> dict[str, Any]:
+    """`name=value`, as typed, -> values of the kind that the chapters give these names. Raises ChapterError for a text
+    of another form, a name that stands twice or that a chapter does not have, and a value of another kind."""
+    given: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not (name and equals):
+            raise ChapterError(f"--parameter {text!r}: write NAME=VALUE.")
+        if name in given:
+            raise ChapterError(f"--parameter {name} stands twice, as {given[name]!r} and as {value!r}; give it once.")
+        given[name] = value
+    values: dict[str, Any] = {}
+    for chapter in chapters:
+        known = literals(BOOK / f"{chapter}.ipynb")
+        check_parameters(BOOK / f"{chapter}.ipynb", {name: known.get(name, "") for name in given})
+        values |= {name: _as_kind(chapter, name, text, known[name]) for name, text in given.items()}
+    return values
+
+
+def _as_kind(chapter: str, name: str, text: str, own: Any) -> Any:
+    """A typed text as a value of the kind of the chapter's own."""
+    value: Any = WORDS.get(text.lower()) if isinstance(own, bool) else text
+    if not isinstance(own, bool | str):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(text)
+    value = float(value) if isinstance(own, float) and type(value) is int else value
+    odd = isinstance(value, float) and not math.isfinite(value)
+    if odd or (own is not None and type(value) is not type(own)):
+        raise ChapterError(f"--parameter {name}={text}: in {chapter} {name} is {KINDS[type(own)]}, as {own!r}.")
+    return value
 
 
 def execute(
@@ -266,6 +316,7 @@ def fingerprint(model_name: str, chapter: str, values: dict[str, Any], weights: 
     files = [BOOK / f"{chapter}.ipynb", *shared_inputs(), *sources(BOOK / f"{chapter}.ipynb")]
     packages = {p: version(p) for p in PACKAGES}
     facts = {"values": values, "weights": weights, "python": sys.version, "packages": packages, "live": live()}
+    facts |= {"case": sums} if (sums := case_sums(model_name)) else {}
     if needed := NEEDS.get(chapter):
         stamp = executed_path(model_name, needed).with_suffix(".key")
         facts["needed"] = stamp.read_text(encoding="utf-8") if stamp.exists() else ""

@@ -1,6 +1,6 @@
 """An edit put into its model for good: an ordinary Hugging Face folder that needs nothing of this book.
 
-model.safetensors, config, tokenizer    the base model with the edit in its weights
+model.safetensors, config, tokenizer    the base model with the edit in its weights (a sink token: `sink_folder`)
 edit.safetensors                        the edit itself, so that anyone can check the rest against the base model
 README.md                               a model card: what was changed, what for, and what this is not
 """
@@ -27,7 +27,9 @@ from lib.facts import prompts
 from lib.files import ROOT
 from lib.forward import next_token_logits
 from lib.models import Model
+from lib.press import sink_folder
 from lib.press.texts import fill
+from lib.weights import SINKS
 
 WEIGHTS, EDIT, CARD = "model.safetensors", "edit.safetensors", "README.md"
 BESIDE = 50_000_000  # bytes, generously: tokenizer, configuration and card
@@ -38,20 +40,35 @@ def export(model: Model, edit: Edit, folder: Path) -> Path:
     that holds something, and a disk that is full or not writable."""
     edits.check(model, edit)
     folder = folder.expanduser().resolve()
+    if edit.pathway == "sink_kv":
+        return _export_adapter(model, edit, folder)
     with new_folder(folder, EditError) as ready:
         place, tensors = ready.parents[1], (*model.module.parameters(), *edit.values.values())
         needed, free = sum(tensor.nbytes for tensor in tensors) + BESIDE, shutil.disk_usage(place).free
         if free < needed:
             lack = f"the export needs {needed / 1e6:,.0f} MB and {place} has {free / 1e6:,.0f} MB free"
             raise EditError(f"{lack}; make room, or choose another place.")
-        with applied(model, edit):
-            model.module.save_pretrained(ready)
-        model.tokenizer.save_pretrained(ready)
+        if edit.pathway in SINKS:
+            sink_folder.write(model, edit, ready)
+        else:
+            with applied(model, edit):
+                model.module.save_pretrained(ready)
+            model.tokenizer.save_pretrained(ready)
         edits.save(edit, ready / EDIT)
         (ready / CARD).write_text(card(model, edit, fetching.weights_sha256(str(ready))), encoding="utf-8")
         copy_terms(model, ready, f"Modified: {WEIGHTS}, {edit.title}, as {CARD} and {EDIT} say.")
         # safetensors makes files that only their owner may read; a folder to be shared has one mode throughout
         (ready / WEIGHTS).chmod((ready / CARD).stat().st_mode)
+    return folder
+
+
+def _export_adapter(model: Model, edit: Edit, folder: Path) -> Path:
+    """A learned key and value of every layer: a prefix-tuning adapter of peft, the edit, and how to use them."""
+    with new_folder(folder, EditError) as ready:
+        sink_folder.save_adapter(model, edit, ready)
+        edits.save(edit, ready / EDIT)
+        (ready / CARD).write_text(fill("adapter_card.md", model=model, edit=edit), encoding="utf-8")
+        copy_terms(model, ready, f"Modified: {edit.title}, as {CARD} and {EDIT} say.")
     return folder
 
 
@@ -133,9 +150,11 @@ def card_data(model: Model, **more: Any) -> ModelCardData:
 def _compare_weights(path: Path, base: Model, edit: Edit) -> None:
     """Raises EditError naming the first tensor of a file that is not the base model's with the edit, bit for bit. What
     is expected is put together here, not by `applied`, which wrote the file."""
-    moved: dict[int, Tensor] = {}  # tied tensors stay one
-    expected = {name: moved.setdefault(t.data_ptr(), t.cpu()) for name, t in base.module.state_dict().items()}
-    for part, value in edit.values.items():
+    module, moved = base.module, dict[int, Tensor]()  # tied tensors stay one
+    if edit.pathway in SINKS:
+        module = sink_folder.with_row(base, edit, sink_folder.token_id(base))
+    expected = {name: moved.setdefault(t.data_ptr(), t.cpu()) for name, t in module.state_dict().items()}
+    for part, value in edit.values.items() if edit.pathway not in SINKS else ():
         expected[part.name] = expected[part.name].clone()
         part.of(expected[part.name]).copy_(value)
     expected = revert_weight_conversion(base.module, expected)  # the names that files of its family have
@@ -163,9 +182,11 @@ def _compare_logits(folder: Path, exported: Model, base: Model, edit: Edit, tole
     """Raises EditError where sound weights answer otherwise than they should: then the configuration or the tokenizer
     beside them differs. Tolerance: the same weights in the same code differ by rounding at most, near 1e-5."""
     texts = prompts(edit.facts, edit.template)
-    with applied(base, edit):
-        ours = next_token_logits(base, texts)
+    with applied(base, edit) as changed:
+        ours = next_token_logits(changed, texts)
     theirs = next_token_logits(exported, texts)
+    if edit.pathway in SINKS:  # its own row is never the likeliest
+        theirs = theirs[:, : ours.shape[1]] if bool((theirs.argmax(1) < ours.shape[1]).all()) else theirs
     if ours.shape != theirs.shape or not float((ours - theirs).abs().max()) <= tolerance:
         fault = f"the weights in {folder} are sound, and yet the model answers otherwise than {base.name} with the edit"
         raise EditError(f"{fault}: its config.json or its tokenizer was altered. Export the edit again.")

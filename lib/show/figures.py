@@ -280,7 +280,7 @@ def probe_matrix(measured: Measured) -> Figure:
 
 
 def perplexity_ratios(table: pd.DataFrame, band: float) -> Figure:
-    """Perplexity after over before, with bootstrap intervals; grey: within the band around 1."""
+    """Perplexity after over before, with intervals over texts; grey: within the band around 1."""
     fig, ax = _panel((8, 0.45 * len(table) + 1.1), xlabel="perplexity after the edit / before")
     ax.axvspan(1 - band, 1 + band, color="#dddddd", lw=0)
     ax.axvline(1, color="black", lw=0.6)
@@ -394,6 +394,18 @@ def layer_sweep(means: pd.DataFrame, layer: int) -> Figure:
     for axis in (told.yaxis, repaired.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     return _legend(fig, ncols=6)
+
+
+def depth(table: pd.DataFrame, layer: int) -> Figure:
+    """Held-out repaired and bled by layer: the mean over pathways, and their range. layer: the diagnosed one."""
+    fig, axes = _panels(1, 2, (10, 3.6), xlabel="layer")
+    labels = {"repaired": "held-out repaired", "bled": "trained answers, wrongly"}
+    for ax, (name, label), colour in zip(axes.flat, labels.items(), (BLUE, RED), strict=True):
+        ax.fill_between(table.layer, table[f"{name}_min"], table[f"{name}_max"], color=colour, alpha=0.15, lw=0)
+        ax.plot(table.layer, table[f"{name}_mean"], "o-", ms=3.5, lw=2, color=colour)
+        ax.axvline(layer, color="black", lw=1, ls=":")
+        ax.set(ylabel=label, ylim=(0, None))
+    return fig
 
 
 def correlations(table: pd.DataFrame) -> Figure:

@@ -177,7 +177,7 @@ def controls(checks: pd.DataFrame, head: pd.DataFrame) -> pd.DataFrame:
 
 
 def outcomes(table: pd.DataFrame, kinds: Sequence[str]) -> pd.DataFrame:
-    """Before and after, gained and lost, McNemar's p, and what share of those right may have been lost."""
+    """Before and after, gained and lost, their exact test by country, and what share of those right may be lost."""
     return arranged("outcomes", table[table.what.isin(kinds)])
 
 

@@ -35,6 +35,7 @@ from lib.sites import Site
 from lib.studies import experiment, once_a_model
 from lib.studies.location import prepared, protocols, setting, summarise_answers
 from lib.studies.pathways import PAPER
+from lib.studies.side_effects import kept_streams
 from lib.trace import hooked
 from lib.training import DEFAULT, Task, chosen, losses, neutral_kl, optimise, slice_values, summary, train
 from lib.weights import Slice
@@ -80,18 +81,19 @@ def rival(model: Model, *, name: str) -> dict[str, Any]:
     row |= summarise_answers(model, asked)
     if tokens:
         measured = Measured({NONE: asked, name: asked}, {NONE: _untouched(model)} | tokens)
-        row |= evaluation.perplexity(measured)[["ratio", "ratio_low", "ratio_high"]].iloc[0].to_dict()
+        row |= evaluation.perplexity(measured, by="block")[["ratio", "ratio_low", "ratio_high"]].iloc[0].to_dict()
     return row
 
 
 @once_a_model
 def _asked(model: Model) -> dict[int, Protocol]:
-    """Passages and all questions but the rarer controls about other countries, by layer where a rival may begin."""
+    """Passages and all questions but the rarer controls about other countries, by layer where a rival may begin. The
+    passages are those of chapter 4, and go on from what it has run."""
     own = setting(model)
     table = evaluation.questions(model, own.case)
     asked = (table.set != "large") | table.template.isin([own.case.template, own.case.controls[0]])
     layers = sorted({0, own.verdict.knowledge_head.layer, own.opponent.layer})
-    return protocols(model, own.case, layers, texts=None, table=table[asked])
+    return protocols(model, own.case, layers, table=table[asked], run=kept_streams)
 
 
 def _asked_after(model: Model, prefix: str) -> Protocol:

@@ -4,6 +4,7 @@ prefix_runs ... prefix_numbers    neutral prefixes before the failing prompt, fo
 any_word                          any word at all: then its meaning is not what repairs
 subject_streams ... sink          the subject's own residual stream, and whether its position is an attention sink
                                   (Xiao et al. 2023; Sun et al. 2024)
+first_position                    the same by attention: who looks at position 0, and does the knowledge head look away?
 """
 
 from collections.abc import Sequence
@@ -17,10 +18,12 @@ from torch import Tensor
 from lib.diagnosis import Diagnosis
 from lib.facts import Case, Fact, load_templates, prompts
 from lib.forward import next_token_logits
+from lib.interventions import run_with_cache
 from lib.models import Model
 from lib.recall import first_tokens, load_prefixes, scorable, study_facts, tell
+from lib.sites import Site
 from lib.static import load_token_types
-from lib.trace import subject_stream_norm
+from lib.trace import subject_attention, subject_stream_norm
 
 
 def prefix_runs(
@@ -106,6 +109,27 @@ def sink(peaks: dict[str, float]) -> tuple[float, str]:
     """The first line's peak over the last's (the control's), and the verdict in words."""
     first, *_, control = peaks.values()
     return first / control, "an attention sink" if first > SINK * control else "no attention sink"
+
+
+def first_position(
+    model: Model, case: Case, facts: Sequence[Fact], site: Site, prefixes: Sequence[str] = ("none", "fact")
+) -> pd.DataFrame:
+    """A sink is a position that is looked at. Attention from the last token under the failing template with each prefix
+    and under the case's first control; a row each, means over facts. every: to position 0, of all heads together; most:
+    the share of heads that give it more than half; own_first, own_subject: of the knowledge head (site), to position 0
+    and to the subject."""
+    text, known, rows = load_templates(), load_prefixes(model), []
+    lines = {f"failing, prefix {p}": prompts(facts, text[case.template], known[p]) for p in prefixes if p in known}
+    lines[f"control: {text[case.controls[0]]}"] = prompts(facts, text[case.controls[0]])
+    for name, asked in lines.items():
+        run = run_with_cache(model, asked)
+        first = run.patterns[..., 0]
+        subject = subject_attention(model, run.patterns, run.prompts, [f.subject for f in facts])
+        own = [float(x[:, site.layer, site.head].mean()) for x in (first, subject)]
+        stands = {model.token_text(int(t)) for t in run.tokens[:, 0]}
+        token = stands.pop() if len(stands) == 1 else "the subject's first"
+        rows.append((name, token, float(first.mean()), float((first > 0.5).float().mean()), *own))
+    return pd.DataFrame(rows, columns=["prompts", "token", "every", "most", "own_first", "own_subject"])
 
 
 def many_pieces(model: Model, diagnosis: Diagnosis) -> tuple[Fact, ...]:

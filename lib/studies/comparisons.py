@@ -1,6 +1,6 @@
 """What finished sweeps say: which pathway, is it the diagnosed layer, and is it the edit?
 
-    report_pathways                   chapter 3's pathways, with false facts as the control
+    report_pathways, report_control   chapter 3's pathways, with false facts and a planted query as the controls
     by_layer, other_layers, spread    the layer sweep, and how far seeds move it
     correlations                      does a layer's diagnostic score say how well its edit does?
     random_parts                      the named part beside random ones of its size
@@ -26,6 +26,7 @@ from lib.show.sentences import listed, say
 from lib.statistics import exact_interval, rho_interval
 from lib.studies.location import setting
 from lib.studies.pathways import PAPER, by_seed
+from lib.weights import PATHWAYS
 
 sentence = partial(say, "comparisons")
 # Columns of a run, and whether more is better
@@ -35,6 +36,8 @@ KINDS = dict.fromkeys(("newline", "bos", "example", "head", "opponent", "competi
 KINDS |= dict.fromkeys(("vector", "gains", "lora"), "few parameters")
 KINDS |= {"closed_form": "closed form", "everything": "everything"}
 DIVERGED = {"facts_told": 0, "held_out_repaired": 0}  # what a run did that left no edit
+BLIND_QUERY = "planted blind query"  # the organism's case whose fault is one of W_Q
+NEVER = 10**12  # more parameters than any model of this book has: where no change of the model tells all
 GENERAL = 0.5  # share of the held-out, known and untold, that must be told
 
 
@@ -181,6 +184,24 @@ def report_pathways(report: Results, head: pd.DataFrame, seeds: pd.DataFrame, ch
     report.many({"false_pathways": len(learned)} | {key: sentence(key, **words) for key in sentences})
 
 
+def positive_control(planted: pd.DataFrame) -> pd.DataFrame:
+    """Of the sweep `planted`, the failure whose fault is known to be in a query: what each pathway tells after it was
+    trained on the eight. If Q-only cannot repair that, its failing elsewhere says nothing of the query."""
+    rows = planted[planted.title == BLIND_QUERY].set_index("pathway")
+    return rows.loc[[name for name in PATHWAYS if name in rows.index]].reset_index()
+
+
+def report_control(report: Results, planted: pd.DataFrame) -> None:
+    """What the positive control lets one say of the query's side, and what V-only does with both plants."""
+    table = positive_control(planted).set_index("pathway")
+    told: dict[str, Any] = {"facts": int(table.facts.iloc[0]), "before": int(table.told_before.iloc[0])}
+    told |= {str(name): int(n) for name, n in table.told_after.items()}
+    v_only = planted[planted.pathway == "v_only"]
+    failed = int((v_only.told_after < v_only.facts).sum())
+    report.table("planted_query", told)
+    report("q_side_verdict", sentence("q_side_verdict", told=told, failed=failed, plants=len(v_only)))
+
+
 def report_layers(report: Results, means: pd.DataFrame, others: pd.DataFrame, layer: int) -> None:
     """The layer sweep."""
     whole = (means.reached > 0).groupby(means.pathway, sort=False).sum()
@@ -198,6 +219,26 @@ def report_layers(report: Results, means: pd.DataFrame, others: pd.DataFrame, la
     report.many({key: sentence(key, **words) for key in ("layers_verdict", "repair_verdict", "layers_effects")})
 
 
+def by_depth(means: pd.DataFrame) -> pd.DataFrame:
+    """What the same edit repairs and what it lets bleed, by layer: means over pathways, and their range."""
+    columns = {"repaired": "held_out_repaired", "bled": "bled"}
+    ends = {f"{name}_{end}": (column, end) for name, column in columns.items() for end in ("mean", "min", "max")}
+    return means.groupby("layer").agg(**ends).reset_index()
+
+
+def report_depth(report: Results, means: pd.DataFrame, table: pd.DataFrame, *, seed: int = 0) -> None:
+    """Whether bleeding and repairs go with depth: Spearman's rho over layers, by pathway."""
+    rows = []
+    for pathway, part in means.groupby("pathway", sort=False):
+        for measure in ("held_out_repaired", "bled"):
+            rows.append((plain(pathway), measure, *rho_interval(part.layer, part[measure], seed=seed)))
+    rhos = pd.DataFrame(rows, columns=["pathway", "measure", "rho", "low", "high"])
+    report.table("depth", table.to_dict("records"))
+    report.table("depth_rho", rhos.astype(object).where(rhos.notna(), None).to_dict("records"))
+    each = {name: part.to_dict("records") for name, part in rhos[rhos.rho.notna()].groupby("measure")}
+    report("depth_verdict", sentence("depth_verdict", first=table.iloc[0], last=table.iloc[-1], each=each))
+
+
 def report_spread(report: Results, table: pd.DataFrame) -> None:
     """How far the seed alone moves what is repaired."""
     moved = {name: float((table[f"{name}_max"] - table[f"{name}_min"]).max()) for name in ("repaired", "told")}
@@ -208,10 +249,12 @@ def report_spread(report: Results, table: pd.DataFrame) -> None:
 def report_correlations(report: Results, table: pd.DataFrame) -> None:
     """The correlations. By chance, one interval of 95 % in twenty excludes zero."""
     valid = table[table.rho.notna()]
-    sure, helpful = int(((valid.low > 0) | (valid.high < 0)).sum()), int((valid.low > 0).sum())
+    helpful, against = int((valid.low > 0).sum()), int((valid.high < 0).sum())
+    sure = helpful + against
     rule = valid[(valid.score == "knowledge head") & (valid.measure == "held_out_repaired")]
     own = "; ".join(f"{plain(r.pathway)} {r.rho:+.2f} ({r.low:+.2f} to {r.high:+.2f})" for r in rule.itertuples())
     counts = {"correlations_n": len(valid), "correlations_sure": sure, "correlations_helpful": helpful}
+    counts |= {"correlations_against": against}
     chance = 0.05 * len(valid)
     verdict = sentence("correlation_verdict", chance=chance, own=own, **counts)
     report.many(counts | {"correlations_chance": (chance, ".0f"), "correlation_verdict": verdict})
@@ -225,8 +268,9 @@ def report_parts(report: Results, parts: pd.DataFrame) -> None:
     report.many({"parts_better": better, "parts_verdict": verdict})
 
 
-def report_rivals(report: Results, rows: pd.DataFrame) -> None:
-    """Rivals, and the ladder."""
+def report_rivals(report: Results, rows: pd.DataFrame, *, elsewhere: pd.DataFrame | None = None) -> None:
+    """Rivals, and the ladder. elsewhere: the layer sweep's means, whose best edit may repair more than what was trained
+    at the diagnosed layer."""
     steps, untrained = ladder(rows), rows.kind == "no training"
     best, trained = (part.loc[part.held_out_repaired.idxmax()] for part in (rows, rows[~untrained]))
     counts: dict[str, Any] = {"rivals": len(rows), "rivals_told": int(rows.whole.sum())}
@@ -235,7 +279,14 @@ def report_rivals(report: Results, rows: pd.DataFrame) -> None:
     counts |= {"free_told": steps.free["whole"], "free_general": steps.free["general"]}
     for name, row in (("most_general", best), ("most_general_trained", trained)):
         counts |= {name: row.rival, f"{name}_repaired": int(row.held_out_repaired)}
-    words = counts | {"facts": int(rows.facts_n.iloc[0]), "n": int(rows.held_out_n.iloc[0]), "best": best}
+    v_only, whole = rows[rows["name"] == "v_only"], rows[rows.whole & (rows.parameters > 0)]
+    smaller = whole[whole.parameters < v_only.parameters.min()] if len(v_only) else whole[:0]
+    counts["smaller_than_v_only"] = listed([f"{r.rival} ({r.parameters:,})" for r in smaller.itertuples()])
+    counts["fewest_parameters"] = int(whole.parameters.min()) if len(whole) else NEVER
+    beyond = None if elsewhere is None else elsewhere.loc[elsewhere.held_out_repaired.idxmax()]
+    beyond = None if beyond is None or beyond.held_out_repaired <= trained.held_out_repaired else beyond
+    words: dict[str, Any] = counts | {"beyond": beyond}
+    words |= {"plain": plain, "facts": int(rows.facts_n.iloc[0]), "n": int(rows.held_out_n.iloc[0]), "best": best}
     sentences = ("rivals_verdict", "ladder_verdict", "general_verdict")
     report.many(counts | {key: sentence(key, trained=trained, **words) for key in sentences})
 

@@ -12,21 +12,31 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib import interventions, peers
-from lib.diagnosis import Verdict, prescribe
+from lib.diagnosis import Verdict, control_mean, prescribe
 from lib.errors import DataError
 from lib.facts import Case, Fact, load_cases, load_templates, prompts
 from lib.forward import above, pack, resid_pre, streams
-from lib.interventions import Part, Prefilled, ablate, prefill, read_logit_differences, summarise_ablations
+from lib.interventions import (
+    Part,
+    Prefilled,
+    ablate,
+    patch_components,
+    prefill,
+    read_logit_differences,
+    run_with_cache,
+    summarise_ablations,
+)
 from lib.models import Model, load
 from lib.peers import Curves, Lenses, NeuronAttributions, Tokens, agreement, attribute_neurons, ranked
-from lib.recall import first_tokens, tell, trainable
+from lib.recall import first_tokens, study_facts, tell, trainable
 from lib.results import Results
 from lib.show.sentences import say
 from lib.sites import Site
-from lib.trace import Hook, hooked, subject_positions
+from lib.studies.localisation import with_competitors
+from lib.trace import Hook, components, hooked, subject_positions
 
 Patched = dict[str, Float[Tensor, "n_layers n_heads fact"]]  # by position
-AROUND = 2  # layers on each side of the knowledge head's, in which patching looks for a head
+AGAIN = "TransformerLens (the trace again)"  # the column of a tool that is no second witness
 
 
 def agreement_by_layer(neurons: NeuronAttributions, *, seed: int = 0) -> pd.DataFrame:
@@ -97,38 +107,58 @@ def total_effects(model: Model, texts: Sequence[str], answers: Tokens, parts: li
     return table[table.way == way].groupby("part", sort=False).total.mean()
 
 
-def three_tools(model: Model, texts: Sequence[str], answers: Tokens, verdict: Verdict, lenses: Lenses) -> pd.DataFrame:
-    """One row a question, one column a tool, on the same prompts; `-` where a tool does not answer it."""
-    knowledge, weights = verdict.knowledge_head, model.weights
+@torch.no_grad()
+def losses_of_heads(model: Model, texts: Sequence[str], answers: Tokens) -> Float[Tensor, "n_layers n_heads"]:
+    """Every head of the model, one at a time, given its output for the next prompt: the mean change of the answer's
+    logit. As `ablate` by `resample`, all in one pass."""
+    run, weights = run_with_cache(model, texts), model.weights
+    (rows,) = deque(interventions.patched_streams(model, run, run.z.roll(-1, 0)), maxlen=1)  # leaving the last layer
+    final = weights.norm_final(rows).view(-1, len(texts), rows.shape[-1])
+    logits = (final * weights.W_U[:, answers].T).sum(-1)
+    return (logits - run.logits.gather(1, answers[:, None])[:, 0]).mean(1).view(weights.n_layers, weights.n_heads)
+
+
+Asked = tuple[Sequence[str], Tokens]  # prompts, and the first tokens of their answers
+
+
+def three_tools(model: Model, eight: Asked, others: Asked, verdict: Verdict, lenses: Lenses) -> pd.DataFrame:
+    """One row a question, one column a tool; `-` where a tool does not answer it. What each tool names, it names from
+    the eight; whether the answer loses by the loss of what it named is measured on the others, by an intervention that
+    may say no. TransformerLens does this book's arithmetic on the same weights once more: it is no second witness."""
+    texts, answers = eight
+    knowledge, n_heads = verdict.knowledge_head, model.weights.n_heads
     neurons = attribute_neurons(model, texts, answers, [knowledge.layer])
     trace, gradient = (x[:, 0].mean(0) for x in (neurons.trace, neurons.gradient))
     top = [Part(Site(knowledge.layer), int(i)) for i in trace.topk(10).indices]
-    nearby = range(max(0, knowledge.layer - AROUND), min(weights.n_layers, knowledge.layer + AROUND + 1))
-    heads = [Part(Site(layer, head)) for layer in nearby for head in range(weights.n_heads)]
-    without_neuron = total_effects(model, texts, answers, top, "zero")
-    without_head = total_effects(model, texts, answers, heads, "resample")
-    neuron, head = without_neuron.idxmin().split()[-1], without_head.idxmin()
-    best, their_head = int(trace.argmax()), lenses.table.their_head.mode()[0]
-    lens, wrote = f"L{peers.routing_layer(lenses.theirs) + 1} (lens)", head.split()[0]
-    helps = _sign(trace.max()), _sign(gradient[best]), "-", _sign(-without_neuron.iloc[0])
+    costliest = total_effects(model, texts, answers, top, "zero").idxmin().split()[-1]
+    patched = Site(*divmod(int(losses_of_heads(model, texts, answers).argmin()), n_heads))
+    theirs = Site.parse(lenses.table.their_head.mode()[0])
+    named = int(trace.argmax()), int(gradient.argmax()), int(costliest)
+    loss_of_neuron = [_loss(model, others, Part(Site(knowledge.layer), neuron), "zero") for neuron in named]
+    loss = {site: _loss(model, others, Part(site), "resample") for site in {knowledge, theirs, patched}}
+    lens, layer = f"L{peers.routing_layer(lenses.theirs) + 1}", f"L{patched.layer + 1}"
     rows = [
-        ("Which layer writes the answer?", f"L{knowledge.layer + 1}", "-", lens, wrote),
-        ("Which head?", str(knowledge), "-", f"{their_head} (most of the prompts)", head),
-        ("Which neuron of that layer?", str(best), str(int(gradient.argmax())), "-", neuron),
-        ("Does that neuron help the answer?", *helps),
-        ("Does that head help the answer?", "yes", "-", "yes", _sign(-without_head[str(knowledge)])),
+        ("Which layer writes the answer?", f"L{knowledge.layer + 1}", "-", layer, lens),
+        ("Which head?", str(knowledge), "-", str(patched), str(theirs)),
+        ("Which neuron of that layer?", *map(str, named), "-"),
+        ("Does the answer lose without that head?", loss[knowledge], "-", loss[patched], loss[theirs]),
+        ("Does the answer lose without that neuron?", *loss_of_neuron, "-"),
     ]
-    return pd.DataFrame(rows, columns=["question", "this book's trace", "Captum", "TransformerLens", "patching"])
+    return pd.DataFrame(rows, columns=["question", "this book's trace", "Captum", "patching", AGAIN])
 
 
-def _sign(value: float | Tensor) -> str:
-    return "yes" if float(value) > 0 else "no"
+def _loss(model: Model, asked: Asked, part: Part, way: str) -> str:
+    """Whether the answer's logit falls without a part, by the interval of the total effect, which follows."""
+    table = summarise_ablations(ablate(model, *asked, part)).set_index("way").loc[way]
+    word = "yes" if table.high < 0 else "no" if table.low > 0 else "cannot tell"
+    return f"{word}: {table.total:+.2f} ({table.low:+.2f} to {table.high:+.2f})"
 
 
 def agreed(table: pd.DataFrame) -> int:
-    """On how many questions every tool that answers says the same."""
-    answers = table.set_index("question").map(lambda text: text.split(" (")[0])
-    return sum(len(set(row) - {"-"}) == 1 for row in answers.to_numpy().tolist())
+    """On how many questions every witness that answers gives the same answer, of those that two answer."""
+    answers = table.set_index("question").drop(columns=AGAIN, errors="ignore")
+    said = [[text.split(":")[0] for text in row if text != "-"] for row in answers.to_numpy().tolist()]
+    return sum(len(row) > 1 and len(set(row)) == 1 for row in said)
 
 
 def same_as_captum(
@@ -147,6 +177,13 @@ def same_as_captum(
             raise DataError(f"gradient x activation of L{layer + 1} differs from Captum's by {difference:.2g}.")
         rows.append((layer + 1, len(sample), captums.shape[-1], difference, largest))
     return pd.DataFrame(rows, columns=["layer", "prompts", "neurons", "largest difference", "largest attribution"])
+
+
+def planted_suppressor() -> str:
+    """`suppressor_words` of the organism, whose suppressor was planted: which ways of taking away can see one."""
+    organism = load("organism")
+    cases = load_cases("organism")
+    return suppressor_words(suppressors(organism, cases, prescribe(organism, trainable(organism, cases[0]))))
 
 
 def organism_through_transformerlens() -> dict[str, pd.DataFrame]:
@@ -181,30 +218,75 @@ def report_ablations(report: Results, table: pd.DataFrame) -> None:
 
 def suppressors(model: Model, cases: Sequence[Case], first: Verdict, *, seed: int = 0) -> pd.DataFrame:
     """Each suppressor that the rule names, taken away from its failing prompts: the change of answer minus competitor;
-    beside the same kind of part one layer below. Summarised ablations, empty where no case has a suppressor. first:
-    the finding for the first case."""
-    parts: list[pd.DataFrame] = []
+    beside the same kind of part one layer below. Summarised ablations, empty where no case has a suppressor. On the
+    eight, by the three ways of `ablate`; and (way `controls`), on these and on the countries of the study (large) that
+    are known and not told, by `calmed`. first: the finding for the first case."""
+    parts, templates = list[pd.DataFrame](), load_templates()
     for case in (trainable(model, c) for c in cases):
         site = (first if case.name == cases[0].name else prescribe(model, case)).suppressor
         if site is None:
             continue
-        failing = tell(model, case.facts, {case.template: load_templates()[case.template]})
+        failing = tell(model, case.facts, {case.template: templates[case.template]})
         answers, against = (torch.tensor(failing[c].tolist()) for c in ("answer_token", "competitor_token"))
         texts, below = list(failing.prompt), Site(site.layer - 1, site.head, site.mlp)
-        kept = prefill(model, texts, below.layer)
-        for name, where in (("suppressor", site), ("control", below)):
-            table = ablate(model, texts, answers, Part(where), against=against, kept=kept)
-            parts.append(summarise_ablations(table.assign(part=f"{case.title}: {name} {where}"), seed=seed))
-    columns = ["part", "way", "n", "direct", "total", "low", "high"]
+        kept, sites = prefill(model, texts, below.layer), {"suppressor": site, "control": below}
+        sets = {"the eight": case.facts, "large set": study_facts(model, case)}
+        calm = {of: calmed(model, case, facts, list(sites.values())) for of, facts in sets.items()}
+        for name, where in sites.items():
+            table = ablate(model, texts, answers, Part(where), against=against, kept=kept).assign(of="the eight")
+            table = pd.concat([table, *(rows[where].assign(of=of) for of, rows in calm.items())])
+            parts.append(_summary(table.assign(part=f"{case.title}: {name} {where}, " + table.of), seed))
+    columns = ["part", "way", "n", "direct", "total", "low", "high", "told"]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 
+def _summary(table: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """`summarise_ablations`, with how many are told then, where the margin is known."""
+    told = (table.margin > 0).where(table.margin.notna()).groupby([table.part, table.way]).sum(min_count=1)
+    return summarise_ablations(table, seed=seed).join(told.rename("told"), on=["part", "way"])
+
+
+@torch.no_grad()
+def calmed(model: Model, case: Case, facts: Sequence[Fact], sites: Sequence[Site]) -> dict[Site, pd.DataFrame]:
+    """What all failing prompts share, a mean over them cannot take away. So a component of each failing prompt puts
+    out, at the last position, what it does on average for the *other* facts under the controls that tell them: nothing
+    of this answer. By site, an `ablate` table of the known and untold facts (way `controls`): the change of answer
+    minus competitor, and what that margin is then."""
+    texts, answers, tables = load_templates(), first_tokens(model, facts), {}
+    bad, *good = (run_with_cache(model, prompts(facts, texts[t])) for t in (case.template, *case.controls))
+    told = torch.stack([run.logits.argmax(-1) == answers for run in (bad, *good)])
+    rows = (~told[0] & told[1:].any(0)).nonzero()[:, 0]
+    run, pairs = bad.take(rows.tolist()), with_competitors(bad.logits, answers)[rows]
+    z, mlps = (control_mean(torch.stack([getattr(r, x)[rows] for r in good]), told[1:, rows]) for x in ("z", "mlps"))
+    z, mlps = ((x.sum(0) - x) / max(1, len(rows) - 1) for x in (z, mlps))
+    patched = patch_components(model, run, z, mlps, pairs, lowest=min(site.layer for site in sites))
+    for site in sites:
+        margin = patched[components(model).index(site)]
+        change = (margin - interventions.logit_differences(run, pairs)).tolist()
+        columns = {"prompt": run.prompts, "direct": np.nan, "total": change, "margin": margin.tolist()}
+        tables[site] = pd.DataFrame(columns).assign(way="controls")
+    return tables
+
+
 def suppressor_words(table: pd.DataFrame) -> str:
-    """One sentence on what the suppressors' loss gives back, by zero ablation."""
-    rows = table[(table.way == "zero") & table.part.str.contains(": suppressor")]
-    rows = rows.assign(site=rows.part.str.split(": suppressor ").str[1])
-    effects = [f"{row.site} {row.total:+.2f} ({row.low:+.2f} to {row.high:+.2f})" for row in rows.itertuples()]
-    return say("cross_validation", "suppressors", effects=effects)
+    """One sentence on what the suppressors' loss gives back, by each way."""
+    rows = table[table.part.str.contains(": suppressor")]
+    return say("cross_validation", "suppressors", rows=rows.to_dict("records"))
+
+
+def report_suppressors(report: Results, table: pd.DataFrame) -> None:
+    """Whether an intervention confirms the suppressors. On a set: given its output under the controls (`controls`), the
+    margin rises by more than nothing and by more than with the same kind of part one layer below, intervals apart."""
+    rows = table[table.way == "controls"].set_index("part")
+    sure = {}
+    for part in rows.index[rows.index.str.contains(": suppressor")]:
+        case, of = part.split(": ")[0], part.split(", ")[1]
+        (beside,) = (p for p in rows.index if p.startswith(f"{case}: control") and p.endswith(of))
+        sure[part] = bool(rows.low[part] > max(0, rows.high[beside]))
+    found = set(sure.values())
+    confirmed = "in part" if len(found) > 1 else {None: "none named", True: "yes", False: "no"}[next(iter(found), None)]
+    verdict = say("cross_validation", "suppressor_verdict", sure=sure, rows=rows.to_dict("index"))
+    report.many({"suppressor_confirmed": confirmed, "suppressor_verdict": verdict})
 
 
 @torch.no_grad()
@@ -213,7 +295,7 @@ def patch_heads(model: Model, facts: Sequence[Fact], failing: str, control: str,
     position, and at the last token of the subject. The share of the lost logit difference (answer minus competitor)
     that comes back; 1 is all of it."""
     pairs, shape = torch.stack((first_tokens(model, facts), competitors), 1), (model.weights.n_layers, -1, len(facts))
-    bad, good = (interventions.run_with_cache(model, prompts(facts, template)) for template in (failing, control))
+    bad, good = (run_with_cache(model, prompts(facts, template)) for template in (failing, control))
     base, told = (interventions.logit_differences(run, pairs) for run in (bad, good))
     (rows,) = deque(interventions.patched_streams(model, bad, good.z), maxlen=1)  # what leaves the last layer
     last = interventions.patched_logit_differences(model, rows, pairs).view(shape)

@@ -4,10 +4,12 @@ whether the weights rate the heads as the trace does, when the answer wins, and 
 import json
 from collections.abc import Sequence
 from operator import attrgetter
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from lib.facts import Case, Fact, load_cases, load_templates, prompts
 from lib.files import BUILD, DATA, ROOT, digest, modules, write_atomically
 from lib.interventions import run_with_cache
 from lib.models import Model
-from lib.recall import first_tokens, study_facts
+from lib.recall import first_tokens, study_facts, tell
 from lib.results import Results
 from lib.sites import Site
 from lib.static import TOP, JointMap, RelationMap, join, qk_overlap, relation_maps
@@ -48,14 +50,34 @@ def strongest_terms(table: pd.DataFrame, *, k: int = 8) -> pd.DataFrame:
 def relation_maps_once(model: Model, facts: Sequence[Fact]) -> dict[str, RelationMap]:
     """The `relation_maps` that two chapters and the dashboard show: made by whoever comes first, and kept on disk under
     the sha256 of weights (and of their present sums, which an edit changes), facts and code."""
-    sums = [float(p.double().sum()) for p in model.module.parameters()]
-    inputs = json.dumps([model.weights_sha256, sums, [vars(fact) for fact in facts], torch.__version__])
-    path = BUILD / "kept" / f"relation_maps-{digest(modules({'static'}, ROOT), inputs, ROOT)}.safetensors"
+    path = _kept("relation_maps", "static", model, [vars(fact) for fact in facts], "safetensors")
     if path.is_file():
         return {name: RelationMap(hits) for name, hits in load(path.read_bytes()).items()}
     maps = relation_maps(model, facts)
     write_atomically(path, save({name: m.hits.contiguous().cpu() for name, m in maps.items()}))
     return maps
+
+
+def answers_once(
+    model: Model, facts: Sequence[Fact], templates: dict[str, str], *, progress: str | None = None
+) -> pd.DataFrame:
+    """`recall.tell` of many questions that two studies ask (chapter 2, and what a failure is planted in): put by
+    whoever comes first, and kept as `relation_maps_once` keeps maps."""
+    asked = [torch.get_num_threads(), list(templates.values()), [vars(fact) for fact in facts]]
+    path = _kept("answers", "recall", model, asked, "json")
+    if path.is_file():
+        table = pd.DataFrame(json.loads(path.read_text(encoding="utf-8")))
+        return table.assign(template=[name for name in templates for _ in facts])
+    table = tell(model, facts, templates, progress=progress)
+    write_atomically(path, json.dumps(table.to_dict("list")))
+    return table
+
+
+def _kept(what: str, code: str, model: Model, inputs: list[Any], suffix: str) -> Path:
+    """Where something is kept that a module of lib/ makes of a model and of plain values."""
+    sums = [float(p.double().sum()) for p in model.module.parameters()]
+    made_of = json.dumps([model.weights_sha256, model.bos, sums, torch.__version__, *inputs])
+    return BUILD / "kept" / f"{what}-{digest(modules({code}, ROOT), made_of, ROOT)}.{suffix}"
 
 
 def terms_by_site(table: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
@@ -118,7 +140,8 @@ def static_agreement(
     model: Model, maps: dict[str, RelationMap], joint: JointMap, attribution: ByHead, *, seed: int = 0
 ) -> pd.DataFrame:
     """Static scores of all heads against their direct logit attribution: the joint map, the enriched map alone, and
-    two controls that should fail, the joint map of permuted answers and QK overlap."""
+    two controls that should fail, the joint map of permuted answers and QK overlap. top5_chance: with heads that share
+    a key/value head shuffled together."""
     order = torch.randperm(maps["raw"].hits.shape[-1], generator=torch.Generator().manual_seed(seed), device="cpu")
     scores = {
         "relation maps, joint": joint.score,
@@ -126,11 +149,11 @@ def static_agreement(
         "control: permuted capitals": join([RelationMap(m.hits[..., order]) for m in maps.values()], seed=seed).score,
         "control: QK overlap": qk_overlap(model.weights),
     }
-    rows = []
+    rows, group = [], model.weights.n_heads // model.weights.n_kv_heads
     for name, score in scores.items():
         rho, p_heads = rank_correlation(score, attribution, seed=seed)
         p_layers = rank_correlation(score, attribution, by_layer=True, seed=seed)[1]
-        shared, chance = top_overlap(score, attribution)
+        shared, chance = top_overlap(score, attribution, group=group, seed=seed)
         rows.append((name, rho, p_heads, p_layers, shared, f"{chance:.1g}"))
     return pd.DataFrame(rows, columns=["static score", "rho", "p_heads", "p_layers", "top5", "top5_chance"])
 
@@ -149,6 +172,25 @@ def lens_by_case(model: Model, diagnoses: Sequence[Diagnosis]) -> dict[str, Floa
         answers = first_tokens(model, facts)[:, None]
         ranks[f"{kind}: {text}"] = logit_lens(model, capture(model, prompts(facts, text)), answers)[1][..., 0]
     return ranks
+
+
+def lens_top(model: Model, texts: Sequence[str], answers: Int[Tensor, " text"]) -> int | None:
+    """`first_in_top` of some prompts."""
+    return first_in_top(logit_lens(model, capture(model, texts), answers[:, None])[1][..., 0])
+
+
+def lens_rises(model: Model, diagnoses: Sequence[Diagnosis]) -> dict[str, int]:
+    """The other reading of the lens, for the prompts of `lens_by_case`: the layer (from 1) over which each answer's
+    logit minus the mean of the other answers' rises most, on average."""
+    weights, layers = model.weights, {}
+    for kind, d in [("control", diagnoses[0]), *(("failing", d) for d in diagnoses)]:
+        facts, text = d.evidence.facts, _templates(d.case)[kind]
+        stream, answers = capture(model, prompts(facts, text)).stream, first_tokens(model, facts)
+        read = weights.norm_final(stream) @ weights.W_U[:, answers]
+        own = read.diagonal(dim1=0, dim2=2).T  # (fact, layer)
+        curves = own - (read.sum(-1) - own) / max(1, len(facts) - 1)
+        layers[f"{kind}: {text}"] = int(curves.mean(0).diff().argmax()) + 1
+    return layers
 
 
 def first_in_top(ranks: Float[Tensor, "fact n_layers+1"]) -> int | None:

@@ -58,15 +58,20 @@ def setting(model: Model) -> Setting:
 
 
 @once_a_model
+def tasks(model: Model) -> dict[int, Task]:
+    """For each layer (0-based) what training the first case there takes: one run of the model for all."""
+    return tasks_at(model, setting(model).case, range(model.weights.n_layers))
+
+
+@once_a_model
 def prepared(model: Model) -> dict[int, tuple[Task, Protocol]]:
-    """For each layer (0-based) what training and asking need of what lies below it: one run of the model for all."""
+    """For each layer (0-based) what training and asking need of what lies below it."""
     case, layers = setting(model).case, range(model.weights.n_layers)
     table = questions(model, case)
     failing = table.set.isin(["eight", "large"]) & (table.template == case.template)
     table = table[table.set.isin(["capability", "unrelated"]) | failing]
-    tasks = tasks_at(model, case, layers)
     asked = protocols(model, case, layers, texts={}, table=table)
-    return {layer: (tasks[layer], asked[layer]) for layer in layers}
+    return {layer: (tasks(model)[layer], asked[layer]) for layer in layers}
 
 
 @once_a_model
@@ -74,18 +79,17 @@ def untold(model: Model) -> dict[str, list[str]]:
     """The other countries that are known and not told, by split."""
     case, asked = setting(model).case, prepared(model)[0][1].questions
     failed = set(asked.subject[(asked.set == "large") & ~asked.told_before])
-    facts = [f for f in case.large if f.subject in failed]
-    telling = {name: load_templates()[name] for name in case.controls}
-    known = set(tell(model, facts, telling).query("told").subject) if facts else set()
+    facts, known = [f for f in case.large if f.subject in failed], set[str]()
+    for control in case.controls:  # one that tells is enough
+        if left := [f for f in facts if f.subject not in known]:
+            known |= set(tell(model, left, {control: load_templates()[control]}).query("told").subject)
     return {s: [f.subject for f in facts if f.subject in known and f.split == s] for s in SPLITS}
 
 
-def protocols(
-    model: Model, case: Case, layers: Sequence[int], *, texts: dict[str, str] | None, table: pd.DataFrame
-) -> dict[int, Protocol]:
+def protocols(model: Model, case: Case, layers: Sequence[int], **options: Any) -> dict[int, Protocol]:
     """As `build_protocols`, with what the untouched model tells among the questions (told_before)."""
     end = model.weights.n_layers
-    built = build_protocols(model, case, [*layers, end], texts=texts, table=table)
+    built = build_protocols(model, case, [*layers, end], **options)
     before = score_questions(model, built[end], None)
     table = built[end].questions.assign(told_before=before.told)
     return {layer: replace(protocol, questions=table) for layer, protocol in built.items()}

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,14 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lib.diagnosis import prescribe
 from lib.edits import Edit, applied, outside_unchanged
 from lib.errors import EditError
-from lib.facts import load_cases
 from lib.models import Model
-from lib.recall import tell, trainable
-from lib.studies import Row, experiment, once_a_model, one_thread
-from lib.training import Comparison, Task, Trained, chosen_rows, false_facts, task_at, train
-from lib.weights import PATHWAYS, pathway_slices, places
+from lib.recall import tell
+from lib.sinks import shapes
+from lib.studies import Row, experiment, location, once_a_model, one_thread
+from lib.training import Comparison, Task, Trained, chosen_rows, false_facts, sink_task, train
+from lib.weights import OF_A_LAYER, PATHWAYS, SINKS, pathway_slices, places, view
 
 CURVES = ["margins", "kls"]  # of a run, by step: smallest margin, and KL on the step's neutral window
 WAYS = ["facts", "longer"]  # which lesson, and for how long
@@ -32,17 +32,21 @@ def train_at(model: Model, *, pathway: str, rate: float, facts: str = "true", lo
     recipe's limit of steps. The outcome, and two curves by step. Raises EditError for other words."""
     if facts not in ("true", "false"):
         raise EditError(f"facts {facts!r}: choose true or false.")
-    task = diagnosed_task(model)
+    task = diagnosed_sink_task(model) if pathway in SINKS else diagnosed_task(model)
     task = replace(task, recipe=replace(task.recipe, max_steps=longer * task.recipe.max_steps))
     run = train(model, task if facts == "true" else false_facts(task), pathway, rate=rate, seed=seed)
     return run.outcome | {"margins": run.history.min_margin.tolist(), "kls": run.history.kl.tolist()}
 
 
-@once_a_model
 def diagnosed_task(model: Model) -> Task:
     """What training takes at the diagnosed layer of the model's first case."""
-    case = trainable(model, load_cases(model.name)[0])
-    return task_at(model, case, prescribe(model, case).knowledge_head.layer)
+    return location.tasks(model)[location.setting(model).verdict.knowledge_head.layer]
+
+
+@once_a_model
+def diagnosed_sink_task(model: Model) -> Task:
+    """The same lesson for a sink before every text."""
+    return sink_task(model, diagnosed_task(model))
 
 
 def further(grid: pd.DataFrame, *, seed: int = 0, seeds: int = 10) -> list[dict[str, list[Any]]]:
@@ -62,9 +66,10 @@ def gather(model: Model, task: Task, grid: pd.DataFrame, runs: pd.DataFrame) -> 
     """The comparison that two finished sweeps make (`pathways`, and what is `further`), with the first seed's runs once
     more, for their edits. Raises EditError where one of these does not reach what its row does."""
     best, first = chosen_rows(grid), dict[str, Trained]()
+    tasks = dict.fromkeys(PATHWAYS, task) | dict.fromkeys(SINKS, sink_task(model, task))
     for row in tqdm(list(best.itertuples()), desc="the edits"):
         with one_thread():  # as a sweep runs it: sums are added in the same order
-            run = first[row.pathway] = train(model, task, row.pathway, rate=row.rate, seed=row.seed)
+            run = first[row.pathway] = train(model, tasks[row.pathway], row.pathway, rate=row.rate, seed=row.seed)
         if run.reached != row.reached or run.diverged != row.diverged:
             raise EditError(
                 f"{row.pathway} at rate {row.rate:g} came out otherwise than in the sweep ({run.steps} steps, not "
@@ -99,8 +104,8 @@ def before_after(model: Model, task: Task, edits: dict[str, Edit]) -> pd.DataFra
     """The `tell` table of the facts under the failing template, untouched (pathway `none`) and with each edit."""
     rows = []
     for name, edit in {"none": None, **edits}.items():
-        with applied(model, edit) if edit else nullcontext():
-            rows.append(tell(model, task.facts, {"failing": task.template}).assign(pathway=name))
+        with applied(model, edit) if edit else nullcontext(model) as changed:
+            rows.append(tell(changed, task.facts, {"failing": task.template}).assign(pathway=name))
     return pd.concat(rows, ignore_index=True)
 
 
@@ -108,7 +113,8 @@ def gpt2_sizes() -> dict[str, dict[str, float]]:
     """Parameters of each pathway in GPT-2 small, and their share of it, counted on an empty model of its shape."""
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config())
-    counts = {name: sum(x.numel() for x in places(model, pathway_slices(model, 0, name))) for name in PATHWAYS}
+    counts = {name: sum(x.numel() for x in places(model, pathway_slices(model, 0, name))) for name in OF_A_LAYER}
+    counts |= {name: sum(map(prod, shapes(view(model), name).values())) for name in SINKS}
     return {name: {"parameters": n, "share": n / model.num_parameters()} for name, n in counts.items()}
 
 

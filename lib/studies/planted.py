@@ -30,9 +30,10 @@ from lib.facts import Fact, load_cases, load_templates, prompts
 from lib.forward import above, pack, resid_pre
 from lib.interventions import CachedRun, logit_differences, patch_components, rerun_from, run_with_cache
 from lib.models import Model
-from lib.recall import first_tokens, study_facts, tell
+from lib.recall import first_tokens, study_facts
 from lib.sites import Site
 from lib.studies import experiment, localisation, once_a_model
+from lib.studies.knowledge_path import answers_once
 from lib.studies.localisation import Look, Named, told_by, with_competitors
 from lib.trace import subject_positions
 from lib.training import slice_values
@@ -102,7 +103,7 @@ def grounds(model: Model) -> dict[str, pd.DataFrame]:
     column a fact. Raises DataError where there is no relation with two such templates that begin differently."""
     usable = {}
     for relation, (facts, texts) in fact_sets(model).items():
-        told = tell(model, facts, {text: text for text in texts}).told.to_numpy().reshape(len(texts), -1)
+        told = answers_once(model, facts, {text: text for text in texts}).told.to_numpy().reshape(len(texts), -1)
         table = pd.DataFrame(told, index=texts, columns=facts)[told.sum(1) >= FEWEST]
         if table.index.str.split("{}", regex=False).str[0].nunique() > 1:
             usable[relation] = table

@@ -10,14 +10,16 @@ import pandas as pd
 import torch
 
 from lib.diagnosis import NOT_RETRIEVED
+from lib.errors import DataError
+from lib.facts import load_cases, load_templates
 from lib.interventions import rerun_from
 from lib.models import Model
-from lib.recall import first_tokens
+from lib.recall import first_tokens, trainable
 from lib.results import Results
 from lib.show.sentences import say
 from lib.sites import Site
 from lib.statistics import exact_interval, paired
-from lib.studies.localisation import RULES, with_competitors
+from lib.studies.localisation import RULES, blind, with_competitors
 from lib.studies.planted import KINDS, applied, from_row, run_on
 from lib.trace import logit_trace
 
@@ -166,6 +168,38 @@ def key(rule: str, what: str) -> str:
     return f"{rule.replace(' alone', '')}_{what}".replace(" ", "_")
 
 
+def own_failures(model: Model, runs: pd.DataFrame) -> pd.DataFrame:
+    """What the rules name in the failures that the model has of its own, on the eight facts of each case; beside each
+    rule its share of right kinds and sites among plants. A case in which nothing fails is left out. runs: of plants."""
+    scores, texts, rows = summarise(runs).set_index("rule"), load_templates(), []
+    for case in (trainable(model, c) for c in load_cases(model.name)):
+        controls = [texts[name] for name in case.controls]
+        try:
+            named = blind(model, case.facts, texts[case.template], controls)
+        except DataError:
+            continue
+        for rule in ("joined", "dynamic alone", "chapter 2"):
+            share, low, high = (float(scores[f"kind and site{end}"][rule]) for end in ("", " low", " high"))
+            rows.append((case.title, rule, share, low, high, str(named[rule].site), named[rule].kind))
+    return pd.DataFrame(rows, columns=["case", "rule", "share", "low", "high", "site", "kind"])
+
+
+def report_own(report: Results, table: pd.DataFrame) -> None:
+    """Whether the better rule says of the book's own failures what chapter 2's says."""
+    by = table.pivot(index="case", columns="rule", values=["site", "kind"])
+    same = [
+        name for name in by.index if all(by[x]["joined"][name] == by[x]["chapter 2"][name] for x in ("site", "kind"))
+    ]
+    report("own_same", len(same))
+    report("own_verdict", say("scoring", "own", same=len(same), cases=len(by), rows=table.to_dict("records")))
+
+
+def report_rule(report: Results, row: pd.Series) -> None:
+    """A rule's share of right kinds and sites (a row of `summarise`), beside the confidence that chapter 2 gives it."""
+    report("rule_on_plants", float(row["kind and site"]), ".0%")
+    report("rule_on_plants_interval", (float(row["kind and site low"]), float(row["kind and site high"])), ".0%")
+
+
 def report_scores(report: Results, runs: pd.DataFrame, prefix: str = "") -> None:
     """Shares of the rules with their exact intervals, and a sentence for each question. runs: of one model."""
     table, beside, counted = summarise(runs).set_index("rule"), against(runs).set_index("rule"), runs[runs.accepted]
@@ -181,6 +215,7 @@ def report_scores(report: Results, runs: pd.DataFrame, prefix: str = "") -> None
         **{f"joined_{what}_interval": ((joined[f"{what} low"], joined[f"{what} high"]), ".1%") for what in GOALS},
         "goals_verdict": " ".join(say("scoring", "goal", row=joined, what=w, goal=goal) for w, goal in GOALS.items()),
         "joined_verdict": " ".join(say("scoring", "beside", row=beside.loc[rule]) for rule in ALONE),
+        "join_verdict": say("scoring", "join", row=beside.loc["dynamic alone"]),
         "simple_rule": best,
         "simple_share": (table["kind and site"][best], ".1%"),
         "simple_verdict": say("scoring", "simple", row=table.loc[best], beside=beside.loc[best]),

@@ -12,10 +12,21 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from lib import evaluation
 from lib.diagnosis import prescribe
 from lib.edits import Edit, applied
 from lib.errors import DataError, EditError
-from lib.evaluation import BAND, ELSEWHERE, NONE, build_protocol, generalisation, load_passages, measure
+from lib.evaluation import (
+    BAND,
+    CAPABILITY,
+    ELSEWHERE,
+    NONE,
+    Measured,
+    build_protocol,
+    generalisation,
+    load_passages,
+    measure,
+)
 from lib.facts import Case, load_cases, load_templates, prompts
 from lib.files import BUILD, ROOT, digest, modules, write_atomically
 from lib.forward import Pack, Streams, resid_post
@@ -24,7 +35,8 @@ from lib.recall import trainable
 from lib.results import Results
 from lib.statistics import exact_interval
 from lib.studies import experiment
-from lib.training import compare, false_facts, task_at, train
+from lib.training import compare, false_facts, sink_task, task_at, train
+from lib.weights import SINKS
 
 BLED = (
     "The trained answers bleed into the neighbourhood: beside each fact, the edit has learned that this wording is to "
@@ -32,6 +44,7 @@ BLED = (
 )
 LEFT_OUT = ("the facts", "paraphrases", "working templates", ELSEWHERE, "other relations", "neighbours")
 PROBES = ["capability", "unrelated"]
+INTERVALS = {"capability": "capability", "every": CAPABILITY}  # kinds whose share lost is kept with its interval
 
 
 def report_planted(report: Results, table: pd.DataFrame) -> None:
@@ -50,9 +63,11 @@ def pathway_entry(
     """What results keep of a pathway, from `evaluation`'s tables: outcomes, perplexity, generalisation, bleeding."""
     by, texts = outcome[outcome.pathway == name].set_index("what"), texts.set_index("pathway").loc[name]
     held = general[(general.pathway == name) & (general.split == "held_out")].iloc[0]
-    flips = by.gained + by.lost
+    flips, every = by.gained + by.lost, by.loc[CAPABILITY]
     entry = {f"{probe}_{when}": by[when][probe] for probe in PROBES for when in ("before", "after")}
     entry |= {"flips": flips[PROBES].sum(), "capability_flips": flips["capability"]}
+    entry |= {f"every_{key}": every[key] for key in ("n", "before", "after", "gained", "lost", "p")}
+    entry |= {f"{what}_lost_interval": (by.lost_low[k], by.lost_high[k]) for what, k in INTERVALS.items()}
     entry |= {"ppl_before": texts.ppl_before, "ppl_after": texts.ppl_after, "ppl_ratio": texts.ratio, "kl": texts.kl}
     entry |= {"held_out_facts": held["all"]}
     entry |= {f"held_out_{key}": held[key] for key in ("told_before", "told_after", "untold", "repaired")}
@@ -60,17 +75,27 @@ def pathway_entry(
     return entry | {f"{kind.replace(' ', '_').replace(',', '')}_after": by.after[kind] for kind in LEFT_OUT}
 
 
+def report_probes(report: Results, by: pd.DataFrame, outcome: pd.DataFrame) -> None:
+    """The source page's 25 probes, and all of capability. by: the recommended pathway's outcomes, by kind."""
+    probes, all_probes = (outcome[outcome.what.isin(kinds)] for kinds in (PROBES, [CAPABILITY]))
+    right, every, most = int(by.before[PROBES].sum()), by.loc[CAPABILITY], all_probes.set_index("pathway").lost
+    report.many({f"{probe}_{key}": int(by[key][probe]) for probe in PROBES for key in ("before", "after", "n")})
+    report.many({"own_flips": int((by.gained + by.lost)[PROBES].sum()), "probes_right": right})
+    report("all_flips", int((probes.gained + probes.lost).sum()))
+    report("resolution", exact_interval(0, right)[1], ".0%")
+    report.many({f"every_{key}": int(every[key]) for key in ("n", "before", "after", "gained", "lost")})
+    report("every_lost_interval", (float(every.lost_low), float(every.lost_high)), ".0%")
+    report.many({"every_most_lost": int(most.max()), "every_most_lost_by": str(most.idxmax()).replace("_", " ")})
+    report("every_most_lost_p", float(all_probes.set_index("pathway").p[most.idxmax()]), ".2f")
+
+
 def report_effects(
     report: Results, best: str, outcome: pd.DataFrame, texts: pd.DataFrame, general: pd.DataFrame, bled: pd.DataFrame
 ) -> None:
     """What the chapter's prose says of the recommended pathway, and of all: what it changes and breaks, and how far it
     carries over, to held-out facts and to countries where it is wrong."""
-    by, probes = outcome.set_index(["pathway", "what"]).loc[best], outcome[outcome.what.isin(PROBES)]
-    right = int(by.before[PROBES].sum())
-    report.many({f"{probe}_{key}": int(by[key][probe]) for probe in PROBES for key in ("before", "after", "n")})
-    report.many({"own_flips": int((by.gained + by.lost)[PROBES].sum()), "probes_right": right})
-    report("all_flips", int((probes.gained + probes.lost).sum()))
-    report("resolution", exact_interval(0, right)[1], ".0%")
+    by = outcome.set_index(["pathway", "what"]).loc[best]
+    report_probes(report, by, outcome)
     for key, kind in (("other_relations", "other relations"), ("elsewhere", ELSEWHERE)):
         report(key, [int(by.gained[kind]), int(by.lost[kind])])
     report.many({"elsewhere_n": int(by.n[ELSEWHERE]), "neighbours": int(by.n["neighbours"])})
@@ -91,6 +116,17 @@ def report_effects(
     report.many({"bled_before": int(wrong[NONE]), "bled_after": int(wrong[best])})
     report.many({"bled_prompts": int(bled.prompts.iloc[0]), "bleeds": bleeds})
     report("bled_lesson", BLED if bleeds else "The trained answers stay where they belong.")
+
+
+def noise_control(model: Model, case: Case, edits: dict[str, Edit], measured: Measured, *, seed: int = 0) -> Measured:
+    """Beside each edit, a random change of the same slices and size (`evaluation.noise`). Its figures and tables read
+    what other countries are answered under the failing template; nothing else is asked of it. measured: with what the
+    untouched model answers."""
+    asked = measured.asked[NONE].query("set == 'large' and template == @case.template")
+    (layer,) = {edit.layer for edit in edits.values()}
+    protocol = build_protocol(model, case, layer, texts={}, table=asked)
+    changed = {name: evaluation.noise(model, edit, seed=seed) for name, edit in edits.items()}
+    return measure(model, protocol, changed, passages=False, beside=measured)
 
 
 @torch.no_grad()
@@ -115,14 +151,14 @@ def kept_streams(model: Model, texts: Pack, layers: Sequence[int]) -> Streams:
 @torch.no_grad()
 def generate(model: Model, texts: Sequence[str], edit: Edit | None, *, tokens: int = 24) -> list[list[int]]:
     """Greedy continuations of each text, as token lists: what the model writes when nobody holds its hand."""
-    ids = [model.token_ids(t) for t in texts]
-    width, fill = max(map(len, ids)), model.tokenizer.eos_token_id or 0
-    if width + tokens > model.weights.context:
-        raise DataError(f"{width} + {tokens} tokens are more than the {model.weights.context} {model.name} reads.")
-    rows = torch.tensor([[fill] * (width - len(i)) + i for i in ids])
-    mask = torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids])
     module: Any = model.module
-    with nullcontext() if edit is None else applied(model, edit):
+    with nullcontext(model) if edit is None else applied(model, edit) as changed:
+        ids = [changed.token_ids(t) for t in texts]
+        width, fill = max(map(len, ids)), model.tokenizer.eos_token_id or 0
+        if width + tokens > model.weights.context:
+            raise DataError(f"{width} + {tokens} tokens are more than the {model.weights.context} {model.name} reads.")
+        rows = torch.tensor([[fill] * (width - len(i)) + i for i in ids])
+        mask = torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids])
         out = module.generate(
             rows, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=fill
         )
@@ -170,9 +206,11 @@ def free_generation(model: Model, case: Case, edits: dict[str, Edit], *, opening
     variants: dict[str, Edit | None] = {NONE: None, **edits}
     openings = [str(decode(model.pieces(t)[:opening])) for t in load_passages().values()]
     kinds, neither = ["failing prompt"] * len(failing) + ["opening"] * len(openings), [False] * len(failing)
-    with side_by_side(model, list(variants.values())):
-        written, tables = generate(model, [*failing, *openings] * len(variants), None), []
-    for i, name in enumerate(variants):
+    beside, texts = {n: e for n, e in variants.items() if e is None or e.pathway not in SINKS}, [*failing, *openings]
+    with side_by_side(model, list(beside.values())):
+        written, tables = generate(model, texts * len(beside), None), []
+    written += [ids for name in variants if name not in beside for ids in generate(model, texts, variants[name])]
+    for i, name in enumerate([*beside, *(name for name in variants if name not in beside)]):
         tokens = written[i * len(kinds) : (i + 1) * len(kinds)]
         texts = [str(decode(ids)) for ids in tokens]
         table = pd.DataFrame({"pathway": name, "kind": kinds, "prompt": [*failing, *openings], "text": texts})
@@ -193,7 +231,13 @@ def planted_edit(model: Model, *, case: int, pathway: str, seed: int = 0) -> dic
     planted = trainable(model, listed[case - 1])
     task = task_at(model, planted, prescribe(model, planted).knowledge_head.layer)
     found = compare(model, task, seed=seed, pathways=[pathway], progress=False)
-    lie = train(model, false_facts(task), pathway, rate=found.runs[pathway].rate, seed=seed)
+    lie = train(
+        model,
+        false_facts(sink_task(model, task) if pathway in SINKS else task),
+        pathway,
+        rate=found.runs[pathway].rate,
+        seed=seed,
+    )
     asked = measure(model, build_protocol(model, planted, task.layer, texts={}), found.edits, passages=False)
     held = generalisation(asked, planted).query("split == 'held_out'").iloc[0] if found.edits else None
     return {

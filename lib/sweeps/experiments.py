@@ -23,6 +23,7 @@ from transformers import set_seed
 
 from lib import files
 from lib.errors import BookError, ModelError, SweepError, WorkerError
+from lib.facts import case_sums
 from lib.files import ROOT, file_sha256
 from lib.models import Model, load, use_device_of
 from lib.studies import Row, one_thread
@@ -63,10 +64,15 @@ def complete(name: str, given: Row) -> Row:
     return {key: given.get(key, p.default) for key, p in takes.items() if key in given or isinstance(p.default, plain)}
 
 
-@cache
 def code(name: str) -> dict[str, str]:
-    """sha256 of each file that an experiment's numbers can depend on, by its path in the project, and the version of
-    each package. Raises WorkerError if a module was changed after this process started: it may run the old one."""
+    """sha256 of each file that an experiment's numbers can depend on, by its path in the project or its part in a case
+    of one's own, and the version of each package. Raises WorkerError if a module was changed after this process
+    started: it may run the old one."""
+    return _code(name) | case_sums()
+
+
+@cache
+def _code(name: str) -> dict[str, str]:
     data = [p for p in files.data_files(ROOT) if p.parent != ROOT / "data" / "sweeps"]
     sums = _sha256s([*files.modules({"studies/" + name.split(".")[0]}, ROOT), *data])
     if stale := [path for path, value in sums.items() if _AT_START.get(path, value) != value]:
@@ -76,7 +82,7 @@ def code(name: str) -> dict[str, str]:
 
 def meaning(name: str) -> dict[str, str]:
     """As `code`, of lib/ and packages alone, and blind to comments, docstrings and layout: what a record keeps."""
-    sums = {key: value for key, value in code(name).items() if not key.startswith("data/")}
+    sums = {key: value for key, value in code(name).items() if not key.startswith(("data/", "case/"))}
     return sums | {key: _meaning((ROOT / key).read_text(encoding="utf-8")) for key in sums if key.endswith(".py")}
 
 

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict
 from lib.checkpoints.fetching import weights_sha256
 from lib.checkpoints.named import split
 from lib.errors import SweepError
-from lib.facts import load_mapping, validated
+from lib.facts import case_sums, load_mapping, validated
 from lib.files import DATA, commit, digest, file_sha256, live, slug, write_atomically
 from lib.results import Results
 from lib.sweeps.experiments import meaning
@@ -136,6 +136,8 @@ def read(spec: Spec) -> Record:
     path = path_of(spec)
     command = f"python -m lib record {spec.name.removesuffix('-seeds')} --model {spec.model}"
     renew = f"`{command}` renews it; with RECORD=off in the environment the runs are done here."
+    if case_sums(spec.model):
+        renew = "The record is of the book's cases; with RECORD=off in the environment the runs are done here."
     if not path.is_file() or not path.with_suffix(".json").is_file():
         raise SweepError(f"there is no record {path}. {renew} {estimate(plan(spec))}.")
     try:
@@ -149,8 +151,9 @@ def read(spec: Spec) -> Record:
 
 
 def rests_on(model_name: str) -> dict[str, str]:
-    """sha256 of each part of data/ that the runs of a model can read: its cases, their facts, what all models share."""
-    entries = load_mapping(DATA / "cases.yaml")
+    """sha256 of each part of data/ that the runs of a model can read: its cases, their facts, what all models share;
+    of the files of a case of one's own, where there is one."""
+    entries, own_case = load_mapping(DATA / "cases.yaml"), case_sums(model_name)
     cases = entries.get(model_name) or entries["any"]
     facts = {f"facts/{case[key]}.csv" for case in cases for key in ("facts", "large")}
     own = (
@@ -161,7 +164,7 @@ def rests_on(model_name: str) -> dict[str, str]:
     sums = {name: file_sha256(DATA / name) for name in sorted({*facts, *SHARED, *own})}
     passages = sorted((DATA / "passages").glob("*.txt"))
     cases_sha256 = hashlib.sha256(json.dumps(cases, sort_keys=True).encode()).hexdigest()
-    return {**sums, "passages": digest(passages, "", DATA), f"cases of {model_name}": cases_sha256}
+    return {**sums, **own_case, "passages": digest(passages, "", DATA), f"cases of {model_name}": cases_sha256}
 
 
 def differences(recorded: dict[str, Any], again: dict[str, Any], tolerance: Tolerance) -> list[str]:

@@ -27,13 +27,13 @@ from tqdm.auto import tqdm
 
 from lib.checkpoints.fetching import weights_sha256
 from lib.errors import SweepError, WorkerError
-from lib.files import BUILD, slug
+from lib.files import BUILD, run_folder
 from lib.sweeps.cluster import connect, each
 from lib.sweeps.experiments import code, code_sha256, differing, perform
 from lib.sweeps.specification import Spec, expand
 from lib.sweeps.store import Run, Store, in_turn
 
-PREPARED_BY = {"baselines": "location"}  # a study whose runs use what another's prepare
+PREPARED_BY = {"baselines": "location", "pathways": "location"}  # studies whose runs use what another's prepare
 SHOWN = 20  # failed runs that a message lists before it only counts them
 
 
@@ -72,7 +72,7 @@ def plan(spec: Spec, store: Path | None = None) -> Plan:
 
 
 def default_store(spec: Spec) -> Path:
-    return BUILD / "sweeps" / slug(spec.model) / spec.name
+    return BUILD / "sweeps" / run_folder(spec.model) / spec.name
 
 
 def finished(spec: Spec, store: Path | None = None, *, partial: bool = False, timing: bool = False) -> pd.DataFrame:

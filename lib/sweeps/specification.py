@@ -7,13 +7,12 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from lib.checkpoints.fetching import n_layers
 from lib.checkpoints.named import canonical
 from lib.errors import SweepError
-from lib.facts import validated
+from lib.facts import load_cases, read_yaml, validated
 from lib.files import ROOT
 from lib.sweeps.experiments import complete
 
@@ -63,10 +62,7 @@ def load(source: str | Path, *, model_name: str | None = None) -> Spec:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in SPECS.glob("*.yaml")))
         raise SweepError(f"there is no specification {path}; give a .yaml file, or one of {known}.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SweepError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, SweepError)
     if not isinstance(content, dict):
         raise SweepError(f"{path} is no mapping; it needs name, model, run and grid.")
     if "subject" in content:
@@ -96,7 +92,10 @@ def key(parameters: dict[str, Any]) -> str:
 
 
 def _axis(spec: Spec, name: str, values: list[Any]) -> list[Any]:
-    """The values of one parameter. Raises SweepError for a number that YAML takes for text, and a value given twice."""
+    """The values of one parameter; `case: all` are those of the model, counted from 1. Raises SweepError for a number
+    that YAML takes for text, and a value given twice."""
+    if name == "case" and values == ["all"]:
+        return list(range(1, len(load_cases(spec.model)) + 1))
     if name == "layer":
         return list(dict.fromkeys(layer for value in values for layer in _layers(spec, value)))
     for value in values:

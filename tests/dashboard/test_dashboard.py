@@ -29,10 +29,10 @@ from lib.results import Results, chapter_folder, results_path
 from lib.sites import Site
 from lib.studies import cross_validation
 from lib.trace import capture
-from lib.weights import PATHWAYS, pathway_slices
+from lib.weights import OF_A_LAYER, pathway_slices
 
 
-def chapters(model: Model, share: float, pathways: Sequence[str] = PATHWAYS) -> None:
+def chapters(model: Model, share: float, pathways: Sequence[str] = OF_A_LAYER) -> None:
     """Results and edits as the chapters leave them, without their work: an edit scales its slices a little. share: the
     best head's patching effect, as chapter 5 has it."""
     cases, texts = [trainable(model, c) for c in load_cases(model.name)], load_templates()

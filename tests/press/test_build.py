@@ -1,10 +1,16 @@
 """What is made from the results while the book is staged."""
 
+from threading import Event
 from types import SimpleNamespace
 
 import nbformat
+import pytest
+from typer.testing import CliRunner
 
-from lib.press import build, texts
+from lib.__main__ import app
+from lib.errors import ChapterError, SweepError
+from lib.press import build, execute, kernel, texts
+from lib.sweeps import spot
 
 PROVENANCE = {
     "chapter": "02_x",
@@ -74,3 +80,26 @@ def test_what_may_differ_elsewhere_is_listed_and_the_rest_counted():
     assert "* - 1\n  - `mean`\n  - 0.5 ± 0.01\n  - ties" in text and "`heads`" not in text
     assert "at least 6, at most 16" in text and "\n  - at most 0.01\n" in text
     assert "nothing is expected" in build.tolerances("my/model", {})
+
+
+@pytest.mark.parametrize("fault", [None, SweepError("not as recorded"), ChapterError("no page")])
+def test_the_dashboard_is_made_beside_the_spot_checks_and_either_can_stop_the_book(monkeypatch, fault):
+    """Each waits for the other to have begun. Pages are built after both, and not at all where one of them fails."""
+    page, checks, done = Event(), Event(), []
+
+    def met(mine: Event, other: Event, kind: type) -> None:
+        mine.set()
+        assert other.wait(20), "one after the other"
+        done.append(kind)
+        if isinstance(fault, kind):
+            raise fault
+
+    monkeypatch.delenv("RECORD", raising=False)
+    monkeypatch.setattr(kernel, "warm_up", lambda: None)
+    monkeypatch.setattr(execute, "run", lambda *a, **k: None)
+    monkeypatch.setattr(spot, "spot_check", lambda *a, **k: met(checks, page, SweepError))
+    monkeypatch.setattr(build, "dashboard", lambda *a, **k: met(page, checks, ChapterError))
+    monkeypatch.setattr(build, "build", lambda *a, **k: done.append("book"))
+    ended = CliRunner().invoke(app, ["book", "--model", "organism"])
+    assert ended.exception is fault and {SweepError, ChapterError} <= set(done)
+    assert (done[-1] == "book") == (fault is None)

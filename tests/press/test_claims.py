@@ -24,6 +24,7 @@ from tests.press.test_execute import notebook, workshop  # noqa: F401
 CHAPTERS = ("01_a", "02_b")
 PLAIN = {
     "id": "one",
+    "kind": "empirical",
     "says": "it tells 8/8",
     "paper": "8/8",
     "chapter": "01_a",
@@ -69,7 +70,8 @@ def verdict(folder, values, model="s", **changes):
         ({"found": "{09_z/told}"}, r"names the chapter '09_z'"),
         ({"must": [{"key": "told", "equals": "$09_z/facts"}]}, r"names the chapter '09_z'"),
         ({"judged_on": "smollm2"}, r"judged_on: Input should be 'any', 'gpt2' or 'shape', not 'smollm2'"),
-        ({"shuold": [{"key": "told", "equals": 8}]}, r"unknown key 'shuold' \(known: id, says, paper"),
+        ({"kind": "theory"}, r"kind: Input should be 'empirical', 'arithmetic' or 'design', not 'theory'"),
+        ({"shuold": [{"key": "told", "equals": 8}]}, r"unknown key 'shuold' \(known: id, kind, says, paper"),
         ({"found": "{told of {facts}"}, r"a text has a brace that closes or opens nothing"),
     ],
 )
@@ -107,6 +109,25 @@ def test_what_it_should_survive_and_does_not_makes_it_differ(tmp_path):
     assert verdict(tmp_path, values | {"lost": 0}, should=should).verdict == "reproduced"
     broken = verdict(tmp_path, values | {"told": 7}, should=should)
     assert broken.verdict == "not reproduced" and "loses" not in broken.reason
+
+
+def test_what_fails_where_it_must_hold_cannot_be_told(tmp_path):
+    """A positive control: it speaks only where the claim does not hold."""
+    control = [{"key": "planted", "equals": 8, "because": "Planted, it is {planted}."}]
+    values = {"told": 7, "facts": 8, "planted": 8}
+    assert verdict(tmp_path, values, control=control).verdict == "not reproduced"
+    blind = verdict(tmp_path, values | {"planted": 2}, control=control)
+    assert blind.verdict == "cannot tell" and blind.reason.endswith("Planted, it is 2.")
+    assert verdict(tmp_path, values | {"told": 8, "planted": 2}, control=control).verdict == "reproduced"
+    assert verdict(tmp_path, {"told": 7, "facts": 8}, control=control).verdict == "not run"
+
+
+def test_kinds_are_counted_apart(tmp_path):
+    entries = [{**PLAIN, "id": kind, "kind": kind} for kind in ("design", "empirical", "arithmetic")]
+    judged = [claims.judge(c, "s", {"01_a": {"told": 8, "facts": 8}}) for c in listed(tmp_path, *entries, {**PLAIN})]
+    text = claims.counts(judged)
+    assert [part.split(":")[0] for part in text.split("; ")] == ["empirical", "arithmetic", "design"]
+    assert text.startswith("empirical: 2 reproduced,") and text.count("1 reproduced") == 2
 
 
 def test_a_missing_result_is_not_run_whatever_else_holds(tmp_path):
@@ -205,7 +226,7 @@ def test_the_page_counts_first_and_escapes_what_it_quotes(tmp_path):
     entries = [PLAIN, {**PLAIN, "id": "two", "says": "a * b_c [x]", "judged_on": "gpt2", "note": "As a note."}]
     judged = [claims.judge(c, "s", {"01_a": {"told": 8, "facts": 8}}) for c in listed(tmp_path, *entries)]
     page = claims.page(judged, "s")
-    assert "1 reproduced, 0 not reproduced, 0 differ, 1 not run" in page.splitlines()[2]
+    assert "empirical: 1 reproduced, 0 not reproduced, 0 differ, 0 cannot tell, 1 not run" in page.splitlines()[2]
     assert r"a \* b\_c \[x\]" in page and "*As a note.*" in page
     assert "{bdg-success}`reproduced`" in page and "{bdg-muted}`not run` Needs GPT-2's weights" in page
     assert "s: 8 of 8 ({doc}`chapter 1 <01_a>`)" in page and "*Must*: `told` is 8." in page
@@ -269,7 +290,7 @@ def test_the_command_prints_every_claim(small_book):
     execute.run("s", ["01_a"], say=lambda _: None)
     shown = CliRunner().invoke(app, ["claims", "--model", "s"])
     assert shown.exit_code == 0 and "it tells 8/8" in shown.output
-    assert "1 reproduced, 0 not reproduced, 0 differ, 0 not run" in shown.output
+    assert "1 reproduced, 0 not reproduced, 0 differ, 0 cannot tell, 0 not run" in shown.output
 
 
 # the book's own claims
@@ -334,6 +355,28 @@ def test_reasons_and_values_are_made_of_results():
         for text in [claim.found, *(c.because for c in claim.conditions)]:
             assert not re.search(r"\d", re.sub(r"\{[^}]*\}|L\d+ H\d+", "", text)), (claim.id, text)
         assert claim.judged_on == "shape" or all(c.because for c in claim.conditions), claim.id
+
+
+def test_what_cannot_surprise_is_not_called_empirical():
+    kinds = {c.id: c.kind for c in OWN}
+    assert all(c.kind == "arithmetic" for c in OWN if c.judged_on == "shape")
+    assert [name for name in kinds if kinds[name] == "design"] == [
+        "twenty_five_probes",
+        "all_heads_classified",
+        "captum_n",
+        "weights_released",
+        "rerun",
+    ]
+
+
+def test_the_query_side_cannot_be_told_while_the_control_fails():
+    told = {"facts": 8, "pathways": {p: {"told_after": 6} for p in ("q_only", "k_only", "v_only")}}
+    told |= {"spread": {p: {"reached": n, "seeds": 10} for p, n in (("q_only", 0), ("k_only", 0), ("v_only", 10))}}
+    planted = {"facts": 8, "q_only": 2, "k_only": 8, "v_only": 2}
+    found = own("q_side", {"03_four_pathways": told | {"planted_query": planted}})
+    assert found.verdict == "cannot tell" and "tells 2 of 8 as well, and retraining K alone 8" in found.reason
+    found = own("q_side", {"03_four_pathways": told | {"planted_query": planted | {"q_only": 8}}})
+    assert found.verdict == "not reproduced"
 
 
 def test_the_numbers_of_gpt2_need_gpt2():

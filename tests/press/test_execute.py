@@ -26,10 +26,11 @@ facts["seconds"] = 1.0
 path.write_text(json.dumps({"provenance": facts, "values": {"seed": seed, "x": {"y": 0.5}}}))"""
 
 
-def notebook(workshop: Path, name: str, *cells: str, saves: bool = True) -> Path:
-    """A chapter with these code cells after its parameters; saves: its last cell writes results."""
+def notebook(workshop: Path, name: str, *cells: str, saves: bool = True, own: str = "seed = 0") -> Path:
+    """A chapter with these code cells after its parameters, with these of its `own`; saves: its last cell writes
+    results."""
     nb, path = nbformat.v4.new_notebook(), workshop / "book" / f"{name}.ipynb"
-    nb.cells = [nbformat.v4.new_code_cell('model_name = "x"\nseed = 0', metadata={"tags": ["parameters"]})]
+    nb.cells = [nbformat.v4.new_code_cell(f'model_name = "x"\n{own}', metadata={"tags": ["parameters"]})]
     nb.cells += map(nbformat.v4.new_code_cell, [*cells, SAVE.replace("01_a", name)] if saves else cells)
     nb.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(nb, path)
@@ -80,6 +81,102 @@ def test_misspelt_parameter_is_refused_before_anything_runs(workshop):
     with pytest.raises(ChapterError, match=unknown):
         run("01_a", parameters={"sede": 1})
     assert not (workshop / "_build").exists()
+
+
+@pytest.mark.parametrize("value", ["1", True, 1.5])
+def test_a_value_of_another_kind_is_refused_before_anything_runs(workshop, value):
+    notebook(workshop, "01_a")
+    with pytest.raises(ChapterError, match=rf"01_a\.ipynb: seed is a whole number, as 0, and not {value!r}\."):
+        run("01_a", parameters={"seed": value})
+    assert not (workshop / "_build").exists()
+
+
+@pytest.fixture
+def kinds(workshop):
+    """A chapter with a parameter of each kind."""
+    own = 'seed = 0\nrate = 1e-3\nwikitext = False\nname = "a"  # @param ["a", "b"]\nlayers = [1]'
+    path = notebook(workshop, "01_a", own=own)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("seed=7", 7),
+        ("seed = -7", -7),
+        ("rate=2", 2.0),
+        ("rate=1e-4", 1e-4),
+        *((f"wikitext={word}", True) for word in ("true", "True", "yes", "on", "1")),
+        *((f"wikitext={word}", False) for word in ("false", "False", "no", "NO", "off", "0")),
+        ("name=no", "no"),
+        ("name=7", "7"),
+        ("name=a=b", "a=b"),
+        ("name=", ""),
+        ("layers=[2, 3]", [2, 3]),
+    ],
+)
+def test_parameters_are_what_they_seem(kinds, typed, value):
+    (found,) = execute.parse_parameters(["01_a"], [typed]).values()
+    assert found == value and type(found) is type(value)
+    execute.check_parameters(kinds, {typed.split("=")[0].strip(): found})
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["seed=x"], "--parameter seed=x: in 01_a seed is a whole number, as 0"),
+        (["seed=true"], "seed is a whole number, as 0"),
+        (["seed=1.5"], "seed is a whole number"),
+        (["seed="], "seed is a whole number"),
+        (["rate=nan"], r"--parameter rate=nan: in 01_a rate is a number, as 0\.001"),
+        (["rate=NaN"], "rate is a number"),
+        (["rate=1e999"], "rate is a number"),
+        (["wikitext=perhaps"], "--parameter wikitext=perhaps: in 01_a wikitext is true or false, as False"),
+        (["layers=1"], r"layers is a list in JSON, as \[1\]"),
+        (["sede=1"], r"01_a\.ipynb has no parameter 'sede'; its parameters cell knows layers, model_name"),
+        (["seed"], "--parameter 'seed': write NAME=VALUE"),
+        (["=1"], "--parameter '=1': write NAME=VALUE"),
+        (["seed=1", "seed=2"], "--parameter seed stands twice, as '1' and as '2'; give it once"),
+    ],
+)
+def test_parameters_of_another_kind_are_refused(kinds, typed, message):
+    with pytest.raises(ChapterError, match=message):
+        execute.parse_parameters(["01_a"], typed)
+
+
+def test_every_parameter_of_the_book_has_a_kind():
+    for chapter in execute.chapter_names():
+        known = execute.literals(execute.BOOK / f"{chapter}.ipynb")
+        assert known["model_name"] == "smollm2" and {type(v) for v in known.values()} <= set(execute.KINDS)
+
+
+def test_what_the_command_sets_itself_is_refused():
+    done = CliRunner().invoke(app, ["run", "1", "-p", "model_name=organism"])
+    assert (done.exit_code, done.output) == (2, "error: --parameter model_name: --model sets it.\n")
+    done = CliRunner().invoke(app, ["run", "4", "-p", "wikitext=perhaps"])
+    assert done.exit_code == 1 and "wikitext is true or false, as False" in str(done.exception)
+
+
+def test_an_edited_case_is_executed_again_and_kept_apart_from_the_book(workshop, no_kernel, monkeypatch):
+    path = notebook(workshop, "01_a", "from lib.files import run_folder")
+    path.write_text(path.read_text().replace("/ model_name /", "/ run_folder(model_name) /"))
+    case, mine = workshop / "own.yaml", workshop / "mine.csv"
+    mine.write_text("country,capital\n" + "\n".join(f"S{i},A{i}" for i in range(40)))
+    case.write_text("facts: mine.csv\ntemplate: 'The capital of {} is'\ncontrols: [in_is]\n")
+
+    def outcome():
+        return "executed" if "executed on s" in run("01_a")[0] else "kept"
+
+    assert (outcome(), outcome()) == ("executed", "kept")
+    monkeypatch.setenv(files.CASE_VARIABLE, str(case))
+    assert (outcome(), outcome()) == ("executed", "kept")
+    mine.write_text(mine.read_text().replace("A7", "B7"))
+    assert (outcome(), outcome()) == ("executed", "kept")
+    case.write_text(case.read_text() + "title: mine\n")
+    assert (outcome(), outcome()) == ("executed", "kept")
+    assert sorted(p.name for p in (workshop / "_build" / "results").iterdir()) == ["s", "s+own"]
+    monkeypatch.delenv(files.CASE_VARIABLE)
+    assert outcome() == "kept"
 
 
 def test_a_failing_chapter_leaves_a_log_that_the_error_names_and_nothing_else(workshop, capfd):

@@ -14,6 +14,11 @@ class Reported(dict):
     def many(self, values):
         self.update({key: value[0] if isinstance(value, tuple) else value for key, value in values.items()})
 
+    def __call__(self, key, value, form=""):
+        self[key] = value
+
+    table = __call__
+
 
 def runs(**columns):
     base = {"pathway": "v_only", "seed": 0, "reached": True, "steps": 10, "kl": 0.1, "bled": 0, "bled_n": 9}
@@ -98,3 +103,37 @@ def test_where_nothing_generalises_the_ladder_says_none():
 def test_methods_with_equally_few_parameters_are_all_named():
     rows = rivals("head", "opponent", parameters=1, facts_told=2, held_out_repaired=4)
     assert comparisons.ladder(rows).changed["general"] == "H; O (1)"
+
+
+def test_what_depth_does_worked_out():
+    """Repairs fall and bleeding rises from layer to layer: the verdict names both ends and the correlations."""
+    swept = runs(layer=[1, 2, 3, 4], held_out_repaired=[7, 5, 2, 0], bled=[1, 4, 6, 8])
+    means = comparisons.by_layer(pd.concat([swept, swept.assign(pathway="full", held_out_repaired=1)]))
+    table, said = comparisons.by_depth(means), Reported()
+    assert table.repaired_mean.tolist() == [4.0, 3.0, 1.5, 0.5] and table.bled_max.tolist() == [1, 4, 6, 8]
+    comparisons.report_depth(said, means, table)
+    assert said["depth_verdict"].startswith("From L1 to L4 the held-out facts repaired go from 4.0 to 0.5 and")
+    assert "Repairs against depth, rank correlation over layers: V-only -1.00" in said["depth_verdict"]
+    assert "V-only +1.00" in said["depth_verdict"] and "full nan" not in said["depth_verdict"]
+
+
+def test_a_query_that_training_cannot_mend_tells_nothing_of_the_query():
+    said = Reported()
+    planted = pd.DataFrame({"title": comparisons.BLIND_QUERY, "facts": 8, "told_before": 2}, index=range(3))
+    planted = planted.assign(pathway=["k_only", "q_only", "v_only"], told_after=[8, 2, 2], untold=19, repaired=0)
+    comparisons.report_control(said, planted)
+    assert said["planted_query"] == {"facts": 8, "before": 2, "v_only": 2, "q_only": 2, "k_only": 8}
+    assert "cannot be told" in said["q_side_verdict"] and "fails on 1 of 1" in said["q_side_verdict"]
+    comparisons.report_control(said, planted.assign(told_after=8))
+    assert "can repair a query" in said["q_side_verdict"]
+
+
+def test_the_smallest_slice_is_no_minimum_where_less_tells_all():
+    said = Reported()
+    columns = {"parameters": [900, 30, 1], "facts_told": [2, 2, 1], "held_out_repaired": [1, 0, 0]}
+    rows = rivals("v_only", "lora", "head", **columns)
+    comparisons.report_rivals(said, rows)
+    assert said["smaller_than_v_only"] == "L (30)" and said["fewest_parameters"] == 30
+    means = comparisons.by_layer(runs(layer=[2, 4], held_out_repaired=[7, 1]))
+    comparisons.report_rivals(said, rows, elsewhere=means)
+    assert "the layer sweep above has 7 of 4 (L2, V-only)" in said["general_verdict"]

@@ -1,11 +1,15 @@
 """What chapter 2 shows beside the diagnosis."""
 
+import pandas as pd
 import pytest
 
 from lib import recall
-from lib.facts import load_cases, load_templates
+from lib.edits import written
+from lib.facts import load_cases, load_facts, load_templates
 from lib.recall import tell
 from lib.studies import knowledge_path
+from lib.training import slice_values
+from lib.weights import pathway_slices
 from tests.conftest import plain_logits
 
 
@@ -13,6 +17,22 @@ def test_the_judge_can_disagree(organism, monkeypatch):
     wrong = [{**case, "knowledge_head": "L1 H1"} for case in knowledge_path.organism_truth()]
     monkeypatch.setattr(knowledge_path, "organism_truth", lambda: wrong)
     assert not knowledge_path.judge_rule(organism).agrees.any()
+
+
+def test_many_questions_are_put_once_and_answered_as_ever(tiny, tmp_path, monkeypatch):
+    """Whatever the second one calls the templates; other facts, or a model with an edit in place, are asked anew."""
+    monkeypatch.setattr(knowledge_path, "BUILD", tmp_path)
+    facts, texts, asked = load_facts("eight")[:3], {"a": "{} has the capital", "b": "The capital of {} is"}, []
+    monkeypatch.setattr(knowledge_path, "tell", lambda *a, **k: asked.append(1) or tell(*a, **k))
+    pd.testing.assert_frame_equal(knowledge_path.answers_once(tiny, facts, texts), tell(tiny, facts, texts))
+    again = {text: text for text in texts.values()}
+    pd.testing.assert_frame_equal(knowledge_path.answers_once(tiny, facts, again), tell(tiny, facts, again))
+    assert len(asked) == 1
+    knowledge_path.answers_once(tiny, facts[:2], texts)
+    bias = {part: value + 1 for part, value in slice_values(tiny, pathway_slices(tiny.module, 1, "v_only")).items()}
+    with written(tiny.module, bias):
+        changed = knowledge_path.answers_once(tiny, facts, texts)
+    assert len(asked) == 3 and not changed.prob.equals(tell(tiny, facts, texts).prob)
 
 
 def test_every_term_of_the_example_is_kept_under_its_site(organism):

@@ -139,13 +139,13 @@ def test_the_code_of_an_experiment_is_what_it_imports_and_the_data(tmp_path, mon
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
     monkeypatch.setattr(experiments, "_AT_START", {})
-    seen = experiments.code.__wrapped__("a.f")
+    seen = experiments._code.__wrapped__("a.f")
     assert set(seen) == {"lib/__init__.py", "lib/studies/a.py", "lib/b.py", "data/facts.csv", *experiments.PACKAGES}
     (tmp_path / "lib" / "b.py").write_text("x = 1")
-    assert experiments.differing(seen, experiments.code.__wrapped__("a.f")) == "lib/b.py"
+    assert experiments.differing(seen, experiments._code.__wrapped__("a.f")) == "lib/b.py"
     monkeypatch.setattr(experiments, "_AT_START", seen)
     with pytest.raises(WorkerError, match=r"started before lib/b\.py was changed, and may run the old one; start it"):
-        experiments.code.__wrapped__("a.f")
+        experiments._code.__wrapped__("a.f")
 
 
 # One run

@@ -1,0 +1,162 @@
+"""What finished runs of `repairs` say: the rule that chooses, and what an edit must touch to carry over.
+
+Nothing here runs a model. The rule was written before any held-out country was asked:
+
+    harmless  as many capability probes and working templates are told as before, and on passages, after their first
+              tokens, perplexity does not rise by more than BAND (that it falls is no harm)
+    chosen    of a case's runs of a pathway, among the harmless ones (among all, where none is), the one that makes most
+              selection countries told that are known and untold; of equals, that with the likelier answers
+
+The sentences stand in `show/words/carrying_over.yaml`.
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lib.evaluation import BAND
+from lib.results import Results
+from lib.show.sentences import listed, say
+from lib.statistics import exact_interval
+from lib.weights import SINKS
+
+ORDER = ("newline", "sink_token", "sink_kv", "v_only", "full")  # how tables and figures list them
+KINDS = {"newline": "fixed prefix"} | dict.fromkeys(SINKS, "cause") | dict.fromkeys(("v_only", "full"), "place")
+COUNTED = ("told", "repaired", "bled", "relations_told", "working_lost", "capability_lost", "capability_told")
+sentence = partial(say, "carrying_over")
+
+
+def harmless(runs: pd.DataFrame) -> pd.Series:
+    """Which runs cost no more than they may."""
+    kept = [runs[f"{kind}_told"] >= runs[f"{kind}_before"] for kind in ("capability", "working")]
+    return kept[0] & kept[1] & (runs.ratio_later <= 1 + BAND)
+
+
+def chosen(runs: pd.DataFrame) -> pd.DataFrame:
+    """The run that the rule chooses for each case and pathway, of those that train."""
+    trained = runs[runs.steps > 0]
+    worst_last = (-trained.log_probability, -trained.repaired, ~harmless(trained))
+    ordered = trained.iloc[np.lexsort([key.to_numpy() for key in worst_last])]
+    return ordered.groupby(["case", "pathway"], sort=True).head(1).sort_values(["case", "pathway"], ignore_index=True)
+
+
+def named(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs, with the fixed prefix that a sink starts from under its own name."""
+    return runs.assign(pathway=runs.pathway.where(runs.steps > 0, "newline"))
+
+
+def frontier(runs: pd.DataFrame) -> pd.DataFrame:
+    """Every run that chooses, with what the rule reads."""
+    best = chosen(runs)
+    pick = runs.merge(best[["case", "pathway", "rate", "steps"]], how="left", indicator=True)["_merge"] == "both"
+    table = named(runs).assign(chosen=pick.to_numpy() & (runs.steps > 0), harmless=harmless(runs))
+    return _ordered(table)
+
+
+def _ordered(table: pd.DataFrame) -> pd.DataFrame:
+    lessons = {"eight": 0, "sixteen": 1, "fit": 2}
+    order = table.assign(_pathway=table.pathway.map(ORDER.index), _facts=table.facts.map(lessons))
+    keys = ["case", "_pathway", "_facts", *(k for k in ("rate", "steps", "seed") if k in table)]
+    return order.sort_values(keys, kind="stable", ignore_index=True).drop(columns=["_pathway", "_facts"])
+
+
+def judged(runs: pd.DataFrame) -> pd.DataFrame:
+    """The centre of the chapter: a row a case, pathway and lesson, from the runs that were asked the held-out
+    countries. Counts are means over the seeds; low and high: the exact 95 % interval over countries, for the seed in
+    the middle; least and most: of repaired, over the seeds."""
+    rows = []
+    true = named(runs[runs.variant == "true"])
+    for (case, pathway, facts), part in true.groupby(["case", "pathway", "facts"]):
+        counts = part.repaired.sort_values(ignore_index=True)
+        middle, n = int(counts[len(counts) // 2]), int(part.untold.iloc[0])
+        row: dict[str, Any] = {"case": case, "pathway": pathway, "kind": KINDS[str(pathway)], "facts": facts}
+        row |= {"parameters": 0 if pathway == "newline" else int(part.parameters.iloc[0]), "seeds": len(part)}
+        row |= {name: float(part[name].mean()) for name in COUNTED} | {"untold": n, "middle": middle}
+        row |= dict(zip(("low", "high"), exact_interval(middle, n), strict=True))
+        row |= {"least": int(counts.min()), "most": int(counts.max())}
+        row |= {
+            name: part[name].iloc[0] for name in ("facts_n", "bled_n", "bled_before", "relations_before", "relations_n")
+        }
+        row |= {name: float(part[name].mean()) for name in ("ratio", "ratio_start", "ratio_later")}
+        rows.append(row)
+    return _ordered(pd.DataFrame(rows))
+
+
+def variants(runs: pd.DataFrame) -> pd.DataFrame:
+    """The controls of the eight-fact runs, each beside the true lesson with the same seed."""
+    eight = runs[(runs.facts == "eight") & (runs.steps > 0) & runs.pathway.isin(SINKS) & (runs.seed == runs.seed.min())]
+    return eight.sort_values(["case", "pathway", "variant"], kind="stable", ignore_index=True)
+
+
+def report_choice(report: Results, runs: pd.DataFrame) -> None:
+    """How many runs chose, and what was chosen."""
+    table = frontier(runs)
+    report.many({"runs": int((runs.steps > 0).sum()), "harmless": int(harmless(runs[runs.steps > 0]).sum())})
+    report.table(
+        "choice", table[table.chosen][["case", "pathway", "rate", "steps", "repaired", "untold"]].to_dict("records")
+    )
+
+
+def best_of(table: pd.DataFrame, case: int, kind: str, facts: str) -> pd.Series:
+    """Of a kind of edit, trained on a lesson, the row that repairs most held-out countries."""
+    part = table[(table.case == case) & (table.kind == kind) & (table.facts == facts)]
+    return part.loc[part.repaired.idxmax()]
+
+
+def report_judged(report: Results, table: pd.DataFrame, titles: list[str]) -> None:
+    """What the chapter's prose says of the held-out countries."""
+    lines = []
+    for case, title in enumerate(titles, start=1):
+        cause, place = (best_of(table, case, kind, "eight") for kind in ("cause", "place"))
+        fit, fixed = best_of(table, case, "cause", "fit"), best_of(table, case, "fixed prefix", "eight")
+        words = {"title": title, "cause": cause, "place": place, "fit": fit, "fixed": fixed}
+        for name, row in (("cause", cause), ("place", place), ("fit", fit), ("fixed", fixed)):
+            report.many({f"{name}_{case}": float(row.repaired), f"{name}_{case}_pathway": str(row.pathway)})
+            report.many({f"{name}_{case}_bled": float(row.bled), f"{name}_{case}_untold": int(row.untold)})
+        report(f"verdict_{case}", sentence("verdict", **words))
+        lines.append((cause.repaired / cause.untold, place.repaired / place.untold, fit.repaired / fit.untold))
+    halves, thirds = (all(line[i] >= goal for line in lines) for i, goal in ((0, 1 / 2), (2, 2 / 3)))
+    report.many({"goal_eight": halves, "goal_fit": thirds, "goals": sentence("goals", eight=halves, fit=thirds)})
+    first = best_of(table, 1, "cause", "eight"), best_of(table, 1, "place", "eight")
+    report("landing", sentence("landing", cause=first[0], place=first[1]))
+    sinks = table[(table.kind == "cause") & (table.facts == "eight")]
+    report("cost_verdict", sentence("cost", sinks=sinks.to_dict("records"), band=BAND, places=_bled_by_place(table)))
+
+
+def _bled_by_place(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return table[(table.pathway == "v_only") & (table.facts == "eight")].to_dict("records")
+
+
+def report_variants(report: Results, table: pd.DataFrame) -> None:
+    """What the controls make of the first case."""
+    first = table[table.case == 1].set_index(["variant", "pathway"])
+    found = [
+        {"variant": variant, "pathway": pathway, "told": row.learned, "n": row.lesson_n, "repaired": row.repaired}
+        | {"untold": row.untold}
+        for (variant, pathway), row in first.iterrows()
+        if variant != "true"
+    ]
+    report("variants_verdict", sentence("variants", rows=found))
+    report(
+        "false_told", listed([f"{r['told']} of {r['n']} ({r['pathway']})" for r in found if r["variant"] == "false"])
+    )
+
+
+def report_mended(report: Results, runs: pd.DataFrame) -> pd.DataFrame:
+    """The planted routes: a row a way of training, with trained and held facts told over all plants."""
+    used = runs[runs.used.astype(bool)]
+    names = dict.fromkeys(c.removesuffix(" held told") for c in used if c.endswith(" held told"))
+    rows = []
+    for name in names:
+        told, held = (int(used[f"{name} {part} told"].sum()) for part in ("trained", "held"))
+        trained_n, held_n = int(used.trained.sum()), int(used.held.sum())
+        rows.append({"way": name, "trained_told": told, "trained_n": trained_n, "held_told": held, "held_n": held_n})
+    table = pd.DataFrame(rows)
+    table["plants"] = [int((used[f"{name} held told"] > 0).sum()) for name in names]
+    report.many({"mended_plants": len(used), "mended_asked": int(used.held.sum())})
+    best = table.loc[table.held_told.idxmax()]
+    report("mended_verdict", sentence("mended", best=best, n=len(used)))
+    report.table("mended", table.to_dict("records"))
+    return table
