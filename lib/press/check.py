@@ -17,9 +17,10 @@ from lib.results import reach, read
 
 
 def check(model_name: str, folder: Path = ROOT / "data" / "expected") -> list[tuple[str, str, Any, Any, bool]]:
-    """The regression test: results beside data/expected/<model>.json, rows (chapter, key, expected, found, holds). An expectation
-    is {"value": v} with "tolerance" (absolute) for numbers, or {"min": a, "max": b}. A value that no run of the present
-    inputs produced is `not run` and does not hold. Raises ChapterError where nothing is expected of the model."""
+    """The regression test: results beside data/expected/<model>.json, rows (chapter, key, expected, found, holds). An
+    expectation is {"value": v} with "tolerance" (absolute) for numbers, or {"min": a, "max": b}. A value that no run of
+    the present inputs produced is `not run` and does not hold. Raises ChapterError where nothing is expected of the
+    model."""
     model_name = canonical(model_name)
     path = folder / f"{slug(model_name)}.json"
     if not path.is_file():
