@@ -13,7 +13,7 @@ from lib.press.execute import BOOK, chapter_names
 from lib.press.texts import entries
 
 PAPER = {"25.8", "149.9", "42.7", "42.6", "0.44", "7.1", "2.4", "4.7"}  # figures of the source page, quoted as such
-TAUGHT = ("01_static_diagnostics", "02_knowledge_path", "05_cross_validation")  # whose method is shown; the others follow
+TAUGHT = ("01_static_diagnostics", "02_knowledge_path", "05_cross_validation")  # the others follow
 NOT_THE_WORD = r"in case\b|in (?:both|95 % of) cases|head to head|\btold of in full|in fact\b"
 
 
