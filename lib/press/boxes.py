@@ -76,8 +76,9 @@ def minutes_to_run(provenance: Mapping[str, Any]) -> str:
 
 def landing(page: str, model_name: str, runs: Mapping[str, Mapping[str, Any]], judged: Sequence[Judged]) -> str:
     """The landing page, from its text. runs: results files by chapter. In the text: `c1`, `c2` ... for what chapters
-    reported, `chapters` for the map of them, `claims` for verdicts by kind of claim, `panel` for a picture that a
-    chapter kept beside its results. Raises ChapterError for a number that the text needs and no chapter reported."""
+    reported, `chapters` for the map of them, `claims` for counts of `verdicts` by kind of claim, `citation` for
+    CITATION.cff, `panel(NAME)` for whether a chapter kept that picture beside its results. Raises ChapterError for a
+    number that the text needs and no chapter reported."""
     texts, folder = entries("boxes.yaml"), results_path(model_name, "").parent
     chapters = [
         {
@@ -94,7 +95,7 @@ def landing(page: str, model_name: str, runs: Mapping[str, Mapping[str, Any]], j
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     minutes = sum(run["provenance"]["seconds"] for run in runs.values()) / 60
     about = {"chapters": chapters, "claims": by_kind(judged), "model_name": model_name, "minutes": minutes}
-    about["citation"] = citation
+    about |= {"citation": citation, "verdicts": list(VERDICTS.values())}
     try:
         return rendered(page, panel=lambda name: (folder / f"{name}.png").is_file(), **about, **values) + "\n"
     except UndefinedError as error:

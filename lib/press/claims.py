@@ -40,11 +40,6 @@ RELATIONS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "below": ("is below {}", operator.lt),
     "contains": ("contains {}", lambda value, wanted: wanted in value),
 }
-KINDS = {  # of claims, by what judges them
-    "any": "empirical, judged on the model of the build",
-    "gpt2": "empirical, about GPT-2's weights",
-    "shape": "arithmetic, of GPT-2's shape",
-}
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -194,16 +189,15 @@ def judge(claim: Claim, model_name: str, results: dict[str, dict[str, Any]], *, 
 
 def counts(judged: Sequence[Judged]) -> str:
     """`empirical: 8 reproduced, 3 not reproduced, ...; arithmetic: 6 reproduced, ...`, of the kinds that there are."""
-    total = Counter((j.claim.kind, j.verdict) for j in judged)
-    kinds = [kind for kind in get_args(Kind) if any(j.claim.kind == kind for j in judged)]
-    verdicts = {k: ", ".join(f"{total[k, verdict]} {words}" for verdict, words in VERDICTS.items()) for k in kinds}
-    return "; ".join(f"{kind}: {text}" for kind, text in verdicts.items())
+    texts = {k: ", ".join(f"{n} {VERDICTS[v]}" for v, n in row.items()) for k, row in by_kind(judged).items()}
+    return "; ".join(f"{kind}: {text}" for kind, text in texts.items())
 
 
 def by_kind(judged: Sequence[Judged]) -> dict[str, dict[str, int]]:
-    """How many claims of each kind came to which verdict."""
-    total = Counter((KINDS[j.claim.judged_on], j.verdict) for j in judged)
-    return {kind: {verdict: total[kind, verdict] for verdict in VERDICTS} for kind in KINDS.values()}
+    """How many claims came to which verdict, of the kinds that there are."""
+    total = Counter((j.claim.kind, j.verdict) for j in judged)
+    kinds = [kind for kind in get_args(Kind) if any(j.claim.kind == kind for j in judged)]
+    return {kind: {verdict: total[kind, verdict] for verdict in VERDICTS} for kind in kinds}
 
 
 def table(judged: Sequence[Judged], model_name: str) -> pd.DataFrame:

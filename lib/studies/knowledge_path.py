@@ -230,3 +230,9 @@ def attention_pair(model: Model, diagnosis: Diagnosis) -> dict[str, tuple[list[s
         tokens = [model.token_text(t) for t in run.tokens[0].tolist()]
         rows[f"{kind}: {prompt}"] = (tokens, run.patterns[0, head.layer, head.head])
     return rows
+
+
+def attention_numbers(table: pd.DataFrame, diagnosis: Diagnosis) -> dict[str, tuple[float, str]]:
+    """What chapter 2 quotes of an `attention_table`: the knowledge head's mean attention to the subject, by kind."""
+    own = table[(table.case == diagnosis.case.title) & (table.site == str(diagnosis.verdict.knowledge_head))]
+    return {f"attention_{kind}": (float(mean), ".0%") for kind, mean in own.groupby("kind").attention.mean().items()}

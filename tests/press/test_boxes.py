@@ -11,12 +11,12 @@ from lib.press import boxes
 RUN = {"provenance": {"seconds": 130.0}, "values": {"told": 2}}
 SVG = "<svg xmlns='http://www.w3.org/2000/svg'/>"
 JUDGED = [
-    SimpleNamespace(claim=SimpleNamespace(chapter=chapter, judged_on=kind), verdict=verdict)
+    SimpleNamespace(claim=SimpleNamespace(chapter=chapter, kind=kind), verdict=verdict)
     for chapter, kind, verdict in (
-        ("02_x", "any", "differs"),
-        ("03_y", "any", "reproduced"),
-        ("02_x", "gpt2", "not run"),
-        ("02_x", "any", "differs"),
+        ("02_x", "empirical", "differs"),
+        ("03_y", "empirical", "reproduced"),
+        ("02_x", "arithmetic", "not run"),
+        ("02_x", "empirical", "differs"),
     )
 ]
 ENTRY = {
@@ -84,7 +84,7 @@ def land(staged, monkeypatch):
 
 def test_the_landing_page_has_numbers_intervals_verdicts_and_minutes(land):
     assert land("{{ c2.told }} {{ counted(2, 8) }} {{ minutes | format('.1f') }}") == "2 2 of 8 (3% to 65%) 2.2\n"
-    assert land("{{ claims.values() | map(attribute='differs') | join(' ') }}") == "2 0 0\n"
+    assert land("{{ claims.values() | map(attribute='differs') | join(' ') }}") == "2 0\n"
     assert land("{% for c in chapters %}{{ c.number }} {{ c.reading }} {{ c.after[0] }}{% endfor %}") == "2 2 01_w\n"
     with pytest.raises(ChapterError, match="other"):
         land("{{ c2.other }}")

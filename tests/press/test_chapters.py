@@ -13,6 +13,7 @@ from lib.press.execute import BOOK, chapter_names
 from lib.press.texts import entries
 
 PAPER = {"25.8", "149.9", "42.7", "42.6", "0.44", "7.1", "2.4", "4.7"}  # figures of the source page, quoted as such
+TAUGHT = ("01_static_diagnostics", "02_knowledge_path", "05_cross_validation")  # the others follow
 NOT_THE_WORD = r"in case\b|in (?:both|95 % of) cases|head to head|\btold of in full|in fact\b"
 
 
@@ -81,6 +82,15 @@ def test_chapters_define_nothing(chapter):
         for node in ast.walk(ast.parse(source)):
             assert not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.For | ast.While), source
         assert source.count("\n") < 26, "a long cell is a function that lib lacks"
+
+
+@pytest.mark.parametrize("taught", TAUGHT)
+def test_a_chapter_shows_how_it_is_done_in_a_few_lines_at_a_time(taught):
+    code = [c for c in notebook_cells(taught, "code") if "parameters" not in c["metadata"].get("tags", [])]
+    shown = [c for c in code if not {"hide-input", "remove-cell", "remove-input"} & {*c["metadata"].get("tags", [])}]
+    assert len(shown) >= 3
+    for source in ("".join(cell["source"]) for cell in shown):
+        assert source.count("\n") < 6 and "report" not in source and "figures." not in source, source
 
 
 def test_no_measured_decimal_is_typed_into_prose(chapter):
