@@ -114,7 +114,7 @@ def best_of(table: pd.DataFrame, case: int, kind: str, facts: str) -> pd.Series:
 
 def report_judged(report: Results, table: pd.DataFrame, titles: list[str]) -> None:
     """What the chapter's prose says of the held-out countries."""
-    lines = []
+    lines, verdicts = [], list[str]()
     for case, title in enumerate(titles, start=1):
         cause, place = (best_of(table, case, kind, "eight") for kind in ("cause", "place"))
         fit, fixed = best_of(table, case, "cause", "fit"), best_of(table, case, "fixed prefix", "eight")
@@ -122,11 +122,12 @@ def report_judged(report: Results, table: pd.DataFrame, titles: list[str]) -> No
         for name, row in (("cause", cause), ("place", place), ("fit", fit), ("fixed", fixed)):
             report.many({f"{name}_{case}": float(row.repaired), f"{name}_{case}_pathway": str(row.pathway)})
             report.many({f"{name}_{case}_bled": float(row.bled), f"{name}_{case}_untold": int(row.untold)})
-        report(f"verdict_{case}", sentence("verdict", **words))
+        verdicts.append(sentence("verdict", **words))
         lines.append((cause.repaired / cause.untold, place.repaired / place.untold, fit.repaired / fit.untold))
     halves, thirds = (all(line[i] >= goal for line in lines) for i, goal in ((0, 1 / 2), (2, 2 / 3)))
     report.many({"goal_eight": halves, "goal_fit": thirds, "goals": sentence("goals", eight=halves, fit=thirds)})
     first = best_of(table, 1, "cause", "eight"), best_of(table, 1, "place", "eight")
+    report("verdict", " ".join(verdicts))
     report("landing", sentence("landing", cause=first[0], place=first[1]))
     sinks = table[(table.kind == "cause") & (table.facts == "eight")]
     report("cost_verdict", sentence("cost", sinks=sinks.to_dict("records"), band=BAND, places=_bled_by_place(table)))

@@ -92,10 +92,11 @@ def key(parameters: dict[str, Any]) -> str:
 
 
 def _axis(spec: Spec, name: str, values: list[Any]) -> list[Any]:
-    """The values of one parameter; `case: all` are those of the model, counted from 1. Raises SweepError for a number
-    that YAML takes for text, and a value given twice."""
-    if name == "case" and values == ["all"]:
-        return list(range(1, len(load_cases(spec.model)) + 1))
+    """The values of one parameter; `case: all` are those of the model, counted from 1, and of others those that it
+    has. Raises SweepError for a number that YAML takes for text, and a value given twice."""
+    if name == "case":
+        there = range(1, len(load_cases(spec.model)) + 1)
+        return list(there) if values == ["all"] else [case for case in values if case in there]
     if name == "layer":
         return list(dict.fromkeys(layer for value in values for layer in _layers(spec, value)))
     for value in values:
