@@ -4,9 +4,12 @@ import pandas as pd
 import pytest
 
 from lib import diagnosis
-from lib.facts import load_cases, load_templates
+from lib.facts import load_cases, load_templates, prompts
+from lib.interventions import run_with_cache
 from lib.recall import study_facts, tell
-from lib.studies import causes
+from lib.sites import Site
+from lib.statistics import mean_interval
+from lib.studies import causes, cross_validation
 
 
 def test_a_sink_is_told_by_its_peak():
@@ -76,3 +79,35 @@ def test_smollm2s_eight_stand_in_a_sink_and_longer_names_do_not(smollm2, story):
     assert peaks[0] > causes.SINK > 2 > peaks[1], "a sink in the eight, not in the long"
     after = tell(smollm2, several, {case.template: texts[case.template]}, prefix="Fact: ").told
     assert told[case.template].mean() < after.mean() < 0.6, "many of the long still fail"
+
+
+@pytest.mark.model
+def test_smollm2s_knowledge_head_looks_away_from_a_country_at_the_start(smollm2, story):
+    (case, _), (first, _) = story
+    looks = causes.first_position(smollm2, case, case.facts, first.verdict().knowledge_head).set_index("prompts")
+    failing, prefixed, control = looks.own_subject
+    assert failing < control / 3, "falls to less than a third"
+    assert prefixed > 2 * failing, "a word before the prompt brings it back"
+
+
+@pytest.mark.model
+def test_smollm2s_suppressor_is_confirmed_in_part(smollm2, story):
+    (_, question), (_, evidence) = story
+    site = evidence.verdict().suppressor
+    eight, many = (
+        cross_validation.calmed(smollm2, question, facts, [site])[site]
+        for facts in (question.facts, study_facts(smollm2, question)[::2])
+    )
+    low, high = mean_interval(eight.total)[1:]
+    assert low < 0 < high, "on the eight the interval includes no gain"
+    assert mean_interval(many.total)[1] > 0 and 0 < (many.margin > 0).mean() < 0.6, "a part is told"
+
+
+def test_attention_to_the_first_position_by_hand(organism):
+    """Shares of one, by head; under a prefix another token stands first."""
+    case = load_cases("organism")[0]
+    looks = causes.first_position(organism, case, case.facts, Site(7, 5))
+    assert looks.every.between(0, 1).all() and looks.most.between(0, 1).all()
+    run = run_with_cache(organism, prompts(case.facts, load_templates()[case.template]))
+    assert looks.every[0] == pytest.approx(float(run.patterns[..., 0].mean()))
+    assert (looks.own_first + looks.own_subject <= 1 + 1e-5).all() or looks.token[0] == "the subject's first"
