@@ -1,6 +1,7 @@
 """What causes a failure, apart from where it is seen: repairs that touch no weight (chapter 2).
 
 prefix_runs ... prefix_numbers    neutral prefixes before the failing prompt, for the eight and for the large set
+found                             the cause of a failure, by a rule: the first position, the format, or none found
 any_word                          any word at all: then its meaning is not what repairs
 subject_streams ... sink          the subject's own residual stream, and whether its position is an attention sink
                                   (Xiao et al. 2023; Sun et al. 2024)
@@ -20,7 +21,7 @@ from lib.facts import Case, Fact, load_templates, prompts
 from lib.forward import next_token_logits
 from lib.interventions import run_with_cache
 from lib.models import Model
-from lib.recall import first_tokens, load_prefixes, scorable, study_facts, tell
+from lib.recall import first_tokens, known_and_told, load_prefixes, scorable, study_facts, tell
 from lib.sites import Site
 from lib.static import load_token_types
 from lib.trace import subject_attention, subject_stream_norm
@@ -70,6 +71,33 @@ def prefix_numbers(counts: pd.DataFrame, told: pd.DataFrame, case: Case) -> dict
         "best_control": load_templates()[controls.idxmax()],
         "best_control_told": int(controls.max()),
     }
+
+
+ENDS = (" The answer is", " It is", "\n")  # what may stand at a prompt's end and say nothing about it
+HALF = 0.5  # of the countries that are known and not told, which a cause must bring back
+
+
+def found(model: Model, cases: Sequence[Case], runs: pd.DataFrame, large: pd.DataFrame) -> pd.DataFrame:
+    """The cause of each case's failure: what, changed alone and without weights, makes told at least half of the study
+    countries that are known and not told. `first position`: a neutral prefix does, so that something else stands there;
+    `format`: another end of the prompt does; `none found` otherwise. The rule was written before it was asked of either
+    case. runs: of `prefix_runs` on the large set; large: a `tell` table of the study countries."""
+    rows = []
+    for case in cases:
+        states = known_and_told(large, case)
+        failed = [f for f in study_facts(model, case) if f.subject in set(states[states.routing_failure].subject)]
+        part = runs[(runs.case == case.title) & runs.subject.isin([f.subject for f in failed])]
+        row: dict[str, Any] = {"case": case.name, "title": case.title, "n": len(failed), "cause": "none found"}
+        row |= {"prefix": "", "prefix_told": 0, "end": "", "end_told": 0}
+        if failed:
+            by_prefix, text = part.groupby("prefix", sort=False).told.sum(), load_templates()[case.template]
+            ends = {end: int(tell(model, failed, {"": text + end}).told.sum()) for end in ENDS}
+            row |= {"prefix": by_prefix.idxmax(), "prefix_told": int(by_prefix.max())}
+            row |= {"end": repr(max(ends, key=ends.__getitem__)), "end_told": max(ends.values())}
+            reached = {"first position": row["prefix_told"], "format": row["end_told"]}
+            row["cause"] = next((name for name, told in reached.items() if told >= HALF * len(failed)), "none found")
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def any_word(model: Model, case: Case, *, words: int = 40, seed: int = 0, progress: str | None = None) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import pytest
 from lib import diagnosis
 from lib.facts import load_cases, load_templates, prompts
 from lib.interventions import run_with_cache
-from lib.recall import study_facts, tell
+from lib.recall import study_facts, tell, trainable
 from lib.sites import Site
 from lib.statistics import mean_interval
 from lib.studies import causes, cross_validation
@@ -111,3 +111,30 @@ def test_attention_to_the_first_position_by_hand(organism):
     run = run_with_cache(organism, prompts(case.facts, load_templates()[case.template]))
     assert looks.every[0] == pytest.approx(float(run.patterns[..., 0].mean()))
     assert (looks.own_first + looks.own_subject <= 1 + 1e-5).all() or looks.token[0] == "the subject's first"
+
+
+def test_the_cause_of_the_planted_failures_is_no_position_and_no_format(organism):
+    """Their causes are weights: no prefix and no end may bring them back."""
+    cases = [trainable(organism, c) for c in load_cases("organism")]
+    text = load_templates()
+    facts = study_facts(organism, cases[0])
+    large = tell(organism, facts, {n: text[n] for c in cases for n in (c.template, *c.controls)})
+    runs = causes.prefix_runs(organism, cases, large=True, known=large)
+    table = causes.found(organism, cases, runs, large)
+    assert table.cause.tolist() == ["none found", "none found"] and (table.n > 0).all()
+
+
+def test_the_rule_of_causes_by_hand(organism, monkeypatch):
+    case = trainable(organism, load_cases("organism")[0])
+    facts = study_facts(organism, case)[:4]
+    monkeypatch.setattr(causes, "study_facts", lambda *_: facts)
+    rows = [(f, t, t == case.controls[0]) for f in facts for t in (case.template, *case.controls)]  # known, not told
+    large = pd.DataFrame([{"subject": f.subject, "template": t, "told": told} for f, t, told in rows])
+
+    def after(prefixed, ended):
+        runs = [(case.title, "newline", f.subject, i < prefixed) for i, f in enumerate(facts)]
+        monkeypatch.setattr(causes, "tell", lambda *_: pd.DataFrame({"told": [i < ended for i in range(4)]}))
+        return causes.found(organism, [case], pd.DataFrame(runs, columns=["case", "prefix", "subject", "told"]), large)
+
+    told = [(2, 0), (1, 2), (1, 1), (4, 4)]
+    assert [after(*x).cause[0] for x in told] == ["first position", "format", "none found", "first position"]
