@@ -119,14 +119,41 @@ def fitted(
     (learned, of lesson_n). seed: of the order of facts and neutral windows, and of what a variant draws."""
     task, learned = _task(model, number, pathway in SINKS), lesson(model, number, facts)
     generator = torch.Generator().manual_seed(seed)
-    tasks = [with_facts(model, task, part) for part in _parts(learned, generator)]
-    if variant == "false":
-        tasks = [false_facts(part) for part in tasks]
-    if variant == "other relation":
-        tasks = [with_facts(model, replace(task, template=text), part) for text, part in other_relations(model, task)]
+    tasks = _tasks(model, task, learned, variant, generator)
     values = _start(model, task, pathway, variant, generator)
+    final = _descended(model, tasks, values, rate, steps, generator, one_layer=variant == "one layer")
+    told = tuple(tell(model, learned, {"failing": task.template}).told.tolist())
+    about: dict[str, Any] = {"layer": task.layer, "facts": learned, "template": task.template, "told_before": told}
+    recipe = {"objective": "the pathways'", "rate": rate, "steps": steps, "facts": facts, "variant": variant}
+    edit = make(model, final, pathway=pathway, seed=seed, recipe=recipe, **about)
+    with torch.no_grad():
+        margins = torch.cat([losses(model, part, final, torch.tensor([0]))[2] for part in tasks])
+    return edit, {"learned": int((margins > 0).sum()), "lesson_n": len(margins)}
+
+
+def _tasks(model: Model, task: Task, facts: tuple[Fact, ...], variant: str, generator: torch.Generator) -> list[Task]:
+    """What the steps take in turn."""
+    tasks = [with_facts(model, task, part) for part in _parts(facts, generator)]
+    if variant == "false":
+        return [false_facts(part) for part in tasks]
+    if variant == "other relation":
+        return [with_facts(model, replace(task, template=text), part) for text, part in other_relations(model, task)]
+    return tasks
+
+
+def _descended(
+    model: Model,
+    tasks: list[Task],
+    values: dict[Slice, Tensor],
+    rate: float,
+    steps: int,
+    generator: torch.Generator,
+    *,
+    one_layer: bool,
+) -> dict[Slice, Tensor]:
+    """The values after so many steps of Adam. one_layer: of a key and value, only those of one drawn at random move."""
     leaves = {part: v.requires_grad_() for part, v in values.items()}
-    if variant == "one layer":
+    if one_layer:
         layer = int(torch.randint(model.weights.n_layers, (), generator=generator))
         for leaf in leaves.values():
             leaf.register_hook(lambda gradient: gradient * (torch.arange(len(gradient)) == layer)[:, None, None])
@@ -136,18 +163,11 @@ def fitted(
         cross_entropy, kl, _ = losses(model, part, leaves, windows)
         loss = cross_entropy + part.recipe.kl_weight * kl
         if not bool(loss.isfinite()):
-            raise EditError(f"the loss of {pathway} at rate {rate:g} is {loss.item()}; try a smaller rate.")
+            raise EditError(f"the loss at rate {rate:g} is {loss.item()}; try a smaller rate.")
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    told = tuple(tell(model, learned, {"failing": task.template}).told.tolist())
-    about: dict[str, Any] = {"layer": task.layer, "facts": learned, "template": task.template, "told_before": told}
-    recipe = {"objective": "the pathways'", "rate": rate, "steps": steps, "facts": facts, "variant": variant}
-    final = {part: v.detach() for part, v in leaves.items()}
-    edit = make(model, final, pathway=pathway, seed=seed, recipe=recipe, **about)
-    with torch.no_grad():
-        margins = torch.cat([losses(model, part, final, torch.tensor([0]))[2] for part in tasks])
-    return edit, {"learned": int((margins > 0).sum()), "lesson_n": len(margins)}
+    return {part: v.detach() for part, v in leaves.items()}
 
 
 def _parts(facts: tuple[Fact, ...], generator: torch.Generator) -> list[tuple[Fact, ...]]:
