@@ -1,5 +1,6 @@
 """The command line: `python -m lib --help`."""
 
+import json
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from lib.errors import BookError
+from lib.errors import BookError, DataError
 
 
 class _Commands(TyperGroup):
@@ -190,6 +191,46 @@ def claims(model_name: ModelOption = "smollm2") -> None:
     title = f"the source page's claims on {model_name}"
     _show(title, verdicts.columns, verdicts.itertuples(index=False), show_lines=True)
     typer.echo(counts(judged))
+
+
+@app.command()
+def diagnose(
+    facts: Annotated[
+        str, typer.Option("--facts", help="Your facts: a table (CSV, TSV, XLSX, JSONL ...) of subject,answer.")
+    ],
+    template: Annotated[str, typer.Option("--template", help="The wording that fails, {} for the subject.")],
+    control: Annotated[
+        list[str], typer.Option("--control", help="Another wording, under which they may be known; repeat.")
+    ],
+    model_name: ModelOption = "smollm2",
+    repair: Annotated[str, typer.Option(help="Train this pathway (sink_token ...) and ask held-out facts.")] = "",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the edit goes (.safetensors).")] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Also write what was found to this file.")] = None,
+) -> None:
+    """Diagnose facts of your own: told, known, where they fail and why; with --repair, an edit and its held-out facts.
+
+    facts: Annotated[str, typer.Option("--facts", help="Your facts: a table (CSV, XLSX, JSONL ...) of subject,answer.")],
+    """
+    from lib import edits, models
+    from lib.facts import load_facts
+    from lib.files import write_atomically
+    from lib.studies import own_facts
+
+    listed = load_facts(facts if "/" in facts or "." in facts else f"./{facts}")
+    model = models.use_device_of(models.load(model_name))
+    found = own_facts.diagnose(model, listed, template, control)
+    _show(template, ("", model.name), found.rows(), show_header=False)
+    content = found.as_json()
+    if repair:
+        edit, counts = own_facts.repair(found, repair)
+        content["repair"] = {"pathway": repair, **counts}
+        told = f"{counts['told_after']} of {counts['facts']} trained facts told, {counts['told_before']} before"
+        typer.echo(f"{edit.title}: {told}; {counts['repaired']} of {counts['untold']} held-out facts repaired")
+        if output:
+            typer.echo(f"the edit is in {edits.save(edit, output)}; python -m lib verify {output} asks it again")
+    if as_json:
+        text = json.dumps(content, ensure_ascii=False, indent=1, default=str)
+        write_atomically(as_json, text.encode(), error=DataError, advice="Give a folder that you may write to.")
 
 
 @app.command()

@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lib.errors import DataError
-from lib.facts import Case, Fact, load_templates, prompts
+from lib.facts import Case, Fact, load_templates
 from lib.models import Model
 from lib.recall import known_and_told, scorable, study_facts, tell
 from lib.sites import Site
@@ -169,7 +169,8 @@ def gather(model: Model, case: Case, table: pd.DataFrame, *, progress: Label = N
             f"case {case.name!r} has one distinct answer; what is written of it needs others to compare with."
         )
     told = torch.tensor([[control in names for names in chosen.told_by] for control in case.controls])
-    lines = {t: prompts(facts, load_templates()[t]) for t in (case.template, *case.controls)}
+    by_name = {name: part.set_index("subject").prompt for name, part in table.groupby("template", sort=False)}
+    lines = {t: by_name[t].loc[chosen.subject].tolist() for t in (case.template, *case.controls)}
     telling = [lines[case.controls[c]][i] for c, i in told.nonzero().tolist()]
     failed = _trace(model, lines[case.template], pairs, bank, progress)
     controls = _trace(model, telling, pairs[told.nonzero()[:, 1]], bank, progress)

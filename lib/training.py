@@ -150,14 +150,23 @@ def task_at(model: Model, case: Case, layer: int, recipe: Recipe = DEFAULT) -> T
 
 
 @torch.no_grad()
-def tasks_at(model: Model, case: Case, layers: Sequence[int], recipe: Recipe = DEFAULT) -> dict[int, Task]:
-    """What stays the same while each of some layers is trained, from one run of the model. Raises EditError for a layer
+def tasks_at(
+    model: Model,
+    case: Case,
+    layers: Sequence[int],
+    recipe: Recipe = DEFAULT,
+    *,
+    templates: dict[str, str] | None = None,
+) -> dict[int, Task]:
+    """What stays the same while each of some layers is trained, from one run of the model. templates: by name, instead
+    of the book's. Raises EditError for a layer
     that is not there, DataError for no facts, or for one whose answer its first token does not identify."""
     end = model.weights.n_layers
     if odd := [layer for layer in layers if not 0 <= layer < end]:
         raise EditError(f"there is no layer index {odd[0]}: {model.name} has {end}, from 0.")
     _identifiable(model, case.facts)
-    template, (training, choosing) = load_templates()[case.template], neutral_windows(model, recipe.window)
+    template = (templates or load_templates())[case.template]
+    training, choosing = neutral_windows(model, recipe.window)
     if len(training) < recipe.windows:
         raise DataError(f"the neutral passages make {len(training)} windows; the recipe takes {recipe.windows} a step.")
     told = tell(model, case.facts, {case.template: template})
