@@ -209,14 +209,14 @@ def diagnose(
 ) -> None:
     """Diagnose facts of your own: told, known, where they fail and why; with --repair, an edit and its held-out facts.
 
-    facts: Annotated[str, typer.Option("--facts", help="Your facts: a table (CSV, XLSX, JSONL ...) of subject,answer.")],
+    For example: diagnose --facts mine.csv --template "The capital of {} is" --control "I visited {} and its capital,"
     """
     from lib import edits, models
     from lib.facts import load_facts
     from lib.files import write_atomically
     from lib.studies import own_facts
 
-    listed = load_facts(facts if "/" in facts or "." in facts else f"./{facts}")
+    listed = load_facts(facts)
     model = models.use_device_of(models.load(model_name))
     found = own_facts.diagnose(model, listed, template, control)
     _show(template, ("", model.name), found.rows(), show_header=False)
