@@ -164,7 +164,8 @@ def report_mended(report: Results, runs: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     table["plants"] = [int((used[f"{name} held told"] > 0).sum()) for name in names]
     report.many({"mended_plants": len(used), "mended_asked": int(used.held.sum())})
-    best = table.loc[table.held_told.idxmax()]
-    report("mended_verdict", sentence("mended", best=best, n=len(used)))
+    ways = {"site": "full", "values": "v_only", "elsewhere": "elsewhere"}
+    by = {name: table[table.way == way].iloc[0] for name, way in ways.items()}
+    report("mended_verdict", sentence("mended", **by, n=len(used)))
     report.table("mended", table.to_dict("records"))
     return table
