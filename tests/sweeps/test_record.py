@@ -184,4 +184,4 @@ def test_what_is_recorded_of_a_model():
     assert {s.name for s in spot.recordable("organism")} - {s.name for s in spot.recordable("smollm2")} == {"planted"}
     assert all(s.model == "gpt2" for s in spot.recordable("gpt2"))
     done = CliRunner().invoke(app, ["record", "layer", "--model", "organism"])
-    assert "there is no sweep 'layer' to record of organism; choose from general" in str(done.exception)
+    assert "there is no sweep 'layer' to record of organism; choose from layers, mended" in str(done.exception)
