@@ -358,11 +358,11 @@ def place_and_cause(table: pd.DataFrame) -> Figure:
     share, bled = axes[0]
     share.hlines(y, eight.low, eight.high, color=colours, lw=2)
     share.scatter(eight.repaired / eight.untold, y, color=colours, zorder=3, s=46)
-    share.set(xlim=(-0.02, 1.02), xlabel="held-out countries told, share of the known and untold")
+    share.set(xlim=(-0.02, 1.02), xlabel="share of held-out countries told")
     share.set_yticks(y, [f"{row.case_title}: {words(row.pathway)}" for row in eight.itertuples()])
     bled.hlines(y, 0, eight.bled, color=colours, lw=2)
     bled.scatter(eight.bled, y, color=colours, zorder=3, s=46)
-    bled.set(xlim=(0, None), xlabel=f"other prompts answered with a trained capital, of {int(eight.bled_n.max())}")
+    bled.set(xlim=(0, None), xlabel=f"trained capitals said wrongly, of {int(eight.bled_n.max())}")
     share.invert_yaxis()
     return _legend(
         fig, ncols=3, handles=_dots({"edit of the cause": BLUE, "edit of the place": ORANGE, "line break": GREY}, lw=0)
