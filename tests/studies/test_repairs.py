@@ -103,11 +103,11 @@ def test_the_verdict_by_hand():
     assert table.pathway.tolist() == ["newline", "sink_kv", "sink_kv", "v_only"]
     report = Reported()
     carrying_over.report_judged(report, table, ["subject first"])
-    said = report.values
+    said = report
     assert said["goal_eight"] and said["goal_fit"] and "is reached" in said["goals"]
     assert "makes 10.3 told (9 to 12 over 3 seeds" in said["verdict"] and "V-only bleeds 33" in said["cost_verdict"]
     carrying_over.report_variants(report, carrying_over.variants(pd.DataFrame(runs)))
-    assert "false, sink kv: 7 of 8 trained prompts" in report.values["variants_verdict"]
+    assert "false, sink kv: 7 of 8 trained prompts" in report["variants_verdict"]
 
 
 def test_planted_routes_are_counted(organism):

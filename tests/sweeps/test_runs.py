@@ -72,19 +72,14 @@ def here(monkeypatch) -> list[dict]:
 
 
 def test_runs_that_share_what_is_prepared_go_to_one_worker_the_longest_first():
-    """By hand: 50 + 30 seconds to the first, the organism's 70 to the second, 40 + 20 of two studies that share a
-    setting to the second, 9 to the first. The organism's are done after all on the other model."""
-    given = {
-        "a": ("distillation.x", 30),
-        "b": ("distillation.x", 50),
-        "c": ("location.y", 20),
-        "d": ("baselines.z", 40),
-    }
+    """By hand: 50 + 30 seconds to the first, the organism's 70 to the second, 40 + 20 + 9 of three studies that share
+    a setting to the second. The organism's are done after all on the other model."""
+    given = {"a": ("repairs.x", 30), "b": ("repairs.x", 50), "c": ("location.y", 20), "d": ("baselines.z", 40)}
     given |= {"e": ("pathways.w", 9), "f": ("pathways.w", 70)}
     models = dict.fromkeys("abcde", "smollm2") | {"f": "organism"}
     specs = {k: spec().model_copy(update={"run": run, "model": models[k]}) for k, (run, _) in given.items()}
     homes = runs._homes(specs, {k: seconds for k, (_, seconds) in given.items()}, 2)
-    assert list(homes.items()) == [("b", 0), ("a", 0), ("d", 1), ("c", 1), ("e", 0), ("f", 1)]
+    assert list(homes.items()) == [("b", 0), ("a", 0), ("d", 1), ("c", 1), ("e", 1), ("f", 1)]
 
 
 # What is run
