@@ -321,6 +321,14 @@ def sweep(
 
 
 @app.command()
+def keep(model_name: ModelOption = "smollm2") -> None:
+    """Keep what the chapters reported on a model in data/record, so that builds on another model show it beside."""
+    from lib.press import beside
+
+    beside.keep(model_name, say=typer.echo)
+
+
+@app.command()
 def record(
     names: Annotated[list[str] | None, typer.Argument(help="Sweeps of data/sweeps; all that are recorded.")] = None,
     model_name: ModelOption = "smollm2",

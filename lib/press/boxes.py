@@ -17,6 +17,7 @@ from jinja2 import UndefinedError
 
 from lib.errors import ChapterError
 from lib.files import ROOT
+from lib.press.beside import Beside
 from lib.press.claims import VERDICTS, Judged, by_kind
 from lib.press.execute import executed_path
 from lib.press.texts import chapter_number, entries, fill, rendered
@@ -74,11 +75,17 @@ def minutes_to_run(provenance: Mapping[str, Any]) -> str:
     return str(minutes) if minutes else "< 1"
 
 
-def landing(page: str, model_name: str, runs: Mapping[str, Mapping[str, Any]], judged: Sequence[Judged]) -> str:
+def landing(
+    page: str,
+    model_name: str,
+    runs: Mapping[str, Mapping[str, Any]],
+    judged: Sequence[Judged],
+    others: Sequence[Beside] = (),
+) -> str:
     """The landing page, from its text. runs: results files by chapter. In the text: `c1`, `c2` ... for what chapters
-    reported, `chapters` for the map of them, `claims` for counts of `verdicts` by kind of claim, `citation` for
-    CITATION.cff, `panel(NAME)` for whether a chapter kept that picture beside its results. Raises ChapterError for a
-    number that the text needs and no chapter reported."""
+    reported, `chapters` for the map of them, `claims` for counts of `verdicts` by model and kind of claim, `others` for
+    models that were run before, `citation` for CITATION.cff, `panel(NAME)` for whether a chapter kept that picture
+    beside its results. Raises ChapterError for a number that the text needs and no chapter reported."""
     texts, folder = entries("boxes.yaml"), results_path(model_name, "").parent
     chapters = [
         {
@@ -91,15 +98,29 @@ def landing(page: str, model_name: str, runs: Mapping[str, Mapping[str, Any]], j
         }
         for name, run in runs.items()
     ]
-    values = {f"c{chapter_number(name)}": run["values"] for name, run in runs.items()}
+    values, claims = by_number(runs), {model_name: by_kind(judged)} | {o.name: by_kind(o.judged()) for o in others}
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     minutes = sum(run["provenance"]["seconds"] for run in runs.values()) / 60
-    about = {"chapters": chapters, "claims": by_kind(judged), "model_name": model_name, "minutes": minutes}
+    about = {"chapters": chapters, "claims": claims, "model_name": model_name, "minutes": minutes, "others": others}
     about |= {"citation": citation, "verdicts": list(VERDICTS.values())}
     try:
         return rendered(page, panel=lambda name: (folder / f"{name}.png").is_file(), **about, **values) + "\n"
     except UndefinedError as error:
         raise ChapterError(f"book/index.md needs a number that no chapter reported: {error}.") from error
+
+
+def two_models(page: str, model_name: str, runs: Mapping[str, Mapping[str, Any]], others: Sequence[Beside]) -> str:
+    """The page that sets models side by side, from its text. In it: `here` and each of `others` with `name`, `runs` and
+    `c`, of which c(2).KEY is what chapter 2 reported. Raises ChapterError as `landing` does."""
+    try:
+        return rendered(page, here=by_number(runs), model_name=model_name, others=others, by_number=by_number) + "\n"
+    except UndefinedError as error:
+        raise ChapterError(f"book/two_models.md needs a number that no chapter reported: {error}.") from error
+
+
+def by_number(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What chapters reported, as `c1`, `c2` ..."""
+    return {f"c{chapter_number(name)}": run["values"] for name, run in runs.items()}
 
 
 def _picture(book: nbformat.NotebookNode, figure: str, notebook: Path) -> tuple[str, str]:

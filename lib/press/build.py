@@ -27,7 +27,7 @@ from lib.errors import ChapterError
 from lib.facts import case_sums
 from lib.files import BUILD, ROOT, digest, file_sha256, make_folder, modules, run_folder, slug, write_atomically
 from lib.models import load, use_device_of
-from lib.press import boxes, claims
+from lib.press import beside, boxes, claims
 from lib.press.check import judged
 from lib.press.execute import BOOK, chapter_names, executed_path, is_current, log_path, shared_inputs, without_colours
 from lib.press.texts import fill
@@ -150,12 +150,19 @@ def _stage(model_name: str, stage: Path) -> None:
         boxes.add_box(stage / "book" / f"{chapter}.ipynb", model_name, run, verdicts)
         add_foot(stage / "book" / f"{chapter}.ipynb", run["provenance"], checks)
     index = stage / "book" / "index.md"
-    text = boxes.landing(index.read_text(encoding="utf-8"), model_name, reported, verdicts)
+    others = beside.others(model_name)
+    text = boxes.landing(index.read_text(encoding="utf-8"), model_name, reported, verdicts, others)
     index.write_text(text, encoding="utf-8")
+    if (path := stage / "book" / "two_models.md").is_file():
+        text = boxes.two_models(path.read_text(encoding="utf-8"), model_name, reported, others)
+        path.write_text(text, encoding="utf-8")
+    for other in others:
+        for picture in other.pictures:
+            shutil.copy(picture, stage / "book" / f"{other.name}_{picture.name}")
     for picture in sorted(results_path(model_name, "").parent.glob(boxes.PANELS)):
         shutil.copy(picture, stage / "book")
     if verdicts:
-        text = claims.page(verdicts, model_name)
+        text = claims.page(verdicts, model_name, {other.name: other.judged() for other in others})
         (stage / "book" / "reproduction.md").write_text(text, encoding="utf-8")
     if (path := stage / "book" / "verify.md").is_file():
         expected = ROOT / "data" / "expected" / f"{slug(model_name)}.json"

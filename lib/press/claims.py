@@ -13,7 +13,7 @@ counted, true of whoever builds it so. Verdicts are counted by kind: the last tw
 import operator
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -208,9 +208,11 @@ def table(judged: Sequence[Judged], model_name: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def page(judged: Sequence[Judged], model_name: str) -> str:
-    """The reproduction page of the book, as MyST markdown."""
-    return fill("reproduction.md", judgements=judged, model_name=model_name, counts=counts(judged))
+def page(judged: Sequence[Judged], model_name: str, others: Mapping[str, Sequence[Judged]] = {}) -> str:
+    """The reproduction page of the book, as MyST markdown. others: verdicts on the same claims of models that were run
+    before, a column each."""
+    beside = {name: (counts(theirs), theirs) for name, theirs in others.items()}
+    return fill("reproduction.md", judgements=judged, model_name=model_name, counts=counts(judged), beside=beside)
 
 
 class _Reader(string.Formatter):

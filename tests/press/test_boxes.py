@@ -84,7 +84,7 @@ def land(staged, monkeypatch):
 
 def test_the_landing_page_has_numbers_intervals_verdicts_and_minutes(land):
     assert land("{{ c2.told }} {{ counted(2, 8) }} {{ minutes | format('.1f') }}") == "2 2 of 8 (3% to 65%) 2.2\n"
-    assert land("{{ claims.values() | map(attribute='differs') | join(' ') }}") == "2 0\n"
+    assert land("{{ claims.m.values() | map(attribute='differs') | join(' ') }}") == "2 0\n"
     assert land("{% for c in chapters %}{{ c.number }} {{ c.reading }} {{ c.after[0] }}{% endfor %}") == "2 2 01_w\n"
     with pytest.raises(ChapterError, match="other"):
         land("{{ c2.other }}")
