@@ -101,7 +101,8 @@ def landing(
     values, claims = by_number(runs), {model_name: by_kind(judged)} | {o.name: by_kind(o.judged()) for o in others}
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     minutes = sum(run["provenance"]["seconds"] for run in runs.values()) / 60
-    about = {"chapters": chapters, "claims": claims, "model_name": model_name, "minutes": minutes, "others": others}
+    about = {"chapters": chapters, "claims": claims, "model_name": model_name, "minutes": minutes}
+    about |= {"others": others, "by_number": by_number}
     about |= {"citation": citation, "verdicts": list(VERDICTS.values())}
     try:
         return rendered(page, panel=lambda name: (folder / f"{name}.png").is_file(), **about, **values) + "\n"
@@ -110,8 +111,8 @@ def landing(
 
 
 def two_models(page: str, model_name: str, runs: Mapping[str, Mapping[str, Any]], others: Sequence[Beside]) -> str:
-    """The page that sets models side by side, from its text. In it: `here` and each of `others` with `name`, `runs` and
-    `c`, of which c(2).KEY is what chapter 2 reported. Raises ChapterError as `landing` does."""
+    """The page that sets models side by side, from its text. In it: `here.c2` for what chapter 2 reported in this
+    build, `by_number(o.runs).c2` for what it reported on one of `others`. Raises ChapterError as `landing` does."""
     try:
         return rendered(page, here=by_number(runs), model_name=model_name, others=others, by_number=by_number) + "\n"
     except UndefinedError as error:
