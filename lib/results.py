@@ -103,10 +103,13 @@ def chapter_folder(model_name: str, chapter: str) -> Path:
     return results_path(model_name, chapter).with_suffix("")
 
 
-def read(model_name: str, weights_sha256: str, chapter: str) -> dict[str, dict[str, Any]]:
-    """A chapter's results file: its provenance and its values. Raises ChapterError for a file that is missing or cannot
-    be read, and for one that the run of another model, or of other weights, has left there."""
-    path, remedy = results_path(model_name, chapter), f"Run `python -m lib run {chapter} --model {model_name} --force`."
+def read(model_name: str, weights_sha256: str, chapter: str, path: Path | None = None) -> dict[str, dict[str, Any]]:
+    """A chapter's results file, or one that was kept at path: its provenance and its values. Raises ChapterError for a
+    file that is missing or cannot be read, and for one of another model, or of other weights."""
+    remedy = (
+        f"Run `python -m lib run {chapter} --model {model_name} --force`{', then `python -m lib keep`' * bool(path)}."
+    )
+    path = path or results_path(model_name, chapter)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         maker, weights, *_ = (content["provenance"][key] for key in ("model", "weights_sha256", "lib", "seed"))

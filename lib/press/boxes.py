@@ -98,7 +98,7 @@ def landing(
         }
         for name, run in runs.items()
     ]
-    values, claims = by_number(runs), {model_name: by_kind(judged)} | {o.name: by_kind(o.judged()) for o in others}
+    values, claims = by_number(runs), {model_name: by_kind(judged)} | {o.name: by_kind(o.judged) for o in others}
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     minutes = sum(run["provenance"]["seconds"] for run in runs.values()) / 60
     about = {"chapters": chapters, "claims": claims, "model_name": model_name, "minutes": minutes}

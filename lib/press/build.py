@@ -35,6 +35,7 @@ from lib.results import PACKAGES, chapter_folder, results_path
 from lib.sweeps import spot
 
 _JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"  # this environment's, whatever the PATH says
+TWO_MODELS = "      - file: book/two_models\n"  # in _toc.yml
 DIFFER, TIMES = "% what may differ\n", "% what it took\n"  # comments in a page, in whose place what is made stands
 
 
@@ -153,22 +154,33 @@ def _stage(model_name: str, stage: Path) -> None:
     others = beside.others(model_name)
     text = boxes.landing(index.read_text(encoding="utf-8"), model_name, reported, verdicts, others)
     index.write_text(text, encoding="utf-8")
-    if (path := stage / "book" / "two_models.md").is_file():
-        text = boxes.two_models(path.read_text(encoding="utf-8"), model_name, reported, others)
-        path.write_text(text, encoding="utf-8")
-    for other in others:
-        for picture in other.pictures:
-            shutil.copy(picture, stage / "book" / f"{other.name}_{picture.name}")
+    _stage_beside(model_name, stage, reported, others)
     for picture in sorted(results_path(model_name, "").parent.glob(boxes.PANELS)):
         shutil.copy(picture, stage / "book")
     if verdicts:
-        text = claims.page(verdicts, model_name, {other.name: other.judged() for other in others})
+        text = claims.page(verdicts, model_name, {other.name: other.judged for other in others})
         (stage / "book" / "reproduction.md").write_text(text, encoding="utf-8")
     if (path := stage / "book" / "verify.md").is_file():
         expected = ROOT / "data" / "expected" / f"{slug(model_name)}.json"
         wanted = json.loads(expected.read_text(encoding="utf-8")) if expected.is_file() else {}
         text = path.read_text(encoding="utf-8").replace(DIFFER, tolerances(model_name, wanted))
         path.write_text(text.replace(TIMES, fill("times.md", runs=runs)), encoding="utf-8")
+
+
+def _stage_beside(
+    model_name: str, stage: Path, reported: Mapping[str, Mapping[str, Any]], others: list[beside.Beside]
+) -> None:
+    """The page that sets models side by side, and its pictures; no page where no other model's results are kept."""
+    page, contents = stage / "book" / "two_models.md", stage / "_toc.yml"
+    if not others:
+        page.unlink(missing_ok=True)
+        contents.write_text(contents.read_text(encoding="utf-8").replace(TWO_MODELS, ""), encoding="utf-8")
+        return
+    text = boxes.two_models(page.read_text(encoding="utf-8"), model_name, reported, others)
+    page.write_text(text, encoding="utf-8")
+    for other in others:
+        for picture in other.pictures:
+            shutil.copy(picture, page.with_name(f"{other.name}_{picture.name}"))
 
 
 def add_foot(notebook: Path, provenance: dict[str, Any], checks: Mapping[str, spot.Check]) -> None:

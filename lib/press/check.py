@@ -37,8 +37,12 @@ def check(model_name: str, folder: Path = ROOT / "data" / "expected") -> list[tu
 def judged(model_name: str) -> list[claims.Judged]:
     """The source page's claims and what the current results of a model make of them."""
     model_name = canonical(model_name)
-    listed, values = claims.load(ROOT / "data" / "claims.yaml", chapters=chapter_names()), current_values(model_name)
-    case = load_cases(model_name)[0].name
+    return judged_by(model_name, current_values(model_name))
+
+
+def judged_by(model_name: str, values: dict[str, dict[str, Any]]) -> list[claims.Judged]:
+    """The claims and what a model's values, by chapter, make of them."""
+    listed, case = claims.load(ROOT / "data" / "claims.yaml", chapters=chapter_names()), load_cases(model_name)[0].name
     return [claims.judge(claim, model_name, values, case=case) for claim in listed]
 
 

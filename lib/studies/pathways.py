@@ -49,7 +49,7 @@ def diagnosed_sink_task(model: Model) -> Task:
     return sink_task(model, diagnosed_task(model))
 
 
-def further(grid: pd.DataFrame, *, seed: int = 0, seeds: int = 10) -> list[dict[str, list[Any]]]:
+def further(grid: pd.DataFrame, *, seeds: int, seed: int = 0) -> list[dict[str, list[Any]]]:
     """What follows from a finished grid, as grids of a sweep: for each pathway the rate that the rule chooses, with the
     seeds after the first; the same on false facts; and with more steps, where it missed its goal."""
     out = []

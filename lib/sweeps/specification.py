@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from lib.checkpoints.fetching import n_layers
-from lib.checkpoints.named import canonical, split
+from lib.checkpoints.named import canonical, spec_of, split
 from lib.errors import SweepError
 from lib.facts import load_cases, read_yaml, validated
 from lib.files import ROOT
@@ -50,7 +50,7 @@ class Spec(BaseModel):
     grid: Grid
     seeds: list[int] = []
     also: list[Grid] = []
-    further: Annotated[int, Field(ge=1)] = 10
+    chosen_seeds: Annotated[int, Field(ge=1)] = 10
     note: str = ""
     seconds: Annotated[float, Field(gt=0)] | None = None
     tolerance: Tolerance = Tolerance()
@@ -70,6 +70,8 @@ def load(source: str | Path, *, model_name: str | None = None) -> Spec:
         raise SweepError(f"{path} has the key `subject`, which is called `model` now.")
     content |= {"model": model_name} if model_name else {}
     instead = validated(dict[str, dict[str, Any]], content.pop("instead", {}), f"{path}, instead", SweepError)
+    if unknown := [name for name in instead if spec_of(name) is None]:
+        raise SweepError(f"{path}, instead: data/models.yaml has no model {unknown[0]!r}; give a name that it has.")
     content |= instead.get(split(str(content.get("model")))[0], {})
     return validated(Spec, content, f"{path} is no specification of a sweep", SweepError)
 

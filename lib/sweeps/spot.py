@@ -128,7 +128,7 @@ def draw(recorded: record.Record, commit: str) -> list[dict[str, Any]]:
 
 def _followed(spec: Spec, table: pd.DataFrame) -> list[Spec]:
     """The sweeps that follow from a finished one: of the pathways, the chosen rates with further seeds and controls."""
-    return [further(spec, pathways.further(table, seeds=spec.further))] if spec.name == "pathways" else []
+    return [further(spec, pathways.further(table, seeds=spec.chosen_seeds))] if spec.name == "pathways" else []
 
 
 def _pair(spec: Spec, whole: bool) -> Pair:

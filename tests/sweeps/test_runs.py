@@ -655,11 +655,15 @@ def test_killed_at_every_place_and_resumed_the_table_is_that_of_an_undisturbed_r
 
 
 def test_a_model_whose_runs_cost_more_may_have_a_smaller_sweep(tmp_path):
-    path = written(tmp_path, seeds=[1, 2], instead={"smollm2": {"seeds": [1], "further": 3, "grid": {"scale": [0.5]}}})
+    path = written(
+        tmp_path, seeds=[1, 2], instead={"smollm2": {"seeds": [1], "chosen_seeds": 3, "grid": {"scale": [0.5]}}}
+    )
     whole, small = (specification.load(path, model_name=name) for name in ("organism", "smollm2"))
-    assert (whole.seeds, whole.further, whole.grid["layer"]) == ([1, 2], 10, [3])
-    assert (small.seeds, small.further, small.grid) == ([1], 3, {"scale": [0.5]})
+    assert (whole.seeds, whole.chosen_seeds, whole.grid["layer"]) == ([1, 2], 10, [3])
+    assert (small.seeds, small.chosen_seeds, small.grid) == ([1], 3, {"scale": [0.5]})
     with pytest.raises(SweepError, match="instead"):
         specification.load(written(tmp_path, instead=["smollm2"]))
+    with pytest.raises(SweepError, match="no model 'gemma'"):
+        specification.load(written(tmp_path, instead={"gemma": {"seeds": [1]}}))
     with pytest.raises(SweepError, match="seedz"):
         specification.load(written(tmp_path, instead={"organism": {"seedz": [1]}}))
