@@ -3,8 +3,9 @@
 Formulas are MathML, set by the browser itself, so that pages need neither network nor script. A captioned table is
 called a table: MyST-NB makes a figure of whatever a cell shows; those whose name begins with `tab-` are numbered as
 tables (`Table 5.3`) beside the figures, and referred to as such. What is too wide for the column of text may use the
-margin beside it. A page carries the definitions of the glossary's words that it links, which book.js shows where the
-word stands. Live code (Thebe), which would fetch scripts from the network, is left out.
+margin beside it. Sentences that a run wrote are set as the others. A page carries the definitions of the glossary's
+words that it links, which book.js shows where the word stands. Live code (Thebe), which would fetch scripts from the
+network, is left out.
 """
 
 import json
@@ -18,6 +19,7 @@ from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 
 GLOSSARY = "book/glossary"
+SENTENCE = 40  # letters; what is shorter is a number or a name
 COLUMNS, TEXT = 6, 530  # a table of more columns, a figure of more points, is wider than the column of text
 
 
@@ -47,6 +49,13 @@ def widen(app: Sphinx, document: nodes.document, page: str) -> None:
         pictures = [Path(app.srcdir, image["uri"]) for image in cell.findall(nodes.image)]
         if columns > COLUMNS or any(_width(path) > TEXT for path in pictures):
             cell["classes"].append("tag_full-width")
+
+
+def soften(app: Sphinx, document: nodes.document, page: str) -> None:
+    """Mark what runs put into the prose as whole sentences: MyST-NB sets all of it bold, which suits a number."""
+    for put in document.findall(lambda node: isinstance(node, nodes.inline) and "pasted-text" in node["classes"]):
+        if len(put.astext()) > SENTENCE:
+            put["classes"].append("sentence")
 
 
 def _width(picture: Path) -> float:
@@ -104,5 +113,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_enumerable_node(TableFigure, "table", html=as_figure)
     app.add_transform(NameTables)
     app.connect("doctree-resolved", widen)
+    app.connect("doctree-resolved", soften)
     app.connect("html-page-context", finish_page, priority=900)  # after all others have added theirs
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 from docutils import nodes
 from docutils.utils import new_document
 
-from lib.press.theme import NameTables, TableFigure, definitions, finish_page, widen
+from lib.press.theme import NameTables, TableFigure, definitions, finish_page, soften, widen
 
 
 def test_figures_named_as_tables_become_tables_and_keep_their_name():
@@ -49,3 +49,13 @@ def test_a_wide_picture_and_a_table_of_many_columns_use_the_margin(tmp_path):
     document.extend([table(6), table(7), *pictures, nodes.container("", nodes.image("", uri="wide.svg"))])
     widen(SimpleNamespace(srcdir=tmp_path), document, "page")
     assert ["tag_full-width" in child["classes"] for child in document] == [False, True, False, True, False, False]
+
+
+def test_only_what_is_short_of_what_runs_put_into_the_prose_is_bold():
+    document = new_document("page")
+    number, told = (nodes.inline("", "8 of 8"), nodes.inline("", "Of 19 countries that were asked it tells none."))
+    for node in (number, told):
+        node["classes"].append("pasted-text")
+    document += nodes.paragraph("", "", number, told)
+    soften(None, document, "page")
+    assert number["classes"] == ["pasted-text"] and told["classes"] == ["pasted-text", "sentence"]
