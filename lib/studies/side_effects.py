@@ -150,7 +150,7 @@ def kept_streams(model: Model, texts: Pack, layers: Sequence[int]) -> Streams:
 
 @torch.no_grad()
 def generate(model: Model, texts: Sequence[str], edit: Edit | None, *, tokens: int = 24) -> list[list[int]]:
-    """Greedy continuations of each text, as token lists: what the model writes when nobody holds its hand."""
+    """Greedy continuations of each text, as token lists: what the model writes on its own."""
     module: Any = model.module
     with nullcontext(model) if edit is None else applied(model, edit) as changed:
         ids = [changed.token_ids(t) for t in texts]
