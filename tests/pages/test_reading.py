@@ -87,7 +87,7 @@ def test_the_landing_page_is_light_and_leads_in(page, html):
     index = html / "book" / "index.html"
     assert index.stat().st_size < 300_000
     page.goto(index.as_uri())
-    assert page.locator("#five-findings ol > li").count() >= 5
+    assert page.locator("#what-was-found ol > li").count() >= 5
     for door in page.locator(".doors a").all():
         target, _, place = door.evaluate("a => a.href").removeprefix("file://").partition("#")
         assert f'id="{place}"' in Path(target).read_text() if place else Path(target).is_file()
