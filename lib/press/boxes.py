@@ -83,9 +83,10 @@ def landing(
     others: Sequence[Beside] = (),
 ) -> str:
     """The landing page, from its text. runs: results files by chapter. In the text: `c1`, `c2` ... for what chapters
-    reported, `chapters` for the map of them, `claims` for counts of `verdicts` by model and kind of claim, `others` for
-    models that were run before, `citation` for CITATION.cff, `panel(NAME)` for whether a chapter kept that picture
-    beside its results. Raises ChapterError for a number that the text needs and no chapter reported."""
+    reported, `sides` for the same by model, `chapters` for the map of them, `claims` for counts of `verdicts` by model
+    and kind of claim, `others` for models that were run before, `citation` for CITATION.cff, `panel(NAME)` for whether
+    a chapter kept that picture beside its results. Raises ChapterError for a number that the text needs and no chapter
+    reported."""
     texts, folder = entries("boxes.yaml"), results_path(model_name, "").parent
     chapters = [
         {
@@ -102,7 +103,7 @@ def landing(
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     minutes = sum(run["provenance"]["seconds"] for run in runs.values()) / 60
     about = {"chapters": chapters, "claims": claims, "model_name": model_name, "minutes": minutes}
-    about |= {"others": others, "by_number": by_number}
+    about |= {"others": others, "by_number": by_number, "sides": _sides(model_name, runs, others)}
     about |= {"citation": citation, "verdicts": list(VERDICTS.values())}
     try:
         return rendered(page, panel=lambda name: (folder / f"{name}.png").is_file(), **about, **values) + "\n"
@@ -113,10 +114,17 @@ def landing(
 def two_models(page: str, model_name: str, runs: Mapping[str, Mapping[str, Any]], others: Sequence[Beside]) -> str:
     """The page that sets models side by side, from its text. In it: `here.c2` for what chapter 2 reported in this
     build, `by_number(o.runs).c2` for what it reported on one of `others`. Raises ChapterError as `landing` does."""
+    about = {"here": by_number(runs), "others": others, "sides": _sides(model_name, runs, others)}
     try:
-        return rendered(page, here=by_number(runs), model_name=model_name, others=others, by_number=by_number) + "\n"
+        return rendered(page, model_name=model_name, by_number=by_number, **about) + "\n"
     except UndefinedError as error:
         raise ChapterError(f"book/two_models.md needs a number that no chapter reported: {error}.") from error
+
+
+def _sides(
+    model_name: str, runs: Mapping[str, Mapping[str, Any]], others: Sequence[Beside]
+) -> dict[str, dict[str, Any]]:
+    return {model_name: by_number(runs)} | {o.name: by_number(o.runs) for o in others}
 
 
 def by_number(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

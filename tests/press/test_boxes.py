@@ -7,6 +7,7 @@ import pytest
 
 from lib.errors import ChapterError
 from lib.press import boxes
+from lib.press.texts import fill
 
 RUN = {"provenance": {"seconds": 130.0}, "values": {"told": 2}}
 SVG = "<svg xmlns='http://www.w3.org/2000/svg'/>"
@@ -96,3 +97,29 @@ def test_the_second_panel_appears_with_its_picture(land, staged):
     assert "carries" not in land(page, with_words)
     staged.with_name("landing.png").write_bytes(b"")
     assert "carries over" in land(page, with_words) and "carries" not in land(page)
+
+
+def side(cause: str) -> dict[str, dict]:
+    judged = [
+        {"case": 1, "pathway": p, "facts": f, "parameters": n, "middle": k, "untold": 19, "low": 0.1, "high": 0.5}
+        for p, f, n, k in (("v_only", "eight", 110592, 1), ("full", "eight", 3540096, 2), ("sink_token", "fit", 576, 9))
+    ] + [
+        {"case": 1, "pathway": "sink_kv", "facts": "eight", "parameters": 11520, "middle": 11, "untold": 19}
+        | {"low": 0.2, "high": 0.8}
+    ]
+    choice = [{"case": 1, "pathway": p, "repaired": k} for p, k in (("v_only", 3), ("full", 3), ("sink_kv", 8))]
+    diagnosis = {"a": {"knowledge_head": "L24 H4", "failure_kind": "overridden"}}
+    return {"c2": {"causes": [{"case": "a", "title": "a | b", "cause": cause}], "diagnosis": diagnosis}} | {
+        "c8": {"judged": judged, "choice": choice}
+    }
+
+
+def test_two_prescriptions_stand_side_by_side_and_the_chosen_pathway_is_not_chosen_by_what_is_shown():
+    sides = {"m": side("first position"), "n": side("none found"), "none": {"c2": {}, "c8": {}}}
+    page = fill("prescriptions.md", sides=sides)
+    first, second = page.strip().splitlines()[2:]
+    cells = [c.strip() for c in first.replace(r"\|", "/").split("|")[1:-1]]
+    assert cells[:3] == ["m", "a / b", "L24 H4, overridden"] and cells[4] == "first position"
+    assert cells[3] == "v only, 110,592 numbers: **1 of 19** (10% to 50%)"  # full repairs more of those shown
+    assert cells[5] == "sink kv, 11,520 numbers: **11 of 19** (20% to 80%)"
+    assert second.startswith("| n |") and "none found" in second
