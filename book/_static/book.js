@@ -8,7 +8,25 @@ document.addEventListener("DOMContentLoaded", () => {
   new MutationObserver(nameScrolling).observe(document.body, { childList: true, subtree: true }); // sortable tables
   nameScrolling();
   explainWords();
+  drawCharts();
 });
+
+// A chart that is moved (lib/show/sliders.py): what draws it is fetched from beside the page, where there is one.
+function drawCharts() {
+  const boxes = [...document.querySelectorAll(".chart")];
+  if (!boxes.length) return;
+  const script = document.createElement("script");
+  script.src = `${document.documentElement.dataset.content_root ?? ""}_static/vega.js`;
+  script.addEventListener("load", () => {
+    for (const box of boxes) {
+      const spec = JSON.parse(box.querySelector("script").textContent);
+      const sheet = box.appendChild(document.createElement("div"));
+      if (box.clientWidth < 700) spec.columns = 1;
+      vegaEmbed(sheet, spec, { actions: false, renderer: "svg", ast: true });
+    }
+  });
+  document.body.append(script);
+}
 
 // A figure opens large in a dialog: by a click on it, or by the button that the keyboard reaches.
 function offerZoom(image) {

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import vl_convert
 import yaml
 
 from lib.checkpoints.fetching import weights_sha256
@@ -139,6 +140,8 @@ def _stage(model_name: str, stage: Path) -> None:
     shutil.copytree(BOOK, stage / "book", ignore=shutil.ignore_patterns("*.ipynb", ".ipynb_checkpoints"))
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(ROOT / name, stage)
+    bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub forgets the default
+    (stage / "book" / "_static" / "vega.js").write_text(bundle, encoding="utf-8")  # only pages with a chart read it
     runs = provenances(model_name)
     recorded = any("date" in note for run in runs.values() for note in run.get("sweeps", {}).values())
     checks = {c.name: c for c in (spot.check(*pair) for pair in spot.kept(model_name))} if recorded else {}
