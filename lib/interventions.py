@@ -104,7 +104,7 @@ def ablate(
     sizes, direct, total = [len(batch.last) for batch, _ in kept], [], []
     parts = zip(kept, reached, changes.split(sizes, 1), directions.split(sizes), strict=True)
     for (batch, before), end, change, read in parts:
-        final = _final_streams(model, batch, before, part.site, end, part.written(block, end, change))
+        final = final_streams(model, batch, before, part.site, end, part.written(block, end, change))
         logits = (model.weights.norm_final(final) * read).sum(-1)
         direct.append((change * part.read(block, end, before_norm(model, final[0], read))).sum(-1))
         total.append(logits - logits[0])
@@ -113,7 +113,7 @@ def ablate(
     return table.assign(**{name: x[1:].flatten().tolist() for name, x in effects.items()}, part=str(part))
 
 
-def _final_streams(model: Model, batch: Pack, before: Streams, site: Site, end: End, change: Changes) -> Changes:
+def final_streams(model: Model, batch: Pack, before: Streams, site: Site, end: End, change: Changes) -> Changes:
     """The final streams of last tokens if a head, or the MLP of a layer, had written something more."""
     block, rows = model.weights.blocks[site.layer], end.stream + change
     if site.head is not None:  # the layer's own MLP may read it too
@@ -138,7 +138,7 @@ def ablate_top_neurons(
         chosen = trace.argsort(-1, descending=True)[:, 0]
         write = first.neurons.gather(1, chosen[:, None]) * block.mlp.W_out[chosen]
         change = block.after_mlp.moved(block.mlp.write(first.neurons), -write[None])
-        final = _final_streams(model, batch, before, Site(layer), first, change)
+        final = final_streams(model, batch, before, Site(layer), first, change)
         both = model.weights.norm_final(torch.cat((last.stream[None], final)))
         logits = (both * model.weights.W_U[:, tokens].T).sum(-1)
         direct, total = -trace.gather(1, chosen[:, None])[:, 0], logits[1] - logits[0]

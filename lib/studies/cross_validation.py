@@ -15,11 +15,12 @@ from lib import interventions, peers
 from lib.diagnosis import Verdict, control_mean, prescribe
 from lib.errors import DataError
 from lib.facts import Case, Fact, load_cases, load_templates, prompts
-from lib.forward import above, pack, resid_pre, streams
+from lib.forward import above, ends, pack, resid_pre, streams
 from lib.interventions import (
     Part,
     Prefilled,
     ablate,
+    final_streams,
     patch_components,
     prefill,
     read_logit_differences,
@@ -28,14 +29,16 @@ from lib.interventions import (
 )
 from lib.models import Model, load
 from lib.peers import Curves, Lenses, NeuronAttributions, Tokens, agreement, attribute_neurons, ranked
-from lib.recall import first_tokens, study_facts, tell, trainable
+from lib.recall import first_tokens, known_and_told, study_facts, tell, trainable
 from lib.results import Results
 from lib.show.sentences import say
 from lib.sites import Site
+from lib.statistics import exact_interval
 from lib.studies.localisation import with_competitors
 from lib.trace import Hook, components, hooked, subject_positions
 
 Patched = dict[str, Float[Tensor, "n_layers n_heads fact"]]  # by position
+COLUMNS = {"own": "own facts told", "own_n": "of", "large": "countries told", "large_n": "of them"}
 AGAIN = "TransformerLens (the trace again)"  # the column of a tool that is no second witness
 
 
@@ -266,6 +269,66 @@ def calmed(model: Model, case: Case, facts: Sequence[Fact], sites: Sequence[Site
         columns = {"prompt": run.prompts, "direct": np.nan, "total": change, "margin": margin.tolist()}
         tables[site] = pd.DataFrame(columns).assign(way="controls")
     return tables
+
+
+@torch.no_grad()
+def told_without(model: Model, texts: Sequence[str], answers: Tokens, parts: Sequence[Part]) -> dict[str, list[bool]]:
+    """Which prompts are told, the whole vocabulary asked, when a part is silent at their last position; by part."""
+    kept, told = prefill(model, texts, min(part.site.layer for part in parts)), dict[str, list[bool]]()
+    for part in parts:
+        block, tops = model.weights.blocks[part.site.layer], []
+        for batch, before in kept:
+            end = next(ends(model, batch, before, before[part.site.layer][batch.last], part.site.layer))
+            silent = part.written(block, end, -part.held(end)[None])
+            final = final_streams(model, batch, before, part.site, end, silent)[0]
+            tops.append((model.weights.norm_final(final) @ model.weights.W_U).argmax(-1))
+        told[str(part)] = (torch.cat(tops) == answers).tolist()
+    return told
+
+
+def last_layer(model: Model, case: Case) -> pd.DataFrame:
+    """Does the last layer hold the answer back (Lv et al. 2024)? A row a head and MLP of it, and of the layer below for
+    comparison: how many facts that are known and untold are told without it, of the case's own and of the study's
+    countries (large). chosen: the part of the last layer without which most of its own are told; of the countries told
+    under the first control, so many still are without that (kept)."""
+    templates, last = load_templates(), model.weights.n_layers - 1
+    heads, layers = range(model.weights.n_heads), [layer for layer in (last, last - 1) if layer >= 0]
+    sites = [site for x in layers for site in (*(Site(x, h) for h in heads), Site(x, mlp=True))]
+    table = pd.DataFrame({"part": [str(site) for site in sites], "last": [site.layer == last for site in sites]})
+    asked = {name: templates[name] for name in (case.template, *case.controls)}
+    for of, facts in {"own": case.facts, "large": study_facts(model, case)}.items():
+        answers = tell(model, facts, asked)
+        states = known_and_told(answers, case).set_index("subject")
+        failed = [f for f in facts if states.routing_failure[f.subject]]
+        table[of], table[f"{of}_n"] = _left(model, failed, templates[case.template], sites), len(failed)
+    control = set(answers[answers.told & (answers.template == case.controls[0])].subject)
+    told, chosen = [f for f in facts if f.subject in control], int(table[table["last"]].own.idxmax())
+    (kept,) = _left(model, told, templates[case.controls[0]], [sites[chosen]])
+    return table.assign(chosen=table.index == chosen, kept=kept, kept_n=len(told))
+
+
+def _left(model: Model, facts: Sequence[Fact], template: str, sites: Sequence[Site]) -> list[int]:
+    """How many facts are told when each site is silent."""
+    if not facts:
+        return [0] * len(sites)
+    texts, answers = prompts(facts, template), first_tokens(model, facts)
+    told = told_without(model, texts, answers, [Part(Site(s.layer, s.head)) for s in sites])
+    return [sum(flags) for flags in told.values()]
+
+
+def report_last_layer(report: Results, cases: Sequence[Case], tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The part that a case's own facts choose, and what the study's countries say of it; the parts that matter."""
+    rows = []
+    for case, table in zip(cases, tables, strict=True):
+        chosen, beside = table[table.chosen].iloc[0], table[table["last"] & ~table.chosen]
+        others = {"beside": int(beside.large.max()), "below": int(table[~table["last"]].large.max())}
+        rows.append({"case": case.title, **chosen.drop(["last", "chosen"]).to_dict(), **others})
+        rows[-1] |= dict(zip(("low", "high"), exact_interval(chosen.large, max(1, chosen.large_n)), strict=True))
+    report.table("last_layer", rows)
+    report("last_layer_verdict", say("cross_validation", "last_layer", rows=rows))
+    whole = pd.concat([t.assign(case=case.title) for case, t in zip(cases, tables, strict=True)])
+    columns = ["case", "part", "own", "own_n", "large", "large_n"]
+    return whole[(whole.own > 0) | (whole.large > 0)][columns].rename(columns=COLUMNS)
 
 
 def suppressor_words(table: pd.DataFrame) -> str:
