@@ -106,14 +106,16 @@ def run(
 @app.command()
 def book(model_name: ModelOption = "smollm2") -> None:
     """All that `make book` does, where it changed: run, spot-check (unless RECORD=off), dashboard, build."""
-    from lib.press import kernel
+    from lib.press import kernel, unchanged
 
+    say, before = typer.echo, unchanged.inputs(model_name)
+    if unchanged.since(model_name, before):
+        return say("book: nothing changed, kept")
     kernel.warm_up()  # what follows takes as long to import here as there
     from lib.files import live
     from lib.press import build, execute
     from lib.sweeps import spot
 
-    say = typer.echo
     execute.run(model_name, execute.chapter_names(), say=say, bars=sys.stdout.isatty())
     with ThreadPoolExecutor(1) as aside:  # a core is idle while the longest run of the spot-checks ends
         page = aside.submit(build.dashboard, model_name, say=say)
@@ -121,6 +123,7 @@ def book(model_name: ModelOption = "smollm2") -> None:
             spot.spot_check(model_name, say=say)
         page.result()
     build.build(model_name, say=say)
+    unchanged.note(model_name, before)
 
 
 @app.command()
@@ -188,8 +191,7 @@ def claims(model_name: ModelOption = "smollm2") -> None:
     colours = {"reproduced": "green", "not reproduced": "red", "differs": "yellow", "not run": "dim"}
     verdicts = table(judged, model_name)
     verdicts["verdict"] = [Text(verdict, style=colours[verdict]) for verdict in verdicts["verdict"]]
-    title = f"the source page's claims on {model_name}"
-    _show(title, verdicts.columns, verdicts.itertuples(index=False), show_lines=True)
+    _show(f"the page's claims on {model_name}", verdicts.columns, verdicts.itertuples(index=False), show_lines=True)
     typer.echo(counts(judged))
 
 

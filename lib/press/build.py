@@ -28,7 +28,7 @@ from lib.errors import ChapterError
 from lib.facts import case_sums
 from lib.files import BUILD, ROOT, digest, file_sha256, make_folder, modules, run_folder, slug, write_atomically
 from lib.models import load, use_device_of
-from lib.press import beside, boxes, claims
+from lib.press import beside, boxes, claims, unchanged
 from lib.press.check import judged
 from lib.press.execute import BOOK, chapter_names, executed_path, is_current, log_path, shared_inputs, without_colours
 from lib.press.texts import fill
@@ -106,7 +106,7 @@ def build(model_name: str, *, force: bool = False, say: Callable[[str], None] = 
         beside = [Path(__file__).with_name("theme.py"), *([page] if page else [])]
         files = sorted(p for p in stage.rglob("*") if p.is_file())
         key = digest(files, f"{model_name} {version('jupyter-book')} {' '.join(map(file_sha256, beside))}", stage)
-        if not force and html.is_dir() and stamp.exists() and stamp.read_text() == key:
+        if not force and stamp.exists() and stamp.read_text() == f"{key} {unchanged.listing(html)}":
             say("book: nothing changed, kept")
             return html / "index.html"
         stamp.unlink(missing_ok=True)
@@ -115,7 +115,7 @@ def build(model_name: str, *, force: bool = False, say: Callable[[str], None] = 
             shutil.copy(page, built / "dashboard.html")
         shutil.rmtree(html, ignore_errors=True)
         built.rename(html)
-    write_atomically(stamp, key)
+    write_atomically(stamp, f"{key} {unchanged.listing(html)}")
     say(f"book: built {html / 'index.html'}")
     return html / "index.html"
 

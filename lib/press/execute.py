@@ -164,7 +164,11 @@ class _Press:
                 file.unlink(missing_ok=True)
             raise ChapterError(f"{chapter} ran, but {fault}.")
         stamp = fingerprint(self.model_name, chapter, self.values, self.weights)
-        write_atomically(executed.with_suffix(".key"), json.dumps({"values": self.values, "fingerprint": stamp}))
+        pictures = re.findall(r'report\.figure\(\s*"(\w+)"', _cells(executed, "code"))
+        made = [f"{name}.png" for name in pictures if (results.parent / f"{name}.png").exists()]
+        made += sorted(f"{chapter}/{path.name}" for path in results.with_suffix("").glob("*"))
+        content = {"values": self.values, "fingerprint": stamp, "made": made}
+        write_atomically(executed.with_suffix(".key"), json.dumps(content))
 
 
 def _unreported(executed: Path, results: Path) -> str:
@@ -186,7 +190,9 @@ def is_current(model_name: str, chapter: str, values: dict[str, Any] | None, wei
         stamp = json.loads(executed.with_suffix(".key").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # a stamp that is missing or cannot be read vouches for nothing
         return False
-    if not (executed.exists() and results_path(model_name, chapter).exists() and values in (None, stamp["values"])):
+    results = results_path(model_name, chapter)
+    files = [executed, results, *(results.parent / name for name in stamp.get("made", ()))]
+    if not all(path.exists() for path in files) or values not in (None, stamp["values"]):
         return False
     return stamp["fingerprint"] == fingerprint(model_name, chapter, stamp["values"], weights)
 

@@ -7,6 +7,7 @@ import nbformat
 import pytest
 from typer.testing import CliRunner
 
+from lib import files
 from lib.__main__ import app
 from lib.errors import ChapterError, SweepError
 from lib.press import build, execute, kernel, texts
@@ -83,7 +84,7 @@ def test_what_may_differ_elsewhere_is_listed_and_the_rest_counted():
 
 
 @pytest.mark.parametrize("fault", [None, SweepError("not as recorded"), ChapterError("no page")])
-def test_the_dashboard_is_made_beside_the_spot_checks_and_either_can_stop_the_book(monkeypatch, fault):
+def test_the_dashboard_is_made_beside_the_spot_checks_and_either_can_stop_the_book(monkeypatch, tmp_path, fault):
     """Each waits for the other to have begun. Pages are built after both, and not at all where one of them fails."""
     page, checks, done = Event(), Event(), []
 
@@ -95,6 +96,7 @@ def test_the_dashboard_is_made_beside_the_spot_checks_and_either_can_stop_the_bo
             raise fault
 
     monkeypatch.delenv("RECORD", raising=False)
+    monkeypatch.setattr(files, "BUILD", tmp_path)  # where it is noted that a book was built
     monkeypatch.setattr(kernel, "warm_up", lambda: None)
     monkeypatch.setattr(execute, "run", lambda *a, **k: None)
     monkeypatch.setattr(spot, "spot_check", lambda *a, **k: met(checks, page, SweepError))

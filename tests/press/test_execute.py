@@ -25,6 +25,14 @@ facts = {"model": model_name, "weights_sha256": "sum of " + model_name, "package
 facts["seconds"] = 1.0
 path.write_text(json.dumps({"provenance": facts, "values": {"seed": seed, "x": {"y": 0.5}}}))"""
 
+MAKES = """\
+import types, pathlib
+folder = pathlib.Path("../_build/results") / model_name
+(folder / "01_a").mkdir(parents=True, exist_ok=True)
+(folder / "01_a" / "v.safetensors").write_text("x")
+report = types.SimpleNamespace(figure=lambda name: (folder / f"{name}.png").write_text("x"))
+report.figure("a")"""
+
 
 def notebook(workshop: Path, name: str, *cells: str, saves: bool = True, own: str = "seed = 0") -> Path:
     """A chapter with these code cells after its parameters, with these of its `own`; saves: its last cell writes
@@ -338,6 +346,11 @@ def test_only_what_changed_runs_again(workshop, no_kernel, monkeypatch):
     assert outcome(force=True) == "executed"
     (workshop / "_build" / "results" / "s" / "01_a.json").unlink()
     assert outcome() == "executed"
+    notebook(workshop, "01_a", f"if False:\n    report.figure('never')\n{MAKES}")
+    assert (outcome(), outcome()) == ("executed", "kept")
+    for name in ("a.png", "01_a/v.safetensors"):
+        (workshop / "_build" / "results" / "s" / name).unlink()
+        assert (outcome(), outcome()) == ("executed", "kept"), name
     monkeypatch.setattr(execute, "weights_sha256", lambda name: "another sum")
     assert outcome() == "executed"
 
@@ -449,7 +462,7 @@ def test_a_chapter_that_stops_saving_fails(workshop, no_kernel):
         run("01_a")
 
 
-def test_a_warning_fails_the_build_and_leaves_the_old_book(workshop, no_kernel):
+def test_a_warning_fails_the_build_and_leaves_the_old_book(workshop, no_kernel, monkeypatch):
     (workshop / "_config.yml").write_text(
         "title: t\nexecute: {execute_notebooks: 'off'}\n"
         "sphinx: {extra_extensions: [lib.press.theme], config: {html_math_renderer: mathml}}\n"
@@ -467,6 +480,10 @@ def test_a_warning_fails_the_build_and_leaves_the_old_book(workshop, no_kernel):
     said: list[str] = []
     build.build("s", say=said.append)
     assert said == ["book: nothing changed, kept"]
+    (built.parents[1] / "genindex.html").unlink()
+    with monkeypatch.context() as patch, pytest.raises(ChapterError, match="built again"):
+        patch.setattr(build, "_html", lambda *_: (_ for _ in ()).throw(ChapterError("built again")))
+        build.build("s")
     page.write_text("# A book\n\n{glue:text}`missing`, {doc}`nowhere`\n")
     with pytest.raises(ChapterError, match=r"does not build without warnings:\n.*(nowhere|missing)"):
         build.build("s")

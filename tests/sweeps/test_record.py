@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections import Counter
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -128,6 +130,15 @@ def test_the_commit_draws_and_every_run_may_come(kept):
     drawn = [json.dumps([row["parameters"] for row in spot.draw(recorded, str(i))]) for i in range(200)]
     assert drawn[0] == json.dumps([row["parameters"] for row in spot.draw(recorded, "0")])
     assert all(any(json.dumps(row["parameters"]) in text for text in drawn) for row in recorded.rows)
+
+
+def test_an_expensive_run_is_drawn_rarely_however_long_all_of_them_take(kept):
+    recorded = record.read(GRID)
+    rows = [row | {"seconds": 100.0 * (i + 1)} for i, row in enumerate(recorded.rows)]
+    draws = [spot.draw(replace(recorded, rows=rows), str(i)) for i in range(2000)]
+    first, weights = Counter(rows.index(drawn[0]) for drawn in draws), [1, 1 / 4, 1 / 9, 1 / 16]
+    assert [first[i] / 2000 for i in range(4)] == pytest.approx([w / sum(weights) for w in weights], abs=0.04)
+    assert all(len(drawn) == spot.DRAWN and drawn[0] != drawn[1] for drawn in draws)
 
 
 def test_a_cell_that_was_edited_is_found_out(kept, here, monkeypatch):  # noqa: F811
