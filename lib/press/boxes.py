@@ -66,7 +66,7 @@ def add_box(notebook: Path, model_name: str, run: Mapping[str, Any], judged: Seq
 def minutes_to_read(book: nbformat.NotebookNode) -> int:
     """Of an average reader, for prose, figures and tables."""
     prose = sum(len(cell.source.split()) for cell in book.cells if cell.cell_type == "markdown")
-    return max(1, round(prose / WORDS + LOOK * sum("mystnb" in cell.metadata for cell in book.cells)))
+    return max(1, round(prose / WORDS + LOOK * sum("figure" in cell.metadata.get("mystnb", {}) for cell in book.cells)))
 
 
 def minutes_to_run(provenance: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import subprocess
+from itertools import pairwise
 
 import pytest
 
@@ -13,7 +14,8 @@ from lib.press.execute import BOOK, chapter_names
 from lib.press.texts import entries
 
 PAPER = {"25.8", "149.9", "42.7", "42.6", "0.44", "7.1", "2.4", "4.7"}  # figures of the source page, quoted as such
-TAUGHT = ("01_static_diagnostics", "02_knowledge_path", "05_cross_validation")  # the others follow
+TAUGHT = ("01_static_diagnostics",)  # the others follow
+HIDDEN = ("hide-input", "remove-cell", "remove-input")
 NOT_THE_WORD = r"in case\b|in (?:both|95 % of) cases|head to head|\btold of in full|in fact\b"
 
 
@@ -24,6 +26,12 @@ def notebook_cells(chapter: str, kind: str) -> list[dict]:
 
 def cells(chapter: str, kind: str) -> list[str]:
     return ["".join(cell["source"]) for cell in notebook_cells(chapter, kind)]
+
+
+def tagged(chapter: str, *tags: str) -> list[str]:
+    """The code cells with one of some tags; all of them, if none is named."""
+    code = notebook_cells(chapter, "code")
+    return ["".join(c["source"]) for c in code if not tags or {*tags} & {*c["metadata"].get("tags", [])}]
 
 
 def glossary_terms() -> list[str]:
@@ -86,11 +94,20 @@ def test_chapters_define_nothing(chapter):
 
 @pytest.mark.parametrize("taught", TAUGHT)
 def test_a_chapter_shows_how_it_is_done_in_a_few_lines_at_a_time(taught):
-    code = [c for c in notebook_cells(taught, "code") if "parameters" not in c["metadata"].get("tags", [])]
-    shown = [c for c in code if not {"hide-input", "remove-cell", "remove-input"} & {*c["metadata"].get("tags", [])}]
-    assert len(shown) >= 3
-    for source in ("".join(cell["source"]) for cell in shown):
-        assert source.count("\n") < 6 and "report" not in source and "figures." not in source, source
+    shown = {*tagged(taught)} - {*tagged(taught, *HIDDEN, "parameters", "try")}
+    assert shown == {*tagged(taught, "method")} and len(shown) >= 3
+    for source in shown:
+        assert source.count("\n") < 6 and not re.search(r"^(report|figures|tables)\b", source, re.M), source
+        assert max(map(len, source.splitlines())) <= 88, source
+
+
+@pytest.mark.parametrize("taught", TAUGHT)
+def test_what_a_chapter_hides_is_no_longer_than_it_needs(taught):
+    """Numbers are reported together, and what is long is a function of lib."""
+    for source in set(tagged(taught, *HIDDEN)) - set(tagged(taught, "remove-cell", "exercise")):
+        calls = [re.match(r"(report)\(", ast.unparse(statement)) for statement in ast.parse(source).body]
+        assert not any(one and other for one, other in pairwise(calls)), f"several numbers: report.many\n{source}"
+        assert source.count("\n") < 20, source
 
 
 def test_no_measured_decimal_is_typed_into_prose(chapter):
