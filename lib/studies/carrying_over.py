@@ -128,6 +128,14 @@ def report_judged(report: Results, table: pd.DataFrame, titles: list[str]) -> No
     report.many({"goal_eight": halves, "goal_fit": thirds, "goals": sentence("goals", eight=halves, fit=thirds)})
     first = best_of(table, 1, "cause", "eight"), best_of(table, 1, "place", "eight")
     report("verdict", " ".join(verdicts))
+    by_case = [
+        table[(table.case == i) & (table.facts == "eight")].set_index("pathway") for i in range(1, len(titles) + 1)
+    ]
+    told = [
+        {"title": title, **part.repaired, "untold": part.untold.max()}
+        for title, part in zip(titles, by_case, strict=True)
+    ]
+    report("disguise_verdict", sentence("disguise", rows=told))
     report("landing", sentence("landing", cause=first[0], place=first[1]))
     sinks = table[(table.kind == "cause") & (table.facts == "eight")]
     report("cost_verdict", sentence("cost", sinks=sinks.to_dict("records"), band=BAND, places=_bled_by_place(table)))
