@@ -4,9 +4,10 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -112,17 +113,9 @@ def book(model_name: ModelOption = "smollm2") -> None:
     if unchanged.since(model_name, before):
         return say("book: nothing changed, kept")
     kernel.warm_up()  # what follows takes as long to import here as there
-    from lib.files import live
-    from lib.press import build, execute
-    from lib.sweeps import spot
+    from lib.press import build
 
-    execute.run(model_name, execute.chapter_names(), say=say, bars=sys.stdout.isatty())
-    with ThreadPoolExecutor(1) as aside:  # a core is idle while the longest run of the spot-checks ends
-        page = aside.submit(build.dashboard, model_name, say=say)
-        if not live():
-            spot.spot_check(model_name, say=say)
-        page.result()
-    build.build(model_name, say=say)
+    build.whole(model_name, say=say, bars=sys.stdout.isatty())
     unchanged.note(model_name, before)
 
 
@@ -484,6 +477,9 @@ def _printable(text: str) -> str:
 def main() -> None:
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     logging.getLogger("lib").setLevel(logging.INFO)  # what this package says of its work; of others only errors
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is unfinished is cleared away
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows few characters still shows the others
     try:
         app()
     except BookError as error:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,9 @@ from lib.checkpoints.fetching import weights_sha256
 from lib.checkpoints.named import canonical
 from lib.errors import ChapterError
 from lib.facts import case_sums
-from lib.files import BUILD, ROOT, digest, file_sha256, make_folder, modules, run_folder, slug, write_atomically
+from lib.files import BUILD, ROOT, digest, file_sha256, live, make_folder, modules, run_folder, slug, write_atomically
 from lib.models import load, use_device_of
-from lib.press import beside, boxes, claims, unchanged
+from lib.press import beside, boxes, claims, execute, unchanged
 from lib.press.check import judged
 from lib.press.execute import BOOK, chapter_names, executed_path, is_current, log_path, shared_inputs, without_colours
 from lib.press.texts import fill
@@ -55,10 +56,19 @@ def dashboard(
 ) -> Path:
     """The page of all heads of a model, from its results and edits; kept if nothing that it depends on changed.
     output: a copy elsewhere. Raises BookError as `lib.dashboard.collect` does; then no page is left standing."""
+    model_name = canonical(model_name)
+    with execute.alone(say):
+        path = _dashboard(model_name, force, say)
+    if output is not None:
+        write_atomically(output, path.read_text(encoding="utf-8"))
+        say(f"dashboard: copied to {output}")
+    return output or path
+
+
+def _dashboard(model_name: str, force: bool, say: Callable[[str], None]) -> Path:
     from lib.dashboard.collect import collect
     from lib.dashboard.render import render
 
-    model_name = canonical(model_name)
     weights, path = weights_sha256(model_name), dashboard_path(model_name)
     if not force and dashboard_is_current(model_name, weights):
         say(f"dashboard: nothing changed, kept {path}")
@@ -70,10 +80,7 @@ def dashboard(
         write_atomically(path.with_suffix(".key"), _dashboard_key(model_name, weights))
         size, seconds = path.stat().st_size / 1e6, time.perf_counter() - start
         say(f"dashboard: made {path}, {size:.1f} MB, in {seconds:.0f} s")
-    if output is not None:
-        write_atomically(output, path.read_text(encoding="utf-8"))
-        say(f"dashboard: copied to {output}")
-    return output or path
+    return path
 
 
 def dashboard_is_current(model_name: str, weights: str) -> bool:
@@ -94,13 +101,27 @@ def _dashboard_key(model_name: str, weights: str) -> str:
     return digest(files, json.dumps([weights, sys.version, packages, case_sums(model_name)], sort_keys=True), ROOT)
 
 
+def whole(model_name: str, *, say: Callable[[str], None] = print, bars: bool = False) -> None:
+    """Chapters, spot-checks (unless $RECORD is `off`), dashboard and HTML, where something changed."""
+    with execute.alone(say):
+        execute.run(model_name, chapter_names(), say=say, bars=bars)
+        with ThreadPoolExecutor(1) as aside:  # a core is idle while the longest run of the spot-checks ends
+            page = aside.submit(dashboard, model_name, say=say)
+            if not live():
+                spot.spot_check(model_name, say=say)
+            page.result()
+        build(model_name, say=say)
+
+
 def build(model_name: str, *, force: bool = False, say: Callable[[str], None] = print) -> Path:
     """Stage the executed chapters with the pages of book/ and build the HTML. Raises ChapterError where a chapter
     was not executed for this model or where the build warns."""
     model_name = canonical(model_name)
     page = _require_inputs(model_name)
     html, stamp = make_folder(BUILD) / "html", BUILD / "html.key"
-    with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
+    with execute.alone(say), tempfile.TemporaryDirectory(prefix="stage-", dir=BUILD) as temporary:
+        for killed in set(BUILD.glob("stage-*")) - {Path(temporary)}:  # an earlier build's
+            shutil.rmtree(killed, ignore_errors=True)
         stage = Path(temporary) / "stage"
         _stage(model_name, stage)
         beside = [Path(__file__).with_name("theme.py"), *([page] if page else [])]
@@ -113,7 +134,8 @@ def build(model_name: str, *, force: bool = False, say: Callable[[str], None] = 
         built = _html(stage, Path(temporary), log_path(model_name, "book"))
         if page:
             shutil.copy(page, built / "dashboard.html")
-        shutil.rmtree(html, ignore_errors=True)
+        if html.exists():
+            html.rename(Path(temporary) / "old")
         built.rename(html)
     write_atomically(stamp, f"{key} {unchanged.listing(html)}")
     say(f"book: built {html / 'index.html'}")
@@ -214,7 +236,7 @@ def tolerances(model_name: str, expected: dict[str, dict[str, dict[str, Any]]]) 
 def _html(stage: Path, output: Path, log: Path) -> Path:
     """The folder that Jupyter Book makes of the stage. Raises ChapterError with its warnings where it has any."""
     options = ["build", str(stage), "--path-output", str(output), "-W", "-n", "--keep-going"]
-    ended = subprocess.run([sys.executable, "-c", _JUPYTER_BOOK, *options], capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-c", _JUPYTER_BOOK, *options], capture_output=True, text=True, cwd=ROOT)
     said = without_colours(ended.stdout + ended.stderr).replace(str(stage), "")
     write_atomically(log, said)
     if ended.returncode:

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,9 @@ from typing import Any, TextIO
 import nbformat
 import papermill
 import psutil
+from filelock import FileLock
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from papermill.exceptions import PapermillExecutionError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -44,6 +47,7 @@ from lib.models import load, use_device_of
 from lib.press.kernel import FORKS, Forked, warm_up
 from lib.results import PACKAGES, chapter_folder, results_path
 from lib.studies import known_answers
+from lib.sweeps.store import in_turn
 
 BOOK = ROOT / "book"
 PINS = ("requirements.txt", "constraints.txt", "pyproject.toml")
@@ -53,7 +57,8 @@ WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no":
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list in JSON"}
 KINDS |= {dict: "a mapping in JSON", tuple: "a tuple", type(None): "nothing"}
 SOCKET_NAME = 103  # bytes that the path of a Unix socket may have, on the system that allows the fewest
-logging.getLogger("papermill").setLevel(logging.ERROR)
+for said_by in ("papermill", "traitlets"):  # why a kernel did not start, or ended, is told by us
+    logging.getLogger(said_by).setLevel(logging.CRITICAL)
 
 
 def chapter_names() -> list[str]:
@@ -91,21 +96,30 @@ def run(
     for chapter in chapters:
         check_parameters(BOOK / f"{chapter}.ipynb", values)
     make_folder(executed_path(model_name, "").parent)
-    weights = weights_sha256(model_name)
-    if model_name == "gpt2":  # numbers of a wrong tokenizer or a broken forward pass would look like any others
-        known_answers.require(use_device_of(load(model_name)))
-    for chapter, needed in NEEDS.items():
-        if chapter in chapters and needed not in chapters and not is_current(model_name, needed, None, weights):
-            say(f"{chapter} needs {needed}, which is executed first")
-            run(model_name, [needed], say=say, bars=bars)
-    due = [c for c in chapters if force or not is_current(model_name, c, values, weights)]
-    if due:
-        warm_up()
-    cores = os.cpu_count() or 1
-    jobs = max(1, min(jobs, cores, len(due)))
-    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), "cells", TimeElapsedColumn()
-    with Progress(*columns, disable=not bars) as progress:
-        _in_order(chapters, jobs, _Press(model_name, values, weights, force, cores // jobs, say, progress))
+    with alone(say):
+        for half_written in executed_path(model_name, "").parent.glob("*.part*"):  # by a build that was killed
+            half_written.unlink()
+        weights = weights_sha256(model_name)
+        if model_name == "gpt2":  # numbers of a wrong tokenizer or a broken forward pass would look like any others
+            known_answers.require(use_device_of(load(model_name)))
+        for chapter, needed in NEEDS.items():
+            if chapter in chapters and needed not in chapters and not is_current(model_name, needed, None, weights):
+                say(f"{chapter} needs {needed}, which is executed first")
+                run(model_name, [needed], say=say, bars=bars)
+        due = [c for c in chapters if force or not is_current(model_name, c, values, weights)]
+        if due:
+            warm_up()
+        cores = os.cpu_count() or 1
+        jobs = max(1, min(jobs, cores, len(due)))
+        columns = "{task.description}", BarColumn(), MofNCompleteColumn(), "cells", TimeElapsedColumn()
+        with Progress(*columns, disable=not bars) as progress:
+            _in_order(chapters, jobs, _Press(model_name, values, weights, force, cores // jobs, say, progress))
+
+
+def alone(say: Callable[[str], None]) -> AbstractContextManager[object]:
+    """Held while this process builds; another one waits. What is within it may ask again."""
+    lock = FileLock(make_folder(BUILD) / "build.lock", is_singleton=True, thread_local=False)
+    return in_turn(lock, say, f"another build is at work in {BUILD}; this one goes on when that has ended")
 
 
 def _in_order(chapters: Sequence[str], jobs: int, press: "_Press") -> None:
@@ -126,6 +140,7 @@ def _in_order(chapters: Sequence[str], jobs: int, press: "_Press") -> None:
         except KeyboardInterrupt:
             for kernel in psutil.Process().children(recursive=True):
                 kernel.terminate()
+            press.say("stopped: the chapters that were executed are kept, and the same command goes on from there")
             raise
 
 
@@ -288,20 +303,27 @@ def execute(
         trace = without_colours("\n".join(error.traceback))
         said = f"All that it said before stands in {log}."
         raise ChapterError(f"{fault}\n\n{error.source}\n\n{trace}\n\n{said}") from error
-    except RuntimeError as error:  # the kernel died, or never came up
-        raise ChapterError(f"{notebook.name}: {error}. What it said before stands in {log}.") from error
+    except (RuntimeError, EOFError, ConnectionError) as error:  # the kernel died, or never came up
+        memory = psutil.virtual_memory()
+        free = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB of memory are free now"
+        advice = f"where it was too little, --jobs 1 runs one chapter at a time. What it said before stands in {log}."
+        raise ChapterError(f"{notebook.name}: {str(error).rstrip('.')}; {free}, and {advice}") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def _kernel_manager(folder: Path, stream: TextIO, threads: int) -> type[AsyncKernelManager]:
-    """For a kernel that writes into a stream whatever it does not send, and that is reached through sockets in a folder
-    that nobody else may read; through TCP where there are none, or where their names would be too long."""
+    """For a kernel of this interpreter and this checkout, whichever kernels and settings of IPython are installed, that
+    writes into a stream whatever it does not send, and that is reached through sockets in a folder that nobody else may
+    read; through TCP where there are none, or where their names would be too long."""
     sockets = os.name == "posix" and len(os.fsencode(folder / "k-ipc-1")) <= SOCKET_NAME
     connection = {"transport": "ipc", "connection_file": str(folder / "k.json")} if sockets else {}
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "IPYTHONDIR": str(folder)}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
     class Manager(AsyncKernelManager):
+        kernel_spec = KernelSpec(**get_kernel_dict())  # of no folder of kernels
+
         def __init__(self, **options: Any) -> None:
             super().__init__(**options, **connection)
             self.provisioner = Forked(kernel_spec=self.kernel_spec, parent=self) if FORKS else None

@@ -5,14 +5,17 @@ edit.safetensors                        the edit itself, so that anyone can chec
 README.md                               a model card: what was changed, what for, and what this is not
 """
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import torch
 from huggingface_hub import ModelCardData
 from safetensors import SafetensorError, safe_open
@@ -90,7 +93,10 @@ def new_folder(folder: Path, raises: type[BookError]) -> Iterator[Path]:
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise raises(f"{folder} exists and is not an empty folder; give a new name, nothing is overwritten.")
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=nearest) as temporary:
+        for left in nearest.glob(f".{escape(folder.name)}-*-*"):  # half-written, by a process that was killed
+            if (pid := left.name.split("-")[-2]).isdigit() and not psutil.pid_exists(int(pid)):
+                shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-{os.getpid()}-", dir=nearest) as temporary:
             ready = Path(temporary) / folder.name
             yield ready
             folder.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from typing import Any
 import pandas as pd
 from dask.system import CPU_COUNT
 from distributed import KilledWorker
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from lib.checkpoints.fetching import weights_sha256
@@ -160,7 +161,9 @@ def _do(
     calls = {key: _call(*waiting[key][0]) for key in homes or waiting}
     with ExitStack() as stack:
         if not scheduler:
-            stack.enter_context(in_turn(plans[0].store.folder.parent, say))
+            lock = FileLock(plans[0].store.folder.parent / "workers.lock")  # side by side they would end no sooner
+            words = "another sweep is running here; this one waits for its workers"
+            stack.enter_context(in_turn(lock, say, words))
         client = stack.enter_context(connect(scheduler, workers=n))
         if scheduler:
             for planned in plans:

@@ -91,12 +91,10 @@ class Store:
             ) from None
 
 
-def in_turn(folder: Path, say: Callable[[str], None]) -> AbstractContextManager[object]:
-    """Sweeps whose stores are in one folder use this machine's workers one after the other: side by side they would be
-    done no sooner, and need the memory of both."""
-    lock = FileLock(folder / "workers.lock")
+def in_turn(lock: FileLock, say: Callable[[str], None], words: str) -> AbstractContextManager[object]:
+    """Held until it is left; where another process holds it, the words are said, and it is waited for."""
     try:
         return lock.acquire(blocking=False)
     except Timeout:
-        say("another sweep is running here; this one waits for its workers")
+        say(words)
         return lock.acquire()
