@@ -1,5 +1,6 @@
 """Pathways head to head: the runs of a sweep (`train_at`), what is `further` to run, their controls, and one table."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from math import prod
@@ -8,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib.edits import Edit, applied, outside_unchanged
@@ -16,7 +16,7 @@ from lib.errors import EditError
 from lib.models import Model
 from lib.recall import tell
 from lib.sinks import shapes
-from lib.studies import Row, experiment, location, once_a_model, one_thread
+from lib.studies import Row, experiment, location, once_a_model
 from lib.training import Comparison, Task, Trained, chosen_rows, false_facts, sink_task, train
 from lib.weights import OF_A_LAYER, PATHWAYS, SINKS, pathway_slices, places, view
 
@@ -62,14 +62,11 @@ def further(grid: pd.DataFrame, *, seeds: int, seed: int = 0) -> list[dict[str, 
     return out
 
 
-def gather(model: Model, task: Task, grid: pd.DataFrame, runs: pd.DataFrame) -> Comparison:
+def gather(model: Model, grid: pd.DataFrame, runs: pd.DataFrame, trained: Sequence[Trained]) -> Comparison:
     """The comparison that two finished sweeps make (`pathways`, and what is `further`), with the first seed's runs once
-    more, for their edits. Raises EditError where one of these does not reach what its row does."""
-    best, first = chosen_rows(grid), dict[str, Trained]()
-    tasks = {name: sink_task(model, task) if name in SINKS else task for name in best.pathway}
-    for row in tqdm(list(best.itertuples()), desc="the edits"):
-        with one_thread():  # as a sweep runs it: sums are added in the same order
-            run = first[row.pathway] = train(model, tasks[row.pathway], row.pathway, rate=row.rate, seed=row.seed)
+    more, for their edits (trained). Raises EditError where one of these does not reach what its row does."""
+    best = chosen_rows(grid)
+    for row, run in zip(best.itertuples(), trained, strict=True):
         if run.reached != row.reached or run.diverged != row.diverged:
             raise EditError(
                 f"{row.pathway} at rate {row.rate:g} came out otherwise than in the sweep ({run.steps} steps, not "
@@ -77,7 +74,8 @@ def gather(model: Model, task: Task, grid: pd.DataFrame, runs: pd.DataFrame) -> 
             )
     is_best = grid.merge(best[["pathway", "rate"]], how="left", indicator=True)["_merge"] == "both"
     tried = in_order(grid.drop(columns=[*CURVES, *WAYS]).assign(chosen=is_best.to_numpy()), "rate")
-    return Comparison(tried, in_order(runs[(runs.facts == "true") & (runs.longer == 1)], "seed"), first)
+    seeds = in_order(runs[(runs.facts == "true") & (runs.longer == 1)], "seed")
+    return Comparison(tried, seeds, {run.pathway: run for run in trained})
 
 
 def in_order(table: pd.DataFrame, within: str) -> pd.DataFrame:

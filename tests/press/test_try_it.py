@@ -64,7 +64,7 @@ def answers(chapter: str, model_name: str) -> list[object]:
     return [run(body, space) for body in tried]
 
 
-@pytest.fixture(params=["01_static_diagnostics"])  # the others follow
+@pytest.fixture(params=chapter_names()[:3])  # the others follow
 def chapter(request) -> str:
     return request.param
 

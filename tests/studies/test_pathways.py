@@ -91,10 +91,18 @@ def table(model, grids: list[dict]) -> pd.DataFrame:
     return pd.DataFrame([run | pathways.train_at(model, **run) for run in full])
 
 
+def gathered(model, task, grid, runs) -> training.Comparison:
+    """As chapter 3 does it."""
+    best = training.chosen_rows(grid).itertuples()
+    with one_thread():
+        trained = [training.train(model, task, r.pathway, rate=r.rate, seed=r.seed) for r in best]
+    return pathways.gather(model, grid, runs, trained)
+
+
 def test_the_sweeps_make_the_comparison(swept, organism):
     grid, runs = swept
     task = pathways.diagnosed_task(organism)
-    found, checks = pathways.gather(organism, task, grid, runs), pathways.controls(runs)
+    found, checks = gathered(organism, task, grid, runs), pathways.controls(runs)
     assert found.grid.pathway.tolist() == ["ffn", "ffn", "v_only", "v_only"], "in the order of PATHWAYS"
     assert found.grid.groupby("pathway").chosen.sum().tolist() == [1, 1]
     assert found.seeds.groupby("pathway").seed.agg(list).tolist() == [[0, 1], [0, 1]]
@@ -110,7 +118,7 @@ def test_a_run_that_comes_out_otherwise_is_an_error(swept, organism):
     (grid, runs), task = swept, pathways.diagnosed_task(organism)
     remedy = r"came out otherwise than in the sweep .* `python -m lib record pathways --model organism` renews"
     with pytest.raises(EditError, match=remedy):
-        pathways.gather(organism, task, grid.assign(reached=~grid.reached), runs)
+        gathered(organism, task, grid.assign(reached=~grid.reached), runs)
 
 
 def test_lessons_that_there_are(organism):
@@ -131,7 +139,7 @@ def test_head_to_head_and_spread(ran, swept, organism):
     head = pathways.head_to_head(organism, found)
     assert head.outside_unchanged.all()
     assert head.parameters.tolist() == [e.parameters for e in found.edits.values()]
-    spread = pathways.spread(pathways.gather(organism, pathways.diagnosed_task(organism), *swept).seeds)
+    spread = pathways.spread(gathered(organism, pathways.diagnosed_task(organism), *swept).seeds)
     assert (spread.kl_min <= spread.kl_mean).all() and (spread.kl_mean <= spread.kl_max).all()
     assert (spread.seeds == 2).all()
 
