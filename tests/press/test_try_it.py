@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from lib import results
-from lib.press.execute import BOOK
+from lib.press.execute import BOOK, chapter_names
 
 ANSWER = ["exercise", "hide-input", "skip-execution"]  # folded on the page, and not executed by the build
 TRIED = ["skip-execution", "try"]
