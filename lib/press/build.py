@@ -163,7 +163,8 @@ def _stage(model_name: str, stage: Path) -> None:
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(ROOT / name, stage)
     bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub forgets the default
-    (make_folder(stage / "book" / "_static") / "vega.js").write_text(bundle, encoding="utf-8")  # only pages with a chart read it
+    static = make_folder(stage / "book" / "_static")
+    (static / "vega.js").write_text(bundle, encoding="utf-8")  # only pages with a chart read it
     runs = provenances(model_name)
     recorded = any("date" in note for run in runs.values() for note in run.get("sweeps", {}).values())
     checks = {c.name: c for c in (spot.check(*pair) for pair in spot.kept(model_name))} if recorded else {}

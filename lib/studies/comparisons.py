@@ -54,10 +54,11 @@ def by_layer(runs: pd.DataFrame) -> pd.DataFrame:
 def other_layers(means: pd.DataFrame, layer: int) -> pd.DataFrame:
     """How many of the other layers do at least as well as one (counted from 1), by pathway: tell as many (told), repair
     as many (repaired), both (as_well), tell as many in no more steps (sooner), tell as many with no more harm to
-    neutral text (gentler). Raises EditError if the layer was not tried."""
+    neutral text (gentler); of pathways that were tried at that layer. Raises EditError if none was."""
     if layer not in set(means.layer):
         raise EditError(f"the sweep tried no edit at the diagnosed layer {layer}; add it to data/sweeps/layers.yaml.")
     own = means[means.layer == layer].set_index("pathway")
+    means = means[means.pathway.isin(own.index)]
     best = means.sort_values(["held_out_repaired", "facts_told", "kl"], ascending=[False, False, True])
     best = best.drop_duplicates("pathway").set_index("pathway")
     beside, other = own.loc[means.pathway].set_axis(means.index), means.layer != layer
@@ -220,7 +221,10 @@ def report_layers(report: Results, means: pd.DataFrame, others: pd.DataFrame, la
 
 
 def by_depth(means: pd.DataFrame) -> pd.DataFrame:
-    """What the same edit repairs and what it lets bleed, by layer: means over pathways, and their range."""
+    """What the same edit repairs and what it lets bleed, by layer: means over pathways, and their range; of those that
+    were tried at most layers, so that every layer stands for the same ones."""
+    tried = means.groupby("pathway").layer.transform("nunique")
+    means = means[tried == tried.max()]
     columns = {"repaired": "held_out_repaired", "bled": "bled"}
     ends = {f"{name}_{end}": (column, end) for name, column in columns.items() for end in ("mean", "min", "max")}
     return means.groupby("layer").agg(**ends).reset_index()

@@ -46,6 +46,14 @@ def test_other_layers_that_do_as_well_are_counted():
         comparisons.other_layers(means, 4)
 
 
+def test_pathways_that_were_not_tried_everywhere_are_no_comparison():
+    full = runs(layer=[1, 2, 3], facts_told=[8, 8, 7], held_out_repaired=[3, 1, 5])
+    few = runs(layer=[1, 3], facts_told=[8, 8], held_out_repaired=[9, 9]).assign(pathway="ffn")
+    means = comparisons.by_layer(pd.concat([full, few]))
+    assert set(comparisons.other_layers(means, 2).pathway) == set(full.pathway)
+    assert comparisons.by_depth(means).repaired_max.tolist() == [3, 1, 5]
+
+
 def test_a_diverged_run_tells_nothing():
     means = comparisons.by_layer(runs(layer=[1, 1], facts_told=[8, None], reached=[True, False]))
     assert means.facts_told.tolist() == [4.0] and means.reached.tolist() == [0.5]
