@@ -107,20 +107,19 @@ def _embedding_hooks(model: Model, sink: Sink) -> list[Any]:
 
 def _projection_hooks(model: Model, layer: int, pair: tuple[Tensor, Tensor], sink: Sink) -> list[Any]:
     """A layer's projections to keys and values give the learned ones where the sink stands. pair: `[n_kv, d_head]`."""
-    layout, slices = model.weights.layout, [pathway_slices(model.module, layer, f"{x}_only")[0] for x in "kv"]
-    handles = []
-    for part, learned in zip(slices, pair, strict=True):
-        module = model.module.get_submodule(part.name.removesuffix(".weight"))
-        width = _features(part, model.module.get_parameter(part.name), input_first=layout.input_first)
-        handles.append(module.register_forward_hook(_putting(width, learned.flatten(), sink)))
-    return handles
+    if (key := ("projections", layer)) not in model.memory:  # to find them takes longer than a step of training
+        parts = [pathway_slices(model.module, layer, f"{x}_only")[0] for x in "kv"]
+        model.memory[key] = [_features(model, part) for part in parts]
+    found = zip(model.memory[key], pair, strict=True)
+    return [m.register_forward_hook(_putting(which, learned.flatten(), sink)) for (m, which), learned in found]
 
 
-def _features(part: Slice, weight: Tensor, *, input_first: bool) -> Bool[Tensor, " features"]:
-    """Which of a projection's output features a slice of its weight makes."""
-    made = torch.zeros_like(weight, dtype=torch.bool)
+def _features(model: Model, part: Slice) -> tuple[nn.Module, Bool[Tensor, " features"]]:
+    """A projection, and which of its output features a slice of its weight makes."""
+    made = torch.zeros_like(model.module.get_parameter(part.name), dtype=torch.bool)
     part.of(made)[:] = True
-    return made[0] if input_first else made[:, 0]
+    module = model.module.get_submodule(part.name.removesuffix(".weight"))
+    return module, made[0] if model.weights.layout.input_first else made[:, 0]
 
 
 def _putting(which: Bool[Tensor, " features"], learned: Float[Tensor, " picked"], sink: Sink) -> Callable[..., Tensor]:
