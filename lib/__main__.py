@@ -439,9 +439,9 @@ def publish(
 
 def _show(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], **options: Any) -> None:
     """A table on the terminal, wide enough for all its words where there is none."""
-    table = Table(*columns, title=escape(title), **options)
+    table = Table(*columns, title=escape(_printable(title)), **options)
     for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+        table.add_row(*(cell if isinstance(cell, Text) else Text(_printable(str(cell))) for cell in row))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 

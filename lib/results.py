@@ -116,7 +116,7 @@ def read(model_name: str, weights_sha256: str, chapter: str, path: Path | None =
         content["values"].keys()
     except FileNotFoundError:
         raise ChapterError(f"there is no {path}. {remedy}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ChapterError(f"{path} is no results file ({error!r}). {remedy}") from error
     if (maker, weights) != (model_name, weights_sha256):
         asked = f"{model_name} ({weights_sha256[:12]}...)"

@@ -202,6 +202,8 @@ def _unpack(data: bytes) -> tuple[str, dict[str, bytes], set[str]]:
     except Exception as error:  # zipfile meets damage with errors of many kinds
         fault = f"this is no ZIP archive, or it was cut short or damaged ({error})"
         raise ReleaseError(f"{fault}. Get it again.") from error
+    if sum(entry.file_size for entry in entries) > len(data):  # stored, but some bytes counted for many files
+        raise ReleaseError("the archive would unpack to more than it is, as none of a snapshot does. Do not unpack it.")
     if outside := [entry.filename for entry in entries if not SAFE.fullmatch(entry.filename)]:
         raise ReleaseError(f"the archive holds {outside[0]!r}, which is no file in its folder. Do not unpack it.")
     folders = [entry.filename.partition("/")[0] for entry in entries]

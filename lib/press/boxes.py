@@ -25,6 +25,7 @@ from lib.results import results_path
 
 QUESTION = re.compile(r"^\*\*Question\.\*\* (.+)$", re.M)  # a paragraph of the chapter's first cell
 WORDS, LOOK = 200, 0.3  # words read a minute; minutes for a figure or table
+ENTITIES = str.maketrans({"<": "&lt;", "{": "&#123;", "\x1b": "␛"})
 PANELS = "landing*.png"  # pictures that chapters keep for the landing page
 
 
@@ -37,7 +38,7 @@ def add_box(notebook: Path, model_name: str, run: Mapping[str, Any], judged: Seq
         return
     entry = entries("boxes.yaml").get(notebook.stem, {})
     try:
-        answer = " ".join(rendered(entry.get("answer", ""), v=run["values"]).split())
+        answer = " ".join(rendered(entry.get("answer", ""), v=inert(run["values"])).split())
     except UndefinedError as error:
         raise ChapterError(f"the box of {notebook.stem} (templates/boxes.yaml) needs a number: {error}.") from error
     picture, alt = _picture(book, entry.get("figure", ""), notebook)
@@ -129,7 +130,16 @@ def _sides(
 
 def by_number(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What chapters reported, as `c1`, `c2` ..."""
-    return {f"c{chapter_number(name)}": run["values"] for name, run in runs.items()}
+    return {f"c{chapter_number(name)}": inert(run["values"]) for name, run in runs.items()}
+
+
+def inert(value: Any) -> Any:
+    """The same, but that no text in it opens a tag or holds MyST's braces: a token may be any text."""
+    if isinstance(value, dict):
+        return {key: inert(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [inert(entry) for entry in value]
+    return value.translate(ENTITIES) if isinstance(value, str) else value
 
 
 def _picture(book: nbformat.NotebookNode, figure: str, notebook: Path) -> tuple[str, str]:

@@ -203,7 +203,7 @@ def is_current(model_name: str, chapter: str, values: dict[str, Any] | None, wei
     executed = executed_path(model_name, chapter)
     try:
         stamp = json.loads(executed.with_suffix(".key").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a stamp that is missing or cannot be read vouches for nothing
+    except (OSError, ValueError, RecursionError):  # a stamp that is missing or cannot be read vouches for nothing
         return False
     results = results_path(model_name, chapter)
     files = [executed, results, *(results.parent / name for name in stamp.get("made", ()))]

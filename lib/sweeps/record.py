@@ -143,7 +143,7 @@ def read(spec: Spec) -> Record:
     try:
         header = validated(Header, json.loads(path.with_suffix(".json").read_text("utf-8")), "the header", SweepError)
         rows = _rows(path.read_text(encoding="utf-8"), header)  # line ends of another system are read as ours
-    except (ValueError, SweepError) as error:
+    except (ValueError, SweepError, RecursionError) as error:
         raise SweepError(f"{path} is no record: {error} {renew}") from error
     if fault := _fault(spec, header, rows):
         raise SweepError(f"{path} {fault}. {renew}")
@@ -223,7 +223,7 @@ def _rows(text: str, header: Header) -> list[dict[str, Any]]:
             row = {name: _value(cells[name], form) for name, form in header.columns.items() if cells[name]}
             parameters = {name: row.pop(name) for name in header.parameters if name in row}
             rows.append({"parameters": parameters, "seconds": row.pop("seconds"), "result": row})
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, RecursionError) as error:
             raise ValueError(f"line {line} cannot be read ({error}).") from error
         if key(parameters) in seen:
             raise ValueError(f"line {line} is a run that stands before it already.")

@@ -39,7 +39,7 @@ class Store:
         no finished run: it is done again."""
         records = {}
         for run in runs:
-            with suppress(OSError, ValueError, KeyError, TypeError):
+            with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
                 record = json.loads((self.folder / f"{run.key}.json").read_text(encoding="utf-8"))
                 if record["parameters"] == run.parameters and {"result", "seconds"} < record.keys():
                     records[run.key] = record
@@ -65,7 +65,7 @@ class Store:
                     return f"holds results for {what} {theirs[key]}, not {header[key]}"
             names = differing(theirs["code"], header["code"])
             return f"holds results of another version of {names}" if names else ""
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return f"has a damaged {HEADER}"
 
     def begin(self, header: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ import pytest
 import torch
 import yaml
 from distributed import Client, LocalCluster
+from filelock import FileLock
 from tqdm.auto import tqdm
 from typer.testing import CliRunner
 
@@ -30,7 +31,7 @@ from lib.checkpoints import fetching
 from lib.errors import BookError, SweepError, WorkerError
 from lib.files import ROOT
 from lib.sweeps import cluster, experiments, runs, specification
-from lib.sweeps.store import Store, in_turn
+from lib.sweeps.store import Store
 from tests.sweeps.told import told_under
 
 BASE = {"name": "s", "model": "organism", "run": "told.told_under", "grid": {"layer": [3], "scale": [0.5]}}
@@ -273,7 +274,7 @@ def test_two_sweeps_take_turns_on_this_machines_workers(tmp_path, here):
     """While another one has its turn nothing is run; then all is."""
     said: list[str] = []
     done = threading.Thread(target=lambda: runs.run(spec(), tmp_path / "store", say=said.append))
-    with in_turn(tmp_path, said.append):
+    with FileLock(tmp_path / "workers.lock"):
         done.start()
         while not said:
             time.sleep(0.01)
