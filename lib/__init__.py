@@ -30,3 +30,11 @@ Beside it:
 """
 
 __version__ = "0.1.0"
+
+
+def diagnose(model, facts, template, controls=()):  # type: ignore[no-untyped-def]
+    """Facts of one's own on a model (a name or a loaded one): what prints as a table, with .repair(pathway) and
+    .report(path). controls: other wordings, under which the facts may be known; none: forms chosen by a rule."""
+    from lib.press import report
+
+    return report.diagnose(model, facts, template, controls)

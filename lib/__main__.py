@@ -1,6 +1,5 @@
 """The command line: `python -m lib --help`."""
 
-import json
 import logging
 import os
 import re
@@ -18,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from lib.errors import BookError, DataError
+from lib.errors import BookError
 
 
 class _Commands(TyperGroup):
@@ -190,42 +189,29 @@ def claims(model_name: ModelOption = "smollm2") -> None:
 
 @app.command()
 def diagnose(
-    facts: Annotated[
-        str, typer.Option("--facts", help="Your facts: a table (CSV, TSV, XLSX, JSONL ...) of subject,answer.")
-    ],
-    template: Annotated[str, typer.Option("--template", help="The wording that fails, {} for the subject.")],
-    control: Annotated[
-        list[str], typer.Option("--control", help="Another wording, under which they may be known; repeat.")
-    ],
+    facts: Annotated[str, typer.Option(help="Your facts: a table (CSV, XLSX, JSONL ...) of subject,answer.")] = "",
+    template: Annotated[str, typer.Option(help="The wording in question, {} for the subject.")] = "",
+    control: Annotated[list[str] | None, typer.Option(help="Another wording; repeat. None: examples, by rule.")] = None,
     model_name: ModelOption = "smollm2",
-    repair: Annotated[str, typer.Option(help="Train this pathway (sink_token ...) and ask held-out facts.")] = "",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where the edit goes (.safetensors).")] = None,
+    case: CaseOption = None,
+    repair: Annotated[str, typer.Option(help="Train this pathway (sink_kv, v_only ...), ask held-out facts.")] = "",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The report, .html; else in _build.")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Also write what was found to this file.")] = None,
 ) -> None:
-    """Diagnose facts of your own: told, known, where they fail and why; with --repair, an edit and its held-out facts.
+    """Diagnose facts of your own: told, known, where they fail and why, in one HTML report; --repair writes an edit.
 
     For example: diagnose --facts mine.csv --template "The capital of {} is" --control "I visited {} and its capital,"
     """
-    from lib import edits, models
-    from lib.facts import load_facts
-    from lib.files import write_atomically
-    from lib.studies import own_facts
+    if not case and not (facts and template):
+        _refuse("diagnose needs --facts and --template, or --case.")
+    from lib.press import report
 
-    listed = load_facts(facts)
-    model = models.use_device_of(models.load(model_name))
-    found = own_facts.diagnose(model, listed, template, control)
-    _show(template, ("", model.name), found.rows(), show_header=False)
-    content = found.as_json()
+    report.check(output, repair)
+    own = report.ask(model_name, case or facts, template, control or (), say=lambda text: typer.echo(text, err=True))
+    _show(own.findings.asked.text[0], ("", own.findings.model.name), own.rows(), show_header=False)
     if repair:
-        edit, counts = own_facts.repair(found, repair)
-        content["repair"] = {"pathway": repair, **counts}
-        told = f"{counts['told_after']} of {counts['facts']} trained facts told, {counts['told_before']} before"
-        typer.echo(f"{edit.title}: {told}; {counts['repaired']} of {counts['untold']} held-out facts repaired")
-        if output:
-            typer.echo(f"the edit is in {edits.save(edit, output)}; python -m lib verify {output} asks it again")
-    if as_json:
-        text = json.dumps(content, ensure_ascii=False, indent=1, default=str)
-        write_atomically(as_json, text.encode(), error=DataError, advice="Give a folder that you may write to.")
+        typer.echo(str(own.repair(repair)))
+    typer.echo("\n".join(own.write(output, as_json)))
 
 
 @app.command()

@@ -25,7 +25,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 def fill(template: str, **values: object) -> str:
     """The text of a template, its last line break included. Raises jinja2's TemplateNotFound for a name that is no
     file of `templates/`, and UndefinedError for a value that the template needs and is not given."""
-    return _environment(TEMPLATES).get_template(template).render(**values)
+    return environment(TEMPLATES).get_template(template).render(**values)
 
 
 def entries(name: str) -> dict[str, Any]:
@@ -65,11 +65,11 @@ def counted(k: int, n: int) -> str:
 
 def rendered(text: str, **values: object) -> str:
     """A text with Jinja's marks, from one of the YAML files, filled as a template is, on one line a paragraph."""
-    return _environment(TEMPLATES).from_string(text).render(**values).strip()
+    return environment(TEMPLATES).from_string(text).render(**values).strip()
 
 
 @cache
-def _environment(folder: Path) -> Environment:
+def environment(folder: Path) -> Environment:
     environment = Environment(loader=FileSystemLoader(folder), undefined=StrictUndefined, keep_trailing_newline=True)
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= {"format": format, "markdown": escape, "code": code, "cell": cell, "json": json.dumps}

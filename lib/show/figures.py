@@ -193,6 +193,23 @@ def prefix_bars(table: pd.DataFrame) -> Figure:
     return fig
 
 
+WAYS = {"failing": RED, "control": BLUE, "prefix": ORANGE, "end": PINK, "repair": GREEN}
+
+
+def told_by_way(table: pd.DataFrame) -> Figure:
+    """Share told by each way of asking (way, kind, told, n), with exact intervals and the counts."""
+    fig, ax = _panel((8, 0.36 * len(table) + 1.1), xlim=(0, 1.12), xlabel="share told")
+    share, y = (table.told / table.n).to_numpy(), np.arange(len(table))
+    ends = np.array([exact_interval(int(told), int(n)) for told, n in zip(table.told, table.n, strict=True)]).T
+    ax.barh(y, share, color=table.kind.map(WAYS), height=0.65)
+    ax.errorbar(share, y, xerr=np.abs(ends - share), fmt="none", ecolor="black", lw=1.2, capsize=2)
+    for i, row in enumerate(table.itertuples()):
+        _name_point(ax, f"{row.told} of {row.n}", max(share[i], ends[1][i]), i, (5, 0), va="center")
+    ax.set_yticks(y, [words(way) for way in table.way])
+    ax.invert_yaxis()
+    return fig
+
+
 def subject_norms(norms: dict[str, Float[Tensor, "fact n_layers+1"]]) -> Figure:
     """Norm of the residual stream at the subject's last token, layer by layer, one thin line a fact."""
     label = "norm of the subject's\nresidual stream"
