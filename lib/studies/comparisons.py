@@ -111,9 +111,10 @@ def correlations(means: pd.DataFrame, scores: pd.DataFrame, *, seed: int = 0) ->
 # Parts
 
 
-def random_parts(runs: pd.DataFrame) -> pd.DataFrame:
+def random_parts(runs: pd.DataFrame, *, n_kv_heads: int = 2) -> pd.DataFrame:
     """Of a sweep of parts: beside each named one, the random ones of equal size. better: how many of these tell more,
-    or as many with a larger margin."""
+    or as many with a larger margin. n_kv_heads: of a single one there is no other to draw, and values are left out."""
+    runs = runs[(runs.part != "values") | (n_kv_heads > 1)]
     measures = {"told": "facts_told", "repaired": "held_out_repaired", "margin": "min_margin", "kl": "kl"}
     rows = []
     for part, picks in runs.groupby("part", sort=False):

@@ -59,6 +59,13 @@ def test_a_diverged_run_tells_nothing():
     assert means.facts_told.tolist() == [4.0] and means.reached.tolist() == [0.5]
 
 
+def test_where_there_is_one_group_of_values_none_is_drawn_beside_it():
+    table = pd.DataFrame({"pick": ["diagnosed", "random"] * 2, "part": ["head"] * 2 + ["values"] * 2})
+    table = table.assign(facts_told=8, parameters=5, facts_n=8, held_out_repaired=1, min_margin=0.1, kl=0.1)
+    assert list(comparisons.random_parts(table).part) == ["head", "values"]
+    assert list(comparisons.random_parts(table, n_kv_heads=1).part) == ["head"]
+
+
 def test_random_parts_beside_the_diagnosed_one():
     table = pd.DataFrame({"pick": ["diagnosed", "random", "random"], "facts_told": [7, 8, 7]})
     table = table.assign(part="head", parameters=5, facts_n=8, held_out_repaired=[1, 0, 2])
