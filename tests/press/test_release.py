@@ -284,7 +284,7 @@ def test_what_the_workflows_call_exists(workflow):
 
 
 def test_each_occasion_has_its_workflow():
-    """Changes: tests, smoke, book. Weekly: from scratch, links, Colab. Tags: snapshot, asset, pages."""
+    """Changes: tests, smoke, book. Nightly: kills, damaged files. Weekly: from scratch, links, Colab. Tags: the rest."""
     called = {
         name: " ".join(s.get("run", "") + s.get("uses", "") for j in c["jobs"].values() for s in j["steps"])
         for name, c in CONTENTS.items()
@@ -293,6 +293,7 @@ def test_each_occasion_has_its_workflow():
     assert CONTENTS["release"]["on"]["push"] == {"tags": ["v*"]}
     for name, wanted in {
         "pull-request": ["make test", "make smoke", "make book MODEL=organism"],
+        "nightly": ["tests/kill.py --model organism --kills 20", "tests/fuzz.py --inputs 10000"],
         "weekly": ["make book", "make check", "make links", "make colab"],
         "release": ["make snapshot", "verify-snapshot", "gh release create", "deploy-pages"],
     }.items():
