@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lib import files
@@ -23,29 +23,29 @@ SMALL = 4_000_000
 
 def inputs(model_name: str) -> str:
     """sha256 over all that a build reads of this project, of its packages and of its settings."""
-    paths = [*sorted(filter(Path.is_file, files.ROOT.iterdir()))]
-    paths += [path for room in ROOMS for path in _walked(files.ROOT / room)]
+    rooms = [path for room in ROOMS for path in _walked(files.ROOT / room)]
     packages = sorted(p.name for folder in {*sys.path} for p in Path(folder or ".").glob("*-info"))
     places = [str(Path(model_name).resolve()), str(case_file()), str(cache_folder())]
     settings = [model_name, sys.version, live(), *places, *map(os.getenv, VARIABLES)]
-    return hashlib.sha256(json.dumps([settings, packages, seals(paths)]).encode()).hexdigest()
+    sums = seals([*sorted(filter(Path.is_file, files.ROOT.iterdir())), *rooms])
+    return hashlib.sha256(json.dumps([settings, packages, sums]).encode()).hexdigest()
 
 
-def seals(paths: list[Path]) -> dict[str, str]:
-    """What files and folders hold, by their path; nothing where there is none. Of a folder, what stands right in it."""
+def seals(paths: Iterable[Path]) -> dict[str, str]:
+    """What files hold, and what stands right in folders, by their path; nothing where there is none."""
     return {str(path): _seal(path) for path in paths}
 
 
 def listing(folder: Path) -> str:
     """sha256 over all files within a folder: one that is gone, or that was changed, is missed."""
-    return hashlib.sha256(json.dumps(seals([*_walked(folder)])).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(seals(_walked(folder))).encode()).hexdigest()
 
 
 def since(model_name: str, before: str) -> bool:
     """Whether a build by these `inputs` is kept, and all that it read elsewhere and made is as it was then."""
     try:
         kept = json.loads(_path(model_name).read_text(encoding="utf-8"))
-        return bool(kept["inputs"] == before and kept["seals"] == seals([*map(Path, kept["seals"])]))
+        return bool(kept["inputs"] == before and kept["seals"] == seals(map(Path, kept["seals"])))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

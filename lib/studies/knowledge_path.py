@@ -73,6 +73,12 @@ def answers_once(
     return table
 
 
+def asked_before(model: Model) -> pd.DataFrame:
+    """What chapter 2 asks of the untouched model, the study countries of its first case under every template: for the
+    `known` of `recall.tell`, where only what is told is read."""
+    return answers_once(model, study_facts(model, load_cases(model.name)[0]), load_templates())
+
+
 def _kept(what: str, code: str, model: Model, inputs: list[Any], suffix: str) -> Path:
     """Where something is kept that a module of lib/ makes of a model and of plain values."""
     sums = [float(p.double().sum()) for p in model.module.parameters()]

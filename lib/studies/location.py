@@ -25,6 +25,7 @@ from lib.peers import top_neurons
 from lib.recall import first_tokens, tell, trainable
 from lib.sites import Site
 from lib.studies import experiment, once_a_model
+from lib.studies.knowledge_path import asked_before
 from lib.training import Task, Trained, tasks_at, train
 from lib.weights import part_masks
 
@@ -79,10 +80,10 @@ def untold(model: Model) -> dict[str, list[str]]:
     """The other countries that are known and not told, by split."""
     case, asked = setting(model).case, prepared(model)[0][1].questions
     failed = set(asked.subject[(asked.set == "large") & ~asked.told_before])
-    facts, known = [f for f in case.large if f.subject in failed], set[str]()
+    facts, known, before = [f for f in case.large if f.subject in failed], set[str](), asked_before(model)
     for control in case.controls:  # one that tells is enough
         if left := [f for f in facts if f.subject not in known]:
-            known |= set(tell(model, left, {control: load_templates()[control]}).query("told").subject)
+            known |= set(tell(model, left, {control: load_templates()[control]}, known=before).query("told").subject)
     return {s: [f.subject for f in facts if f.subject in known and f.split == s] for s in SPLITS}
 
 

@@ -32,7 +32,9 @@ from lib.recall import known_and_told, scorable, tell, trainable
 from lib.sinks import KEYS
 from lib.statistics import gaussian
 from lib.studies import Row, experiment, once_a_model
+from lib.studies.knowledge_path import asked_before
 from lib.studies.location import KINDS
+from lib.studies.side_effects import kept_streams
 from lib.training import Task, false_facts, losses, sink_task, slice_values, task_at, with_facts
 from lib.weights import SINKS, Slice, pathway_slices
 
@@ -82,7 +84,7 @@ def _states(model: Model, number: int) -> pd.DataFrame:
     """Of each other country that may be asked: told, known, routing_failure; by subject, with its split."""
     case, text, trained = _case(model, number), load_templates(), {f.subject for f in _case(model, number).facts}
     facts = [f for f in scorable(model, case.large) if f.subject not in trained and f.split != "eight"]
-    asked = tell(model, facts, {name: text[name] for name in (case.template, *case.controls)})
+    asked = tell(model, facts, {x: text[x] for x in (case.template, *case.controls)}, known=asked_before(model))
     return known_and_told(asked, case).assign(split=[f.split for f in facts], fact=facts).set_index("subject")
 
 
@@ -217,7 +219,7 @@ def _asked(model: Model, number: int, look: str) -> Protocol:
         name: str(model.tokenizer.decode(model.pieces(t)[:WINDOW])) for name, t in evaluation.load_passages().items()
     }
     layer = _task(model, number, False).layer
-    protocol = build_protocol(model, case, layer, texts=texts, table=table[~rare & ~barred])
+    protocol = build_protocol(model, case, layer, texts=texts, table=table[~rare & ~barred], run=kept_streams)
     before = evaluation.score_questions(model, protocol, None)
     failed = states.index[states.routing_failure]
     untold = (before.set == "large") & (before.template == case.template) & before.subject.isin(failed)

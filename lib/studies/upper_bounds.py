@@ -27,6 +27,7 @@ from lib.models import Model
 from lib.recall import first_tokens, known_and_told, load_prefixes, scorable, tell
 from lib.results import Results
 from lib.show.sentences import say
+from lib.studies.knowledge_path import asked_before
 from lib.trace import subject_positions
 
 PREFIX = "\n"  # the shortest that helps; it leaves the words after it cut into tokens as they were
@@ -38,7 +39,8 @@ sentence = partial(say, "upper_bounds")
 def untold_facts(model: Model, case: Case, splits: Sequence[str] = SEEN) -> tuple[Fact, ...]:
     """Facts of some splits that a control template tells and the failing one does not. Raises DataError for none."""
     facts, text = [f for f in scorable(model, case.large) if f.split in splits], load_templates()
-    asked = tell(model, facts, {name: text[name] for name in (case.template, *case.controls)}) if facts else None
+    chosen = {name: text[name] for name in (case.template, *case.controls)}
+    asked = tell(model, facts, chosen, known=asked_before(model)) if facts else None
     out = () if asked is None else tuple(compress(facts, known_and_told(asked, case).routing_failure))
     if not out:
         raise DataError(f"case {case.name!r}: no fact of {', '.join(splits)} is known to {model.name} and not told.")
@@ -51,7 +53,8 @@ def told_in(model: Model, case: Case, facts: Sequence[Fact]) -> pd.DataFrame:
     text = load_templates()
     asked = [("control template", text[c], "", text[c]) for c in case.controls]
     asked += [("prefix", repr(p), p, text[case.template]) for p in load_prefixes(model).values()]
-    told = [tell(model, facts, {"": template}, prefix=prefix).told.sum() for *_, prefix, template in asked]
+    known = asked_before(model)
+    told = [tell(model, facts, {"": text}, prefix=prefix, known=known).told.sum() for *_, prefix, text in asked]
     return pd.DataFrame([row[:2] for row in asked], columns=["kind", "context"]).assign(told=told, n=len(facts))
 
 
