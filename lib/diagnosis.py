@@ -261,5 +261,5 @@ def diagnose_cases(
         except NoFailure as reason:
             reasons.append(str(reason))
     if not diagnoses:
-        raise DataError(f"nothing to diagnose on {model.name}. " + " ".join(reasons))
+        raise NoFailure(f"nothing to diagnose on {model.name}. " + " ".join(reasons))
     return diagnoses

@@ -57,6 +57,11 @@ class Tally:
     files: int = 0
     faults: list[str] = field(default_factory=list)
 
+    def note(self, name: str, event: str, faults: list[str]) -> None:
+        """Something happened to the command, and these faults were seen then."""
+        self.faults += faults
+        print(f"{name} {event}: {'; '.join(faults) or 'as it should be'}", file=sys.stderr, flush=True)
+
 
 def commands(model: str) -> list[Command]:
     """The commands that are tried, in an order in which each finds what it needs."""
@@ -171,12 +176,14 @@ def try_out(place: Path, command: Command, kills: int, chance: random.Random, te
             process.kill()
             process.wait()
             tally.killed += 1
-            tally.faults += [*gone(children), *unlike(noted_or_none(place, command), wanted, before)]
+            tally.note(
+                command.name, "killed", [*gone(children), *unlike(noted_or_none(place, command), wanted, before)]
+            )
             continue
         tally.ended += 1
         said = (temporary.parent / "said").read_text(errors="replace")
-        tally.faults += [f"it failed: {said[-1500:]}"] if process.returncode else []
-        tally.faults += unlike(noted_or_none(place, command), wanted)
+        failed = [f"it failed: {said[-1500:]}"] if process.returncode else []
+        tally.note(command.name, "came to its end", [*failed, *unlike(noted_or_none(place, command), wanted)])
         clear(place, command)
         if tally.killed == kills:
             return tally

@@ -19,7 +19,7 @@ from lib.errors import ChapterError
 from lib.files import ROOT
 from lib.press.beside import Beside
 from lib.press.claims import VERDICTS, Judged, by_kind
-from lib.press.execute import executed_path
+from lib.press.execute import NO_FAILURE, executed_path
 from lib.press.texts import chapter_number, entries, fill, rendered
 from lib.results import results_path
 
@@ -37,6 +37,8 @@ def add_box(notebook: Path, model_name: str, run: Mapping[str, Any], judged: Seq
     if first is None or not (asked := QUESTION.search(first.source)):
         return
     entry = entries("boxes.yaml").get(notebook.stem, {})
+    if reason := run["values"].get(NO_FAILURE):
+        entry = {"answer": fill("no_failure.md", model_name=model_name, reason=reason), "after": entry.get("after", ())}
     try:
         answer = " ".join(rendered(entry.get("answer", ""), v=inert(run["values"])).split())
     except UndefinedError as error:

@@ -40,12 +40,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from lib.checkpoints.fetching import weights_sha256
 from lib.checkpoints.named import canonical
+from lib.diagnosis import NoFailure
 from lib.errors import ChapterError
 from lib.facts import case_sums
 from lib.files import BUILD, ROOT, data_files, digest, imports, live, make_folder, modules, run_folder, write_atomically
 from lib.models import load, use_device_of
 from lib.press.kernel import FORKS, Forked, warm_up
-from lib.results import PACKAGES, chapter_folder, results_path
+from lib.press.texts import fill
+from lib.results import PACKAGES, Results, chapter_folder, results_path
 from lib.studies import known_answers
 from lib.sweeps.store import in_turn
 
@@ -56,6 +58,7 @@ LONGEST = ("03_four_pathways", "08_generalisation", "04_side_effects", "02_knowl
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list in JSON"}
 KINDS |= {dict: "a mapping in JSON", tuple: "a tuple", type(None): "nothing"}
+NO_FAILURE = "no_failure"  # the key under which a chapter reports why there was nothing to study
 SOCKET_NAME = 103  # bytes that the path of a Unix socket may have, on the system that allows the fewest
 for said_by in ("papermill", "traitlets"):  # why a kernel did not start, or ended, is told by us
     logging.getLogger(said_by).setLevel(logging.CRITICAL)
@@ -173,7 +176,13 @@ class _Press:
             old.unlink(missing_ok=True)
         shutil.rmtree(chapter_folder(self.model_name, chapter), ignore_errors=True)
         log = log_path(self.model_name, chapter)
-        execute(BOOK / f"{chapter}.ipynb", executed, self.values, log=log, threads=self.threads, tick=tick)
+        try:
+            needed = results_path(self.model_name, NEEDS.get(chapter, chapter))  # its own are gone
+            if reason := needed.exists() and json.loads(needed.read_text(encoding="utf-8"))["values"].get(NO_FAILURE):
+                raise NoFailure(reason)
+            execute(BOOK / f"{chapter}.ipynb", executed, self.values, log=log, threads=self.threads, tick=tick)
+        except NoFailure as reason:
+            self._without_failure(chapter, str(reason))
         if fault := _unreported(executed, results):
             for file in (executed, results):
                 file.unlink(missing_ok=True)
@@ -184,6 +193,18 @@ class _Press:
         made += sorted(f"{chapter}/{path.name}" for path in results.with_suffix("").glob("*"))
         content = {"values": self.values, "fingerprint": stamp, "made": made}
         write_atomically(executed.with_suffix(".key"), json.dumps(content))
+
+    def _without_failure(self, chapter: str, reason: str) -> None:
+        """The page and the results of a chapter on a model that has no failure under its cases: its question, its
+        parameters, and the reason."""
+        book = nbformat.read(BOOK / f"{chapter}.ipynb", 4)
+        setting = next(c for c in book.cells if "parameters" in c.metadata.get("tags", []))
+        said = fill("no_failure.md", model_name=self.model_name, reason=reason)
+        book.cells = [book.cells[0], setting, nbformat.v4.new_markdown_cell(said, id=f"{chapter[:2]}-no-failure")]
+        write_atomically(executed_path(self.model_name, chapter), nbformat.writes(book))
+        report = Results(chapter, use_device_of(load(self.model_name)), seed=self.values.get("seed", 0))
+        report.table(NO_FAILURE, reason)
+        report.save()
 
 
 def _unreported(executed: Path, results: Path) -> str:
@@ -299,6 +320,8 @@ def execute(
             text = text.replace(f"{place}/", "")
         write_atomically(output, text)
     except PapermillExecutionError as error:
+        if error.ename == NoFailure.__name__:
+            raise NoFailure(error.evalue) from None
         fault = f"{notebook.name}, cell {error.cell_index + 1}, raised {error.ename}: {error.evalue}"
         trace = without_colours("\n".join(error.traceback))
         said = f"All that it said before stands in {log}."

@@ -1,5 +1,6 @@
 """Running chapters: what is refused, what is kept, what a failure leaves behind; and `check`."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 from lib import files, results
 from lib.__main__ import app
 from lib.errors import BookError, ChapterError
-from lib.press import build, check, execute, kernel
+from lib.press import boxes, build, check, execute, kernel
 
 SAVE = """\
 import json, pathlib
@@ -393,6 +394,30 @@ def test_after_a_failure_none_is_begun_and_what_needs_it_is_not_executed(worksho
     with pytest.raises(ValueError, match="the reason"):
         run("01_a", "02_b", "03_c", jobs=1)
     assert not list((workshop / "_build").rglob("*.key"))
+
+
+def test_a_model_without_a_failure_is_a_result_that_the_pages_state(workshop, monkeypatch, organism):
+    """What needs such a chapter is not executed; another error of the same kind stays one."""
+    monkeypatch.setattr(execute, "NEEDS", {"02_b": "01_a"})
+    monkeypatch.setattr(execute, "load", lambda name: dataclasses.replace(organism, name=name))
+    monkeypatch.setattr(execute, "use_device_of", lambda model: model)
+    raised = "from lib.{} import {} as E\nraise E('8 of 8 facts are told.')"
+    for name, error in (("01_a", ("diagnosis", "NoFailure")), ("02_b", None), ("03_c", ("errors", "DataError"))):
+        nb = nbformat.read(notebook(workshop, name, raised.format(*error) if error else "1 / 0"), 4)
+        nb.cells.insert(0, nbformat.v4.new_markdown_cell("# A title\n\n**Question.** Where?"))
+        nbformat.write(nb, workshop / "book" / f"{name}.ipynb")
+    run("01_a", "02_b")
+    for name in ("01_a", "02_b"):
+        values = json.loads((workshop / "_build" / "results" / "s" / f"{name}.json").read_text())["values"]
+        assert values == {"no_failure": "8 of 8 facts are told."}
+        page = workshop / "_build" / "executed" / "s" / f"{name}.ipynb"
+        texts = [cell.source for cell in nbformat.read(page, 4).cells]
+        assert texts[0].startswith("# A title") and texts[2].startswith("**There is no failure to study on `s`.**")
+        boxes.add_box(page, "s", {"values": values, "provenance": {"seconds": 1}}, [])
+        assert "**Answer.** **There is no failure to study on `s`.** 8 of 8" in nbformat.read(page, 4).cells[0].source
+    assert run("01_a", "02_b") == [f"{name}: nothing changed, kept" for name in ("01_a", "02_b")]
+    with pytest.raises(ChapterError, match="DataError: 8 of 8"):
+        run("03_c")
 
 
 def test_a_chapter_waits_for_the_one_that_it_needs(workshop, no_kernel, monkeypatch):

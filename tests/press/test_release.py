@@ -284,7 +284,7 @@ def test_what_the_workflows_call_exists(workflow):
 
 
 def test_each_occasion_has_its_workflow():
-    """Changes: tests, smoke, book. Nightly: kills, damaged files. Weekly: from scratch, links, Colab. Tags: the rest."""
+    """Changes: tests, smoke, book. Nightly: kills, damage. Weekly: from scratch, links, Colab. Tags: the rest."""
     called = {
         name: " ".join(s.get("run", "") + s.get("uses", "") for j in c["jobs"].values() for s in j["steps"])
         for name, c in CONTENTS.items()
