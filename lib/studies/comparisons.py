@@ -4,7 +4,7 @@
     by_layer, other_layers, spread    the layer sweep, and how far seeds move it
     correlations                      does a layer's diagnostic score say how well its edit does?
     random_parts                      the named part beside random ones of its size
-    rivals, ladder                    every method under one protocol; the fewest parameters that do it
+    rivals, with_sinks, ladder        every method under one protocol; the fewest parameters that do it
 
 Nothing here runs a model, and no experiment depends on it: a changed sentence voids no run. Rules: a layer does *as
 well* as another if it tells at least as many of the trained facts and repairs at least as many held-out ones; a method
@@ -22,11 +22,11 @@ from jaxtyping import Float
 from lib.errors import EditError
 from lib.models import Model
 from lib.results import Results
-from lib.show.sentences import listed, say
+from lib.show.sentences import listed, say, words
 from lib.statistics import exact_interval, rho_interval
 from lib.studies.location import setting
 from lib.studies.pathways import PAPER, by_seed
-from lib.weights import PATHWAYS
+from lib.weights import PATHWAYS, SINKS
 
 sentence = partial(say, "comparisons")
 # Columns of a run, and whether more is better
@@ -35,6 +35,8 @@ SUCCESS = {"facts_told": True, "steps": False, "held_out_repaired": True, "kl": 
 KINDS = dict.fromkeys(("newline", "bos", "example", "head", "opponent", "competitors"), "no training")
 KINDS |= dict.fromkeys(("vector", "gains", "lora"), "few parameters")
 KINDS |= {"closed_form": "closed form", "everything": "everything"}
+SINK = "learned sink"  # changes the cause, not the place
+KINDS |= dict.fromkeys(SINKS, SINK)
 DIVERGED = {"facts_told": 0, "held_out_repaired": 0}  # what a run did that left no edit
 BLIND_QUERY = "planted blind query"  # the organism's case whose fault is one of W_Q
 NEVER = 10**12  # more parameters than any model of this book has: where no change of the model tells all
@@ -146,6 +148,19 @@ def rivals(runs: pd.DataFrame) -> pd.DataFrame:
         general=runs.held_out_repaired >= GENERAL * runs.held_out_n,
     )
     return out.sort_values(["parameters", "rival"], kind="stable").reset_index(drop=True)
+
+
+def with_sinks(runs: pd.DataFrame, repairs: pd.DataFrame) -> pd.DataFrame:
+    """Rivals, and beside them the learned sinks of `repairs`: trained on the same facts of the first case, asked the
+    same questions, their rate and steps chosen by chapter 8's rule."""
+    picked = (repairs.case == 1) & (repairs.facts == "eight") & (repairs.variant == "true") & (repairs.steps > 0)
+    sinks = repairs[picked & repairs.pathway.isin(SINKS) & (repairs.seed == repairs.seed.min())]
+    sinks = sinks.rename(columns={"untold": "held_out_n", "pathway": "name"}).assign(
+        rival=sinks.pathway.map(words),
+        held_out_repaired=sinks.repaired,
+        strength=[f"rate {rate:g}, {steps} steps" for rate, steps in zip(sinks.rate, sinks.steps, strict=True)],
+    )
+    return pd.concat([runs, sinks], join="inner" if sinks.empty else "outer", ignore_index=True)[runs.columns]
 
 
 def ladder(rows: pd.DataFrame) -> pd.DataFrame:
@@ -277,7 +292,8 @@ def report_rivals(report: Results, rows: pd.DataFrame, *, elsewhere: pd.DataFram
     """Rivals, and the ladder. elsewhere: the layer sweep's means, whose best edit may repair more than what was trained
     at the diagnosed layer."""
     steps, untrained = ladder(rows), rows.kind == "no training"
-    best, trained = (part.loc[part.held_out_repaired.idxmax()] for part in (rows, rows[~untrained]))
+    at_place = rows[~untrained & (rows.kind != SINK)]
+    best, trained = (part.loc[part.held_out_repaired.idxmax()] for part in (rows, at_place))
     counts: dict[str, Any] = {"rivals": len(rows), "rivals_told": int(rows.whole.sum())}
     counts["rivals_untrained"] = "; ".join(rows.rival[rows.whole & untrained]) or "none"
     counts |= {"fewest_told": steps.changed["whole"], "fewest_general": steps.changed["general"]}
@@ -290,10 +306,10 @@ def report_rivals(report: Results, rows: pd.DataFrame, *, elsewhere: pd.DataFram
     counts["fewest_parameters"] = int(whole.parameters.min()) if len(whole) else NEVER
     beyond = None if elsewhere is None else elsewhere.loc[elsewhere.held_out_repaired.idxmax()]
     beyond = None if beyond is None or beyond.held_out_repaired <= trained.held_out_repaired else beyond
-    words: dict[str, Any] = counts | {"beyond": beyond}
-    words |= {"plain": plain, "facts": int(rows.facts_n.iloc[0]), "n": int(rows.held_out_n.iloc[0]), "best": best}
+    used: dict[str, Any] = counts | {"beyond": beyond}
+    used |= {"plain": plain, "facts": int(rows.facts_n.iloc[0]), "n": int(rows.held_out_n.iloc[0]), "best": best}
     sentences = ("rivals_verdict", "ladder_verdict", "general_verdict")
-    report.many(counts | {key: sentence(key, trained=trained, **words) for key in sentences})
+    report.many(counts | {key: sentence(key, trained=trained, **used) for key in sentences})
 
 
 def plain(name: str) -> str:
