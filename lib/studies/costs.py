@@ -72,8 +72,6 @@ def report_costs(report: Results, record: dict[str, Any], table: pd.DataFrame, p
     largest = ran[-1] if ran else {"shape": "none", "precision": "-", "peak_gb": None}
     report.many({"largest": largest["shape"], "largest_precision": largest["precision"]})
     report("largest_gb", float(largest["peak_gb"] or "nan"), ".1f")
-    over = points.trace_s / points.forward_s
-    report("trace_over_forward", (float(over.min()), float(over.max())), ".1f")
 
 
 def measured_again(record: dict[str, Any]) -> str:

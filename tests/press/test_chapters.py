@@ -14,7 +14,7 @@ from lib.press.execute import BOOK, chapter_names
 from lib.press.texts import entries
 
 PAPER = {"25.8", "149.9", "42.7", "42.6", "0.44", "7.1", "2.4", "4.7"}  # figures of the source page, quoted as such
-TAUGHT = chapter_names()[:4]  # the others follow
+TAUGHT = chapter_names()[:9]  # the others follow
 HIDDEN = ("hide-input", "remove-cell", "remove-input")
 NOT_THE_WORD = r"in case\b|in (?:both|95 % of) cases|head to head|\btold of in full|in fact\b"
 
@@ -107,7 +107,7 @@ def test_what_a_chapter_hides_is_no_longer_than_it_needs(taught):
     for source in set(tagged(taught, *HIDDEN)) - set(tagged(taught, "remove-cell", "exercise")):
         calls = [re.match(r"(report)\(", ast.unparse(statement)) for statement in ast.parse(source).body]
         assert not any(one and other for one, other in pairwise(calls)), f"several numbers: report.many\n{source}"
-        assert source.count("\n") < 20, source
+        assert source.count("\n") < (22 if "import" in source else 16), source
 
 
 def test_no_measured_decimal_is_typed_into_prose(chapter):
