@@ -14,7 +14,6 @@ from lib.press.execute import BOOK, chapter_names
 from lib.press.texts import entries
 
 PAPER = {"25.8", "149.9", "42.7", "42.6", "0.44", "7.1", "2.4", "4.7"}  # figures of the source page, quoted as such
-TAUGHT = chapter_names()[:9]  # the others follow
 HIDDEN = ("hide-input", "remove-cell", "remove-input")
 NOT_THE_WORD = r"in case\b|in (?:both|95 % of) cases|head to head|\btold of in full|in fact\b"
 
@@ -92,19 +91,17 @@ def test_chapters_define_nothing(chapter):
         assert source.count("\n") < 26, "a long cell is a function that lib lacks"
 
 
-@pytest.mark.parametrize("taught", TAUGHT)
-def test_a_chapter_shows_how_it_is_done_in_a_few_lines_at_a_time(taught):
-    shown = {*tagged(taught)} - {*tagged(taught, *HIDDEN, "parameters", "try")}
-    assert shown == {*tagged(taught, "method")} and len(shown) >= 3
+def test_a_chapter_shows_how_it_is_done_in_a_few_lines_at_a_time(chapter):
+    shown = {*tagged(chapter)} - {*tagged(chapter, *HIDDEN, "parameters", "try")}
+    assert shown == {*tagged(chapter, "method")} and len(shown) >= 3
     for source in shown:
         assert source.count("\n") < 6 and not re.search(r"^(report|figures|tables)\b", source, re.M), source
         assert max(map(len, source.splitlines())) <= 88, source
 
 
-@pytest.mark.parametrize("taught", TAUGHT)
-def test_what_a_chapter_hides_is_no_longer_than_it_needs(taught):
+def test_what_a_chapter_hides_is_no_longer_than_it_needs(chapter):
     """Numbers are reported together, and what is long is a function of lib."""
-    for source in set(tagged(taught, *HIDDEN)) - set(tagged(taught, "remove-cell", "exercise")):
+    for source in set(tagged(chapter, *HIDDEN)) - set(tagged(chapter, "remove-cell", "exercise")):
         calls = [re.match(r"(report)\(", ast.unparse(statement)) for statement in ast.parse(source).body]
         assert not any(one and other for one, other in pairwise(calls)), f"several numbers: report.many\n{source}"
         assert source.count("\n") < (22 if "import" in source else 16), source
