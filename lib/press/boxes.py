@@ -37,8 +37,8 @@ def add_box(notebook: Path, model_name: str, run: Mapping[str, Any], judged: Seq
     if first is None or not (asked := QUESTION.search(first.source)):
         return
     entry = entries("boxes.yaml").get(notebook.stem, {})
-    if reason := run["values"].get(NO_FAILURE):
-        entry = {"answer": fill("no_failure.md", model_name=model_name, reason=reason), "after": entry.get("after", ())}
+    if reason := none_of({notebook.stem: run}):
+        entry = {"answer": _no_failure(model_name, reason), "after": entry.get("after", ())}
     try:
         answer = " ".join(rendered(entry.get("answer", ""), v=inert(run["values"])).split())
     except UndefinedError as error:
@@ -107,11 +107,21 @@ def landing(
     minutes = sum(run["provenance"]["seconds"] for run in runs.values()) / 60
     about = {"chapters": chapters, "claims": claims, "model_name": model_name, "minutes": minutes}
     about |= {"others": others, "by_number": by_number, "sides": _sides(model_name, runs, others)}
+    about["no_failure"] = (reason := none_of(runs)) and _no_failure(model_name, reason)
     about |= {"citation": citation, "verdicts": list(VERDICTS.values())}
     try:
         return rendered(page, panel=lambda name: (folder / f"{name}.png").is_file(), **about, **values) + "\n"
     except UndefinedError as error:
         raise ChapterError(f"book/index.md needs a number that no chapter reported: {error}.") from error
+
+
+def none_of(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Why chapters found no failure to study; empty if there was one."""
+    return str(next((run["values"][NO_FAILURE] for run in runs.values() if NO_FAILURE in run["values"]), ""))
+
+
+def _no_failure(model_name: str, reason: str) -> str:
+    return fill("no_failure.md", model_name=model_name, reason=inert(reason)).strip()
 
 
 def two_models(page: str, model_name: str, runs: Mapping[str, Mapping[str, Any]], others: Sequence[Beside]) -> str:

@@ -66,7 +66,7 @@ def dashboard(
 
 
 def _dashboard(model_name: str, force: bool, say: Callable[[str], None]) -> Path:
-    from lib.dashboard.collect import collect
+    from lib.dashboard.collect import TAKEN, collect
     from lib.dashboard.render import render
 
     weights, path = weights_sha256(model_name), dashboard_path(model_name)
@@ -76,7 +76,9 @@ def _dashboard(model_name: str, force: bool, say: Callable[[str], None]) -> Path
         for old in (path.with_suffix(".key"), path):
             old.unlink(missing_ok=True)
         start = time.perf_counter()
-        write_atomically(path, render(collect(use_device_of(load(model_name)))))
+        made = {c: json.loads(p.read_text("utf-8")) for c in TAKEN if (p := results_path(model_name, c)).exists()}
+        without = (reason := boxes.none_of(made)) and fill("no_failure.html", model_name=model_name, reason=reason)
+        write_atomically(path, without or render(collect(use_device_of(load(model_name)))))
         write_atomically(path.with_suffix(".key"), _dashboard_key(model_name, weights))
         size, seconds = path.stat().st_size / 1e6, time.perf_counter() - start
         say(f"dashboard: made {path}, {size:.1f} MB, in {seconds:.0f} s")
@@ -177,7 +179,7 @@ def _stage(model_name: str, stage: Path) -> None:
         boxes.add_box(stage / "book" / f"{chapter}.ipynb", model_name, run, verdicts)
         add_foot(stage / "book" / f"{chapter}.ipynb", run["provenance"], checks)
     index = stage / "book" / "index.md"
-    others = beside.others(model_name)
+    others = [] if boxes.none_of(reported) else beside.others(model_name)
     text = boxes.landing(index.read_text(encoding="utf-8"), model_name, reported, verdicts, others)
     index.write_text(text, encoding="utf-8")
     _stage_beside(model_name, stage, reported, others)

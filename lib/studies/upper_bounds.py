@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from lib.diagnosis import prescribe
+from lib.diagnosis import NoFailure, prescribe
 from lib.errors import DataError
 from lib.facts import Case, Fact, load_templates, prompts
 from lib.forward import Pack, Streams, ends, pack, streams
@@ -37,13 +37,13 @@ sentence = partial(say, "upper_bounds")
 
 
 def untold_facts(model: Model, case: Case, splits: Sequence[str] = SEEN) -> tuple[Fact, ...]:
-    """Facts of some splits that a control template tells and the failing one does not. Raises DataError for none."""
+    """Facts of some splits that a control template tells and the failing one does not. Raises NoFailure for none."""
     facts, text = [f for f in scorable(model, case.large) if f.split in splits], load_templates()
     chosen = {name: text[name] for name in (case.template, *case.controls)}
     asked = tell(model, facts, chosen, known=asked_before(model)) if facts else None
     out = () if asked is None else tuple(compress(facts, known_and_told(asked, case).routing_failure))
     if not out:
-        raise DataError(f"case {case.name!r}: no fact of {', '.join(splits)} is known to {model.name} and not told.")
+        raise NoFailure(f"case {case.name!r}: no fact of {', '.join(splits)} is known to {model.name} and not told.")
     return out
 
 

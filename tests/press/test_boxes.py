@@ -6,6 +6,7 @@ import nbformat
 import pytest
 
 from lib.errors import ChapterError
+from lib.files import ROOT
 from lib.press import boxes
 from lib.press.texts import fill
 
@@ -89,6 +90,17 @@ def test_the_landing_page_has_numbers_intervals_verdicts_and_minutes(land):
     assert land("{% for c in chapters %}{{ c.number }} {{ c.reading }} {{ c.after[0] }}{% endfor %}") == "2 2 01_w\n"
     with pytest.raises(ChapterError, match="other"):
         land("{{ c2.other }}")
+
+
+def test_the_landing_page_of_a_model_without_a_failure_says_so_and_shows_no_finding(land):
+    """The book's own page; without chapter 1's numbers nothing stands in the others' place."""
+    none = {"no_failure": "8 of 8 facts are *told*.", "countries_scored": 3, "source": "s", "heads": 4}
+    page = (ROOT / "book" / "index.md").read_text(encoding="utf-8").replace("c1.", "c2.")
+    text = land(page, {"provenance": {"seconds": 60.0}, "values": none})
+    assert r"**There is no failure to study on `m`.** 8 of 8 facts are \*told\*." in text
+    assert "What was found" not in text and "## The claims" in text and "## Limits" in text
+    with pytest.raises(ChapterError, match="needs a number that no chapter reported"):
+        land(page, {"provenance": {"seconds": 60.0}, "values": {"heads": 4}})
 
 
 def test_the_second_panel_appears_with_its_picture(land, staged):
