@@ -206,9 +206,10 @@ def diagnose(
         _refuse("diagnose needs --facts and --template, or --case.")
     from lib.press import report
 
-    report.check(output, repair)
+    report.html_path(output or "a.html")
+    report.own_repairs.check(repair or "full")  # what can be refused is, before a model is loaded
     own = report.ask(model_name, case or facts, template, control or (), say=lambda text: typer.echo(text, err=True))
-    _show(own.findings.asked.text[0], ("", own.findings.model.name), own.rows(), show_header=False)
+    _show(own.findings.asked.text[0], ("", own.findings.model.name), own.findings.rows(), show_header=False)
     if repair:
         typer.echo(str(own.repair(repair)))
     typer.echo("\n".join(own.write(output, as_json)))

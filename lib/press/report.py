@@ -29,7 +29,7 @@ from lib.files import BUILD, commit, slug, write_atomically
 from lib.models import Model
 from lib.press.texts import TEMPLATES, environment
 from lib.show import figures
-from lib.sites import Site
+from lib.show.sentences import say
 from lib.studies import own_facts, own_repairs, scoring
 from lib.studies.own_facts import Findings, Say
 from lib.studies.own_repairs import Repair
@@ -44,8 +44,8 @@ Facts = str | Path | Mapping[str, str] | Iterable[Fact | tuple[str, str]]
 class Own:
     """What was found on one's own facts. repaired: the last repair, if one was asked."""
 
-    def __init__(self, findings: Findings, facts_name: str, say: Say) -> None:
-        self.findings, self.facts_name, self._say = findings, facts_name, say
+    def __init__(self, findings: Findings, facts_name: str, progress: Say) -> None:
+        self.findings, self.facts_name, self._say = findings, facts_name, progress
         self.repaired: Repair | None = None
 
     def __str__(self) -> str:
@@ -54,12 +54,9 @@ class Own:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        rows = (f"<tr><th>{escape(name)}</th><td>{escape(plain(value))}</td></tr>" for name, value in self.rows())
-        return f'<table class="dataframe"><tbody>{"".join(rows)}</tbody></table>'
-
-    def rows(self) -> list[tuple[str, str]]:
-        """What was found, in words: name and value."""
-        return self.findings.rows()
+        cells = ((escape(name), escape(plain(value))) for name, value in self.findings.rows())
+        rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in cells)
+        return f'<table class="dataframe"><tbody>{rows}</tbody></table>'
 
     def repair(self, pathway: str, *, seed: int = 0) -> Repair:
         """Train a pathway and ask what it changes. Raises EditError where there is nothing to repair."""
@@ -71,7 +68,8 @@ class Own:
         repair, of the held-out ones."""
         found, rows = self.findings, list[tuple[str, str, int, int]]()
         for row in found.asked.itertuples():
-            rows.append((str(row.name), "control" if row.Index else "failing", int(row.told), int(row.n)))
+            name = (str(row.name), "control") if row.Index else ("in question", "failing")
+            rows.append((*name, int(row.told), int(row.n)))
         if cause := found.cause:
             rows += [(f"prefix: {name}", "prefix", told, cause.asked) for name, (_, told) in cause.prefixes.items()]
             rows += [(f"end {i}", "end", told, cause.asked) for i, told in enumerate(cause.ends.values(), start=1)]
@@ -86,28 +84,26 @@ class Own:
 
     def page(self) -> str:
         """The report: one HTML file, complete in itself."""
-        found = self.findings
-        curves = picture(figures.cumulative_curves([found.diagnosis])) if found.diagnosis else ""
-        space = environment(TEMPLATES).overlay(autoescape=True, finalize=plain)
-        return space.get_template("report.html").render(
-            found=found,
-            model=found.model,
-            facts_name=self.facts_name,
-            n=len(found.states),
-            told=found.count("told"),
-            known=found.count("known"),
-            diagnosis=found.diagnosis,
-            place=Site(found.diagnosis.layer) if found.diagnosis else None,
-            cause=found.cause,
-            scores=planted_scores(found.model),
-            repair=self.repaired,
-            told_picture=picture(figures.told_by_way(self.ways())),
-            curves=curves,
-            commit=commit(),
-        )
+        found, space = self.findings, environment(TEMPLATES).overlay(autoescape=True, finalize=plain)
+        pictures = {"told": picture(figures.told_by_way(self.ways()))}
+        pictures |= {"curves": picture(figures.cumulative_curves([d]))} if (d := found.diagnosis) else {}
+        about = {"own": self, "found": found, "pictures": pictures, "commit": commit()}
+        return space.get_template("report.html").render(scores=planted_scores(found.model), **about)
 
-    def as_json(self) -> dict[str, Any]:
-        return self.findings.as_json() | ({"repair": self.repaired.as_json()} if self.repaired else {})
+    def numbers(self) -> dict[str, Any]:
+        """What chapter 10 reports."""
+        found, repair = self.findings, self.repaired
+        out = {"facts": len(found.states), "untold": len(found.failed), "control": found.best_control.told}
+        out |= {name: found.count(name) for name in ("told", "known")} | {"diagnosed": bool(found.diagnosis)}
+        out |= {"left_out": found.left_out, "where": found.say("where"), "why": found.say("why")}
+        if found.verdict and found.cause:
+            out |= {"knowledge_head": str(found.verdict.knowledge_head), "failure_kind": found.verdict.failure_kind}
+            out["cause"] = found.cause.name
+        if repair:
+            names = {"repaired": "repaired", "held_out": "untold", "trained": "facts", "trained_told": "told_after"}
+            out |= {name: repair.counts[key] for name, key in names.items()}
+        said = str(repair) if repair else f"Nothing is repaired; failure: {found.say('failure')}."
+        return out | {"repair": said, "cost": say("own", "cost", r=repair)}
 
     def write(self, output: Path | None = None, as_json: Path | None = None) -> list[str]:
         """Write the page, the edit of a repair beside it, and the JSON; what was written, in words."""
@@ -119,7 +115,8 @@ class Own:
             edits.save(self.repaired.edit, edit)
             lines.append(f"edit: {edit}; python -m lib verify {edit} asks it again")
         if as_json:
-            text = json.dumps(self.as_json(), ensure_ascii=False, indent=1, default=str)
+            found = self.findings.as_json() | ({"repair": self.repaired.as_json()} if self.repaired else {})
+            text = json.dumps(found, ensure_ascii=False, indent=1, default=str)
             lines.append(f"json: {write_atomically(as_json, text, error=DataError, advice=ADVICE)}")
         return lines
 
@@ -164,14 +161,6 @@ def _listed(facts: Facts) -> tuple[tuple[Fact, ...], str]:
     return listed, "facts"
 
 
-def check(output: Path | None, repair: str) -> None:
-    """What can be refused before a model is loaded."""
-    if repair:
-        own_repairs.known_pathway(repair)
-    if output:
-        html_path(output)
-
-
 def html_path(path: str | Path) -> Path:
     """The path of a page. Raises DataError for another ending."""
     if Path(path).suffix.lower() not in (".html", ".htm"):
@@ -188,11 +177,10 @@ def planted_scores(model: Model) -> list[dict[str, Any]]:
             table = scoring.summarise(frame(record.read(load("plants", model_name=name)).rows)).set_index("rule")
         except (BookError, OSError):
             continue
+        ends = {"low": "kind and site low", "share": "kind and site", "high": "kind and site high", "layer": "layer"}
         for rule, label in RULES.items():
-            row = table.loc[rule]
-            share = {end: float(row[f"kind and site{end}"]) for end in ("", " low", " high")}
-            rows.append({"model": name, "rule": label, "n": int(row.n), "share": share[""]})
-            rows[-1] |= {"low": share[" low"], "high": share[" high"], "layer": float(row.layer)}
+            shares = {key: float(table.loc[rule, column]) for key, column in ends.items()}
+            rows.append({"model": name, "rule": label, "n": int(table.n[rule]), **shares})
     return rows
 
 
@@ -209,7 +197,5 @@ def plain(value: Any) -> Any:
     joiners that some scripts need are kept."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
-    odd = ("Cc", "Cs", "Cf")
-    return "".join(
-        ascii(c)[1:-1] if unicodedata.category(c) in odd and c not in "\n\t\u200c\u200d" else c for c in value
-    )
+    odd = {c for c in value if unicodedata.category(c) in ("Cc", "Cs", "Cf")} - set("\n\t\u200c\u200d")
+    return "".join(ascii(c)[1:-1] if c in odd else c for c in value)

@@ -36,6 +36,6 @@ def say(study: str, key: str, **values: object) -> str:
 def _templates(study: str) -> dict[str, Template]:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"listed": listed, "format": lambda value, form: format(value, form)}
-    environment.globals["say"] = partial(say, study)
+    environment.globals |= {"say": partial(say, study), "format": format}
     words = yaml.safe_load((WORDS / f"{study}.yaml").read_text(encoding="utf-8"))
     return {key: environment.from_string(text) for key, text in words.items()}

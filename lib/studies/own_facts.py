@@ -20,7 +20,7 @@ from lib.errors import DataError
 from lib.facts import Case, Fact, Template, prompts, validated, with_splits
 from lib.models import Model
 from lib.recall import known_and_told, left_out_words, load_prefixes, scorable, screen, tell
-from lib.sites import Site
+from lib.show.sentences import say as say_of
 from lib.static import join, relation_maps
 from lib.studies.causes import ENDS, HALF, sink
 from lib.studies.localisation import Named, blind
@@ -30,6 +30,8 @@ from lib.trace import subject_stream_norm
 FAILING = "failing"  # the name of the template that fails
 MOST = 24  # facts that are traced, and that a repair is trained on
 Say = Callable[[str], object]
+COUNTS = ("facts scored", "controls", "told", "known", "known, not told")  # rows of the table
+FOUND = ("seen at", "failure kind", "suppressor", "confidence", "cause", "at the place", "at the cause")
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,8 @@ class Cause:
     prefixes: dict[str, tuple[str, int]]
     ends: dict[str, int]
     sink: tuple[float, str]
-
-    @property
-    def prefix(self) -> str:
-        """The name of the best prefix."""
-        return max(self.prefixes, key=lambda name: self.prefixes[name][1])
-
-    @property
-    def end(self) -> str:
-        return max(self.ends, key=self.ends.__getitem__)
+    prefix: str  # the name of the best
+    end: str
 
 
 @dataclass(frozen=True)
@@ -84,46 +79,16 @@ class Findings:
 
     def rows(self) -> list[tuple[str, str]]:
         """What was found, in words: name and value."""
-        n, out = len(self.states), list[tuple[str, str]]()
-        out.append(("facts scored", f"{n}; left out, because their first token does not tell: {self.left_out}"))
-        chosen, best = "chosen by rule" if self.choice else "as given", self.best_control
-        out.append(("controls", f"{len(self.case.controls)}, {chosen}: {best.text[-60:]!r} tells {best.told}"))
-        out.append(("told", f"{self.count('told')} of {n}"))
-        out.append(("known", f"{self.count('known')} of {n}, told under at least one control"))
-        out.append(("known, not told", str(len(self.failed))))
-        found, cause = self.diagnosis, self.cause
-        if not found or not cause:
-            return [*out, ("failure", self.why_none())]
-        verdict, place = found.verdict, Site(found.layer)
-        out.append(("seen at", f"{verdict.knowledge_head}, which still writes {verdict.retention:.0%} of the answer"))
-        out.append(("failure kind", verdict.failure_kind))
-        out.append(("suppressor", str(verdict.suppressor or "none")))
-        stable = f"{found.confidence}: {found.stability:.0%} of resamples agree, static map p = {found.static_p:.3f}"
-        out.append(("confidence", stable))
-        tried = f"prefix {cause.prefixes[cause.prefix][0]!r}: {cause.prefixes[cause.prefix][1]}"
-        tried += f", end {cause.end!r}: {cause.ends[cause.end]}, of {cause.asked} untold"
-        out.append(("cause", f"{cause.name} ({tried})"))
-        return [*out, ("at the place", f"v_only of {place}"), ("at the cause", self.at_the_cause())]
+        return [(name, self.say(name)) for name in (*COUNTS, *(FOUND if self.diagnosis else ("failure",)))]
+
+    def say(self, key: str) -> str:
+        """A sentence of words/own.yaml."""
+        return say_of("own", key, f=self)
 
     @property
     def best_control(self) -> Any:
         """The control that tells most: its row of `asked`."""
         return max(list(self.asked.itertuples())[1:], key=lambda row: row.told)
-
-    def why_none(self) -> str:
-        """Why there is no diagnosis."""
-        if self.reason:
-            return self.reason
-        if not self.count("known"):
-            return "none to be found: no fact is known under any control, so none is lost between knowing and telling"
-        if len(self.failed):
-            return f"not diagnosed: all {len(self.failed)} known and not told are held out; give more facts"
-        return "none: every fact that is known is told"
-
-    def at_the_cause(self) -> str:
-        if self.cause and self.cause.name == "format":
-            return f"none is trained: put {self.cause.end!r} at the end of the prompt"
-        return "sink_token or sink_kv, before every text"
 
     def __str__(self) -> str:
         width = max(len(name) for name, _ in self.rows())
@@ -131,12 +96,11 @@ class Findings:
 
     def as_json(self) -> dict[str, Any]:
         """What was found, as plain values."""
-        found = vars(self.verdict) if self.verdict else {}
-        rated = {name: getattr(self.diagnosis, name) for name in ("confidence", "stability", "static_p") if found}
-        cause = vars(self.cause) if self.cause else {}
-        named = {"joined_rule": vars(self.named)} if self.named else {}
-        about = {"model": self.model.name, "templates": self.templates, "left_out": self.left_out, "cause": cause}
-        return about | found | rated | named | {"facts": self.states.to_dict("records")}
+        about = {"model": self.model.name, "templates": self.templates, "left_out": self.left_out}
+        found = self.diagnosis.summary() if self.diagnosis else {"failure": self.say("failure")}
+        parts = {"joined_rule": self.named, "cause": self.cause}
+        parts = {name: vars(part) for name, part in parts.items() if part}
+        return about | found | parts | {"facts": self.states.to_dict("records")}
 
 
 def diagnose(
@@ -180,7 +144,7 @@ def _diagnosed(
         evidence = gather(model, replace(case, facts=tuple(failing)), part)
         named = blind(model, failing, templates[FAILING], [templates[name] for name in case.controls])
     except DataError as reason:  # one answer for all, or known by further answers alone
-        return {"reason": f"not diagnosed: {reason}"}
+        return {"reason": str(reason)}
     maps = join(relation_maps(model, study, progress="relation map").values())
     return {"diagnosis": by_rule(evidence, case, maps), "named": named["joined"]}
 
@@ -194,9 +158,10 @@ def _cause(model: Model, failing: Sequence[Fact], templates: dict[str, str]) -> 
 
     prefixes = {name: (prefix, told(text, prefix)) for name, prefix in load_prefixes(model).items() if prefix}
     ends = {end: told(text + end) for end in ENDS}
-    best = {"first position": max(count for _, count in prefixes.values()), "format": max(ends.values())}
+    prefix, end = max(prefixes, key=lambda name: prefixes[name][1]), max(ends, key=ends.__getitem__)
+    best = {"first position": prefixes[prefix][1], "format": ends[end]}
     name = next((name for name, count in best.items() if count >= HALF * len(failing)), "none found")
     subjects = [f.subject for f in failing]
     lines = {wording: prompts(failing, wording) for wording in (text, control)}
     peaks = {w: float(subject_stream_norm(model, p, subjects).mean(0).max()) for w, p in lines.items()}
-    return Cause(name, len(failing), prefixes, ends, sink(peaks))
+    return Cause(name, len(failing), prefixes, ends, sink(peaks), prefix, end)

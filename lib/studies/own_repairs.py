@@ -17,6 +17,7 @@ from lib.edits import Edit, applied
 from lib.errors import EditError
 from lib.facts import prompts
 from lib.recall import tell
+from lib.show.sentences import say as say_of
 from lib.statistics import exact_interval
 from lib.studies.own_facts import FAILING, MOST, Findings, Say
 from lib.training import DEFAULT, Trained, chosen, sink_task, summary, tasks_at, train
@@ -52,12 +53,7 @@ class Repair:
         return out | {"untold": len(self.held), "repaired": told, "interval": exact_interval(told, len(self.held))}
 
     def __str__(self) -> str:
-        c = self.counts
-        low, high = c["interval"]
-        carried = f"{c['repaired']} of {c['untold']} held-out facts that were known and not told are told now"
-        carried += f" ({low:.0%} to {high:.0%})." if c["untold"] else "."
-        trained = f"{c['told_after']} of {c['facts']} trained facts are told, {c['told_before']} before"
-        return f"{self.edit.title}, {self.edit.parameters:,} parameters: {trained}; {carried}"
+        return say_of("own", "repair", r=self)
 
     def as_json(self) -> dict[str, Any]:
         bled = dict(zip(("before", "after", "prompts"), self.bled, strict=True))
@@ -65,26 +61,23 @@ class Repair:
         return self.counts | tables | {"bled": bled, "perplexity": self.perplexity}
 
 
-def check(findings: Findings, pathway: str) -> None:
-    """Raises EditError for another pathway, and where there is nothing to repair."""
-    known_pathway(pathway)
-    if findings.verdict is None:
-        raise EditError(f"there is nothing to repair: {findings.why_none()}.")
-    if not _lesson(findings):
-        raise EditError("there is nothing to train on: no fact of the fit part is known. Give more facts.")
-
-
-def known_pathway(pathway: str) -> None:
+def check(pathway: str) -> None:
     """Raises EditError for another pathway."""
     if pathway not in PATHWAYS:
         raise EditError(f"unknown pathway {pathway!r}; choose from {', '.join(PATHWAYS)}.")
 
 
 def repair(findings: Findings, pathway: str, *, seed: int = 0, say: Say = lambda text: None) -> Repair:
-    """The edit of a pathway and all that is asked of it. Raises EditError as `check`, and where every training
-    diverged."""
-    check(findings, pathway)
-    run = _trained(findings, pathway, seed, say)
+    """The edit of a pathway and all that is asked of it. Raises EditError for another pathway, where there is nothing
+    to repair, and where every training diverged."""
+    check(pathway)
+    states, verdict = findings.states, findings.verdict
+    if verdict is None:
+        raise EditError(f"there is nothing to repair: {findings.say('failure')}.")
+    fit = set(states[(states.split == "fit") & states.known].subject)
+    if not (lesson := tuple(f for f in findings.case.facts if f.subject in fit)[:MOST]):
+        raise EditError("there is nothing to train on: no fact of the fit part is known. Give more facts.")
+    run = _trained(findings, lesson, verdict.knowledge_head.layer, pathway, seed, say)
     if run.edit is None:
         raise EditError(f"every training of {pathway} diverged; try another pathway.")
     say("held-out facts, probes and passages are asked")
@@ -92,21 +85,12 @@ def repair(findings: Findings, pathway: str, *, seed: int = 0, say: Say = lambda
     return Repair(run.edit, run.reached, _held(findings, run.edit), effects, bled, perplexity)
 
 
-def _lesson(findings: Findings) -> tuple:
-    """The facts that are trained."""
-    states = findings.states
-    fit = set(states[(states.split == "fit") & states.known].subject)
-    return tuple(f for f in findings.case.facts if f.subject in fit)[:MOST]
-
-
-def _trained(findings: Findings, pathway: str, seed: int, say: Say) -> Trained:
-    model, verdict = findings.model, findings.verdict
-    layer = verdict.knowledge_head.layer if verdict else 0
-    case = replace(findings.case, facts=_lesson(findings))
+def _trained(findings: Findings, lesson: tuple, layer: int, pathway: str, seed: int, say: Say) -> Trained:
+    model, case = findings.model, replace(findings.case, facts=lesson)
     task = tasks_at(model, case, [layer], DEFAULT, templates=findings.templates)[layer]
     task, runs = (sink_task(model, task) if pathway in SINKS else task), list[Trained]()
     for rate in sorted(task.recipe.rates, reverse=True):
-        say(f"{pathway} is trained on {len(case.facts)} facts at rate {rate:g}, at most {task.recipe.max_steps} steps")
+        say(f"{pathway} is trained on {len(lesson)} facts at rate {rate:g}, at most {task.recipe.max_steps} steps")
         runs.append(train(model, task, pathway, rate=rate, seed=seed))
         if runs[-1].reached:
             return runs[-1]
