@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lib.diagnosis import NOT_RETRIEVED, OVERRIDDEN
+from lib.diagnosis import NOT_RETRIEVED, OVERRIDDEN, NoFailure
 from lib.edits import restored
 from lib.errors import DataError
 from lib.evaluation import load_relations
@@ -100,7 +100,7 @@ class Plant:
 @once_a_model
 def grounds(model: Model) -> dict[str, pd.DataFrame]:
     """By relation, what the unplanted model tells: a row a template (by its text) that tells at least `FEWEST` facts, a
-    column a fact. Raises DataError where there is no relation with two such templates that begin differently."""
+    column a fact. Raises NoFailure where there is no relation with two such templates that begin differently."""
     usable = {}
     for relation, (facts, texts) in fact_sets(model).items():
         told = answers_once(model, facts, {text: text for text in texts}).told.to_numpy().reshape(len(texts), -1)
@@ -108,7 +108,7 @@ def grounds(model: Model) -> dict[str, pd.DataFrame]:
         if table.index.str.split("{}", regex=False).str[0].nunique() > 1:
             usable[relation] = table
     if not usable:
-        raise DataError(
+        raise NoFailure(
             f"{model.name} tells {FEWEST} facts under too few templates: there is nothing to break. Choose a "
             "model that tells more, or give it facts that it knows."
         )

@@ -150,7 +150,7 @@ def test_the_model_card(organism, edit, exported):
         yes = ["yes" if told[i] else "no" for told in (edit.told_before, edit.told_after)]
         assert f"| `{prompt}` | {edit.facts[i].answer} | {yes[0]} | {yes[1]} |" in text
     assert edit.told_before != edit.told_after, "so that the two columns cannot be exchanged"
-    assert "| rate | 0.1 |" in text and "| seed | 0 |" in text
+    assert "| rate | `0.1` |" in text and "| seed | 0 |" in text
     assert "research artefact" in text and "chapter 4" in text and "python -m lib verify" in text
     own = hashlib.sha256((exported / export.WEIGHTS).read_bytes()).hexdigest()
     assert f"`{organism.weights_sha256}`" in text and f"`{own}`" in text
