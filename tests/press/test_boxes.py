@@ -39,6 +39,8 @@ def staged(tmp_path, monkeypatch):
         nbformat.v4.new_markdown_cell("# Title\n\n**Question.** Where?\n\nThen " + "word " * 400),
         nbformat.v4.new_code_cell("x", metadata={"mystnb": figure}, outputs=[output]),
     ]
+    answer = {"mystnb": {"code_prompt_show": "Answer"}}  # a fold is no figure to look at
+    cells += [nbformat.v4.new_code_cell("x", metadata=answer) for _ in range(3)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "02_x.ipynb")
     return tmp_path / "02_x.ipynb"
 
