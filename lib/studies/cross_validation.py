@@ -256,11 +256,18 @@ def calmed(model: Model, case: Case, facts: Sequence[Fact], sites: Sequence[Site
     of this answer. By site, an `ablate` table of the known and untold facts (way `controls`): the change of answer
     minus competitor, and what that margin is then."""
     texts, answers, tables = load_templates(), first_tokens(model, facts), {}
-    bad, *good = (run_with_cache(model, prompts(facts, texts[t])) for t in (case.template, *case.controls))
-    told = torch.stack([run.logits.argmax(-1) == answers for run in (bad, *good)])
+    run, good = run_with_cache(model, prompts(facts, texts[case.template])), []
+    for control in case.controls:  # of a whole run of every country only this is kept
+        other = run_with_cache(model, prompts(facts, texts[control]))
+        good.append((other.z, other.mlps, other.logits.argmax(-1)))
+        del other
+    told = torch.stack([run.logits.argmax(-1), *(said for *_, said in good)]) == answers
     rows = (~told[0] & told[1:].any(0)).nonzero()[:, 0]
-    run, pairs = bad.take(rows.tolist()), with_competitors(bad.logits, answers)[rows]
-    z, mlps = (control_mean(torch.stack([getattr(r, x)[rows] for r in good]), told[1:, rows]) for x in ("z", "mlps"))
+    pairs, run = with_competitors(run.logits, answers)[rows], run.take(rows.tolist())
+    z, mlps = (
+        control_mean(torch.stack([part[rows] for part in parts]), told[1:, rows])
+        for parts in list(zip(*good, strict=True))[:2]
+    )
     z, mlps = ((x.sum(0) - x) / max(1, len(rows) - 1) for x in (z, mlps))
     patched = patch_components(model, run, z, mlps, pairs, lowest=min(site.layer for site in sites))
     for site in sites:
