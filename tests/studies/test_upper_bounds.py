@@ -3,11 +3,12 @@
 import pandas as pd
 import pytest
 
+from lib import recall
 from lib.errors import DataError
 from lib.facts import load_cases, load_templates, prompts
-from lib.forward import above, pack, resid_pre
-from lib.recall import tell
-from lib.studies import upper_bounds
+from lib.forward import above, next_token_logits, pack, resid_pre
+from lib.recall import study_facts, tell
+from lib.studies import knowledge_path, location, repairs, upper_bounds
 from lib.trace import subject_positions
 
 
@@ -26,6 +27,32 @@ def test_untold_are_known_and_not_told_and_of_the_splits_asked_for(organism, cas
     assert pd.DataFrame(known).any().all()
     with pytest.raises(DataError, match="no fact of nowhere is known"):
         upper_bounds.untold_facts(organism, case, ("nowhere",))
+
+
+@pytest.mark.parametrize("ask", ["facts", "states", "places"])
+def test_what_chapter_2_asked_is_not_asked_again_and_gives_the_same(organism, case, ask, monkeypatch):
+    """Beside it only the case's own facts, and held-out countries where these are judged."""
+    study = {f.subject for f in study_facts(organism, case)}
+    location.prepared(organism), knowledge_path.asked_before(organism)
+    calls = {
+        "facts": lambda: upper_bounds.untold_facts(organism, case),
+        "states": lambda: repairs._states.__wrapped__(organism, 1).told_by.to_dict(),
+        "places": lambda: location.untold.__wrapped__(organism),
+    }
+    asked: list[str] = []
+    watched = lambda model, prompts, **k: asked.extend(prompts) or next_token_logits(model, prompts, **k)  # noqa: E731
+    monkeypatch.setattr(recall, "next_token_logits", watched)
+    kept = calls[ask]()
+    assert not [p for p in asked for subject in study if p in prompts_about(subject)]
+    nothing = pd.DataFrame({"prompt": [], "answer": []})
+    for room in (upper_bounds, repairs, location):
+        monkeypatch.setattr(room, "asked_before", lambda model: nothing)
+    assert calls[ask]() == kept
+    assert [p for p in asked for subject in study if p in prompts_about(subject)], "there was something to ask"
+
+
+def prompts_about(subject: str) -> set[str]:
+    return {text.replace("{}", subject) for text in load_templates().values()}
 
 
 @pytest.mark.model
