@@ -61,6 +61,10 @@ def pairs(tmp_path):
         ("a.json", json.dumps([{"Subject": s, "answer": a, "x": [1]} for s, a in TWO], indent=1)),
         ("a.jsonl", "\n".join(json.dumps({"subject": s, "answer": [a]}) for s, a in TWO)),
         ("P36.jsonl", "\r\n".join(map(json.dumps, LAMA)) + "\n"),
+        (
+            "known_1000.json",
+            json.dumps([{"known_id": 0, "subject": s, "attribute": a, "prediction": "x"} for s, a in TWO]),
+        ),
     ],
 )
 def test_what_is_read_right(pairs, name, content):
