@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lib.diagnosis import prescribe
 from lib.facts import load_cases, load_templates, prompts
 from lib.interventions import Part
 from lib.recall import first_tokens, trainable
@@ -53,3 +54,11 @@ def test_what_is_said_follows_the_counts(tables, organism):
     study.report_last_layer(report, cases[:1], [moved])
     said = report.values["last_layer_verdict"]
     assert "choose L11 H2" in said and "does hold answers back" in said
+
+
+def test_a_layer_with_few_heads_lends_all_its_others_as_random_ones(organism):
+    verdict = prescribe(organism, trainable(organism, load_cases(organism.name)[0]))
+    parts = study.parts_of(organism, verdict, 0, controls=50)
+    heads = {part.site.head for part in parts["random heads"]}
+    assert heads == set(range(organism.weights.n_heads)) - {verdict.knowledge_head.head}
+    assert len(parts["random neurons"]) == 50
