@@ -12,6 +12,7 @@ from lib.errors import DataError, EditError
 from lib.facts import Fact, load_cases, load_facts, load_templates
 from lib.files import BUILD
 from lib.press import report
+from lib.press.texts import entries, rendered
 
 TEMPLATE, CONTROL = "{}'s capital city is", "The capital city of {} is"
 HOSTILE = "<script>alert(1)</script>{{ 7 * 7 }}{% raw %}&'\"$x_1$"
@@ -112,6 +113,9 @@ def test_a_page_where_nothing_fails_or_nothing_is_known(organism):
         assert words in page and "Two prescriptions" not in page and len(parsed(page).addresses) == 1
         with pytest.raises(EditError, match="nothing to repair"):
             found.repair("v_only")
+        numbers = found.numbers()
+        box = rendered(entries("boxes.yaml")["10_your_model"]["answer"], v={**numbers, "facts_file": "x"})
+        assert "No place is named" in box and words in box and words in numbers["repair"]
 
 
 def test_facts_may_be_pairs_or_a_dictionary(organism):
