@@ -75,6 +75,7 @@ def commands(model: str) -> list[Command]:
             ("_build/exported", "_build/.exported*"),
             (("run", "3", *at),),
         ),
+        Command("chapters", ("run", "1", "5", *at), (results, f"_build/executed/{name}")),
         Command("sweep", ("sweep", "layers", *at), (f"_build/sweeps/{name}",)),
         Command("record", ("record", "near", *at), (f"_build/sweeps/{name}", f"data/record/{name}")),
         Command("book", ("book", *at), ("_build",)),
