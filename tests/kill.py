@@ -75,6 +75,7 @@ def commands(model: str) -> list[Command]:
             ("_build/exported", "_build/.exported*"),
             (("run", "3", *at),),
         ),
+        Command("chapters", ("run", "1", "5", *at), (results, f"_build/executed/{name}")),
         Command("sweep", ("sweep", "layers", *at), (f"_build/sweeps/{name}",)),
         Command("record", ("record", "near", *at), (f"_build/sweeps/{name}", f"data/record/{name}")),
         Command("book", ("book", *at), ("_build",)),
@@ -137,8 +138,9 @@ def done(place: Path, words: tuple[str, ...], temporary: Path) -> float:
     return time.perf_counter() - begun
 
 
-def gone(processes: list[psutil.Process], seconds: float = 30) -> Iterator[str]:
-    """Those that are still at work after a while, and are ended now, as texts."""
+def gone(processes: list[psutil.Process], seconds: float = 120) -> Iterator[str]:
+    """Those that are still at work after a while, and are ended now, as texts. A server of kernels that was importing
+    when its parent was killed ends when it has done so, which takes a while where the machine is busy."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and any(map(_works, processes)):
         time.sleep(0.05)

@@ -26,6 +26,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from typing import Any, TextIO
 
 import nbformat
@@ -59,6 +60,7 @@ WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no":
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list in JSON"}
 KINDS |= {dict: "a mapping in JSON", tuple: "a tuple", type(None): "nothing"}
 NO_FAILURE = "no_failure"  # the key under which a chapter reports why there was nothing to study
+LOADING = Lock()  # transformers loads one model at a time
 SOCKET_NAME = 103  # bytes that the path of a Unix socket may have, on the system that allows the fewest
 for said_by in ("papermill", "traitlets"):  # why a kernel did not start, or ended, is told by us
     logging.getLogger(said_by).setLevel(logging.CRITICAL)
@@ -202,7 +204,8 @@ class _Press:
         said = fill("no_failure.md", model_name=self.model_name, reason=reason)
         book.cells = [book.cells[0], setting, nbformat.v4.new_markdown_cell(said, id=f"{chapter[:2]}-no-failure")]
         write_atomically(executed_path(self.model_name, chapter), nbformat.writes(book))
-        report = Results(chapter, use_device_of(load(self.model_name)), seed=self.values.get("seed", 0))
+        with LOADING:
+            report = Results(chapter, use_device_of(load(self.model_name)), seed=self.values.get("seed", 0))
         report.table(NO_FAILURE, reason)
         report.save()
 
