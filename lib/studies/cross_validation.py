@@ -82,9 +82,10 @@ def parts_of(model: Model, verdict: Verdict, neuron: int, *, seed: int = 0, cont
     heads = [h for h in range(weights.n_heads) if h != verdict.knowledge_head.head]
     width = weights.blocks[layer].mlp.W_out.shape[0]
     others = draw.choice([n for n in range(width) if n != neuron], controls, replace=False)
+    random = draw.choice(heads, min(controls, len(heads)), replace=False)
     return {
         "knowledge head": [Part(verdict.knowledge_head)],
-        "random heads": [Part(Site(layer, int(h))) for h in draw.choice(heads, min(controls, len(heads)), replace=False)],
+        "random heads": [Part(Site(layer, int(h))) for h in random],
         "top neuron": [Part(Site(layer), neuron)],
         "random neurons": [Part(Site(layer), int(n)) for n in others],
     }
