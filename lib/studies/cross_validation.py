@@ -84,7 +84,7 @@ def parts_of(model: Model, verdict: Verdict, neuron: int, *, seed: int = 0, cont
     others = draw.choice([n for n in range(width) if n != neuron], controls, replace=False)
     return {
         "knowledge head": [Part(verdict.knowledge_head)],
-        "random heads": [Part(Site(layer, int(h))) for h in draw.choice(heads, controls, replace=False)],
+        "random heads": [Part(Site(layer, int(h))) for h in draw.choice(heads, min(controls, len(heads)), replace=False)],
         "top neuron": [Part(Site(layer), neuron)],
         "random neurons": [Part(Site(layer), int(n)) for n in others],
     }
