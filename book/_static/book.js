@@ -21,8 +21,9 @@ function drawCharts() {
     for (const box of boxes) {
       const spec = JSON.parse(box.querySelector("script").textContent);
       const sheet = box.appendChild(document.createElement("div"));
-      if (box.clientWidth < 700) spec.columns = 1;
-      vegaEmbed(sheet, spec, { actions: false, renderer: "svg", ast: true });
+      delete spec.$schema; // of the version that notebooks read
+      if (box.clientWidth < 640) spec.columns = 1;
+      vegaEmbed(sheet, spec, { mode: "vega-lite", actions: false, renderer: "svg", ast: true });
     }
   });
   document.body.append(script);

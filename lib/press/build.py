@@ -166,7 +166,8 @@ def _stage(model_name: str, stage: Path) -> None:
         shutil.copy(ROOT / name, stage)
     bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub forgets the default
     static = make_folder(stage / "book" / "_static")
-    (static / "vega.js").write_text(bundle, encoding="utf-8")  # only pages with a chart read it
+    # only pages with a chart read it; in a function, or its names would meet those of other scripts
+    (static / "vega.js").write_text(f"(() => {{{bundle}\n}})();", encoding="utf-8")
     runs = provenances(model_name)
     recorded = any("date" in note for run in runs.values() for note in run.get("sweeps", {}).values())
     checks = {c.name: c for c in (spot.check(*pair) for pair in spot.kept(model_name))} if recorded else {}
