@@ -123,7 +123,9 @@ function enlarge(image, number) {
 
 // What scrolls sideways can be reached by keyboard, and is called by the caption that stands under it.
 function nameScrolling() {
-  for (const box of document.querySelectorAll(".scroll:not([aria-labelledby]), .dt-scroll-body:not([aria-labelledby])")) {
+  const boxes = [".scroll", ".dt-scroll-body", ".output.text_html"].map((name) => `${name}:not([aria-labelledby])`);
+  for (const box of document.querySelectorAll(boxes.join())) {
+    if (box.matches(".output") && box.scrollWidth <= box.clientWidth) continue;
     const caption = box.closest("figure")?.querySelector("figcaption");
     if (!caption) continue;
     caption.id ||= `${box.closest("figure").id}-caption`;
