@@ -34,6 +34,7 @@ from lib.results import Results
 from lib.show.sentences import say
 from lib.sites import Site
 from lib.statistics import exact_interval
+from lib.studies.knowledge_path import asked_before
 from lib.studies.localisation import with_competitors
 from lib.trace import Hook, components, hooked, subject_positions
 
@@ -305,7 +306,7 @@ def last_layer(model: Model, case: Case) -> pd.DataFrame:
     table = pd.DataFrame({"part": [str(site) for site in sites], "last": [site.layer == last for site in sites]})
     asked = {name: templates[name] for name in (case.template, *case.controls)}
     for of, facts in {"own": case.facts, "large": study_facts(model, case)}.items():
-        answers = tell(model, facts, asked)
+        answers = tell(model, facts, asked, known=asked_before(model))
         states = known_and_told(answers, case).set_index("subject")
         failed = [f for f in facts if states.routing_failure[f.subject]]
         table[of], table[f"{of}_n"] = _left(model, failed, templates[case.template], sites), len(failed)
