@@ -37,8 +37,9 @@ def seals(paths: Iterable[Path]) -> dict[str, str]:
 
 
 def listing(folder: Path) -> str:
-    """sha256 over all files within a folder: one that is gone, or that was changed, is missed."""
-    return hashlib.sha256(json.dumps(seals(_walked(folder))).encode()).hexdigest()
+    """sha256 over all files within a folder, wherever it stands: one that is gone, or that was changed, is missed."""
+    within = {str(path.relative_to(folder)): _seal(path) for path in _walked(folder)}
+    return hashlib.sha256(json.dumps(within).encode()).hexdigest()
 
 
 def since(model_name: str, before: str) -> bool:

@@ -280,7 +280,8 @@ def put(path: Path, text: str) -> None:
 
 
 BUILDER = """\
-import pathlib, sys
+import pathlib, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in its background ignore Ctrl-C
 from lib.press import execute
 folder = pathlib.Path(sys.argv[1])
 for name, place in {"ROOT": folder, "BOOK": folder / "book", "BUILD": folder / "_build"}.items():
