@@ -68,7 +68,7 @@ clean:  ## delete what was built (the environment, fetched models and shared run
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv .venv
 	$(PIP) --no-compile --progress-bar on torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(PIP) uv -c constraints.txt
+	-$(PIP) uv -c constraints.txt
 	$(call GET,-r requirements.txt -c constraints.txt)
 	$(call GET,--no-deps --editable .)
 	@touch $@
