@@ -233,7 +233,7 @@ def made(tmp_path_factory, tiny_gpt2_model) -> Path:
     folder = tmp_path_factory.mktemp("made")
     (folder / "_config.yml").write_text(CONFIG)
     (folder / "_toc.yml").write_text("format: jb-book\nroot: book/index\nchapters:\n  - file: book/01_a\n")
-    (folder / ".gitignore").write_text("_build/\n.jupyter_cache/\n")
+    (folder / ".gitignore").write_text("_build/\n.jupyter_cache/\n__pycache__/\n")
     for name in (*deposit.AT_THE_TOP, "LICENSES/CC0-1.0.txt", *execute.PINS, "lib/__init__.py", "data/facts.txt"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(name if name.isupper() else "")
