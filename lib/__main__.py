@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from lib.errors import BookError
+from lib.errors import BookError, printable
 
 
 class _Commands(TyperGroup):
@@ -426,9 +426,9 @@ def publish(
 
 def _show(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], **options: Any) -> None:
     """A table on the terminal, wide enough for all its words where there is none."""
-    table = Table(*columns, title=escape(_printable(title)), **options)
+    table = Table(*columns, title=escape(printable(title)), **options)
     for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else Text(_printable(str(cell))) for cell in row))
+        table.add_row(*(cell if isinstance(cell, Text) else Text(printable(str(cell))) for cell in row))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
@@ -456,11 +456,6 @@ def _use_case(path: Path | None, model_name: str) -> None:
     os.environ[CASE_VARIABLE] = str(path.resolve())
 
 
-def _printable(text: str) -> str:
-    """A text whose control characters, but line ends and tabs, are written out: none of them reaches a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
-
-
 def main() -> None:
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     logging.getLogger("lib").setLevel(logging.INFO)  # what this package says of its work; of others only errors
@@ -470,7 +465,7 @@ def main() -> None:
     try:
         app()
     except BookError as error:
-        typer.secho(f"error: {_printable(str(error))}", fg="red", err=True)
+        typer.secho(f"error: {printable(str(error))}", fg="red", err=True)
         raise SystemExit(1) from None
 
 

@@ -1,4 +1,15 @@
-"""Errors that a reader can act on: what was wrong, where, and what to do next."""
+"""Errors that a reader can act on: what was wrong, where, and what to do next; and what can be shown of any text."""
+
+import unicodedata
+
+UNSEEN = ("Cc", "Cs", "Cf", "Zl", "Zp")  # categories of characters
+
+
+def printable(text: str) -> str:
+    """Characters that nobody sees, or that make a terminal or a page show another, are written out; line ends, tabs and
+    the joiners that some scripts need are kept."""
+    odd = {c for c in text if unicodedata.category(c) in UNSEEN} - set("\n\t\u200c\u200d")
+    return "".join(ascii(c)[1:-1] if c in odd else c for c in text)
 
 
 class BookError(Exception):

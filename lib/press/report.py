@@ -12,7 +12,6 @@ import base64
 import io
 import json
 import time
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -23,7 +22,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lib import edits, models
-from lib.errors import BookError, DataError
+from lib.errors import BookError, DataError, printable
 from lib.facts import Fact, load_facts, read_case
 from lib.files import BUILD, commit, slug, write_atomically
 from lib.models import Model
@@ -193,9 +192,5 @@ def picture(figure: Figure) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A text whose characters that nobody sees, or that make a terminal or a page show another, are written out; the
-    joiners that some scripts need are kept."""
-    if not isinstance(value, str) or hasattr(value, "__html__"):
-        return value
-    odd = {c for c in value if unicodedata.category(c) in ("Cc", "Cs", "Cf")} - set("\n\t\u200c\u200d")
-    return "".join(ascii(c)[1:-1] if c in odd else c for c in value)
+    """A text as it can be shown; anything else, markup included, as it is."""
+    return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value

@@ -95,9 +95,14 @@ def found(model: Model, cases: Sequence[Case], runs: pd.DataFrame, large: pd.Dat
             row |= {"prefix": by_prefix.idxmax(), "prefix_told": int(by_prefix.max())}
             row |= {"end": repr(max(ends, key=ends.__getitem__)), "end_told": max(ends.values())}
             reached = {"first position": row["prefix_told"], "format": row["end_told"]}
-            row["cause"] = next((name for name, told in reached.items() if told >= HALF * len(failed)), "none found")
+            row["cause"] = cause_of(reached, len(failed))
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def cause_of(reached: dict[str, int], n: int) -> str:
+    """The first cause that makes at least HALF of n failing facts told, or `none found`."""
+    return next((name for name, told in reached.items() if told >= HALF * n), "none found")
 
 
 def any_word(model: Model, case: Case, *, words: int = 40, seed: int = 0, progress: str | None = None) -> pd.DataFrame:

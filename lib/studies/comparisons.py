@@ -160,7 +160,7 @@ def with_sinks(runs: pd.DataFrame, repairs: pd.DataFrame) -> pd.DataFrame:
         held_out_repaired=sinks.repaired,
         strength=[f"rate {rate:g}, {steps} steps" for rate, steps in zip(sinks.rate, sinks.steps, strict=True)],
     )
-    return pd.concat([runs, sinks], join="inner" if sinks.empty else "outer", ignore_index=True)[runs.columns]
+    return runs if sinks.empty else pd.concat([runs, sinks], ignore_index=True)[runs.columns]
 
 
 def ladder(rows: pd.DataFrame) -> pd.DataFrame:

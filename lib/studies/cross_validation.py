@@ -330,7 +330,8 @@ def report_last_layer(report: Results, cases: Sequence[Case], tables: Sequence[p
     rows = []
     for case, table in zip(cases, tables, strict=True):
         chosen, beside = table[table.chosen].iloc[0], table[table["last"] & ~table.chosen]
-        others = {"beside": int(beside.large.max()), "below": int(table[~table["last"]].large.max())}
+        below = table[~table["last"]].large  # none, where there is one layer only
+        others = {"beside": int(beside.large.max()), "below": int(max(below, default=0))}
         rows.append({"case": case.title, **chosen.drop(["last", "chosen"]).to_dict(), **others})
         rows[-1] |= dict(zip(("low", "high"), exact_interval(chosen.large, max(1, chosen.large_n)), strict=True))
     report.table("last_layer", rows)

@@ -22,7 +22,7 @@ from lib.models import Model
 from lib.recall import known_and_told, left_out_words, load_prefixes, scorable, screen, tell
 from lib.show.sentences import say as say_of
 from lib.static import join, relation_maps
-from lib.studies.causes import ENDS, HALF, sink
+from lib.studies.causes import ENDS, cause_of, sink
 from lib.studies.localisation import Named, blind
 from lib.studies.own_controls import Choice, choose
 from lib.trace import subject_stream_norm
@@ -160,7 +160,7 @@ def _cause(model: Model, failing: Sequence[Fact], templates: dict[str, str]) -> 
     ends = {end: told(text + end) for end in ENDS}
     prefix, end = max(prefixes, key=lambda name: prefixes[name][1]), max(ends, key=ends.__getitem__)
     best = {"first position": prefixes[prefix][1], "format": ends[end]}
-    name = next((name for name, count in best.items() if count >= HALF * len(failing)), "none found")
+    name = cause_of(best, len(failing))
     subjects = [f.subject for f in failing]
     lines = {wording: prompts(failing, wording) for wording in (text, control)}
     peaks = {w: float(subject_stream_norm(model, p, subjects).mean(0).max()) for w, p in lines.items()}

@@ -4,7 +4,7 @@
    diagnosis names or, for a sink, before every text. Rates are tried from the largest down: the first that reaches the
    goal is kept; where none does, chapter 3's rule chooses.
 2. Asked once: the held-out facts that are known and not told; every other fact, under the wording that fails and under
-   the control that tells most; the book's probes; the start (WINDOW tokens) of each of its passages.
+   the control that tells most; the book's probes; the start of each of its passages.
 """
 
 from dataclasses import dataclass, replace
@@ -20,10 +20,10 @@ from lib.recall import tell
 from lib.show.sentences import say as say_of
 from lib.statistics import exact_interval
 from lib.studies.own_facts import FAILING, MOST, Findings, Say
+from lib.studies.repairs import passage_starts
 from lib.training import DEFAULT, Trained, chosen, sink_task, summary, tasks_at, train
 from lib.weights import PATHWAYS, SINKS
 
-WINDOW = 256
 KINDS = {  # of `evaluation.kinds`, in the words of a table
     "neighbours": "other facts, told before",
     evaluation.ELSEWHERE: "other facts, under the best control",
@@ -122,9 +122,8 @@ def _effects(findings: Findings, edit: Edit) -> tuple[pd.DataFrame, tuple[int, i
         parts.append(rows.assign(set="large", template=name, prompt=prompts(others, text)))
     table = pd.concat(parts, ignore_index=True).reindex(columns=[*parts[0], "subject", "split", "template"]).fillna("")
     first = [model.first_token(a, p) for a, p in zip(table.answer, table.prompt, strict=True)]
-    passages = {k: str(model.tokenizer.decode(model.pieces(t)[:WINDOW])) for k, t in evaluation.load_passages().items()}
     asked = table.assign(answer_token=first)
-    protocol = evaluation.build_protocol(model, case, edit.layer, texts=passages, table=asked)
+    protocol = evaluation.build_protocol(model, case, edit.layer, texts=passage_starts(model), table=asked)
     measured = evaluation.measure(model, protocol, {edit.pathway: edit})
     outcomes = evaluation.outcomes(measured, case).set_index("what").reindex(list(KINDS))
     outcomes = outcomes[outcomes.n > 0].rename(index=KINDS).reset_index()

@@ -207,6 +207,13 @@ def other_relations(model: Model, task: Task) -> list[tuple[str, tuple[Fact, ...
 # What it did
 
 
+def passage_starts(model: Model) -> dict[str, str]:
+    """The first WINDOW tokens of each passage, by name."""
+    return {
+        name: str(model.tokenizer.decode(model.pieces(t)[:WINDOW])) for name, t in evaluation.load_passages().items()
+    }
+
+
 @once_a_model
 def _asked(model: Model, number: int, look: str) -> Protocol:
     """What a run is asked: probes, other relations, the case's own facts under every template, other countries under
@@ -215,11 +222,10 @@ def _asked(model: Model, number: int, look: str) -> Protocol:
     table = questions(model, case)
     rare = (table.set == "large") & ~table.template.isin([case.template, case.controls[0]])
     barred = (table.set == "large") & ~table.split.isin(LOOKS[look])
-    texts = {
-        name: str(model.tokenizer.decode(model.pieces(t)[:WINDOW])) for name, t in evaluation.load_passages().items()
-    }
     layer = _task(model, number, False).layer
-    protocol = build_protocol(model, case, layer, texts=texts, table=table[~rare & ~barred], run=kept_streams)
+    protocol = build_protocol(
+        model, case, layer, texts=passage_starts(model), table=table[~rare & ~barred], run=kept_streams
+    )
     before = evaluation.score_questions(model, protocol, None)
     failed = states.index[states.routing_failure]
     untold = (before.set == "large") & (before.template == case.template) & before.subject.isin(failed)

@@ -54,6 +54,24 @@ def test_pathways_that_were_not_tried_everywhere_are_no_comparison():
     assert comparisons.by_depth(means).repaired_max.tolist() == [3, 1, 5]
 
 
+def test_a_sink_stands_among_the_rivals_by_the_run_of_its_first_seed_on_the_eight():
+    rivals = pd.DataFrame([{"name": "vector", "rival": "bias vector", "held_out_repaired": 0, "held_out_n": 19}])
+    base = {"case": 1, "pathway": "sink_kv", "facts": "eight", "variant": "true", "steps": 60, "rate": 0.01, "seed": 3}
+    runs = [base, base | {"seed": 4}, base | {"variant": "false"}, base | {"facts": "fit"}, base | {"case": 2}]
+    runs += [base | {"steps": 0}, base | {"pathway": "v_only"}]
+    repairs = pd.DataFrame(runs).assign(repaired=range(7), untold=19)
+    both = comparisons.with_sinks(rivals, repairs)
+    assert both.to_dict("list") == {
+        "name": ["vector", "sink_kv"],
+        "rival": ["bias vector", "sink kv"],
+        "held_out_repaired": [0, 0],
+        "held_out_n": [19, 19],
+    }
+    assert comparisons.with_sinks(rivals, repairs.tail(1)) is rivals
+    table = comparisons.with_sinks(rivals, repairs.assign(repaired=range(5, 12)))
+    assert table.held_out_repaired.tolist() == [0, 5]
+
+
 def test_a_diverged_run_tells_nothing():
     means = comparisons.by_layer(runs(layer=[1, 1], facts_told=[8, None], reached=[True, False]))
     assert means.facts_told.tolist() == [4.0] and means.reached.tolist() == [0.5]
