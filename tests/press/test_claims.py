@@ -477,3 +477,13 @@ def test_the_two_logits_hold_in_any_convention_on_gpt2():
     assert own("knowledge_head_logit", results).verdict == "not run"
     values["example"] = "Germany"
     assert own("suppressor_logit", results, "gpt2").verdict == "not reproduced"
+
+
+def test_every_expectation_can_fail():
+    for path in sorted((ROOT / "data" / "expected").glob("*.json")):
+        for chapter, entries in json.loads(path.read_text(encoding="utf-8")).items():
+            for key, wanted in entries.items():
+                where = f"{path.stem} {chapter} {key}: {wanted}"
+                assert wanted.get("min", 0) >= 0 or key.endswith("_effect"), where
+                assert wanted.get("min", -1) < wanted.get("max", 10**9), where
+                assert {"value", "min", "max"} & set(wanted) and wanted["why"], where
