@@ -8,13 +8,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
+from unittest.mock import patch
 
+import gguf as gguf_format
 import torch
-from gguf import GGUFReader
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import modeling_gguf_pytorch_utils as gguf_reading
@@ -52,9 +53,9 @@ class Files:
         return self.folder / (self.gguf or "")
 
     @cached_property
-    def header(self) -> GGUFReader:
+    def header(self) -> gguf_format.GGUFReader:
         """Of its GGUF file: what is written of it, and of its tensors."""
-        return GGUFReader(self.where)
+        return gguf_format.GGUFReader(str(self.where.absolute()))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -143,9 +144,10 @@ def read(files: Files, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedMo
     set_verbosity_error()  # what it would warn of is refused here
     if not files.gguf:
         disable_progress_bar()  # a cached model loads in a moment; a bar would only litter the chapters
-    config, checked = files.config, {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     source = files.options if files.gguf else files.options | {"use_safetensors": True}
-    with files.reading():
+    with _gguf_asked_once(), files.reading():
+        config = files.config
         packed = _not_float(files)
         loaded: Any = AutoModelForCausalLM.from_pretrained(files.folder, dtype=dtype, **checked, **source)
         module, found = loaded
@@ -157,6 +159,18 @@ def read(files: Files, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedMo
         vars(module.config).pop("quantization_config", None)
         vars(module).pop("hf_quantizer", None)
     return module.eval().requires_grad_(False), tokenizer
+
+
+@contextmanager
+def _gguf_asked_once() -> Iterator[None]:
+    """transformers reads a GGUF file's header five times (five seconds each: it holds the vocabulary) and makes a table
+    of tensors' names for every module of the model: the first of each is kept, until this ends."""
+    with patch.multiple(
+        gguf_format,
+        GGUFReader=cache(gguf_format.GGUFReader),
+        get_tensor_name_map=cache(gguf_format.get_tensor_name_map),
+    ):
+        yield
 
 
 def _not_float(files: Files) -> str | None:
