@@ -42,6 +42,8 @@ def bench(
     for word in only or ():
         if word not in makers:
             raise typer.BadParameter(f"there is no row {word!r}; choose from {', '.join(makers)}.")
+    if model_name not in costs.MODELS:
+        raise typer.BadParameter(f"{model_name!r} has no record; choose from {', '.join(costs.MODELS)}.")
     torch.set_num_threads(2)
     model, found = models.use_device_of(models.load(model_name)), list[dict]()
     stamp = {"commit": commit(), "started": datetime.now(UTC).isoformat(timespec="seconds"), "load": os.getloadavg()[0]}
