@@ -532,16 +532,24 @@ def planted_and_named(runs: pd.DataFrame) -> Figure:
 
 
 def cost_ratios(table: pd.DataFrame) -> Figure:
-    """How many times faster than each peer, with the spread over rounds; the goal as a bar; hollow: goal missed."""
-    fig, ax = _panel((8, 0.62 * len(table) + 1.2))
-    y = np.arange(len(table))
+    """How many times faster than each peer, a colour a model, with the spread over rounds; the goal as a bar; hollow:
+    goal missed. A line a peer: what its name has in brackets is of one model."""
+    peers = [textwrap.fill("beside " + peer.partition(" (")[0], 52) for peer in table.peer]
+    names = [f"{row}\n{peer}" for row, peer in zip(table.row, peers, strict=True)]
+    lines = list(dict.fromkeys(names))
+    fig, ax = _panel((8, 0.62 * len(lines) + 1.2))
     ax.axvline(1, color="black", lw=0.8)
-    ax.hlines(y, table.least, table.most, color=BLUE, lw=2)
-    fill = ["white" if met is False else BLUE for met in table.met]
-    ax.scatter(table.ratio, y, s=52, ec=BLUE, c=fill, lw=1.8, zorder=3)
-    ax.scatter(table.goal, y, marker="|", s=260, color=RED, zorder=2, lw=2, label="goal")
-    ax.scatter(table.bound, y, marker="d", s=34, ec=GREY, c="white", zorder=2, label="fewer operations")
-    ax.set_yticks(y, [f"{r.row}\n{textwrap.fill(f'beside {r.peer}', 52)}" for r in table.itertuples()], fontsize=9)
+    parts = table.assign(y=[float(lines.index(name)) for name in names]).groupby("model", sort=False)
+    for i, (colour, (model, part)) in enumerate(zip((BLUE, ORANGE, GREEN), parts, strict=False)):
+        y, last = part.y + 0.36 * (i - (parts.ngroups - 1) / 2), i == parts.ngroups - 1
+        ax.hlines(y, part.least, part.most, color=colour, lw=2)
+        fill = ["white" if met is False else colour for met in part.met]
+        ax.scatter(part.ratio, y, s=52, ec=colour, c=fill, lw=1.8, zorder=3)
+        ax.scatter([], [], s=52, color=colour, label=model)
+        ax.scatter(part.goal, y, marker="|", s=160, color=RED, zorder=2, lw=2, label="goal" if last else None)
+        named = "fewer operations" if last else None
+        ax.scatter(part.bound, y, marker="d", s=34, ec=GREY, c="white", zorder=2, label=named)
+    ax.set_yticks(range(len(lines)), lines, fontsize=9)
     ax.set(xscale="log", xlabel="times faster than the peer")
     ax.xaxis.set_major_formatter("{x:g}x")
     ax.invert_yaxis()

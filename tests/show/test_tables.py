@@ -64,12 +64,14 @@ def test_cells_are_made_from_templates():
     """By hand: formats, alternatives where a value is missing, pairs, and the number of a row."""
     nan = float("nan")
     costs = {"row": ["trace", "edit"], "peer": "Captum", "ratio": 2.0, "least": 1.0, "most": 3.126, "goal": [nan, 2.5]}
+    costs |= {"model": "tiny"}
     table = pd.DataFrame(costs | {"limit_s": [60.0, nan], "met": [None, True], "bound": [nan, 4.0]}).eval(
         "reached = ratio / bound"
     )
     made = tables.arranged("costs", table)
     assert made.index.tolist() == ["trace beside Captum", "edit beside Captum"]
     assert made.to_dict("list") == {
+        "model": ["tiny", "tiny"],
         "times faster": ["2.00", "2.00"],
         "spread": ["1.00\u00a0to\u00a03.13"] * 2,
         "goal": ["60 s", "2.5x"],

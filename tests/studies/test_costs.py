@@ -7,11 +7,12 @@ import pytest
 import torch
 from typer import BadParameter
 
+from lib import diagnosis, files
 from lib.errors import DataError
 from lib.results import Results
-from lib.show import tables
+from lib.show import figures, tables
 from lib.studies import costs
-from tests.bench import book, measure
+from tests.bench import book, measure, rows
 from tests.bench.__main__ import bench
 from tests.bench.measure import Row
 
@@ -78,27 +79,44 @@ def test_operations_and_memory_are_those_of_the_work():
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", '{"rows": []}'])
-def test_what_is_no_record(tmp_path, text):
-    path = tmp_path / "bench.json"
+def test_what_is_no_record(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(costs, "DATA", tmp_path)
     if text is not None:
-        path.write_text(text)
-    with pytest.raises(DataError, match=r"no record of a benchmark.*tests.bench --record"):
-        costs.load_record(path)
+        (tmp_path / "bench-gemma3.json").write_text(text)
+    with pytest.raises(DataError, match=r"bench-gemma3.json is no record.*tests.bench --model gemma3 --record"):
+        costs.load_record("gemma3")
 
 
-def test_a_record_is_told_as_it_is(tmp_path, organism):
+def test_records_are_outside_what_numbers_depend_on_but_for_the_chapter_that_shows_them():
+    records = {costs.path_of(name) for name in costs.MODELS}
+    assert all(path.is_file() for path in records) and len(records) == 2
+    assert records <= {*files.modules(["studies/costs"], files.ROOT)} and not records & {*files.data_files(files.ROOT)}
+
+
+def test_records_are_told_as_they_are(tmp_path, monkeypatch, organism):
     one, other = measure.run(row(), matmul=1e9), measure.run(row(share=9.0, name="other"), matmul=1e9)
     points = [{"grows": "prompts", "at": n, "trace_s": 0.1 * n, "forward_s": 0.05 * n} for n in (1, 4)]
     sizes = [{"shape": "a", "parameters": 9}, {"shape": "b", "precision": "bfloat16", "seconds": 1.0, "peak_gb": 3.0}]
     record = {"machine": {"processor": "p", "cores": 2, "threads": 2}, "commit": "c", "started": "s"}
     record |= {"rows": [one, other], "growth": points, "sizes": sizes, "matmul_gflops": 100.0}
-    path, report = tmp_path / "bench.json", Results("09_what_it_costs", organism)
-    path.write_text(json.dumps(record))
-    record = costs.load_record(path)
-    costs.report_costs(report, record, *costs.tables(record)[:2])
+    monkeypatch.setattr(costs, "DATA", tmp_path)
+    second = record | {"rows": [one], "growth": [], "sizes": [], "started": "later", "load": 3.21}
+    for name, content in (("smollm2", record), ("gemma3", second)):
+        costs.path_of(name).write_text(json.dumps(content))
+    records, report = {name: costs.load_record(name) for name in costs.MODELS}, Results("09_what_it_costs", organism)
+    table, points, _ = costs.tables(records)
+    costs.report_costs(report, records, table, points)
+    assert table.model.tolist() == ["smollm2", "smollm2", "gemma3"]
     said = report.values
-    assert (said["goals"], said["met"]) == (2, 1)
-    assert said["missed"].startswith("other beside a slow way: ") and "wanted 90 times" in said["missed"]
+    assert (said["comparisons"], said["goals"], said["met"]) == (3, 3, 2)
+    assert said["missed"].startswith("other of smollm2 beside a slow way: ") and "wanted 90 times" in said["missed"]
+    first, other = said["runs"].split("All rows are of that run.")[:2]
+    assert first.startswith("smollm2: s (UTC), p, 2 cores") and "load" not in first
+    assert other.startswith(" gemma3: later (UTC)") and "a load of 3.2 at its start" in other
+    drawn = figures.cost_ratios(table).axes[0]
+    assert len(drawn.get_yticks()) == 2, "a line a peer, whatever the number of models"
+    spreads = [lines.get_segments() for lines in drawn.collections if hasattr(lines, "get_segments")]
+    assert [segments[0][0][1] for segments in spreads] == [-0.18, 0.18]
     assert (said["largest"], said["largest_precision"]) == ("b", "bfloat16")
     assert said["growth"] == "4 times the prompts take 4 times as long."
 
@@ -116,3 +134,16 @@ def test_rows_measured_again_take_the_place_of_their_own():
 def test_a_row_that_is_not_there_is_refused_before_anything_is_measured():
     with pytest.raises(BadParameter, match=r"there is no row 'nonsense'; choose from trace, .*, load"):
         bench(["load", "nonsense"])
+    with pytest.raises(BadParameter, match="'organism' has no record; choose from smollm2, gemma3"):
+        bench(["load"], model_name="organism")
+
+
+def test_layers_that_stand_for_all_are_spread_over_them():
+    assert rows.layers_of_peer(30) == [0, 10, 20, 29] and rows.layers_of_peer(18) == [0, 6, 12, 17]
+
+
+def test_rows_are_of_the_layer_that_is_diagnosed_and_say_the_same_on_a_model_of_another_family(organism, case):
+    """The organism's first case, at the layer that its diagnosis names."""
+    assert rows.studied(organism) == (case, diagnosis.prescribe(organism, case).knowledge_head.layer)
+    for row in (*rows.trace_rows(organism), *rows.static_rows(organism)):
+        assert row.same(row.ours(), row.peer()) <= row.tolerance and row.seconds is None
