@@ -205,5 +205,5 @@ def test_what_chapter_10_reported_of_other_facts_is_one_table(tmp_path, monkeypa
     assert set(table["told, known, of"]) == {"3, 9, 20"} and set(table["kept at"]) == {"0123456"}
     run = run | {"provenance": provenance | {"weights_sha256": "0" * 64}}
     (tmp_path / "gemma3" / "relations" / "b.json").write_text(json.dumps(run))
-    with pytest.raises(ChapterError, match="b.json was made by gemma3"):
+    with pytest.raises(ChapterError, match=r"b\.json was made by gemma3"):
         report.relations()
