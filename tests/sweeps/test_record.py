@@ -72,6 +72,13 @@ def test_of_a_longer_specification_only_what_is_missing_is_done(kept, here, monk
         spot.make("organism", missing=True)
 
 
+def test_results_of_another_version_are_set_aside_by_a_record(kept, here, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(runs, "code", lambda run: {"lib/new.py": "1"})
+    monkeypatch.setattr(runs, "code_sha256", lambda run: "another")
+    spot.make("organism")
+    assert len(here) == 4
+
+
 def test_values_of_every_kind_come_back_as_they_were(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "FOLDER", tmp_path)
     results = [
