@@ -72,9 +72,9 @@ def test_of_a_longer_specification_only_what_is_missing_is_done(kept, here, monk
         spot.make("organism", missing=True)
 
 
-def test_results_of_another_version_are_set_aside_by_a_record(kept, here, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(runs, "code", lambda run: {"lib/new.py": "1"})
-    monkeypatch.setattr(runs, "code_sha256", lambda run: "another")
+def test_results_of_another_version_are_set_aside_by_a_record(kept, here):  # noqa: F811
+    header = runs.default_store(GRID) / "sweep.json"
+    header.write_text(json.dumps(json.loads(header.read_text()) | {"code": {"lib/old.py": "1"}}))
     spot.make("organism")
     assert len(here) == 4
 
