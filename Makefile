@@ -67,8 +67,8 @@ links: .venv/ready  ## check every link that the built book follows to the outsi
 	cp _build/executed/$(MODEL)/*.ipynb _build/html/_sources/book/index.md _build/html/_sources/book/reproduction.md _build/links/book
 	$(BIN)/jupyter-book build _build/links --builder linkcheck
 
-bench: .venv/ready  ## speed of the book beside TransformerLens, Captum, PyTorch and peft: a table, and _build/bench.json
-	$(BIN)/python -m tests.bench
+bench: .venv/ready  ## speed of the book on MODEL beside TransformerLens, Captum, PyTorch and peft: a table, and _build/bench.json
+	$(BIN)/python -m tests.bench --model $(MODEL)
 
 clean:  ## delete what was built (the environment, fetched models and shared runs stay)
 	rm -rf _build

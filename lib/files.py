@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
 BUILD = ROOT / "_build"
 CASE_VARIABLE = "QKV_CASE"  # of the environment: the file of a case of one's own
-BENCH = "bench.json"  # in data/: the record of a benchmark
+BENCH = "bench*.json"  # in data/: the records of a benchmark, one a model
 
 
 def cache_folder() -> Path:
@@ -128,7 +128,7 @@ def modules(names: Iterable[str], root: Path) -> list[Path]:
             todo |= _studies(root) if live() else set()
             found |= set() if live() else {*(root / "data" / "record").glob("*/*")}
         if name == "studies/costs":
-            found.add(root / "data" / BENCH)
+            found |= {*(root / "data").glob(BENCH)}
         todo -= seen
     return sorted(found)
 
@@ -138,7 +138,7 @@ def data_files(root: Path) -> list[Path]:
     recorded of a benchmark or of runs, nor the weights, which have a sum of their own."""
     folder = root / "data"
     paths = (p for p in folder.rglob("*") if p.is_file() and p.suffix != ".safetensors")
-    apart = {"claims.yaml", BENCH, "expected", "record", "__pycache__"}
+    apart = {"claims.yaml", *(p.name for p in folder.glob(BENCH)), "expected", "record", "__pycache__"}
     return sorted(p for p in paths if not apart & {*p.relative_to(folder).parts})
 
 

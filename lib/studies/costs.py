@@ -1,4 +1,4 @@
-"""What the book's work costs beside other ways to the same numbers, from a kept run of `make bench`.
+"""What the book's work costs beside other ways to the same numbers, from kept runs of `make bench`, one a model.
 
 Times are one machine's, of one hour; they belong to its record and to no claim. A chapter does not measure them anew:
 it would measure what else the machine was doing.
@@ -11,15 +11,20 @@ from typing import Any
 import pandas as pd
 
 from lib.errors import DataError
-from lib.files import BENCH, DATA
+from lib.files import DATA, slug
 from lib.results import Results
 from lib.show.sentences import say
 
-RECORD = DATA / BENCH
+MODELS = ("smollm2", "gemma3")  # that have a record, the first with what grows and sizes; else those are empty
 
 
-def load_record(path: Path = RECORD) -> dict[str, Any]:
-    """The record. Raises DataError where there is none, or another thing."""
+def path_of(model_name: str) -> Path:
+    return DATA / ("bench.json" if model_name == MODELS[0] else f"bench-{slug(model_name)}.json")
+
+
+def load_record(model_name: str) -> dict[str, Any]:
+    """A model's record. Raises DataError where there is none, or another thing."""
+    path = path_of(model_name)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if {"machine", "rows", "growth", "sizes", "commit", "started"} <= set(record):
@@ -27,7 +32,8 @@ def load_record(path: Path = RECORD) -> dict[str, Any]:
         reason = "it has no rows"
     except (OSError, ValueError) as error:
         reason = type(error).__name__
-    raise DataError(f"{path} is no record of a benchmark ({reason}); make one with `python -m tests.bench --record`.")
+    make = f"python -m tests.bench --model {model_name} --record"
+    raise DataError(f"{path} is no record of a benchmark ({reason}); make one with `{make}`.")
 
 
 def with_rows_replaced(record: dict[str, Any], measured: list[dict[str, Any]]) -> dict[str, Any]:
@@ -39,12 +45,13 @@ def with_rows_replaced(record: dict[str, Any], measured: list[dict[str, Any]]) -
     return record | {"rows": [new.get((row["row"], row["peer"]), row) for row in record["rows"]]}
 
 
-def tables(record: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """A row a comparison (bound: how many times fewer floating-point operations ours needs, which is what it could be
-    faster if both ran at the same rate; reached: its share of that); a row a point of `growth` (what grows, where it
-    stands, seconds of a trace and of a plain forward pass); a row a shape of model that was tried (what it needs by
-    arithmetic, and what it did)."""
-    rows, growth, sizes = (pd.DataFrame(record[name]) for name in ("rows", "growth", "sizes"))
+def tables(records: dict[str, dict[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Of the records by model: a row a comparison (model; bound: how many times fewer floating-point operations ours
+    needs, which is what it could be faster if both ran at the same rate; reached: its share of that); a row a point of
+    `growth` (what grows, where it stands, seconds of a trace and of a plain forward pass); a row a shape of model that
+    was tried (what it needs by arithmetic, and what it did)."""
+    rows = pd.DataFrame([row | {"model": name} for name, record in records.items() for row in record["rows"]])
+    growth, sizes = (pd.DataFrame(records[MODELS[0]][name]) for name in ("growth", "sizes"))
     bound = rows.peer_gflop.where(rows.peer_gflop > 0) / rows.gflop.where(rows.gflop > 0)
     return rows.assign(bound=bound, reached=rows.ratio / bound), growth, sizes
 
@@ -55,20 +62,22 @@ def builds(record: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["what", "seconds", "limit_s", "met", "peak_mb"])
 
 
-def report_costs(report: Results, record: dict[str, Any], table: pd.DataFrame, points: pd.DataFrame) -> None:
-    """What the chapter's prose says of the record. table, points: the first two of its `tables`."""
-    machine, judged = record["machine"], table[table.met.notna()]
+def report_costs(report: Results, records: dict[str, Any], table: pd.DataFrame, points: pd.DataFrame) -> None:
+    """What the chapter's prose says of the records by model. table, points: the first two of their `tables`."""
+    judged = table[table.met.notna()]
     missed = list(judged[~judged.met.astype(bool)].itertuples())
     ends = [(name, part.iloc[0], part.iloc[-1]) for name, part in points.groupby("grows", sort=False)]
     grown = [(name, last["at"] / first["at"], last.trace_s / first.trace_s) for name, first, last in ends]
-    report("machine", f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads")
-    report.many({"matmul": (record["matmul_gflops"], ".0f"), "started": record["started"]})
-    report.many({"again": measured_again(record), "comparisons": len(table)})
+    runs = [
+        say("costs", "run", **{"load": None, "model": name, "again": measured_again(record)} | record)
+        for name, record in records.items()
+    ]
+    report.many({"runs": " ".join(runs), "comparisons": len(table)})
     largest_difference = (table.difference / table.tolerance.where(table.tolerance > 0)).max()
     report("largest_difference", float(largest_difference), ".0%")
     report.many({"goals": len(judged), "met": int(judged.met.sum())})
     report.many({"missed": say("costs", "missed", missed=missed), "growth": say("costs", "growth", growth=grown)})
-    ran = [size for size in record["sizes"] if "seconds" in size]
+    ran = [size for size in records[MODELS[0]]["sizes"] if "seconds" in size]
     largest = ran[-1] if ran else {"shape": "none", "precision": "-", "peak_gb": None}
     report.many({"largest": largest["shape"], "largest_precision": largest["precision"]})
     report("largest_gb", float(largest["peak_gb"] or "nan"), ".1f")

@@ -1,9 +1,10 @@
 """`make bench`: every row measured and checked, the table printed, all of it kept as JSON.
 
-python -m tests.bench [ROW ...] [--book] [--output FILE | --record]
+python -m tests.bench [ROW ...] [--model NAME] [--book] [--output FILE | --record]
 """
 
 import json
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +27,9 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def bench(
     only: Annotated[list[str] | None, typer.Argument(help="Rows to run, such as `step`; all if none is named.")] = None,
+    model_name: Annotated[
+        str, typer.Option("--model", help="The rows' model; what grows, and sizes, are of smollm2's shape and its run.")
+    ] = "smollm2",
     output: Annotated[Path, typer.Option(help="The file to write.")] = BUILD / "bench.json",
     record: Annotated[
         bool, typer.Option(help="Write the record that the book shows; of some rows, put them in place of its own.")
@@ -38,15 +42,18 @@ def bench(
     for word in only or ():
         if word not in makers:
             raise typer.BadParameter(f"there is no row {word!r}; choose from {', '.join(makers)}.")
+    if model_name not in costs.MODELS:
+        raise typer.BadParameter(f"{model_name!r} has no record; choose from {', '.join(costs.MODELS)}.")
     torch.set_num_threads(2)
-    model, found = models.use_device_of(models.load("smollm2")), list[dict]()
-    stamp = {"commit": commit(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
+    model, found = models.use_device_of(models.load(model_name)), list[dict]()
+    stamp = {"commit": commit(), "started": datetime.now(UTC).isoformat(timespec="seconds"), "load": os.getloadavg()[0]}
+    shapes = not only and model.name == "smollm2"
     for name in (bar := tqdm(list(only or makers), desc="bench")):
         for row in makers[name](model):
             bar.set_postfix_str(f"{row.name} / {row.peer_name}")
             found.append(measure.run(row, measure.matmul_rate()) | stamp)
     if only and record:
-        content = costs.with_rows_replaced(costs.load_record(), found) | ({"book": built} if book else {})
+        content = costs.with_rows_replaced(costs.load_record(model.name), found) | ({"book": built} if book else {})
     else:
         content = {
             "machine": measure.machine(),
@@ -55,10 +62,10 @@ def bench(
             **stamp,
             "rows": found,
             "book": built,
-            "growth": [] if only else growth.measure_all(model),
-            "sizes": [] if only else big.measure_all(model),
+            "growth": growth.measure_all(model) if shapes else [],
+            "sizes": big.measure_all(model) if shapes else [],
         }
-    output = costs.RECORD if record else output
+    output = costs.path_of(model.name) if record else output
     write_atomically(output, json.dumps(content, indent=1) + "\n")
     Console(width=180).print(show(found))
     print(f"written to {output}")

@@ -1,4 +1,6 @@
-"""What is compared: each row does one piece of the book's work in the book's way and in a peer's."""
+"""What is compared: each row does one piece of the book's work in the book's way and in a peer's, on the first case of
+any model and at the layer that the book's rule diagnoses there. Limits in seconds were set for SmolLM2, and are no goal
+elsewhere."""
 
 import copy
 from collections.abc import Callable
@@ -13,23 +15,36 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib import interventions, models, peers, static, trace, training
 from lib.checkpoints import fetching
-from lib.facts import Fact, load_cases, load_templates, prompts
+from lib.facts import Case, Fact, load_templates, prompts
 from lib.models import Model
-from lib.recall import trainable
-from lib.studies import cross_validation
+from lib.studies import cross_validation, location
 from lib.trace import CONVENTIONS, capture, logit_traces
 from lib.weights import pathway_slices
 from tests.bench.measure import Row, largest
 
-LAYER = 23  # 0-based: the diagnosed layer of SmolLM2's first case
 AROUND = 2  # layers on either side that Captum is asked for
-SAMPLE = 64  # prompts that stand for all 2,440 at the peer
-LAYERS_OF_PEER = (0, 10, 20, 29)  # layers that stand for all 30 at the peer: a patched pass costs the same anywhere
+SAMPLE = 64  # prompts that stand for all of chapter 5's at the peer
+
+
+def studied(model: Model) -> tuple[Case, int]:
+    """The model's first case, and its diagnosed layer (0-based)."""
+    setting = location.setting(model)
+    return setting.case, setting.verdict.knowledge_head.layer
+
+
+def layers_of_peer(n: int) -> list[int]:
+    """Four that stand for all n layers at the peer: a patched pass costs the same anywhere."""
+    return [*range(0, n - 1, n // 3), n - 1]
+
+
+def limit(model: Model, seconds: float) -> float | None:
+    """What ours may take at most: on the model for which it was set."""
+    return seconds if model.name == "smollm2" else None
 
 
 def trace_rows(model: Model) -> list[Row]:
     """The full logit trace of 8 prompts, beside one plain forward pass, and beside TransformerLens."""
-    case = trainable(model, load_cases(model.name)[0])
+    case, _ = studied(model)
     texts = prompts(case.facts, load_templates()[case.template])
     answers = torch.tensor([[model.first_token(f.answer)] for f in case.facts])
     tokens, last = model.encode(texts)
@@ -55,7 +70,8 @@ def trace_rows(model: Model) -> list[Row]:
     def _heads(model: Model, lens, cache, layer: int) -> Tensor:
         z = cache[f"blocks.{layer}.attn.hook_z"].view(*tokens.shape, model.weights.n_heads, -1)
         W_O = lens.blocks[layer].attn.W_O.view(model.weights.n_heads, -1, model.weights.d_model)
-        return torch.einsum("btnh,nhd->bntd", z, W_O)
+        written, norm = torch.einsum("btnh,nhd->bntd", z, W_O), model.weights.blocks[layer].after_attn
+        return written * norm.gain / norm.scale(written.sum(1, keepdim=True))
 
     what = f"heads, MLPs and biases of {len(texts)} prompts, {len(CONVENTIONS)} conventions"
     logits, heads = (lambda a, b, i=i: largest(a[i], b[i]) for i in (0, 1))
@@ -68,22 +84,23 @@ def trace_rows(model: Model) -> list[Row]:
 
 def neuron_rows(model: Model) -> list[Row]:
     """Neurons of the diagnosed layer for all prompts of chapter 5, beside Captum over the layers around it."""
-    case = trainable(model, load_cases(model.name)[0])
+    case, layer = studied(model)
     table = cross_validation.large_prompts(model, case)
     texts, targets = list(table.prompt), torch.tensor(table.answer_token.to_numpy())
     some = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:SAMPLE]
-    sample, layers = [texts[i] for i in some], [LAYER + i for i in range(-AROUND, AROUND + 1)]
-    what = f"L{LAYER + 1}, {len(texts):,} prompts, by trace and by gradient"
+    sample = [texts[i] for i in some]
+    layers = list(range(max(0, layer - AROUND), min(model.weights.n_layers, layer + AROUND + 1)))
+    what = f"L{layer + 1}, {len(texts):,} prompts, by trace and by gradient"
 
     def ours() -> Tensor:
-        return peers.attribute_neurons(model, texts, targets, [LAYER]).gradient[some, 0]
+        return peers.attribute_neurons(model, texts, targets, [layer]).gradient[some, 0]
 
     def together() -> Tensor:
-        return peers.captum_attributions(model, sample, targets[some], layers, progress=None)[:, AROUND]
+        return peers.captum_attributions(model, sample, targets[some], layers)[:, layers.index(layer)]
 
     def one_by_one() -> Tensor:
-        by_layer = [peers.captum_attributions(model, sample, targets[some], [i], progress=None) for i in layers]
-        return by_layer[AROUND][:, 0]
+        by_layer = [peers.captum_attributions(model, sample, targets[some], [i]) for i in layers]
+        return by_layer[layers.index(layer)][:, 0]
 
     captum, scaled = f"Captum LayerGradientXActivation, {len(layers)} layers", f"({SAMPLE} prompts, scaled)"
     work = {f"{captum}, a call a layer {scaled}": one_by_one, f"{captum}, one call for all {scaled}": together}
@@ -100,16 +117,15 @@ def patching_rows(model: Model) -> list[Row]:
     pairs = torch.tensor([[model.first_token(f.answer), model.first_token("the")] for f in facts])
     tokens, last = model.encode(texts)
     clean_tokens, _ = model.encode(others)
-    lens, heads = peers.bridge(model), model.weights.n_heads
+    lens, heads, layers = peers.bridge(model), model.weights.n_heads, layers_of_peer(model.weights.n_layers)
     index = pd.DataFrame(
-        [(layer, int(last[0]), head) for layer in LAYERS_OF_PEER for head in range(heads)],
-        columns=["layer", "pos", "head"],
+        [(layer, int(last[0]), head) for layer in layers for head in range(heads)], columns=["layer", "pos", "head"]
     )
 
     def ours() -> Tensor:
         bad, good = interventions.run_with_cache(model, texts), interventions.run_with_cache(model, others)
         found = interventions.patch_components(model, bad, good.z, good.mlps, pairs)[: model.weights.n_layers * heads]
-        return found.view(-1, heads, len(texts))[list(LAYERS_OF_PEER)].flatten(0, 1)
+        return found.view(-1, heads, len(texts))[layers].flatten(0, 1)
 
     @torch.no_grad()
     def through_lens() -> Tensor:
@@ -120,10 +136,7 @@ def patching_rows(model: Model) -> list[Row]:
         return patch(lens, tokens, clean, metric, put, "z", index_df=index, reduce="none").values
 
     what = f"{model.weights.n_layers * heads} heads, last position, {len(texts)} pairs"
-    name, share = (
-        f"TransformerLens' own helper ({len(index)} heads, scaled)",
-        len(LAYERS_OF_PEER) / model.weights.n_layers,
-    )
+    name, share = f"TransformerLens' own helper ({len(index)} heads, scaled)", len(layers) / model.weights.n_layers
     return [Row("activation patching", what, name, ours, through_lens, largest, 1e-3, peer_of=share, rounds=3)]
 
 
@@ -133,7 +146,7 @@ def _margin(logits: Tensor, pairs: Tensor) -> Tensor:
 
 def equal_length(model: Model, n: int) -> tuple[list[Fact], list[str], list[str]]:
     """n facts whose prompts are equally long, and for each the prompt of another of them."""
-    case = trainable(model, load_cases(model.name)[0])
+    case, _ = studied(model)
     texts = prompts(case.large, load_templates()[case.template])
     sizes = pd.Series([len(model.token_ids(t)) for t in texts])
     pick = sizes[sizes == sizes.mode()[0]].index[:n]
@@ -144,9 +157,9 @@ def equal_length(model: Model, n: int) -> tuple[list[Fact], list[str], list[str]
 def step_rows(model: Model) -> list[Row]:
     """One step of V-only training at the diagnosed layer: ours, plain PyTorch (as a model is loaded, and with all else
     frozen) and peft. All take the same prompts and window, and the untouched model's log-probabilities from a store."""
-    case = trainable(model, load_cases(model.name)[0])
-    task = training.task_at(model, case, LAYER)
-    (part,) = pathway_slices(model.module, LAYER, "v_only")
+    case, layer = studied(model)
+    task = training.task_at(model, case, layer)
+    (part,) = pathway_slices(model.module, layer, "v_only")
     rows, start = torch.arange(task.recipe.windows), training.slice_values(model, (part,))[part]
     leaf = start.clone().requires_grad_()
     optimiser = torch.optim.Adam([leaf], lr=1e-3)
@@ -162,7 +175,7 @@ def step_rows(model: Model) -> list[Row]:
         "plain PyTorch, all else frozen": plain_step(model, task, copy.deepcopy(model.module), part.name),
         "peft: LoRA of full rank on the same matrix": peft_step(model, task),
     }
-    what = f"L{LAYER + 1}, {len(case.facts)} prompts and {task.recipe.windows} window of {task.recipe.window} tokens"
+    what = f"L{layer + 1}, {len(case.facts)} prompts and {task.recipe.windows} window of {task.recipe.window} tokens"
     return [
         Row("V-only step", what, name, ours, peer, _same_loss if "peft" in name else _same_step, 2e-3, rounds=9)
         for name, peer in ways.items()
@@ -230,7 +243,7 @@ def peft_step(model: Model, task: training.Task) -> Callable[[], tuple]:
     from peft import LoraConfig, get_peft_model
 
     rank = model.weights.n_kv_heads * model.weights.d_head
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["v_proj"], layers_to_transform=[LAYER])
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["v_proj"], layers_to_transform=[task.layer])
     module = get_peft_model(copy.deepcopy(model.module), config)
     leaves = [p for p in module.parameters() if p.requires_grad]
     start, rows = [p.detach().clone() for p in leaves], torch.arange(task.recipe.windows)
@@ -251,11 +264,11 @@ FOUR = ("full", "attention", "ffn", "v_only")
 def four_rows(model: Model) -> list[Row]:
     """The four pathways, trained to the goal at one rate, set-up included; the plain way trains the same slices of a
     whole model."""
-    case = trainable(model, load_cases(model.name)[0])
-    task = training.task_at(model, case, LAYER)  # for the plain way: facts and windows
+    case, layer = studied(model)
+    task = training.task_at(model, case, layer)  # for the plain way: facts and windows
 
     def ours() -> list[tuple[int, float]]:
-        task = training.task_at(model, case, LAYER)
+        task = training.task_at(model, case, layer)
         runs = [training.train(model, task, name, rate=1e-3) for name in FOUR]
         return [(run.steps, run.kl) for run in runs]
 
@@ -263,7 +276,7 @@ def four_rows(model: Model) -> list[Row]:
         base = plain_base(model, task)
         return [plain_train(model, task, base, name, frozen) for name in FOUR]
 
-    what = f"L{LAYER + 1}, to a margin of {training.DEFAULT.margin:g} or {training.DEFAULT.max_steps} steps"
+    what = f"L{layer + 1}, to a margin of {training.DEFAULT.margin:g} or {training.DEFAULT.max_steps} steps"
     what = f"{what}, set-up and KL on unseen windows included"
     ways = {"plain PyTorch, every parameter's gradient": False, "plain PyTorch, all else frozen": True}
     return [
@@ -303,7 +316,7 @@ def plain_train(model: Model, task: training.Task, base: Tensor, pathway: str, f
 
 def static_rows(model: Model) -> list[Row]:
     """All four input-free diagnostics of all heads, beside the relation maps alone by whole OV matrices."""
-    case, types = trainable(model, load_cases(model.name)[0]), static.load_token_types(model)
+    (case, _), types = studied(model), static.load_token_types(model)
     ids = [i for group in types.values() for i in group]
 
     def ours() -> Tensor:
@@ -316,14 +329,13 @@ def static_rows(model: Model) -> list[Row]:
     @torch.no_grad()
     def plain() -> Tensor:
         weights, facts = model.weights, case.facts
-        e = weights.W_E[[model.token_ids(f" {f.subject}")[-1] for f in facts]]
-        e = torch.cat((e, static.enrich(weights, e)))
+        e = torch.cat([*static.subject_embeddings(model, facts).values()])
         answers, W_U = [model.first_token(f.answer) for f in facts], weights.norm_final.fold(weights.W_U)
         hits = []
         for block in weights.blocks:
             x, W_V = block.norm_attn(e), block.attn.per_head(block.attn.W_V)
             for head in range(weights.n_heads):
-                logits = x @ (W_V[head] @ block.attn.W_O[head]) @ W_U
+                logits = x @ (W_V[head] @ block.W_O[head]) @ W_U
                 hits.append(logits[:, answers] >= logits.topk(10).values[:, -1:])
         return torch.stack(hits).unflatten(0, (weights.n_layers, -1)).float()
 
@@ -332,12 +344,14 @@ def static_rows(model: Model) -> list[Row]:
         f"{n} heads: QK overlap, K-norms, roles with their permutation tests, relation maps of {len(case.facts)} facts"
     )
     name = "relation maps alone, a d_model x d_model matrix a head"
-    return [Row("static diagnostics", what, name, ours, plain, difference, 0.0, None, rounds=5, seconds=2.0)]
+    return [
+        Row("static diagnostics", what, name, ours, plain, difference, 0.0, None, rounds=5, seconds=limit(model, 2.0))
+    ]
 
 
 def load_rows(model: Model) -> list[Row]:
     """A cached model, its checksum and weight view checked, beside the plain loading of model and tokenizer."""
-    folder = fetching.fetch("smollm2")
+    folder = fetching.fetch(model.name)
 
     def plain() -> Tensor:
         AutoTokenizer.from_pretrained(folder)
@@ -347,7 +361,7 @@ def load_rows(model: Model) -> list[Row]:
         return models.load(model.name).module.model.norm.weight.detach()
 
     what, name = f"{model.name}, from the cache, checked", "from_pretrained, unchecked"
-    return [Row("loading", what, name, ours, plain, largest, 0.0, None, rounds=5, seconds=0.5)]
+    return [Row("loading", what, name, ours, plain, largest, 0.0, None, rounds=5, seconds=limit(model, 0.5))]
 
 
 ROWS = (trace_rows, neuron_rows, patching_rows, step_rows, four_rows, static_rows, load_rows)
