@@ -64,14 +64,13 @@ def test_only_what_is_short_of_what_runs_put_into_the_prose_is_bold():
 
 def test_a_folded_figure_is_called_by_its_number_and_the_first_sentence_of_its_caption():
     def folded(kind, name, caption):
-        code, shown = nodes.container("", nodes.literal_block("", "1")), kind("", nodes.caption("", caption), ids=[name])
-        return HideCodeCellNode("", code, nodes.container("", shown), prompt_show="Show", prompt_hide="Hide", classes=[])
+        shown = nodes.container("", kind("", nodes.caption("", caption), ids=[name]))
+        return HideCodeCellNode("", nodes.container("", nodes.literal_block("", "1")), shown)
 
     document = new_document("page")
     document += folded(nodes.figure, "fig-a", "Logit lens: the rank of 0.5. More.")
     document += folded(TableFigure, "tab-b", "The same in numbers, of\n6.5 billion. More: this.")
-    plain = HideCodeCellNode("", nodes.container("", nodes.literal_block("", "1")), prompt_show="Show", classes=[])
-    document += plain
+    document += HideCodeCellNode("", nodes.container("", nodes.literal_block("", "1")), prompt_show="Show")
     numbers = {"page": {"figure": {"fig-a": (2, 4)}, "table": {"tab-b": (2, 1)}}}
     config = SimpleNamespace(numfig_format={"figure": "Fig. %s", "table": "Table %s"})
     fold(SimpleNamespace(env=SimpleNamespace(toc_fignumbers=numbers), config=config), document, "page")
