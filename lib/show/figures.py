@@ -62,7 +62,7 @@ def head_heatmap(
     chance: mean, low, high of a null, drawn on the colour bar."""
     values = np.stack([grid.cpu().numpy() for grid in grids.values()])
     n, layers, heads = values.shape
-    fig, axes = _panels(n, 1, (9, 0.8 + 1.85 * n)) if layers > WIDE else _panels(1, n, (1.5 + 4.4 * n, 3.6))
+    fig, axes = _panels(n, 1, (9, 0.7 + 1.75 * n)) if layers > WIDE else _panels(1, n, (1.5 + 4.4 * n, 3.6))
     top = float(np.abs(values).max() if signed else values.max()) or 1.0
     colours, bottom, edge = ("RdBu_r", -top, "black") if signed else ("viridis", 0, "white")
     for ax, title, grid in zip(axes.flat, grids, values, strict=True):
@@ -106,7 +106,7 @@ def k_norm_by_layer(table: pd.DataFrame) -> Figure:
 def told_matrix(table: pd.DataFrame) -> Figure:
     """Templates down, facts across: filled where the answer is told; where not, the token that is said instead."""
     subjects, templates = list(table.subject.unique()), list(table.template.unique())
-    fig, ax = _panel((10, 0.32 * len(templates) + 0.8))
+    fig, ax = _panel((10, 0.27 * len(templates) + 0.7))
     told = table.pivot(index="template", columns="subject", values="told").loc[templates, subjects]
     names = [f"{words(name)}  {count}/{len(subjects)}" for name, count in told.sum(1).items()]
     _matrix(ax, told.set_axis(names), BLUE)
@@ -142,7 +142,7 @@ def writing_heatmaps(diagnosis: Diagnosis) -> Figure:
 
 def lens_ranks(ranks: dict[str, Float[Tensor, "fact n_layers+1"]]) -> Figure:
     """Median rank of the answer in the logit lens by layer, with the middle half of the facts."""
-    fig, ax = _panel((8.5, 3.2), yscale="log", xlabel="after layer", ylabel="rank of the answer\n(1 is the top)")
+    fig, ax = _panel((8.5, 3), yscale="log", xlabel="after layer", ylabel="rank of the answer\n(1 is the top)")
     for (name, by_fact), colour in zip(ranks.items(), (BLUE, RED, ORANGE, PINK, GREY), strict=False):
         low, middle, high = np.quantile(by_fact.cpu().numpy(), (0.25, 0.5, 0.75), axis=0)
         ax.fill_between(range(len(middle)), low, high, color=colour, alpha=0.15, lw=0)
@@ -183,7 +183,7 @@ def attention_by_template(table: pd.DataFrame) -> Figure:
 
 def prefix_bars(table: pd.DataFrame) -> Figure:
     """Share told with each neutral prefix, with exact intervals, one panel a case."""
-    fig, panels = _split(table, "case", (4.9 * table.case.nunique(), 0.32 * table.prefix.nunique() + 1.1))
+    fig, panels = _split(table, "case", (4.9 * table.case.nunique(), 0.27 * table.prefix.nunique() + 1.0))
     for ax, case, part in panels:
         names = [prefix if "<|" in prefix else words(prefix) for prefix in part.prefix]
         share = (part.told / part.n).to_numpy()
@@ -215,7 +215,7 @@ def told_by_way(table: pd.DataFrame) -> Figure:
 def subject_norms(norms: dict[str, Float[Tensor, "fact n_layers+1"]]) -> Figure:
     """Norm of the residual stream at the subject's last token, layer by layer, one thin line a fact."""
     label = "norm of the subject's\nresidual stream"
-    fig, ax = _panel((8.5, 3.2), yscale="log", xlabel="after layer", ylabel=label)
+    fig, ax = _panel((8.5, 3), yscale="log", xlabel="after layer", ylabel=label)
     for (name, values), colour in zip(norms.items(), (RED, BLUE, ORANGE, PINK, GREEN), strict=False):
         _curves(ax, values.T.cpu().numpy(), colour, name, (0.6, 0.5))
     ax.legend(loc="lower right")
@@ -229,8 +229,9 @@ def static_against_dynamic(static: Grid, dynamic: Grid) -> Figure:
     ax.scatter(x, y, s=22, color=BLUE, alpha=0.6, lw=0)
     ax.axhline(0, color="black", lw=0.6)
     strength = x / (x.max() or 1) + y / (np.abs(y).max() or 1)
-    for i in np.argsort(-strength)[:NAMED]:
-        _name_point(ax, str(Site(*divmod(int(i), static.shape[1]))), x[i], y[i], (6, 4))
+    named = sorted(np.argsort(-strength)[:NAMED], key=lambda i: x[i])
+    for i, offset in zip(named, (4, -12) * NAMED, strict=False):  # above and below in turn: neighbours do not meet
+        _name_point(ax, str(Site(*divmod(int(i), static.shape[1]))), x[i], y[i], (6, offset))
     ax.set_xlim(-0.03 * x.max(), 1.15 * x.max() + 1e-9)
     ax.set_xlabel("relation map: share of countries with their\ncapital in the head's top 10 (no input)")
     return fig
