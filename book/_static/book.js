@@ -32,7 +32,7 @@ function drawCharts() {
       const spec = JSON.parse(box.querySelector("script").textContent);
       const sheet = box.appendChild(document.createElement("div"));
       delete spec.$schema; // of the version that notebooks read
-      if (box.clientWidth < 640) spec.columns = 1;
+      if (box.closest(".cell").clientWidth < 640) spec.columns = 1; // a fold that is closed has no width
       vegaEmbed(sheet, spec, { mode: "vega-lite", actions: false, renderer: "svg", ast: true });
     }
   });

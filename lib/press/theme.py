@@ -22,7 +22,7 @@ from sphinx.transforms import SphinxTransform
 
 GLOSSARY = "book/glossary"
 SENTENCE = 40  # letters; what is shorter is a number or a name
-SENTENCE_END = re.compile(r"(?<=\w[.:;])\s")
+SENTENCE_END = re.compile(r"(?<=\w[.:;?])\s")
 COLUMNS, TEXT = 6, 530  # a table of more columns, a figure of more points, is wider than the column of text
 
 
@@ -55,17 +55,18 @@ def widen(app: Sphinx, document: nodes.document, page: str) -> None:
 
 
 def fold(app: Sphinx, document: nodes.document, page: str) -> None:
-    """Of cells tagged `hide-cell` that show a figure or table: the line that opens one says what it is, and what opens
-    is as elsewhere on the page, the code behind a fold of its own."""
+    """Of cells tagged `hide-cell`: the line that opens a figure or table says what it is (another output has a line of
+    the cell's own), and what opens is as elsewhere on the page, the code behind a fold of its own."""
     for folded in list(document.findall(HideCodeCellNode)):
-        figure, source = next(iter(folded.findall(nodes.figure)), None), folded.children[0]
-        if figure is None:
+        source, *shown = folded.children
+        if not shown:
             continue
-        kind = "table" if isinstance(figure, TableFigure) else "figure"
-        number = ".".join(map(str, app.env.toc_fignumbers[page][kind][figure["ids"][0]]))
-        caption = next(iter(figure.findall(nodes.caption))).astext()
-        title = f"{app.config.numfig_format[kind] % number}: {SENTENCE_END.split(caption)[0].rstrip('.:;')}"
-        folded["prompt_show"] = folded["prompt_hide"] = " ".join(title.split())
+        if figure := next(iter(folded.findall(nodes.figure)), None):
+            kind = "table" if isinstance(figure, TableFigure) else "figure"
+            number = ".".join(map(str, app.env.toc_fignumbers[page][kind][figure["ids"][0]]))
+            caption = next(iter(figure.findall(nodes.caption))).astext()
+            title = f"{app.config.numfig_format[kind] % number}: {SENTENCE_END.split(caption)[0].rstrip('.:;')}"
+            folded["prompt_show"] = folded["prompt_hide"] = " ".join(title.split())
         folded["classes"].append("folded")
         code = HideCodeCellNode(prompt_show="Show code cell source", prompt_hide="Hide code cell source")
         code["classes"].append("above-input")

@@ -42,6 +42,7 @@ Grid = Float[Tensor, "n_layers n_heads"]
 WIDE = 16  # a model of more layers gets wide panels, one below another, and every third layer a number
 WORDING = 300  # characters of a table's cell, at most
 NAMED = 6  # heads of a scatter that bear their names
+NEXT = 4  # times as many parameters: dots that are nearer share a label
 LEFT_EDGE = 0.3  # where no parameters stand on a logarithmic axis of their number
 ROLE_COLOURS = {"copies": BLUE, "suppresses": RED, "maps relation": GREEN, "neither": "#dddddd"}
 
@@ -406,7 +407,7 @@ def effects_of_parts(table: pd.DataFrame) -> Figure:
 def layer_sweep(means: pd.DataFrame, layer: int) -> Figure:
     """Told, held-out repaired and harm by layer, one line a pathway. layer: the diagnosed one, counted from 1."""
     panels = {"facts_told": "facts told", "held_out_repaired": "held-out repaired", "kl": "KL on neutral text (nats)"}
-    fig, axes = _panels(1, 3, (10, 3.1), xlabel="layer")
+    fig, axes = _panels(1, 3, (10, 2.8), xlabel="layer")
     for ax, (column, label) in zip(axes.flat, panels.items(), strict=True):
         for i, (name, part) in enumerate(means.sort_values("layer").groupby("pathway", sort=False)):
             beside = part.layer + 0.2 * (i - 1.5)  # so that equal values are all seen
@@ -424,7 +425,7 @@ def layer_sweep(means: pd.DataFrame, layer: int) -> Figure:
 
 def depth(table: pd.DataFrame, layer: int) -> Figure:
     """Held-out repaired and bled by layer: the mean over pathways, and their range. layer: the diagnosed one."""
-    fig, axes = _panels(1, 2, (10, 2.9), xlabel="layer")
+    fig, axes = _panels(1, 2, (10, 2.6), xlabel="layer")
     labels = {"repaired": "held-out repaired", "bled": "trained answers, wrongly"}
     for ax, (name, label), colour in zip(axes.flat, labels.items(), (BLUE, RED), strict=True):
         ax.fill_between(table.layer, table[f"{name}_min"], table[f"{name}_max"], color=colour, alpha=0.15, lw=0)
@@ -437,7 +438,7 @@ def depth(table: pd.DataFrame, layer: int) -> Figure:
 def correlations(table: pd.DataFrame) -> Figure:
     """Rank correlations with intervals: a panel a score, a row a measure, a dot a pathway; hollow: 0 is within."""
     measures = list(table.measure.unique())
-    fig, panels = _split(table, "score", (10, 3.3), sharey=False)
+    fig, panels = _split(table, "score", (10, 3), sharey=False)
     for ax, score, by_score in panels:
         ax.axvline(0, color="black", lw=0.6)
         for i, (pathway, part) in enumerate(by_score.groupby("pathway", sort=False)):
@@ -454,27 +455,29 @@ def ladder(rows: pd.DataFrame, general: float) -> Figure:
     """Facts told and held-out facts repaired over the number of changed parameters, one labelled dot a method. general:
     the share of the held-out facts from which a method generalises."""
     panels = {"facts told": ("facts_told", "facts_n"), "held-out repaired": ("held_out_repaired", "held_out_n")}
-    fig, axes = _panels(2, 1, (9.5, 5.4), xscale="log")
+    fig, axes = _panels(2, 1, (9.5, 4.8), xscale="log")
     for ax, (label, (measure, size)) in zip(axes.flat, panels.items(), strict=True):
         top = rows[size].max()
         ax.axhline(top, color="#cccccc", lw=0.8)
-        for (x, y), group in rows.assign(x=rows.parameters.clip(lower=LEFT_EDGE)).groupby(["x", measure]):
-            ax.plot(x, y, "o", color=KIND_COLOURS[group.kind.iloc[0]], ms=7)
-            numbers = ", ".join(str(i + 1) for i in group.index)  # dots in one place share a label
-            _name_point(ax, numbers, x, y, (0, 6), fontsize=8, ha="center")
+        placed = rows.assign(x=rows.parameters.clip(lower=LEFT_EDGE)).sort_values([measure, "x"], kind="stable")
+        ax.scatter(placed.x, placed[measure], color=placed.kind.map(KIND_COLOURS), s=49)
+        apart = (placed.x > NEXT * placed.x.shift()) | placed[measure].diff().ne(0)
+        for _, group in placed.groupby(apart.cumsum()):  # neighbours share a label, at the right of the last
+            numbers = ", ".join(str(i + 1) for i in sorted(group.index))
+            _name_point(ax, numbers, group.x.iloc[-1], group[measure].iloc[0], (6, 0), fontsize=8, va="center")
         ax.set(ylabel=label, ylim=(-0.05 * top, 1.15 * top))
     ax.axhline(general * top, color="black", lw=1, ls=":")
     ax.set_xlabel("changed parameters (left edge: none)")
     names = [f"{i} {name}" + ("" if i % 4 else "\n") for i, name in enumerate(rows.rival, 1)]  # four a line
     fig.supxlabel("   ".join(names), fontsize=8)
-    return _legend(fig, ncols=6, handles=_dots({k: c for k, c in KIND_COLOURS.items() if k in set(rows.kind)}, lw=0))
+    return _legend(fig, ncols=4, handles=_dots({k: c for k, c in KIND_COLOURS.items() if k in set(rows.kind)}, lw=0))
 
 
 def planted_curves(table: pd.DataFrame) -> Figure:
     """Answer minus competitor by layer before and after planting, a panel a plant; facts thin, means bold."""
     colours = {"controls, planted": GREY, "failing template, before": BLUE, "failing template, planted": RED}
     table = table.sort_values("seed", kind="stable")
-    size, label = (4.9 * table.seed.nunique(), 3.4), MARGIN
+    size, label = (4.9 * table.seed.nunique(), 3.1), MARGIN
     fig, panels = _split(table, "seed", size, sharey=False, xlabel="layers summed", ylabel=label)
     for ax, _, plant in panels:
         for name, part in plant.groupby("curve", sort=False):
@@ -492,7 +495,7 @@ def rule_scores(table: pd.DataFrame, goals: dict[str, float]) -> Figure:
     """Share of plants of which each rule is right, with exact intervals; one panel a question, one colour a model.
     Dashed: the goal. Diamonds: chance, which has no interval."""
     panels = {"kind": "failure kind", "layer": "exact layer", "kind and site": "kind and site"}
-    fig, axes = _panels(1, len(panels), (10, 3.4), sharey=True, xlim=(-0.03, 1.03))
+    fig, axes = _panels(1, len(panels), (10, 3.2), sharey=True, xlim=(-0.03, 1.03))
     rules = table.rule.str.replace(r"^always .*", "best constant", regex=True).unique()
     models = table.model.nunique()
     for ax, (question, label) in zip(axes.flat, panels.items(), strict=True):
@@ -515,7 +518,7 @@ def planted_and_named(runs: pd.DataFrame) -> Figure:
     the joined rule, blue where site and kind are right. A row a planted kind."""
     plants = runs[runs.accepted].sort_values("kind", kind="stable")
     n = plants.kind.nunique()
-    fig, panels = _split(plants, "kind", (10, 2.1 * n + 0.3), rows=n, sharey=False)
+    fig, panels = _split(plants, "kind", (10, 1.8 * n + 0.3), rows=n, sharey=False)
     for ax, kind, part in panels:
         planted = [sorted({Site.parse(site).layer + 1 for site in text.split(", ")}) for text in part.truth]
         named = [Site.parse(site).layer + 1 for site in part["joined: named"]]
