@@ -23,7 +23,7 @@ from sphinx.transforms import SphinxTransform
 GLOSSARY = "book/glossary"
 SENTENCE = 40  # letters; what is shorter is a number or a name
 SENTENCE_END = re.compile(r"(?<=\w[.:;?])\s")
-COLUMNS, TEXT = 6, 530  # a table of more columns, a figure of more points, is wider than the column of text
+COLUMNS, TEXT = 5, 530  # a table of more columns, a figure of more points, is wider than the column of text
 
 
 class TableFigure(nodes.figure):

@@ -201,7 +201,7 @@ WAYS = {"failing": RED, "control": BLUE, "prefix": ORANGE, "end": PINK, "repair"
 
 def told_by_way(table: pd.DataFrame) -> Figure:
     """Share told by each way of asking (way, kind, told, n), with exact intervals and the counts."""
-    fig, ax = _panel((8, 0.36 * len(table) + 1.1), xlim=(0, 1.12), xlabel="share told")
+    fig, ax = _panel((8, 0.27 * len(table) + 1), xlim=(0, 1.12), xlabel="share told")
     share, y = (table.told / table.n).to_numpy(), np.arange(len(table))
     ends = np.array([exact_interval(int(told), int(n)) for told, n in zip(table.told, table.n, strict=True)]).T
     ax.barh(y, share, color=table.kind.map(WAYS), height=0.65)
@@ -539,7 +539,7 @@ def planted_and_named(runs: pd.DataFrame) -> Figure:
 
 def cost_ratios(table: pd.DataFrame) -> Figure:
     """How many times faster than each peer, with the spread over rounds; the goal as a bar; hollow: goal missed."""
-    fig, ax = _panel((8, 0.62 * len(table) + 1.2))
+    fig, ax = _panel((9.5, 0.4 * len(table) + 1.1))
     y = np.arange(len(table))
     ax.axvline(1, color="black", lw=0.8)
     ax.hlines(y, table.least, table.most, color=BLUE, lw=2)
@@ -547,7 +547,7 @@ def cost_ratios(table: pd.DataFrame) -> Figure:
     ax.scatter(table.ratio, y, s=52, ec=BLUE, c=fill, lw=1.8, zorder=3)
     ax.scatter(table.goal, y, marker="|", s=260, color=RED, zorder=2, lw=2, label="goal")
     ax.scatter(table.bound, y, marker="d", s=34, ec=GREY, c="white", zorder=2, label="fewer operations")
-    ax.set_yticks(y, [f"{r.row}\n{textwrap.fill(f'beside {r.peer}', 52)}" for r in table.itertuples()], fontsize=9)
+    ax.set_yticks(y, [f"{r.row}\n{textwrap.fill(f'beside {r.peer}', 72)}" for r in table.itertuples()], fontsize=8.5)
     ax.set(xscale="log", xlabel="times faster than the peer")
     ax.xaxis.set_major_formatter("{x:g}x")
     ax.invert_yaxis()

@@ -47,7 +47,7 @@ def test_a_wide_picture_and_a_table_of_many_columns_use_the_margin(tmp_path):
         (tmp_path / f"{name}.svg").write_text(f'<svg xmlns="x" width="{width}pt" height="3pt">')
     document = new_document("page")
     pictures = [cell(nodes.image("", uri=f"{name}.svg")) for name in ("narrow", "wide", "missing")]
-    document.extend([table(6), table(7), *pictures, nodes.container("", nodes.image("", uri="wide.svg"))])
+    document.extend([table(5), table(6), *pictures, nodes.container("", nodes.image("", uri="wide.svg"))])
     widen(SimpleNamespace(srcdir=tmp_path), document, "page")
     assert ["tag_full-width" in child["classes"] for child in document] == [False, True, False, True, False, False]
 
