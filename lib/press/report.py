@@ -39,6 +39,9 @@ from lib.sweeps.runs import frame
 
 ADVICE = "Give a folder that you may write to."
 RULES = {"chapter 2": "the rule used here, chapter 2's", "joined": "chapter 7's joined rule"}
+RELATION = (
+    "model facts_file template told known facts knowledge_head failure_kind cause pathway repaired held_out commit"
+)
 Facts = str | Path | Mapping[str, str] | Iterable[Fact | tuple[str, str]]
 
 
@@ -193,7 +196,7 @@ def relations() -> pd.DataFrame:
         for path in sorted((record.FOLDER / name / "relations").glob("*.json")):
             run = read(name, SPECS[name].sha256, "10_your_model", path)
             rows.append(run["values"] | {"commit": run["provenance"]["commit"][:7]})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=RELATION.split())
 
 
 def picture(figure: Figure) -> str:

@@ -89,6 +89,12 @@ def tables(report: Results, specs: Sequence[Spec], *, timing: bool = False) -> l
     return found
 
 
+def recorded(report: Results, spec: Spec) -> pd.DataFrame:
+    """The rows of a sweep for a chapter that can do without: none where there is no record, or with RECORD=off."""
+    there = not live() and path_of(spec).is_file()
+    return tables(report, [spec])[0] if there else pd.DataFrame()
+
+
 def path_of(spec: Spec) -> Path:
     """Of the recorded table; its header has the suffix .json."""
     return FOLDER / slug(spec.model) / f"{spec.name}.csv"

@@ -47,7 +47,10 @@ def test_chapters_read_what_was_recorded_and_run_nothing(kept, here, organism, m
     assert not here and (timed.seconds > 0).all()
     note = report.provenance["sweeps"]["organism/s"]
     assert note["runs"] == 4 and len(note["date"]) == 10
+    pd.testing.assert_frame_equal(record.recorded(report, GRID), table, check_exact=True)
+    assert record.recorded(report, GRID.model_copy(update={"name": "other"})).empty
     monkeypatch.setenv("RECORD", "off")
+    assert record.recorded(report, GRID).empty
     [live] = record.tables(report, [GRID])
     assert report.provenance["sweeps"]["organism/s"] == {"runs": 4}
     pd.testing.assert_frame_equal(live, table, check_exact=True)
