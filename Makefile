@@ -14,7 +14,7 @@ ifdef SUBJECT
 $(error SUBJECT= is called MODEL= now: make $(MAKECMDGOALS) MODEL=$(SUBJECT))
 endif
 
-.PHONY: help bench book record test smoke check pages pdf colab snapshot links clean
+.PHONY: help bench book record relations test smoke check pages pdf colab snapshot links clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -31,6 +31,15 @@ test: .venv/developer  ## lint, types and tests, the real model's included
 
 record: .venv/ready  ## do every sweep of MODEL anew and write data/record (an hour for smollm2)
 	$(LIB) record --model $(MODEL)
+
+# Of each relation: its file in data/facts, and the wording in question.
+relations: .venv/ready  ## chapter 10 on three relations of MODEL, kept in data/record (minutes each)
+	@set -e; mkdir -p data/record/$(MODEL)/relations; \
+	for one in "languages:{}'s official language is" "currencies:{}'s currency is the" "continents:{}'s continent is"; do \
+	  for pathway in sink_kv v_only; do \
+	    $(LIB) run 10 --model $(MODEL) -p facts_file="$${one%%:*}" -p template="$${one#*:}" -p pathway=$$pathway; \
+	    cp _build/results/$(MODEL)/10_your_model.json data/record/$(MODEL)/relations/$${one%%:*}-$$pathway.json; \
+	  done; done
 
 smoke: .venv/ready  ## execute every chapter on the small planted model, and the regression test of its numbers
 	$(LIB) run --model organism

@@ -315,6 +315,7 @@ def record(
     names: Annotated[list[str] | None, typer.Argument(help="Sweeps of data/sweeps; all that are recorded.")] = None,
     model_name: ModelOption = "smollm2",
     workers: Annotated[int | None, typer.Option(help="Processes, one model each; one a core.")] = None,
+    missing: Annotated[bool, typer.Option("--missing", help="Keep what is recorded; do what it lacks.")] = False,
 ) -> None:
     """Do whole sweeps of a model and write them into data/record, from which chapters read them.
 
@@ -322,7 +323,7 @@ def record(
     """
     from lib.sweeps import spot
 
-    spot.make(model_name, names or (), workers=workers, say=typer.echo)
+    spot.make(model_name, names or (), missing=missing, workers=workers, say=typer.echo)
 
 
 @app.command("spot-check")

@@ -81,7 +81,8 @@ def trainings(model: Model) -> Numbers:
     case = asked(model)[0]
     run = training.train(model, training.task_at(model, case, LAYER), "v_only", rate=3e-3)
     edits.save_all({"v_only": run.edit}, folder := Path(files.cache_folder() / "device"))
-    some = {"texts": {"": evaluation.load_passages()["letter"][:800]}, "table": evaluation.questions(model, case)[::7]}
+    passage = next(iter(evaluation.load_passages().values()))[:800]
+    some = {"texts": {"": passage}, "table": evaluation.questions(model, case)[::7]}
     edit, protocol = edits.load_all(folder)["v_only"], evaluation.build_protocol(model, case, LAYER, **some)
     margins = evaluation.score_questions(model, protocol, edit).margin
     kl = evaluation.score_passages(model, protocol, {"": evaluation.noise(model, edit)})[""].kl
@@ -99,6 +100,8 @@ def sweeps(model: Model) -> Numbers:
 def test_elsewhere_the_numbers_are_the_same(organism, elsewhere, work: Callable, monkeypatch, tmp_path):
     monkeypatch.setattr(fetching, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(planted, "STEPS", 5)  # 60 multiply rounding
+    one_passage = dict([*evaluation.load_passages().items()][:1])
+    monkeypatch.setattr(evaluation, "load_passages", lambda: one_passage)
     here = work(organism)
     with simulated.Simulated(), simulated.AsDefault():
         monkeypatch.setattr(torch, "get_default_device", lambda: simulated.DEVICE)

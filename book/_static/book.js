@@ -7,9 +7,19 @@ document.addEventListener("DOMContentLoaded", () => {
   for (const image of document.querySelectorAll(".cell_output figure > img")) offerZoom(image);
   new MutationObserver(nameScrolling).observe(document.body, { childList: true, subtree: true }); // sortable tables
   nameScrolling();
+  document.addEventListener("toggle", nameScrolling, true); // what is folded has no width before
   explainWords();
   drawCharts();
+  unfold();
+  addEventListener("hashchange", unfold);
 });
+
+// A link to a figure that is folded opens it.
+function unfold() {
+  const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  for (let fold = target?.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+  if (target?.closest("details")) target.scrollIntoView();
+}
 
 // A chart that is moved (lib/show/sliders.py): what draws it is fetched from beside the page, where there is one.
 function drawCharts() {
@@ -22,7 +32,7 @@ function drawCharts() {
       const spec = JSON.parse(box.querySelector("script").textContent);
       const sheet = box.appendChild(document.createElement("div"));
       delete spec.$schema; // of the version that notebooks read
-      if (box.clientWidth < 640) spec.columns = 1;
+      if (box.closest(".cell").clientWidth < 640) spec.columns = 1; // a fold that is closed has no width
       vegaEmbed(sheet, spec, { mode: "vega-lite", actions: false, renderer: "svg", ast: true });
     }
   });

@@ -67,9 +67,10 @@ def add_box(notebook: Path, model_name: str, run: Mapping[str, Any], judged: Seq
 
 
 def minutes_to_read(book: nbformat.NotebookNode) -> int:
-    """Of an average reader, for prose, figures and tables."""
+    """Of an average reader, for prose, and figures and tables that are not folded."""
     prose = sum(len(cell.source.split()) for cell in book.cells if cell.cell_type == "markdown")
-    return max(1, round(prose / WORDS + LOOK * sum("figure" in cell.metadata.get("mystnb", {}) for cell in book.cells)))
+    open_ones = (cell for cell in book.cells if "hide-cell" not in cell.metadata.get("tags", ()))
+    return max(1, round(prose / WORDS + LOOK * sum("figure" in cell.metadata.get("mystnb", {}) for cell in open_ones)))
 
 
 def minutes_to_run(provenance: Mapping[str, Any]) -> str:

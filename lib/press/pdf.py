@@ -29,7 +29,8 @@ with suppress(ImportError):  # one of the developer's packages, as the browser's
     from pypdf import PdfReader, PdfWriter
     from pypdf.generic import ArrayObject, DictionaryObject, FloatObject, NameObject, NumberObject, TextStringObject
 
-DROPPED = ".headerlink, button, script[src], #definitions, noscript, details.hide, a:has(> img[alt='Open in Colab'])"
+DROPPED = ".headerlink, button, script[src], #definitions, noscript, a:has(> img[alt='Open in Colab'])"
+DROPPED += ", details.hide:not(.folded), details.folded > summary"  # code; figures and tables are printed unfolded
 DROPPED += ", .scroll:has(+ details.whole), details.whole > summary"  # of a table that is folded, the whole is printed
 NAMED = "[id]:not(.cell_output [id])"  # what links may lead to; ids in outputs belong to their own scripts and styles
 PAPER: dict[str, Any] = {"format": "A4", "margin": {"top": "18mm", "bottom": "20mm", "left": "17mm", "right": "17mm"}}

@@ -22,11 +22,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lib import edits, models
+from lib.checkpoints.named import SPECS
 from lib.errors import BookError, DataError, printable
 from lib.facts import Fact, load_facts, read_case
 from lib.files import BUILD, commit, slug, write_atomically
 from lib.models import Model
 from lib.press.texts import TEMPLATES, environment
+from lib.results import read
 from lib.show import figures
 from lib.show.sentences import say
 from lib.studies import own_facts, own_repairs, scoring
@@ -37,6 +39,9 @@ from lib.sweeps.runs import frame
 
 ADVICE = "Give a folder that you may write to."
 RULES = {"chapter 2": "the rule used here, chapter 2's", "joined": "chapter 7's joined rule"}
+RELATION = (
+    "model facts_file template told known facts knowledge_head failure_kind cause pathway repaired held_out commit"
+)
 Facts = str | Path | Mapping[str, str] | Iterable[Fact | tuple[str, str]]
 
 
@@ -181,6 +186,17 @@ def planted_scores(model: Model) -> list[dict[str, Any]]:
             shares = {key: float(table.loc[rule, column]) for key, column in ends.items()}
             rows.append({"model": name, "rule": label, "n": int(table.n[rule]), **shares})
     return rows
+
+
+def relations() -> pd.DataFrame:
+    """What chapter 10 reported of other facts, by `make relations` kept in data/record/<model>/relations: a row a run.
+    Raises ChapterError for a file that is no results of the model."""
+    rows = []
+    for name in SPECS:
+        for path in sorted((record.FOLDER / name / "relations").glob("*.json")):
+            run = read(name, SPECS[name].sha256, "10_your_model", path)
+            rows.append(run["values"] | {"commit": run["provenance"]["commit"][:7]})
+    return pd.DataFrame(rows, columns=RELATION.split())
 
 
 def picture(figure: Figure) -> str:

@@ -3,8 +3,9 @@
 Formulas are MathML, set by the browser itself, so that pages need neither network nor script. A captioned table is
 called a table: MyST-NB makes a figure of whatever a cell shows; those whose name begins with `tab-` are numbered as
 tables (`Table 5.3`) beside the figures, and referred to as such. What is too wide for the column of text may use the
-margin beside it. Sentences that a run wrote are set as the others. A page carries the definitions of the glossary's
-words that it links, which book.js shows where the word stands. Live code (Thebe), which would fetch scripts from the
+margin beside it. A figure or table of a cell tagged `hide-cell` is folded, under its number and the first sentence of
+its caption. Sentences that a run wrote are set as the others. A page carries the definitions of the glossary's words
+that it links, which book.js shows where the word stands. Live code (Thebe), which would fetch scripts from the
 network, is left out.
 """
 
@@ -15,12 +16,14 @@ from typing import Any
 
 from docutils import nodes
 from latex2mathml.converter import convert
+from myst_nb.sphinx_ import HideCodeCellNode
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 
 GLOSSARY = "book/glossary"
 SENTENCE = 40  # letters; what is shorter is a number or a name
-COLUMNS, TEXT = 6, 530  # a table of more columns, a figure of more points, is wider than the column of text
+SENTENCE_END = re.compile(r"(?<=\w[.:;?])\s")
+COLUMNS, TEXT = 5, 530  # a table of more columns, a figure of more points, is wider than the column of text
 
 
 class TableFigure(nodes.figure):
@@ -49,6 +52,26 @@ def widen(app: Sphinx, document: nodes.document, page: str) -> None:
         pictures = [Path(app.srcdir, image["uri"]) for image in cell.findall(nodes.image)]
         if columns > COLUMNS or any(_width(path) > TEXT for path in pictures):
             cell["classes"].append("tag_full-width")
+
+
+def fold(app: Sphinx, document: nodes.document, page: str) -> None:
+    """Of cells tagged `hide-cell`: the line that opens a figure or table says what it is (another output has a line of
+    the cell's own), and what opens is as elsewhere on the page, the code behind a fold of its own."""
+    for folded in list(document.findall(HideCodeCellNode)):
+        source, *shown = folded.children
+        if not shown:
+            continue
+        if figure := next(iter(folded.findall(nodes.figure)), None):
+            kind = "table" if isinstance(figure, TableFigure) else "figure"
+            number = ".".join(map(str, app.env.toc_fignumbers[page][kind][figure["ids"][0]]))
+            caption = next(iter(figure.findall(nodes.caption))).astext()
+            title = f"{app.config.numfig_format[kind] % number}: {SENTENCE_END.split(caption)[0].rstrip('.:;')}"
+            folded["prompt_show"] = folded["prompt_hide"] = " ".join(title.split())
+        folded["classes"].append("folded")
+        code = HideCodeCellNode(prompt_show="Show code cell source", prompt_hide="Hide code cell source")
+        code["classes"].append("above-input")
+        folded.replace(source, code)
+        code.append(source)
 
 
 def soften(app: Sphinx, document: nodes.document, page: str) -> None:
@@ -113,6 +136,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_enumerable_node(TableFigure, "table", html=as_figure)
     app.add_transform(NameTables)
     app.connect("doctree-resolved", widen)
+    app.connect("doctree-resolved", fold)
     app.connect("doctree-resolved", soften)
     app.connect("html-page-context", finish_page, priority=900)  # after all others have added theirs
     return {"parallel_read_safe": True, "parallel_write_safe": True}

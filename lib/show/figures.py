@@ -40,7 +40,9 @@ KIND_COLOURS = {"no training": GREY, "few parameters": BLUE, "closed form": PINK
 KIND_COLOURS |= {"everything": RED, "general": GREEN, "learned sink": SKY}
 Grid = Float[Tensor, "n_layers n_heads"]
 WIDE = 16  # a model of more layers gets wide panels, one below another, and every third layer a number
+WORDING = 300  # characters of a table's cell, at most
 NAMED = 6  # heads of a scatter that bear their names
+NEXT = 4  # times as many parameters: dots that are nearer share a label
 LEFT_EDGE = 0.3  # where no parameters stand on a logarithmic axis of their number
 ROLE_COLOURS = {"copies": BLUE, "suppresses": RED, "maps relation": GREEN, "neither": "#dddddd"}
 
@@ -51,6 +53,7 @@ def style() -> None:
     if get_ipython() is not None:
         set_matplotlib_formats("svg", metadata={"Date": None})
     plt.style.use(Path(__file__).with_name("book.mplstyle"))
+    pd.options.display.max_colwidth = WORDING  # of a table that a cell shows as it is, no wording is cut
 
 
 def head_heatmap(
@@ -60,7 +63,7 @@ def head_heatmap(
     chance: mean, low, high of a null, drawn on the colour bar."""
     values = np.stack([grid.cpu().numpy() for grid in grids.values()])
     n, layers, heads = values.shape
-    fig, axes = _panels(n, 1, (9, 0.9 + 2.5 * n)) if layers > WIDE else _panels(1, n, (1.5 + 4.4 * n, 4.2))
+    fig, axes = _panels(n, 1, (9, 0.7 + 1.75 * n)) if layers > WIDE else _panels(1, n, (1.5 + 4.4 * n, 3.6))
     top = float(np.abs(values).max() if signed else values.max()) or 1.0
     colours, bottom, edge = ("RdBu_r", -top, "black") if signed else ("viridis", 0, "white")
     for ax, title, grid in zip(axes.flat, grids, values, strict=True):
@@ -81,7 +84,7 @@ def role_map(roles: pd.DataFrame) -> Figure:
     """Every head coloured by the role of its value channel."""
     names = list(ROLE_COLOURS)
     grid = roles.pivot(index="head", columns="layer", values="value").map(names.index)
-    fig, ax = _panel((9, 3.1) if grid.shape[1] > WIDE else (6.5, 4))
+    fig, ax = _panel((9, 2.7) if grid.shape[1] > WIDE else (6.5, 3.4))
     ax.imshow(grid, aspect="auto", cmap=ListedColormap(list(ROLE_COLOURS.values())), vmin=0, vmax=len(names) - 1)
     _head_axes(ax, grid.shape[1], grid.shape[0])
     handles = [mpl.patches.Patch(color=ROLE_COLOURS[n], label=f"{n} ({(roles.value == n).sum()})") for n in names]
@@ -92,7 +95,7 @@ def k_norm_by_layer(table: pd.DataFrame) -> Figure:
     """K-norm of each token type relative to the layer's mean over types, with bootstrap bands."""
     centre = table.groupby("layer")["mean"].transform("mean")
     relative = table.assign(**{column: table[column] / centre for column in ("low", "mean", "high")})
-    fig, ax = _panel((9, 4.4), ylabel="K-norm, relative to\nthe mean of the types", xlabel="layer")
+    fig, ax = _panel((9, 3.6), ylabel="K-norm, relative to\nthe mean of the types", xlabel="layer")
     for colour, (name, part) in zip(TYPE_COLOURS, relative.groupby("type", sort=False), strict=False):
         ax.fill_between(part.layer + 1, part.low, part.high, color=colour, alpha=0.15, lw=0)
         ax.plot(part.layer + 1, part["mean"], color=colour, lw=3 if name == "proper_noun" else 1.3, label=words(name))
@@ -104,7 +107,7 @@ def k_norm_by_layer(table: pd.DataFrame) -> Figure:
 def told_matrix(table: pd.DataFrame) -> Figure:
     """Templates down, facts across: filled where the answer is told; where not, the token that is said instead."""
     subjects, templates = list(table.subject.unique()), list(table.template.unique())
-    fig, ax = _panel((10, 0.42 * len(templates) + 1))
+    fig, ax = _panel((10, 0.27 * len(templates) + 0.7))
     told = table.pivot(index="template", columns="subject", values="told").loc[templates, subjects]
     names = [f"{words(name)}  {count}/{len(subjects)}" for name, count in told.sum(1).items()]
     _matrix(ax, told.set_axis(names), BLUE)
@@ -116,7 +119,7 @@ def told_matrix(table: pd.DataFrame) -> Figure:
 
 def cumulative_curves(diagnoses: Sequence[Diagnosis]) -> Figure:
     """Answer minus competitor by layer, in logits: each failing prompt thin, means bold, controls beside them."""
-    fig, axes = _panels(1, len(diagnoses), (4.9 * len(diagnoses), 4), ylabel=MARGIN, xlabel="layers summed")
+    fig, axes = _panels(1, len(diagnoses), (4.9 * len(diagnoses), 3.3), ylabel=MARGIN, xlabel="layers summed")
     for ax, d in zip(axes.flat, diagnoses, strict=True):
         _curves(ax, d.evidence.control.curve.T.cpu().numpy(), BLUE, "told under control templates", (0.6, 0.45))
         _curves(ax, d.evidence.failing.curve.T.cpu().numpy(), RED, "failing template", (0.6, 0.45))
@@ -140,7 +143,7 @@ def writing_heatmaps(diagnosis: Diagnosis) -> Figure:
 
 def lens_ranks(ranks: dict[str, Float[Tensor, "fact n_layers+1"]]) -> Figure:
     """Median rank of the answer in the logit lens by layer, with the middle half of the facts."""
-    fig, ax = _panel((8.5, 3.8), yscale="log", xlabel="after layer", ylabel="rank of the answer\n(1 is the top)")
+    fig, ax = _panel((8.5, 3), yscale="log", xlabel="after layer", ylabel="rank of the answer\n(1 is the top)")
     for (name, by_fact), colour in zip(ranks.items(), (BLUE, RED, ORANGE, PINK, GREY), strict=False):
         low, middle, high = np.quantile(by_fact.cpu().numpy(), (0.25, 0.5, 0.75), axis=0)
         ax.fill_between(range(len(middle)), low, high, color=colour, alpha=0.15, lw=0)
@@ -166,7 +169,7 @@ def attention_rows(rows: dict[str, tuple[list[str], Float[Tensor, " t"]]], head:
 def attention_by_template(table: pd.DataFrame) -> Figure:
     """Attention from the last token to the subject, one dot a fact: failing against control, by head and case."""
     heads = list(table.site.unique())
-    fig, panels = _split(table, "case", (4.9 * table.case.nunique(), 3.4), ylabel="attention to the subject")
+    fig, panels = _split(table, "case", (4.9 * table.case.nunique(), 2.9), ylabel="attention to the subject")
     for ax, case, by_case in panels:
         for kind, colour, shift in (("control", BLUE, -0.15), ("failing", RED, 0.15)):
             part = by_case[by_case.kind == kind]
@@ -181,7 +184,7 @@ def attention_by_template(table: pd.DataFrame) -> Figure:
 
 def prefix_bars(table: pd.DataFrame) -> Figure:
     """Share told with each neutral prefix, with exact intervals, one panel a case."""
-    fig, panels = _split(table, "case", (4.9 * table.case.nunique(), 0.42 * table.prefix.nunique() + 1.3))
+    fig, panels = _split(table, "case", (4.9 * table.case.nunique(), 0.27 * table.prefix.nunique() + 1.0))
     for ax, case, part in panels:
         names = [prefix if "<|" in prefix else words(prefix) for prefix in part.prefix]
         share = (part.told / part.n).to_numpy()
@@ -198,7 +201,7 @@ WAYS = {"failing": RED, "control": BLUE, "prefix": ORANGE, "end": PINK, "repair"
 
 def told_by_way(table: pd.DataFrame) -> Figure:
     """Share told by each way of asking (way, kind, told, n), with exact intervals and the counts."""
-    fig, ax = _panel((8, 0.36 * len(table) + 1.1), xlim=(0, 1.12), xlabel="share told")
+    fig, ax = _panel((8, 0.27 * len(table) + 1), xlim=(0, 1.12), xlabel="share told")
     share, y = (table.told / table.n).to_numpy(), np.arange(len(table))
     ends = np.array([exact_interval(int(told), int(n)) for told, n in zip(table.told, table.n, strict=True)]).T
     ax.barh(y, share, color=table.kind.map(WAYS), height=0.65)
@@ -213,7 +216,7 @@ def told_by_way(table: pd.DataFrame) -> Figure:
 def subject_norms(norms: dict[str, Float[Tensor, "fact n_layers+1"]]) -> Figure:
     """Norm of the residual stream at the subject's last token, layer by layer, one thin line a fact."""
     label = "norm of the subject's\nresidual stream"
-    fig, ax = _panel((8.5, 3.8), yscale="log", xlabel="after layer", ylabel=label)
+    fig, ax = _panel((8.5, 3), yscale="log", xlabel="after layer", ylabel=label)
     for (name, values), colour in zip(norms.items(), (RED, BLUE, ORANGE, PINK, GREEN), strict=False):
         _curves(ax, values.T.cpu().numpy(), colour, name, (0.6, 0.5))
     ax.legend(loc="lower right")
@@ -222,13 +225,14 @@ def subject_norms(norms: dict[str, Float[Tensor, "fact n_layers+1"]]) -> Figure:
 
 def static_against_dynamic(static: Grid, dynamic: Grid) -> Figure:
     """Every head: the relation map's score against what it writes; the strongest are named."""
-    fig, ax = _panel((7, 4.2), ylabel="written of the answer\nunder controls (logits)")
+    fig, ax = _panel((7, 3.5), ylabel="written of the answer\nunder controls (logits)")
     x, y = static.flatten().cpu().numpy(), dynamic.flatten().cpu().numpy()
     ax.scatter(x, y, s=22, color=BLUE, alpha=0.6, lw=0)
     ax.axhline(0, color="black", lw=0.6)
     strength = x / (x.max() or 1) + y / (np.abs(y).max() or 1)
-    for i in np.argsort(-strength)[:NAMED]:
-        _name_point(ax, str(Site(*divmod(int(i), static.shape[1]))), x[i], y[i], (6, 4))
+    named = sorted(np.argsort(-strength)[:NAMED], key=lambda i: x[i])
+    for i, offset in zip(named, (4, -12) * NAMED, strict=False):  # above and below in turn: neighbours do not meet
+        _name_point(ax, str(Site(*divmod(int(i), static.shape[1]))), x[i], y[i], (6, offset))
     ax.set_xlim(-0.03 * x.max(), 1.15 * x.max() + 1e-9)
     ax.set_xlabel("relation map: share of countries with their\ncapital in the head's top 10 (no input)")
     return fig
@@ -236,7 +240,7 @@ def static_against_dynamic(static: Grid, dynamic: Grid) -> Figure:
 
 def training_curves(seeds: pd.DataFrame, margin: float) -> Figure:
     """Smallest margin over the facts, and KL on the step's neutral window, by step: one thin line a seed."""
-    fig, axes = _panels(1, 2, (9.8, 4))
+    fig, axes = _panels(1, 2, (9.8, 3.3))
     margins, kls = axes[0]
     for name, runs in seeds.groupby("pathway", sort=False):
         for i, run in enumerate(runs.itertuples()):
@@ -254,7 +258,7 @@ def before_after(table: pd.DataFrame) -> Figure:
     """Probability of each answer under the failing template, before (grey) and after each edit; filled where told."""
     before = table[table.pathway == "none"].set_index("subject")
     y = np.arange(len(before))
-    fig, panels = _split(table[table.pathway != "none"], "pathway", (9.8, 0.55 * len(before) + 1.6), rows=2)
+    fig, panels = _split(table[table.pathway != "none"], "pathway", (9.8, 0.44 * len(before) + 1.4), rows=2)
     for ax, name, part in panels:
         after = part.set_index("subject").loc[before.index]
         ax.hlines(y, before.prob, after.prob, color="#bbbbbb", lw=1.5, zorder=1)
@@ -269,7 +273,7 @@ def before_after(table: pd.DataFrame) -> Figure:
 
 def price(table: pd.DataFrame, seeds: pd.DataFrame) -> Figure:
     """Parameters of a pathway against its KL on neutral passages: a dot a seed, filled where the goal was reached."""
-    fig, ax = _panel((8, 4), xscale="log", yscale="log", ylabel="KL on neutral passages\n(nats a token)")
+    fig, ax = _panel((8, 3.5), xscale="log", yscale="log", ylabel="KL on neutral passages\n(nats a token)")
     for row in table.itertuples():
         part, colour = seeds[seeds.pathway == row.pathway], PATHWAY_COLOURS[row.pathway]
         fill = np.where(part.reached, colour, "white")
@@ -288,8 +292,8 @@ def probe_matrix(measured: Measured) -> Figure:
     right = pd.DataFrame({name: asked.told[pick] for name, asked in measured.asked.items()})
     counts = right.groupby(base.set[pick]).sum()
     names = [f"{words(UNTOUCHED.get(n, n))}\n{counts[n]['capability']} + {counts[n]['unrelated']}" for n in right]
-    fig, ax = _panel((7.4, 0.27 * len(right) + 1))
-    _matrix(ax, right.set_axis(base["item"][pick].map(words)).set_axis(names, axis=1), SKY, fontsize=9)
+    fig, ax = _panel((7.4, 0.2 * len(right) + 0.9))
+    _matrix(ax, right.set_axis(base["item"][pick].map(words)).set_axis(names, axis=1), SKY, fontsize=8.5)
     for y, x in zip(*np.nonzero(right.ne(right["none"], axis=0).to_numpy()), strict=True):
         colour = GREEN if right.iloc[y, x] else RED
         ax.add_patch(mpl.patches.Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, fill=False, ec=colour, lw=2.5))
@@ -299,7 +303,7 @@ def probe_matrix(measured: Measured) -> Figure:
 
 def perplexity_ratios(table: pd.DataFrame, band: float) -> Figure:
     """Perplexity after over before, with intervals over texts; grey: within the band around 1."""
-    fig, ax = _panel((8, 0.45 * len(table) + 1.1), xlabel="perplexity after the edit / before")
+    fig, ax = _panel((8, 0.34 * len(table) + 0.9), xlabel="perplexity after the edit / before")
     ax.axvspan(1 - band, 1 + band, color="#dddddd", lw=0)
     ax.axvline(1, color="black", lw=0.6)
     y = np.arange(len(table))
@@ -311,7 +315,7 @@ def perplexity_ratios(table: pd.DataFrame, band: float) -> Figure:
 
 def outcomes(table: pd.DataFrame, kinds: Sequence[str]) -> Figure:
     """For each kind of question: the share told before (grey) and after (colour) each pathway's edit."""
-    fig, panels = _split(table.set_index("what").loc[list(kinds)].reset_index(), "what", (9.8, 5.4), rows=2)
+    fig, panels = _split(table.set_index("what").loc[list(kinds)].reset_index(), "what", (9.8, 4.4), rows=2)
     for ax, kind, part in panels:
         y, before, after = np.arange(len(part)), part.before / part.n, part.after / part.n
         ax.hlines(y, before, after, color="#bbbbbb", lw=2, zorder=1)
@@ -325,7 +329,7 @@ def outcomes(table: pd.DataFrame, kinds: Sequence[str]) -> Figure:
 
 def bleeding(table: pd.DataFrame, control: pd.DataFrame) -> Figure:
     """Prompts about other countries that are wrongly answered with a trained answer, by pathway."""
-    fig, ax = _panel((8, 3.4), ylabel=f"trained answers, wrongly\n(of {table.prompts.iloc[0]} prompts)")
+    fig, ax = _panel((8, 2.9), ylabel=f"trained answers, wrongly\n(of {table.prompts.iloc[0]} prompts)")
     x = np.arange(len(table))
     ax.bar(x, table.bled, color=table.pathway.map(PATHWAY_COLOURS), width=0.6, alpha=0.85)
     ax.scatter(x[1:] + 0.36, control.bled[1:], marker="x", color="black", s=36, label="noise of the same size")
@@ -340,7 +344,7 @@ def generalisation(table: pd.DataFrame, control: pd.DataFrame) -> Figure:
     """Share of the held-out known but untold countries that each edit makes told, with exact intervals; crosses: a
     random change of the same size; dashed: the single best control template, with no edit at all."""
     part, noise = (t[t.split == "held_out"].reset_index(drop=True) for t in (table, control))
-    fig, ax = _panel((8, 3.6))
+    fig, ax = _panel((8, 3.1))
     x, n = np.arange(len(part)), part.untold
     share = part.repaired / n
     ax.bar(x, share, color=part.pathway.map(PATHWAY_COLOURS), width=0.6, alpha=0.85)
@@ -356,7 +360,7 @@ def generalisation(table: pd.DataFrame, control: pd.DataFrame) -> Figure:
 
 def carried(table: pd.DataFrame, whole: int, layer: int) -> Figure:
     """What each place carries by layer. whole: told with the whole prefix; layer: the diagnosed one."""
-    fig, ax = _panel((8.5, 3.8))
+    fig, ax = _panel((8.5, 3.2))
     for (place, part), colour in zip(table.groupby("place", sort=False), (BLUE, ORANGE, GREY), strict=True):
         ax.plot(part.layer, part.told, "o-", ms=3.5, lw=1.6, color=colour, label=place)
     ax.axhline(whole, color="black", lw=1, ls="--")
@@ -389,7 +393,7 @@ def place_and_cause(table: pd.DataFrame) -> Figure:
 def effects_of_parts(table: pd.DataFrame) -> Figure:
     """Direct effect (hollow) and total effect (filled, with its interval) of taking each part away."""
     parts = list(table.part.unique())
-    fig, panels = _split(table, "way", (9.8, 0.5 * len(parts) + 1.3))
+    fig, panels = _split(table, "way", (9.8, 0.36 * len(parts) + 1.2))
     for ax, way, effects in panels:
         y, by_part = np.arange(len(parts)), effects.set_index("part").reindex(parts)
         ax.axvline(0, color="black", lw=0.6)
@@ -403,7 +407,7 @@ def effects_of_parts(table: pd.DataFrame) -> Figure:
 def layer_sweep(means: pd.DataFrame, layer: int) -> Figure:
     """Told, held-out repaired and harm by layer, one line a pathway. layer: the diagnosed one, counted from 1."""
     panels = {"facts_told": "facts told", "held_out_repaired": "held-out repaired", "kl": "KL on neutral text (nats)"}
-    fig, axes = _panels(1, 3, (10, 3.6), xlabel="layer")
+    fig, axes = _panels(1, 3, (10, 2.8), xlabel="layer")
     for ax, (column, label) in zip(axes.flat, panels.items(), strict=True):
         for i, (name, part) in enumerate(means.sort_values("layer").groupby("pathway", sort=False)):
             beside = part.layer + 0.2 * (i - 1.5)  # so that equal values are all seen
@@ -421,7 +425,7 @@ def layer_sweep(means: pd.DataFrame, layer: int) -> Figure:
 
 def depth(table: pd.DataFrame, layer: int) -> Figure:
     """Held-out repaired and bled by layer: the mean over pathways, and their range. layer: the diagnosed one."""
-    fig, axes = _panels(1, 2, (10, 3.6), xlabel="layer")
+    fig, axes = _panels(1, 2, (10, 2.6), xlabel="layer")
     labels = {"repaired": "held-out repaired", "bled": "trained answers, wrongly"}
     for ax, (name, label), colour in zip(axes.flat, labels.items(), (BLUE, RED), strict=True):
         ax.fill_between(table.layer, table[f"{name}_min"], table[f"{name}_max"], color=colour, alpha=0.15, lw=0)
@@ -434,7 +438,7 @@ def depth(table: pd.DataFrame, layer: int) -> Figure:
 def correlations(table: pd.DataFrame) -> Figure:
     """Rank correlations with intervals: a panel a score, a row a measure, a dot a pathway; hollow: 0 is within."""
     measures = list(table.measure.unique())
-    fig, panels = _split(table, "score", (10, 3.8), sharey=False)
+    fig, panels = _split(table, "score", (10, 3), sharey=False)
     for ax, score, by_score in panels:
         ax.axvline(0, color="black", lw=0.6)
         for i, (pathway, part) in enumerate(by_score.groupby("pathway", sort=False)):
@@ -451,27 +455,29 @@ def ladder(rows: pd.DataFrame, general: float) -> Figure:
     """Facts told and held-out facts repaired over the number of changed parameters, one labelled dot a method. general:
     the share of the held-out facts from which a method generalises."""
     panels = {"facts told": ("facts_told", "facts_n"), "held-out repaired": ("held_out_repaired", "held_out_n")}
-    fig, axes = _panels(2, 1, (9.5, 6.4), xscale="log")
+    fig, axes = _panels(2, 1, (9.5, 4.8), xscale="log")
     for ax, (label, (measure, size)) in zip(axes.flat, panels.items(), strict=True):
         top = rows[size].max()
         ax.axhline(top, color="#cccccc", lw=0.8)
-        for (x, y), group in rows.assign(x=rows.parameters.clip(lower=LEFT_EDGE)).groupby(["x", measure]):
-            ax.plot(x, y, "o", color=KIND_COLOURS[group.kind.iloc[0]], ms=7)
-            numbers = ", ".join(str(i + 1) for i in group.index)  # dots in one place share a label
-            _name_point(ax, numbers, x, y, (0, 6), fontsize=8, ha="center")
+        placed = rows.assign(x=rows.parameters.clip(lower=LEFT_EDGE)).sort_values([measure, "x"], kind="stable")
+        ax.scatter(placed.x, placed[measure], color=placed.kind.map(KIND_COLOURS), s=49)
+        apart = (placed.x > NEXT * placed.x.shift()) | placed[measure].diff().ne(0)
+        for _, group in placed.groupby(apart.cumsum()):  # neighbours share a label, at the right of the last
+            numbers = ", ".join(str(i + 1) for i in sorted(group.index))
+            _name_point(ax, numbers, group.x.iloc[-1], group[measure].iloc[0], (6, 0), fontsize=8, va="center")
         ax.set(ylabel=label, ylim=(-0.05 * top, 1.15 * top))
     ax.axhline(general * top, color="black", lw=1, ls=":")
     ax.set_xlabel("changed parameters (left edge: none)")
     names = [f"{i} {name}" + ("" if i % 4 else "\n") for i, name in enumerate(rows.rival, 1)]  # four a line
     fig.supxlabel("   ".join(names), fontsize=8)
-    return _legend(fig, ncols=6, handles=_dots({k: c for k, c in KIND_COLOURS.items() if k in set(rows.kind)}, lw=0))
+    return _legend(fig, ncols=4, handles=_dots({k: c for k, c in KIND_COLOURS.items() if k in set(rows.kind)}, lw=0))
 
 
 def planted_curves(table: pd.DataFrame) -> Figure:
     """Answer minus competitor by layer before and after planting, a panel a plant; facts thin, means bold."""
     colours = {"controls, planted": GREY, "failing template, before": BLUE, "failing template, planted": RED}
     table = table.sort_values("seed", kind="stable")
-    size, label = (4.9 * table.seed.nunique(), 4), MARGIN
+    size, label = (4.9 * table.seed.nunique(), 3.1), MARGIN
     fig, panels = _split(table, "seed", size, sharey=False, xlabel="layers summed", ylabel=label)
     for ax, _, plant in panels:
         for name, part in plant.groupby("curve", sort=False):
@@ -489,7 +495,7 @@ def rule_scores(table: pd.DataFrame, goals: dict[str, float]) -> Figure:
     """Share of plants of which each rule is right, with exact intervals; one panel a question, one colour a model.
     Dashed: the goal. Diamonds: chance, which has no interval."""
     panels = {"kind": "failure kind", "layer": "exact layer", "kind and site": "kind and site"}
-    fig, axes = _panels(1, len(panels), (10, 3.9), sharey=True, xlim=(-0.03, 1.03))
+    fig, axes = _panels(1, len(panels), (10, 3.2), sharey=True, xlim=(-0.03, 1.03))
     rules = table.rule.str.replace(r"^always .*", "best constant", regex=True).unique()
     models = table.model.nunique()
     for ax, (question, label) in zip(axes.flat, panels.items(), strict=True):
@@ -512,7 +518,7 @@ def planted_and_named(runs: pd.DataFrame) -> Figure:
     the joined rule, blue where site and kind are right. A row a planted kind."""
     plants = runs[runs.accepted].sort_values("kind", kind="stable")
     n = plants.kind.nunique()
-    fig, panels = _split(plants, "kind", (10, 2.7 * n), rows=n, sharey=False)
+    fig, panels = _split(plants, "kind", (10, 1.8 * n + 0.3), rows=n, sharey=False)
     for ax, kind, part in panels:
         planted = [sorted({Site.parse(site).layer + 1 for site in text.split(", ")}) for text in part.truth]
         named = [Site.parse(site).layer + 1 for site in part["joined: named"]]
@@ -533,27 +539,26 @@ def planted_and_named(runs: pd.DataFrame) -> Figure:
 
 def cost_ratios(table: pd.DataFrame) -> Figure:
     """How many times faster than each peer, a colour a model, with the spread over rounds; the goal as a bar; hollow:
-    goal missed. A line a peer: what its name has in brackets is of one model."""
-    peers = [textwrap.fill("beside " + peer.partition(" (")[0], 52) for peer in table.peer]
+    goal missed. A line a peer, without what its name has in brackets, which may be of one model."""
+    peers = [textwrap.fill("beside " + peer.partition(" (")[0], 72) for peer in table.peer]
     names = [f"{row}\n{peer}" for row, peer in zip(table.row, peers, strict=True)]
     lines = list(dict.fromkeys(names))
-    fig, ax = _panel((8, 0.62 * len(lines) + 1.2))
+    fig, ax = _panel((9.5, 0.46 * len(lines) + 1.1))
     ax.axvline(1, color="black", lw=0.8)
     parts = table.assign(y=[float(lines.index(name)) for name in names]).groupby("model", sort=False)
     for i, (colour, (model, part)) in enumerate(zip((BLUE, ORANGE, GREEN), parts, strict=False)):
-        y, last = part.y + 0.36 * (i - (parts.ngroups - 1) / 2), i == parts.ngroups - 1
+        y = part.y + 0.36 * (i - (parts.ngroups - 1) / 2)
         ax.hlines(y, part.least, part.most, color=colour, lw=2)
         fill = ["white" if met is False else colour for met in part.met]
-        ax.scatter(part.ratio, y, s=52, ec=colour, c=fill, lw=1.8, zorder=3)
-        ax.scatter([], [], s=52, color=colour, label=model)
-        ax.scatter(part.goal, y, marker="|", s=160, color=RED, zorder=2, lw=2, label="goal" if last else None)
-        named = "fewer operations" if last else None
-        ax.scatter(part.bound, y, marker="d", s=34, ec=GREY, c="white", zorder=2, label=named)
-    ax.set_yticks(range(len(lines)), lines, fontsize=9)
+        ax.scatter(part.ratio, y, s=40, ec=colour, c=fill, lw=1.8, zorder=3)
+        ax.scatter(part.goal, y, marker="|", s=130, color=RED, zorder=2, lw=2, label="goal")
+        ax.scatter(part.bound, y, marker="d", s=30, ec=GREY, c="white", zorder=2, label="fewer operations")
+        ax.scatter([], [], s=40, color=colour, label=model)
+    ax.set_yticks(range(len(lines)), lines, fontsize=8.5)
     ax.set(xscale="log", xlabel="times faster than the peer")
     ax.xaxis.set_major_formatter("{x:g}x")
     ax.invert_yaxis()
-    return _legend(fig, ncols=2)
+    return _legend(fig, ncols=4)
 
 
 def cost_growth(points: pd.DataFrame) -> Figure:

@@ -150,17 +150,26 @@ def rivals(runs: pd.DataFrame) -> pd.DataFrame:
     return out.sort_values(["parameters", "rival"], kind="stable").reset_index(drop=True)
 
 
+def sinks(repairs: pd.DataFrame) -> pd.DataFrame:
+    """Of the runs of `repairs` those of learned sinks that were trained on the first case's own facts, first seed, at
+    the rate and steps of chapter 8's rule: a row a pathway, the fewest parameters first; none of no runs."""
+    if repairs.empty:
+        return repairs
+    picked = (repairs.case == 1) & (repairs.facts == "eight") & (repairs.variant == "true") & (repairs.steps > 0)
+    picked &= repairs.pathway.isin(SINKS) & (repairs.seed == repairs.seed.min())
+    return repairs[picked].sort_values("parameters")
+
+
 def with_sinks(runs: pd.DataFrame, repairs: pd.DataFrame) -> pd.DataFrame:
     """Rivals, and beside them the learned sinks of `repairs`: trained on the same facts of the first case, asked the
     same questions, their rate and steps chosen by chapter 8's rule."""
-    picked = (repairs.case == 1) & (repairs.facts == "eight") & (repairs.variant == "true") & (repairs.steps > 0)
-    sinks = repairs[picked & repairs.pathway.isin(SINKS) & (repairs.seed == repairs.seed.min())]
-    sinks = sinks.rename(columns={"untold": "held_out_n", "pathway": "name"}).assign(
-        rival=sinks.pathway.map(words),
-        held_out_repaired=sinks.repaired,
-        strength=[f"rate {rate:g}, {steps} steps" for rate, steps in zip(sinks.rate, sinks.steps, strict=True)],
+    learned = sinks(repairs)
+    learned = learned.rename(columns={"untold": "held_out_n", "pathway": "name"}).assign(
+        rival=learned.pathway.map(words),
+        held_out_repaired=learned.repaired,
+        strength=[f"rate {rate:g}, {steps} steps" for rate, steps in zip(learned.rate, learned.steps, strict=True)],
     )
-    return runs if sinks.empty else pd.concat([runs, sinks], ignore_index=True)[runs.columns]
+    return runs if learned.empty else pd.concat([runs, learned], ignore_index=True)[runs.columns]
 
 
 def ladder(rows: pd.DataFrame) -> pd.DataFrame:

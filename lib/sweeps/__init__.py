@@ -5,8 +5,8 @@ spec = sweeps.load("layers", model_name="organism")   # data/sweeps/layers.yaml,
 table = sweeps.run(spec)                              # does what is missing; nothing is started if nothing is
 """
 
-from lib.sweeps.record import tables
+from lib.sweeps.record import recorded, tables
 from lib.sweeps.runs import run
 from lib.sweeps.specification import expand, further, hours, load
 
-__all__ = ["expand", "further", "hours", "load", "run", "tables"]
+__all__ = ["expand", "further", "hours", "load", "recorded", "run", "tables"]

@@ -89,15 +89,28 @@ def tables(report: Results, specs: Sequence[Spec], *, timing: bool = False) -> l
     return found
 
 
+def recorded(report: Results, spec: Spec) -> pd.DataFrame:
+    """The rows of a sweep for a chapter that can do without: none where there is no record, or with RECORD=off."""
+    there = not live() and path_of(spec).is_file()
+    return tables(report, [spec])[0] if there else pd.DataFrame()
+
+
 def path_of(spec: Spec) -> Path:
     """Of the recorded table; its header has the suffix .json."""
     return FOLDER / slug(spec.model) / f"{spec.name}.csv"
 
 
-def write(planned: Plan, command: str) -> Path:
-    """Record the finished runs of a plan. Raises SweepError for a value that a table cannot hold."""
-    finished, path = planned.finished(), path_of(planned.spec)
-    rows = [finished[run.key] for run in planned.runs]
+def rows_of(planned: Plan, older: Record | None = None) -> list[dict[str, Any]]:
+    """The runs of a plan, in its order: those that are finished here, and of the others those of an older record."""
+    kept = {key(row["parameters"]): row for row in older.rows} if older else {}
+    finished = planned.finished()
+    return [finished.get(run.key) or kept[key(run.parameters)] for run in planned.runs]
+
+
+def write(planned: Plan, command: str, older: Record | None = None) -> Path:
+    """Record the finished runs of a plan. older: a record whose runs stay; then the code is said to be that of the
+    older ones, and the commit both. Raises SweepError for a value that a table cannot hold."""
+    rows, path = rows_of(planned, older), path_of(planned.spec)
     cells = [{**row["parameters"], **row["result"], "seconds": row["seconds"]} for row in rows]
     names = list(dict.fromkeys(name for row in cells for name in row))
     columns = {name: _form(row[name] for row in cells if name in row) for name in names}
@@ -119,20 +132,21 @@ def write(planned: Plan, command: str) -> Path:
         columns=columns,
         sha256=hashlib.sha256(text.getvalue().encode()).hexdigest(),
         date=datetime.now(UTC).date().isoformat(),
-        commit=commit(),
+        commit=f"{older.header.commit}; {len(rows) - older.header.runs} more by {commit()[:12]}" if older else commit(),
         processor=f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         seconds=round(sum(row["seconds"] for row in rows), 1),
         command=command,
-        code=meaning(planned.spec.run),
+        code=older.header.code if older else meaning(planned.spec.run),
     )
     write_atomically(path, text.getvalue())
     write_atomically(path.with_suffix(".json"), header.model_dump_json(indent=1) + "\n")
     return path
 
 
-def read(spec: Spec) -> Record:
-    """The record of a sweep. Raises SweepError, with what to do, where there is none, where it is damaged, and where it
-    was made of other weights, other data or another specification than there are now."""
+def read(spec: Spec, *, partly: bool = False) -> Record:
+    """The record of a sweep. partly: it may lack runs of the specification. Raises SweepError, with what to do, where
+    there is none, where it is damaged, and where it was made of other weights, other data or another specification
+    than there are now."""
     path = path_of(spec)
     command = f"python -m lib record {spec.name.removesuffix('-seeds')} --model {spec.model}"
     renew = f"`{command}` renews it; with RECORD=off in the environment the runs are done here."
@@ -145,7 +159,7 @@ def read(spec: Spec) -> Record:
         rows = _rows(path.read_text(encoding="utf-8"), header)  # line ends of another system are read as ours
     except (ValueError, SweepError, RecursionError) as error:
         raise SweepError(f"{path} is no record: {error} {renew}") from error
-    if fault := _fault(spec, header, rows):
+    if fault := _fault(spec, header, rows, partly):
         raise SweepError(f"{path} {fault}. {renew}")
     return Record(header, rows)
 
@@ -194,7 +208,7 @@ def _agree(was: Any, now: Any, tolerance: Tolerance, own: float | None) -> bool:
     return bool(abs(was - now) <= (room if own is None else own))
 
 
-def _fault(spec: Spec, header: Header, rows: list[dict[str, Any]]) -> str:
+def _fault(spec: Spec, header: Header, rows: list[dict[str, Any]], partly: bool) -> str:
     """What keeps a record from standing for a sweep as it is now, as the end of a sentence; empty if nothing."""
     for name, is_now in (("sweep", spec.name), ("model", spec.model), ("experiment", spec.run)):
         if (was := getattr(header, name)) != is_now:
@@ -205,7 +219,7 @@ def _fault(spec: Spec, header: Header, rows: list[dict[str, Any]]) -> str:
     if changed := [name for name in sorted(now) if now[name] != header.data.get(name)]:
         return f"was made of other data ({', '.join(changed)})"
     recorded, wanted = {key(row["parameters"]) for row in rows}, {key(parameters) for parameters in expand(spec)}
-    if recorded != wanted:
+    if recorded != wanted and not (partly and recorded < wanted):
         return f"lacks {len(wanted - recorded)} runs of the specification, and has {len(recorded - wanted)} others"
     return ""
 

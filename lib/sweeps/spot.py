@@ -52,19 +52,44 @@ def recordable(model_name: str, names: Sequence[str] = ()) -> list[Spec]:
     return [load(name, model_name=model_name) for name in names or known]
 
 
-def make(model_name: str, names: Sequence[str] = (), *, say: Callable[[str], None] = print, **options: Any) -> None:
-    """Do sweeps of a model and record them, each with what follows from it; killed, the same call goes on. options: as
-    `finish` takes them. Raises SweepError as `recordable` and `finish` do; then what is recorded stays as it was."""
+def make(
+    model_name: str,
+    names: Sequence[str] = (),
+    *,
+    missing: bool = False,
+    say: Callable[[str], None] = print,
+    **options: Any,
+) -> None:
+    """Do sweeps of a model and record them, each with what follows from it; killed, the same call goes on. missing: the
+    runs that are recorded stay, and only those are done that a longer specification adds. options: as `finish` takes
+    them. Raises SweepError as `recordable` and `finish` do; then what is recorded stays as it was."""
     model_name = canonical(model_name)
     command = " ".join(["python -m lib record", *names, "--model", model_name])
-    plans = [plan(spec) for spec in recordable(model_name, names)]
-    for planned in plans:
+    first = _done(recordable(model_name, names), missing, say, options)
+    tables = [frame(record.rows_of(*pair)) for pair in first]
+    following = [spec for (p, _), table in zip(first, tables, strict=True) for spec in _followed(p.spec, table)]
+    for planned, older in [*first, *_done(following, missing, say, options)]:
+        say(f"recorded {record.write(planned, command, older)}: {len(planned.runs)} runs")
+
+
+def _done(
+    specs: Sequence[Spec], missing: bool, say: Callable[[str], None], options: dict[str, Any]
+) -> list[tuple[Plan, record.Record | None]]:
+    """Plans whose runs are all finished here or, if only missing ones are done, recorded before."""
+    pairs = [(plan(spec), record.read(spec, partly=True) if missing else None) for spec in specs]
+    todo = [_without(planned, older) for planned, older in pairs]
+    for planned in todo:
+        if planned.store.fault(planned.header):
+            say(f"older results are now in {planned.store.set_aside()}")
         say(estimate(planned, options.get("workers")))
-    tables = finish(plans, fresh=True, say=say, **options)
-    also = [plan(next_) for p, table in zip(plans, tables, strict=True) for next_ in _followed(p.spec, table)]
-    finish(also, fresh=True, say=say, **options)
-    for planned in [*plans, *also]:
-        say(f"recorded {record.write(planned, command)}: {len(planned.runs)} runs")
+    finish(todo, fresh=True, say=say, **options)
+    return pairs
+
+
+def _without(planned: Plan, older: record.Record | None) -> Plan:
+    """The plan of the runs that a record lacks."""
+    kept = {key(row["parameters"]) for row in older.rows} if older else set()
+    return replace(planned, runs=tuple(run for run in planned.runs if key(run.parameters) not in kept))
 
 
 def spot_check(model_name: str, *, whole: bool = False, say: Callable[[str], None] = print) -> list[Check]:

@@ -44,7 +44,7 @@ def test_a_figure_opens_large_by_a_click_and_closes_by_one(page, html):
 
 def test_a_wide_table_scrolls_by_keyboard_in_a_region_named_by_its_caption(page, html):
     page.goto((html / TABLES).as_uri())
-    box = page.get_by_role("region", name="Table 5.5")
+    box = page.get_by_role("region", name="Table 5.6")
     assert box.evaluate("b => b.scrollWidth > b.clientWidth")
     box.focus()
     page.keyboard.press("ArrowRight")
@@ -71,6 +71,20 @@ def test_a_figure_can_be_linked_and_taken_along(page, html):
     assert links.first.evaluate("a => a.hash") == "#fig-told"
     for link in links.all()[1:]:
         assert (html / "book" / link.evaluate("a => new URL(a.href).pathname")).is_file()
+
+
+def test_a_link_to_a_folded_figure_opens_it_and_a_fold_by_keyboard(page, html):
+    page.goto(f"{(html / FIGURES).as_uri()}#fig-lens")
+    expect(page.locator("#fig-lens img")).to_be_in_viewport()
+    table = page.locator("details.folded:has(#tab-conventions)")
+    summary = table.locator("> summary")
+    assert summary.inner_text().startswith("Table 2.3: One failing prompt")
+    expect(page.locator("#tab-conventions table")).to_be_hidden()
+    summary.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#tab-conventions table").first).to_be_visible()
+    page.evaluate("location.hash = '#tab-planted'")
+    expect(page.locator("#tab-planted table").first).to_be_visible()
 
 
 def test_every_chapter_opens_with_its_question_answer_and_figure(page, html):

@@ -41,6 +41,8 @@ def staged(tmp_path, monkeypatch):
     ]
     answer = {"mystnb": {"code_prompt_show": "Answer"}}  # a fold is no figure to look at
     cells += [nbformat.v4.new_code_cell("x", metadata=answer) for _ in range(3)]
+    folded = {"mystnb": figure, "tags": ["hide-cell"]}  # nor is a folded figure read
+    cells += [nbformat.v4.new_code_cell("x", metadata=folded) for _ in range(3)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "02_x.ipynb")
     return tmp_path / "02_x.ipynb"
 

@@ -14,7 +14,7 @@ from lib.press.execute import BOOK, chapter_names
 from lib.press.texts import entries
 
 PAPER = {"25.8", "149.9", "42.7", "42.6", "0.44", "7.1", "2.4", "4.7"}  # figures of the source page, quoted as such
-HIDDEN = ("hide-input", "remove-cell", "remove-input")
+HIDDEN = ("hide-input", "hide-cell", "remove-cell", "remove-input")
 NOT_THE_WORD = r"in case\b|in (?:both|95 % of) cases|head to head|\btold of in full|in fact\b"
 
 

@@ -29,6 +29,8 @@ def html(tmp_path):
         '<a href="two.html#sum">back</a><a href="https://x.org">x</a>'
         '<a href="../_downloads/n.json">numbers</a><iframe title="Heads" src="../dashboard.html"></iframe>'
         '<details class="hide"><pre>code</pre></details><details><p>rule</p></details>'
+        '<details class="hide folded"><summary>Fig. 2</summary><details class="hide"><pre>its code</pre></details>'
+        "<figure>drawn</figure></details>"
         '<div class="cell_output"><i id="sum">own</i></div><button>Close</button>',
     }
     order = [*pages, None]
@@ -54,7 +56,8 @@ def test_what_only_a_screen_can_use_is_left_out_or_said(html):
     soup = BeautifulSoup(pdf.assemble(html, title="T", author="A", about=""), "html.parser")
     assert soup.find("iframe") is None and soup.find("button") is None and "menu" not in soup.get_text()
     assert "Heads: on screen only" in soup.get_text() and "dashboard.html" in soup.get_text()
-    assert soup.find("pre") is None and soup.find("details").has_attr("open")
+    assert soup.find("pre") is None and soup.find("summary") is None
+    assert [d.get_text() for d in soup.find_all("details", open=True)] == ["rule", "drawn"]
     assert pdf.headings(str(soup)) == ["Book", "Two", "Sum", "Three & last", "Sum"]
 
 

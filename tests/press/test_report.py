@@ -8,11 +8,13 @@ import pytest
 
 import lib
 from lib import __main__ as command
-from lib.errors import DataError, EditError
+from lib.checkpoints.named import SPECS
+from lib.errors import ChapterError, DataError, EditError
 from lib.facts import Fact, load_cases, load_facts, load_templates
 from lib.files import BUILD
 from lib.press import report
 from lib.press.texts import entries, rendered
+from lib.show import tables
 
 TEMPLATE, CONTROL = "{}'s capital city is", "The capital city of {} is"
 HOSTILE = "<script>alert(1)</script>{{ 7 * 7 }}{% raw %}&'\"$x_1$"
@@ -183,3 +185,25 @@ def test_nothing_is_written_where_nothing_can_be(own, tmp_path):
         own.report(tmp_path / "file" / "a.html")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert str(BUILD) in own.write()[0] and load_cases("organism") and load_templates()
+
+
+def test_what_chapter_10_reported_of_other_facts_is_one_table(tmp_path, monkeypatch):
+    """Two runs by hand: one that was repaired, and one with nothing to diagnose; and one of other weights."""
+    monkeypatch.setattr(report.record, "FOLDER", tmp_path)
+    assert report.relations().empty
+    (tmp_path / "gemma3" / "relations").mkdir(parents=True)
+    provenance = {"model": "gemma3", "weights_sha256": SPECS["gemma3"].sha256, "lib": "0", "seed": 0}
+    provenance |= {"commit": "012345678"}
+    about = {"model": "gemma3", "template": "…: ", "told": 3, "known": 9, "facts": 20, "pathway": "v_only"}
+    found = {"knowledge_head": "L1 H2", "failure_kind": "overridden", "cause": "format", "repaired": 2, "held_out": 4}
+    for name, values in {"a": about | found, "b": about}.items():
+        run = {"provenance": provenance, "values": values | {"facts_file": name}}
+        (tmp_path / "gemma3" / "relations" / f"{name}.json").write_text(json.dumps(run))
+    table = tables.arranged("relations", report.relations())
+    assert table.index.tolist() == ["gemma3: a", "gemma3: b"]
+    assert table["repaired, held out"].tolist() == ["2 of 4", "–"] and table["cause"].tolist() == ["format", "–"]
+    assert set(table["told, known, of"]) == {"3, 9, 20"} and set(table["kept at"]) == {"0123456"}
+    run = run | {"provenance": provenance | {"weights_sha256": "0" * 64}}
+    (tmp_path / "gemma3" / "relations" / "b.json").write_text(json.dumps(run))
+    with pytest.raises(ChapterError, match=r"b\.json was made by gemma3"):
+        report.relations()

@@ -2,8 +2,9 @@ from types import SimpleNamespace
 
 from docutils import nodes
 from docutils.utils import new_document
+from myst_nb.sphinx_ import HideCodeCellNode
 
-from lib.press.theme import NameTables, TableFigure, definitions, finish_page, soften, widen
+from lib.press.theme import NameTables, TableFigure, definitions, finish_page, fold, soften, widen
 
 
 def test_figures_named_as_tables_become_tables_and_keep_their_name():
@@ -46,7 +47,7 @@ def test_a_wide_picture_and_a_table_of_many_columns_use_the_margin(tmp_path):
         (tmp_path / f"{name}.svg").write_text(f'<svg xmlns="x" width="{width}pt" height="3pt">')
     document = new_document("page")
     pictures = [cell(nodes.image("", uri=f"{name}.svg")) for name in ("narrow", "wide", "missing")]
-    document.extend([table(6), table(7), *pictures, nodes.container("", nodes.image("", uri="wide.svg"))])
+    document.extend([table(5), table(6), *pictures, nodes.container("", nodes.image("", uri="wide.svg"))])
     widen(SimpleNamespace(srcdir=tmp_path), document, "page")
     assert ["tag_full-width" in child["classes"] for child in document] == [False, True, False, True, False, False]
 
@@ -59,3 +60,24 @@ def test_only_what_is_short_of_what_runs_put_into_the_prose_is_bold():
     document += nodes.paragraph("", "", number, told)
     soften(None, document, "page")
     assert number["classes"] == ["pasted-text"] and told["classes"] == ["pasted-text", "sentence"]
+
+
+def test_a_folded_figure_is_called_by_its_number_and_the_first_sentence_of_its_caption():
+    def folded(kind, name, caption):
+        shown = nodes.container("", kind("", nodes.caption("", caption), ids=[name]))
+        return HideCodeCellNode("", nodes.container("", nodes.literal_block("", "1")), shown)
+
+    document = new_document("page")
+    document += folded(nodes.figure, "fig-a", "Logit lens: the rank of 0.5. More.")
+    document += folded(TableFigure, "tab-b", "The same in numbers, of\n6.5 billion. More: this.")
+    document += HideCodeCellNode("", nodes.container("", nodes.literal_block("", "1")), prompt_show="Show")
+    numbers = {"page": {"figure": {"fig-a": (2, 4)}, "table": {"tab-b": (2, 1)}}}
+    config = SimpleNamespace(numfig_format={"figure": "Fig. %s", "table": "Table %s"})
+    fold(SimpleNamespace(env=SimpleNamespace(toc_fignumbers=numbers), config=config), document, "page")
+    figure, table, code = document.children
+    assert figure["prompt_show"] == figure["prompt_hide"] == "Fig. 2.4: Logit lens"
+    assert table["prompt_show"] == "Table 2.1: The same in numbers, of 6.5 billion"
+    assert code["prompt_show"] == "Show" and "folded" not in code["classes"] and len(code.children) == 1
+    inner, shown = table.children
+    assert isinstance(inner, HideCodeCellNode) and inner.astext() == "1" and isinstance(shown[0], TableFigure)
+    assert "folded" in table["classes"] and "folded" not in inner["classes"]

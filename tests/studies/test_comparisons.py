@@ -59,7 +59,7 @@ def test_a_sink_stands_among_the_rivals_by_the_run_of_its_first_seed_on_the_eigh
     base = {"case": 1, "pathway": "sink_kv", "facts": "eight", "variant": "true", "steps": 60, "rate": 0.01, "seed": 3}
     runs = [base, base | {"seed": 4}, base | {"variant": "false"}, base | {"facts": "fit"}, base | {"case": 2}]
     runs += [base | {"steps": 0}, base | {"pathway": "v_only"}]
-    repairs = pd.DataFrame(runs).assign(repaired=range(7), untold=19)
+    repairs = pd.DataFrame(runs).assign(repaired=range(7), untold=19, parameters=1)
     both = comparisons.with_sinks(rivals, repairs)
     assert both.to_dict("list") == {
         "name": ["vector", "sink_kv"],
@@ -68,6 +68,11 @@ def test_a_sink_stands_among_the_rivals_by_the_run_of_its_first_seed_on_the_eigh
         "held_out_n": [19, 19],
     }
     assert comparisons.with_sinks(rivals, repairs.tail(1)) is rivals
+    larger, none = repairs.head(1).assign(parameters=2), pd.DataFrame()
+    pair = pd.concat([larger, larger.assign(pathway="sink_token", parameters=1)])
+    assert comparisons.sinks(pair).pathway.tolist() == ["sink_token", "sink_kv"], "the fewest parameters first"
+    for name in ("sinks", "sinks_effects"):
+        assert tables.arranged(name, comparisons.sinks(none)).empty, "a chapter that has no record says nothing"
     table = comparisons.with_sinks(rivals, repairs.assign(repaired=range(5, 12)))
     assert table.held_out_repaired.tolist() == [0, 5]
 

@@ -47,11 +47,39 @@ def test_chapters_read_what_was_recorded_and_run_nothing(kept, here, organism, m
     assert not here and (timed.seconds > 0).all()
     note = report.provenance["sweeps"]["organism/s"]
     assert note["runs"] == 4 and len(note["date"]) == 10
+    pd.testing.assert_frame_equal(record.recorded(report, GRID), table, check_exact=True)
+    assert record.recorded(report, GRID.model_copy(update={"name": "other"})).empty
     monkeypatch.setenv("RECORD", "off")
+    assert record.recorded(report, GRID).empty
     [live] = record.tables(report, [GRID])
     assert report.provenance["sweeps"]["organism/s"] == {"runs": 4}
     pd.testing.assert_frame_equal(live, table, check_exact=True)
     assert capsys.readouterr().out == "", "a page shows what a chapter prints"
+
+
+def test_of_a_longer_specification_only_what_is_missing_is_done(kept, here, monkeypatch):  # noqa: F811
+    before, header = kept.read_text().splitlines(), json.loads(kept.with_suffix(".json").read_text())
+    kept.with_suffix(".json").write_text(json.dumps(header | {"commit": "a" * 40, "code": {"lib/old.py": "0"}}))
+    longer = GRID.model_copy(update={"grid": {"layer": [3, 11, 5], "scale": [0.5, 2.0]}})
+    monkeypatch.setattr(spot, "recordable", lambda name, names=(): [longer])
+    monkeypatch.setattr(runs, "BUILD", kept.parent / "elsewhere")  # nothing is left of the runs but their record
+    with pytest.raises(SweepError, match="lacks 2 runs of the specification"):
+        record.read(longer)
+    spot.make("organism", missing=True)
+    assert [run["layer"] for run in here] == [5, 5]
+    found, text = record.read(longer).header, kept.read_text().splitlines()
+    assert text[:5] == before and len(text) == 7
+    assert found.code == {"lib/old.py": "0"} and found.commit.startswith(f"{'a' * 40}; 2 more by ")
+    monkeypatch.setattr(spot, "recordable", lambda name, names=(): [GRID])
+    with pytest.raises(SweepError, match="has 2 others"):
+        spot.make("organism", missing=True)
+
+
+def test_results_of_another_version_are_set_aside_by_a_record(kept, here):  # noqa: F811
+    header = runs.default_store(GRID) / "sweep.json"
+    header.write_text(json.dumps(json.loads(header.read_text()) | {"code": {"lib/old.py": "1"}}))
+    spot.make("organism")
+    assert len(here) == 4
 
 
 def test_values_of_every_kind_come_back_as_they_were(tmp_path, monkeypatch):
