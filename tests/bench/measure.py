@@ -5,11 +5,8 @@ kept is their ratio, round by round; and beside it the share of the rate at whic
 matrices in the same minute.
 """
 
-import ctypes
-import gc
 import platform
 import resource
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,8 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from lib.checkpoints.fetching import give_back
 
 Work = Callable[[], Any]
 
@@ -100,13 +99,6 @@ def timed(work: Work) -> tuple[float, float | None]:
     work()
     seconds = perf_counter() - start
     return seconds, None if before is None else max(0.0, (_status("VmHWM") - before) / 1024)
-
-
-def give_back() -> None:
-    """What is no longer used goes back to the system; otherwise work would be done in memory that earlier work left."""
-    gc.collect()
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def _mark() -> int | None:
