@@ -7,7 +7,10 @@ document.addEventListener("DOMContentLoaded", () => {
   for (const image of document.querySelectorAll(".cell_output figure > img")) offerZoom(image);
   new MutationObserver(nameScrolling).observe(document.body, { childList: true, subtree: true }); // sortable tables
   nameScrolling();
-  document.addEventListener("toggle", nameScrolling, true); // what is folded has no width before
+  document.addEventListener("toggle", () => { // what is folded has no width before
+    nameScrolling();
+    dispatchEvent(new Event("resize")); // sortable tables measure their columns
+  }, true);
   explainWords();
   drawCharts();
   unfold();

@@ -79,7 +79,7 @@ def test_a_link_to_a_folded_figure_opens_it_and_a_fold_by_keyboard(page, html):
     table = page.locator("details.folded:has(#tab-conventions)")
     summary = table.locator("> summary")
     assert summary.inner_text().startswith("Table 2.3: One failing prompt")
-    expect(page.locator("#tab-conventions table")).to_be_hidden()
+    expect(page.locator("#tab-conventions table").first).to_be_hidden()
     summary.focus()
     page.keyboard.press("Enter")
     expect(page.locator("#tab-conventions table").first).to_be_visible()
