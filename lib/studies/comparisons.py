@@ -238,6 +238,7 @@ def report_layers(report: Results, means: pd.DataFrame, others: pd.DataFrame, la
     lost, more = float(means.probes_lost.max()), int((means.held_out_repaired == best.most_repaired).sum()) - 1
     words = counts | {"layer": layer, "layers": means.layer.nunique(), "best": best, "more": more, "bled": bled}
     words["each"] = ", ".join(f"{plain(r.pathway)} {r.as_well} of {r.others}" for r in others.itertuples())
+    words["few"] = " and ".join(plain(r.pathway) for r in others.itertuples() if 4 * r.as_well <= r.others)
     words["own"] = ", ".join(f"{r.own_repaired:.0f} ({plain(r.pathway)})" for r in others.itertuples())
     words |= {"best_pathway": plain(best.pathway), "lost": lost, "most": means.max(numeric_only=True)}
     report.many(counts | {"most_repaired": (best.most_repaired, ".0f"), "layers_bled": (bled, ".0f")})

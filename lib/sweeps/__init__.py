@@ -7,6 +7,6 @@ table = sweeps.run(spec)                              # does what is missing; no
 
 from lib.sweeps.record import recorded, tables
 from lib.sweeps.runs import run
-from lib.sweeps.specification import expand, further, hours, load
+from lib.sweeps.specification import expand, further, load
 
-__all__ = ["expand", "further", "hours", "load", "recorded", "run", "tables"]
+__all__ = ["expand", "further", "load", "recorded", "run", "tables"]

@@ -132,10 +132,3 @@ def further(spec: Spec, grids: Sequence[Grid]) -> Spec:
     """The sweep `<name>-seeds` of the grids that follow from a finished sweep, which name their seeds themselves."""
     changes = {"name": f"{spec.name}-seeds", "grid": grids[0], "also": list(grids[1:]), "seeds": []}
     return spec.model_copy(update=changes)
-
-
-def hours(spec: Spec) -> float:
-    """What a whole sweep costs on one core, by the specification's own guess of a run. Raises SweepError for none."""
-    if spec.seconds is None:
-        raise SweepError(f"{spec.name} does not say how many seconds a run takes; give it `seconds`.")
-    return len(expand(spec)) * spec.seconds / 3600

@@ -43,9 +43,9 @@ class Check:
 
 
 def recordable(model_name: str, names: Sequence[str] = ()) -> list[Spec]:
-    """The sweeps of data/sweeps that are recorded of a model: all but the full grids, and but those of another model
-    alone. names: only these. Raises SweepError for a name that is none of them."""
-    specs = {path.stem: load(path.stem) for path in sorted(SPECS.glob("*.yaml")) if not path.stem.endswith("-full")}
+    """The sweeps of data/sweeps that are recorded of a model: all but those of another model alone. names: only these.
+    Raises SweepError for a name that is none of them."""
+    specs = {path.stem: load(path.stem) for path in sorted(SPECS.glob("*.yaml"))}
     known = [name for name, spec in specs.items() if spec.model in ("smollm2", model_name)]
     if unknown := [name for name in names if name not in known]:
         raise SweepError(f"there is no sweep {unknown[0]!r} to record of {model_name}; choose from {', '.join(known)}.")

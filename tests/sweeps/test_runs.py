@@ -467,12 +467,6 @@ def test_several_sweeps_share_workers_and_a_run_of_two_is_done_once(tmp_path, he
         finish([one, bad], stores)
 
 
-def test_the_cost_of_a_sweep_is_its_guess_times_its_runs():
-    assert specification.hours(spec(seeds=[0, 1, 2], seconds=600)) == 0.5
-    with pytest.raises(SweepError, match="does not say how many seconds"):
-        specification.hours(spec())
-
-
 def test_command_line(tmp_path, here):
     path, store = written(tmp_path, seconds=30, seeds=list(range(8))), tmp_path / "store"
     cli = CliRunner()
