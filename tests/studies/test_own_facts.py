@@ -44,7 +44,7 @@ def test_what_is_told_and_known_is_what_recall_says(organism, asked, findings):
 def test_a_planted_fault_has_no_cause_before_the_text(findings):
     """It lies in weights; the table says so, and where it is seen."""
     assert findings.verdict and findings.cause.name == "none found"
-    assert dict(findings.rows())["at the cause"] == "nothing is prescribed, since no cause was found"
+    assert dict(findings.rows())["at the cause"].startswith("no cause was found; a sink may")
     said = dict(findings.rows())
     assert (
         said["failure kind"] == findings.verdict.failure_kind
