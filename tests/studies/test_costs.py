@@ -3,6 +3,7 @@
 import json
 import time
 
+import pandas as pd
 import pytest
 import torch
 from typer import BadParameter
@@ -147,3 +148,22 @@ def test_rows_are_of_the_layer_that_is_diagnosed_and_say_the_same_on_a_model_of_
     assert rows.studied(organism) == (case, diagnosis.prescribe(organism, case).knowledge_head.layer)
     for row in (*rows.trace_rows(organism), *rows.static_rows(organism)):
         assert row.same(row.ours(), row.peer()) <= row.tolerance and row.seconds is None
+
+
+def test_rows_of_before_are_judged_by_the_goals_of_now():
+    """By hand: twice the operations, so four fifths of two; one row that knew, one of a goal of five."""
+    new = {
+        "row": "a",
+        "peer": "p",
+        "ratio": 1.7,
+        "gflop": 1.0,
+        "peer_gflop": 2.0,
+        "goal": 1.8,
+        "met": False,
+        "bound": 2.0,
+    }
+    old = {k: v for k, v in new.items() if k != "bound"} | {"goal": 5}
+    record = {"rows": [new, old, old | {"goal": None, "met": None}], "growth": [], "sizes": []}
+    table = costs.tables({"smollm2": record})[0]
+    assert table.goal[:2].tolist() == [1.8, 1.6] and table.met[:2].tolist() == [False, True]
+    assert pd.isna(table.goal[2]) and pd.isna(table.met[2])
