@@ -466,6 +466,7 @@ def ladder(rows: pd.DataFrame, general: float) -> Figure:
             numbers = ", ".join(str(i + 1) for i in sorted(group.index))
             _name_point(ax, numbers, group.x.iloc[-1], group[measure].iloc[0], (6, 0), fontsize=8, va="center")
         ax.set(ylabel=label, ylim=(-0.05 * top, 1.15 * top))
+        ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))  # facts are whole
     ax.axhline(general * top, color="black", lw=1, ls=":")
     ax.set_xlabel("changed parameters (left edge: none)")
     names = [f"{i} {name}" + ("" if i % 4 else "\n") for i, name in enumerate(rows.rival, 1)]  # four a line
