@@ -84,7 +84,8 @@ def judged(runs: pd.DataFrame) -> pd.DataFrame:
         row |= dict(zip(("low", "high"), exact_interval(middle, n), strict=True))
         row |= {"least": int(counts.min()), "most": int(counts.max())}
         row |= {
-            name: part[name].iloc[0] for name in ("facts_n", "bled_n", "bled_before", "relations_before", "relations_n")
+            name: part[name].iloc[0]
+            for name in ("lesson_n", "bled_n", "bled_before", "relations_before", "relations_n")
         }
         row |= {name: float(part[name].mean()) for name in ("ratio", "ratio_start", "ratio_later")}
         rows.append(row)
@@ -154,7 +155,8 @@ def report_variants(report: Results, table: pd.DataFrame) -> None:
         for (variant, pathway), row in first.iterrows()
         if variant != "true"
     ]
-    report("variants_verdict", sentence("variants", rows=found))
+    same = {pathway: row.repaired for (variant, pathway), row in first.iterrows() if variant == "true"}
+    report("variants_verdict", sentence("variants", rows=found, same=same))
     report(
         "false_told", listed([f"{r['told']} of {r['n']} ({r['pathway']})" for r in found if r["variant"] == "false"])
     )

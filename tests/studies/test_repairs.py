@@ -8,6 +8,7 @@ from lib.edits import outside_sha256
 from lib.errors import EditError
 from lib.facts import load_cases, load_templates
 from lib.recall import tell
+from lib.show import tables
 from lib.studies import carrying_over, mended_routes, repairs
 from lib.studies.repairs import _asked, _case, fitted, lesson, repair_at
 from tests.studies.test_comparisons import Reported
@@ -96,7 +97,8 @@ def test_the_rule_by_hand():
 def test_the_verdict_by_hand():
     runs = [run(seed=s, repaired=r) for s, r in enumerate((9, 12, 10))]
     runs += [run(pathway="v_only", parameters=110_592, repaired=1, bled=33), run(steps=0, repaired=9, parameters=576)]
-    runs += [run(facts="fit", repaired=13, facts_n=40), run(variant="false", repaired=0, learned=7)]
+    runs += [run(facts="fit", repaired=13, lesson_n=40), run(variant="false", repaired=0, learned=7)]
+    runs += [run(variant="one layer", repaired=11)]
     table = carrying_over.judged(pd.DataFrame(runs))
     row = table.set_index(["pathway", "facts"]).loc["sink_kv", "eight"]
     assert (row.repaired, row.least, row.most, row.middle, row.seeds) == (pytest.approx(31 / 3), 9, 12, 10, 3)
@@ -108,6 +110,9 @@ def test_the_verdict_by_hand():
     assert "makes 10.3 told (9 to 12 over 3 seeds" in said["verdict"] and "V-only bleeds 33" in said["cost_verdict"]
     carrying_over.report_variants(report, carrying_over.variants(pd.DataFrame(runs)))
     assert "false, sink kv: 7 of 8 trained prompts" in report["variants_verdict"]
+    assert "repaired all the same, beside 9 with all layers trained" in report["variants_verdict"]
+    shown = tables.arranged("judged", table.assign(case_title="c"))
+    assert shown["trained facts told"].tolist() == ["8 of 8", "8 of 8", "8 of 40", "8 of 8"]
 
 
 def test_planted_routes_are_counted(organism):
