@@ -109,8 +109,9 @@ def rows_of(planned: Plan, older: Record | None = None) -> list[dict[str, Any]]:
 
 def write(planned: Plan, command: str, older: Record | None = None) -> Path:
     """Record the finished runs of a plan. older: a record whose runs stay; then the code is said to be that of the
-    older ones, and the commit both. Raises SweepError for a value that a table cannot hold."""
+    older ones, and commit and processor both. Raises SweepError for a value that a table cannot hold."""
     rows, path = rows_of(planned, older), path_of(planned.spec)
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     cells = [{**row["parameters"], **row["result"], "seconds": row["seconds"]} for row in rows]
     names = list(dict.fromkeys(name for row in cells for name in row))
     columns = {name: _form(row[name] for row in cells if name in row) for name in names}
@@ -133,7 +134,7 @@ def write(planned: Plan, command: str, older: Record | None = None) -> Path:
         sha256=hashlib.sha256(text.getvalue().encode()).hexdigest(),
         date=datetime.now(UTC).date().isoformat(),
         commit=f"{older.header.commit}; {len(rows) - older.header.runs} more by {commit()[:12]}" if older else commit(),
-        processor=f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        processor=" and ".join(dict.fromkeys([older.header.processor, processor] if older else [processor])),
         seconds=round(sum(row["seconds"] for row in rows), 1),
         command=command,
         code=older.header.code if older else meaning(planned.spec.run),

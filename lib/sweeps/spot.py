@@ -79,9 +79,8 @@ def _done(
     pairs = [(plan(spec), record.read(spec, partly=True) if missing else None) for spec in specs]
     todo = [_without(planned, older) for planned, older in pairs]
     for planned in todo:
-        if planned.store.fault(planned.header):
-            say(f"older results are now in {planned.store.set_aside()}")
-        say(estimate(planned, options.get("workers")))
+        if not planned.store.fault(planned.header):  # otherwise `finish` sets it aside, once it has the lock
+            say(estimate(planned, options.get("workers")))
     finish(todo, fresh=True, say=say, **options)
     return pairs
 

@@ -59,7 +59,9 @@ def test_chapters_read_what_was_recorded_and_run_nothing(kept, here, organism, m
 
 def test_of_a_longer_specification_only_what_is_missing_is_done(kept, here, monkeypatch):  # noqa: F811
     before, header = kept.read_text().splitlines(), json.loads(kept.with_suffix(".json").read_text())
-    kept.with_suffix(".json").write_text(json.dumps(header | {"commit": "a" * 40, "code": {"lib/old.py": "0"}}))
+    kept.with_suffix(".json").write_text(
+        json.dumps(header | {"commit": "a" * 40, "code": {"lib/old.py": "0"}, "processor": "old"})
+    )
     longer = GRID.model_copy(update={"grid": {"layer": [3, 11, 5], "scale": [0.5, 2.0]}})
     monkeypatch.setattr(spot, "recordable", lambda name, names=(): [longer])
     monkeypatch.setattr(runs, "BUILD", kept.parent / "elsewhere")  # nothing is left of the runs but their record
@@ -69,7 +71,11 @@ def test_of_a_longer_specification_only_what_is_missing_is_done(kept, here, monk
     assert [run["layer"] for run in here] == [5, 5]
     found, text = record.read(longer).header, kept.read_text().splitlines()
     assert text[:5] == before and len(text) == 7
-    assert found.code == {"lib/old.py": "0"} and found.commit.startswith(f"{'a' * 40}; 2 more by ")
+    assert (
+        found.processor.startswith("old and ")
+        and found.code == {"lib/old.py": "0"}
+        and found.commit.startswith(f"{'a' * 40}; 2 more by ")
+    )
     monkeypatch.setattr(spot, "recordable", lambda name, names=(): [GRID])
     with pytest.raises(SweepError, match="has 2 others"):
         spot.make("organism", missing=True)
