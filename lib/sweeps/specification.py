@@ -25,8 +25,8 @@ Grid = Annotated[dict[str, Values], Field(min_length=1)]
 class Tolerance(BaseModel):
     """How far a run may come out from the recorded one, on another kind of processor: words and what is true or false
     not at all, whole numbers by `counts`, others by `absolute` and a share of themselves (`relative`). columns: the
-    largest difference of those with such a name (`*_n`), the first that fits. lengths: by how much a list, such as a
-    curve by step, may be longer."""
+    largest difference of those with such a name (`*_n`), the first that fits; looser: more room for runs of one
+    parameter, `name=value`. lengths: by how much a list, such as a curve by step, may be longer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -35,6 +35,13 @@ class Tolerance(BaseModel):
     counts: Annotated[int, Field(ge=0)] = 0
     columns: dict[str, Annotated[float, Field(ge=0)]] = {}
     lengths: Annotated[int, Field(ge=0)] = 0
+    looser: dict[str, dict[str, Annotated[float, Field(ge=0)]]] = {}
+
+    def for_run(self, parameters: dict[str, Any]) -> "Tolerance":
+        """With the columns that are looser for such a run before the others."""
+        found = [self.looser.get(f"{name}={value}", {}) for name, value in parameters.items()]
+        first = {column: room for columns in found for column, room in columns.items()}
+        return self.model_copy(update={"columns": first | {k: v for k, v in self.columns.items() if k not in first}})
 
 
 class Spec(BaseModel):

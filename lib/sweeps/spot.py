@@ -124,7 +124,9 @@ def check(planned: Plan, recorded: record.Record) -> Check:
     wrong = [
         f"  {planned.spec.name}, {', '.join(f'{k}={v}' for k, v in row['parameters'].items())}: {line}"
         for row in again
-        for line in record.differences(was[key(row["parameters"])], row["result"], planned.spec.tolerance)
+        for line in record.differences(
+            was[key(row["parameters"])], row["result"], planned.spec.tolerance.for_run(row["parameters"])
+        )
     ]
     outdated = differing(recorded.header.code, meaning(planned.spec.run))
     return Check(recorded.header, [r["parameters"] for r in again], wrong, outdated)

@@ -230,3 +230,11 @@ def test_what_is_recorded_of_a_model():
     assert all(s.model == "gpt2" for s in spot.recordable("gpt2"))
     done = CliRunner().invoke(app, ["record", "layer", "--model", "organism"])
     assert "there is no sweep 'layer' to record of organism; choose from layers, mended" in str(done.exception)
+
+
+def test_what_is_looser_for_some_runs_is_so_for_these_alone():
+    tolerance = Tolerance(counts=1, columns={"*d": 0, "bled": 1}, looser={"variant=random": {"bled": 6}})
+    for variant, wrong in (("random", []), ("true", ["bled: recorded 1, now 7"])):
+        room = tolerance.for_run({"variant": variant, "seed": 0})
+        assert record.differences({"bled": 1, "told": 3}, {"bled": 7, "told": 3}, room) == wrong
+        assert record.differences({"told": 3}, {"told": 4}, room), "all else is held as before"
