@@ -18,6 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib.checkpoints.fetching import give_back
+from lib.studies.costs import SHARE
 
 Work = Callable[[], Any]
 
@@ -36,7 +37,7 @@ class Row:
     peer: Work
     same: Callable[[Any, Any], float]
     tolerance: float
-    share: float | None = 0.8
+    share: float | None = SHARE
     ours_of: float = 1.0
     peer_of: float = 1.0
     rounds: int = 5
