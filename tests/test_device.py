@@ -102,7 +102,7 @@ def test_elsewhere_the_numbers_are_the_same(organism, elsewhere, work: Callable,
     monkeypatch.setattr(planted, "STEPS", 5)  # 60 multiply rounding
     one_passage = dict([*evaluation.load_passages().items()][:1])
     monkeypatch.setattr(evaluation, "load_passages", lambda: one_passage)
-    here = work(organism)
+    here = work(replace(organism))  # which remembers nothing of other tests, nor they of its one passage
     with simulated.Simulated(), simulated.AsDefault():
         monkeypatch.setattr(torch, "get_default_device", lambda: simulated.DEVICE)
         there = work(elsewhere)
