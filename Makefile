@@ -14,7 +14,7 @@ ifdef SUBJECT
 $(error SUBJECT= is called MODEL= now: make $(MAKECMDGOALS) MODEL=$(SUBJECT))
 endif
 
-.PHONY: help bench book record relations test smoke check pages pdf colab snapshot links clean
+.PHONY: help bench book record relations test slow smoke check pages pdf colab snapshot links clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -28,6 +28,9 @@ test: .venv/developer  ## lint, types and tests, the real model's included
 	$(BIN)/ruff check lib tests data
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+slow: .venv/developer  ## the tests that wait long: commands that are killed and begin again, a whole dashboard
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 record: .venv/ready  ## do every sweep of MODEL anew and write data/record (an hour for smollm2)
 	$(LIB) record --model $(MODEL)

@@ -16,7 +16,7 @@ from lib.facts import load_cases, load_templates, prompts
 from lib.interventions import Part
 from lib.models import Model
 from lib.recall import study_facts, trainable
-from lib.studies import planted
+from lib.studies import location, planted, repairs
 from lib.studies.repairs import repair_at
 from lib.sweeps import experiments
 from lib.trace import capture, logit_lens, logit_traces, subject_attention
@@ -96,12 +96,17 @@ def sweeps(model: Model) -> Numbers:
     return [float(v) for row in rows for v in row.values() if isinstance(v, int | float)]
 
 
-@pytest.mark.parametrize("work", [traces, diagnoses, statics, patches, ablations, trainings, sweeps])
+SLOW = pytest.param(sweeps, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("work", [traces, diagnoses, statics, patches, ablations, trainings, SLOW])
 def test_elsewhere_the_numbers_are_the_same(organism, elsewhere, work: Callable, monkeypatch, tmp_path):
     monkeypatch.setattr(fetching, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(planted, "STEPS", 5)  # 60 multiply rounding
     one_passage = dict([*evaluation.load_passages().items()][:1])
     monkeypatch.setattr(evaluation, "load_passages", lambda: one_passage)
+    for study in (location, repairs):
+        monkeypatch.setattr(study, "questions", lambda *given: evaluation.questions(*given)[::5])
     here = work(replace(organism))  # which remembers nothing of other tests, nor they of its one passage
     with simulated.Simulated(), simulated.AsDefault():
         monkeypatch.setattr(torch, "get_default_device", lambda: simulated.DEVICE)

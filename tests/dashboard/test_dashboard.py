@@ -643,6 +643,7 @@ def test_nothing_in_the_page_points_outside(html):
     assert html.count("<script") == 3 and "default-src 'none'" in html
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_smollm2s_270_heads_fit_and_read(build_folder, smollm2, opened, monkeypatch):
     """The real model with two edits: the numbers that the book tells of, and the page itself. Relation maps are of a

@@ -293,6 +293,7 @@ __main__.main()
 """
 
 
+@pytest.mark.slow
 def test_a_build_that_is_told_to_stop_says_so_and_leaves_nothing_and_another_one_waits_for_it(workshop):
     """What waits is told by Ctrl-C, and what works by SIGTERM, which is made the same."""
     notebook(workshop, "01_a", "open('../pid', 'w').write('here')\nimport time\ntime.sleep(600)")

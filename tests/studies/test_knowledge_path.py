@@ -2,6 +2,7 @@
 
 import pandas as pd
 import pytest
+import torch
 
 from lib import recall
 from lib.edits import written
@@ -33,6 +34,15 @@ def test_many_questions_are_put_once_and_answered_as_ever(tiny, tmp_path, monkey
     with written(tiny.module, bias):
         changed = knowledge_path.answers_once(tiny, facts, texts)
     assert len(asked) == 3 and not changed.prob.equals(tell(tiny, facts, texts).prob)
+
+
+def test_relation_maps_that_were_kept_come_back_in_their_order(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(knowledge_path, "BUILD", tmp_path)
+    facts = load_facts("eight")
+    made, kept = (knowledge_path.relation_maps_once(tiny, facts) for _ in range(2))
+    monkeypatch.setattr(knowledge_path, "relation_maps", None)  # nothing is made again
+    assert list(made) == list(kept) == list(knowledge_path.relation_maps_once(tiny, facts)) == ["raw", "enriched"]
+    assert all(torch.equal(made[name].hits, kept[name].hits) for name in made)
 
 
 def test_every_term_of_the_example_is_kept_under_its_site(organism):

@@ -560,6 +560,7 @@ def ended(process: psutil.Process) -> bool:
         return True
 
 
+@pytest.mark.slow
 def test_a_record_that_is_killed_while_it_is_made_stays_as_it_was_and_the_same_command_goes_on(tmp_path):
     project = copied(tmp_path)
     shutil.copytree(ROOT / "data", project / "data", ignore=shutil.ignore_patterns("sweeps", "record"))
@@ -598,6 +599,7 @@ def test_a_worker_of_another_version_is_named():
     assert said == ["the scheduler has no worker yet; the runs wait for one"]
 
 
+@pytest.mark.slow
 def test_killed_at_every_place_and_resumed_the_table_is_that_of_an_undisturbed_run(tmp_path, here):
     """In a copy of the project whose studies have one more, by the command `python -m lib sweep`:
     1. On a scheduler and a worker that Dask's own command line started: the scheduler is killed.
