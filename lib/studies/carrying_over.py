@@ -83,19 +83,22 @@ def judged(runs: pd.DataFrame) -> pd.DataFrame:
         row |= {name: float(part[name].mean()) for name in COUNTED} | {"untold": n, "middle": middle}
         row |= dict(zip(("low", "high"), exact_interval(middle, n), strict=True))
         row |= {"least": int(counts.min()), "most": int(counts.max())}
-        row |= {
-            name: part[name].iloc[0]
-            for name in ("lesson_n", "bled_n", "bled_before", "relations_before", "relations_n")
-        }
+        same = ["lesson_n", "bled_n", "bled_before", "relations_before", "relations_n"]
+        row |= part[same].iloc[0].to_dict()
         row |= {name: float(part[name].mean()) for name in ("ratio", "ratio_start", "ratio_later")}
         rows.append(row)
     return _ordered(pd.DataFrame(rows))
 
 
 def variants(runs: pd.DataFrame) -> pd.DataFrame:
-    """The controls of the eight-fact runs, each beside the true lesson with the same seed."""
-    eight = runs[(runs.facts == "eight") & (runs.steps > 0) & runs.pathway.isin(SINKS) & (runs.seed == runs.seed.min())]
-    return eight.sort_values(["case", "pathway", "variant"], kind="stable", ignore_index=True)
+    """The controls of the eight-fact runs, each beside the true lesson with the same seed. least, most: of repaired,
+    over all of its seeds."""
+    eight, by = (
+        runs[(runs.facts == "eight") & (runs.steps > 0) & runs.pathway.isin(SINKS)],
+        ["case", "pathway", "variant"],
+    )
+    seeds = eight.groupby(by).repaired.agg(seeds="size", least="min", most="max")
+    return eight[eight.seed == runs.seed.min()].join(seeds, on=by).sort_values(by, kind="stable", ignore_index=True)
 
 
 def report_choice(report: Results, runs: pd.DataFrame) -> None:
@@ -149,12 +152,8 @@ def _bled_by_place(table: pd.DataFrame) -> list[dict[str, Any]]:
 def report_variants(report: Results, table: pd.DataFrame) -> None:
     """What the controls make of the first case."""
     first = table[table.case == 1].set_index(["variant", "pathway"])
-    found = [
-        {"variant": variant, "pathway": pathway, "told": row.learned, "n": row.lesson_n, "repaired": row.repaired}
-        | {"untold": row.untold}
-        for (variant, pathway), row in first.iterrows()
-        if variant != "true"
-    ]
+    rows = first.drop(index="true", columns="told").rename(columns={"learned": "told", "lesson_n": "n"}).reset_index()
+    found = rows[["variant", "pathway", "told", "n", "repaired", "untold", "seeds", "least", "most"]].to_dict("records")
     same = {pathway: row.repaired for (variant, pathway), row in first.iterrows() if variant == "true"}
     report("variants_verdict", sentence("variants", rows=found, same=same))
     report(

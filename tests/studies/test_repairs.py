@@ -98,7 +98,7 @@ def test_the_verdict_by_hand():
     runs = [run(seed=s, repaired=r) for s, r in enumerate((9, 12, 10))]
     runs += [run(pathway="v_only", parameters=110_592, repaired=1, bled=33), run(steps=0, repaired=9, parameters=576)]
     runs += [run(facts="fit", repaired=13, lesson_n=40), run(variant="false", repaired=0, learned=7)]
-    runs += [run(variant="one layer", repaired=11)]
+    runs += [run(variant="one layer", repaired=r, seed=s) for s, r in enumerate((11, 10, 15))]
     table = carrying_over.judged(pd.DataFrame(runs))
     row = table.set_index(["pathway", "facts"]).loc["sink_kv", "eight"]
     assert (row.repaired, row.least, row.most, row.middle, row.seeds) == (pytest.approx(31 / 3), 9, 12, 10, 3)
@@ -110,6 +110,7 @@ def test_the_verdict_by_hand():
     assert "makes 10.3 told (9 to 12 over 3 seeds" in said["verdict"] and "V-only bleeds 33" in said["cost_verdict"]
     carrying_over.report_variants(report, carrying_over.variants(pd.DataFrame(runs)))
     assert "false, sink kv: 7 of 8 trained prompts" in report["variants_verdict"]
+    assert "11 of 16 held-out countries repaired (10 to 15 over 3 seeds)" in report["variants_verdict"]
     assert "repaired all the same, beside 9 with all layers trained" in report["variants_verdict"]
     shown = tables.arranged("judged", table.assign(case_title="c"))
     assert shown["trained facts told"].tolist() == ["8 of 8", "8 of 8", "8 of 40", "8 of 8"]
