@@ -96,10 +96,10 @@ def sweeps(model: Model) -> Numbers:
     return [float(v) for row in rows for v in row.values() if isinstance(v, int | float)]
 
 
-SLOW = pytest.param(sweeps, marks=pytest.mark.slow)
+SLOW = [pytest.param(work, marks=pytest.mark.slow) for work in (trainings, sweeps)]
 
 
-@pytest.mark.parametrize("work", [traces, diagnoses, statics, patches, ablations, trainings, SLOW])
+@pytest.mark.parametrize("work", [traces, diagnoses, statics, patches, ablations, *SLOW])
 def test_elsewhere_the_numbers_are_the_same(organism, elsewhere, work: Callable, monkeypatch, tmp_path):
     monkeypatch.setattr(fetching, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(planted, "STEPS", 5)  # 60 multiply rounding

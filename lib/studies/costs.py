@@ -38,15 +38,6 @@ def load_record(model_name: str) -> dict[str, Any]:
     raise DataError(f"{path} is no record of a benchmark ({reason}); make one with `{make}`.")
 
 
-def with_rows_replaced(record: dict[str, Any], measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """The record with rows measured again in place of those of the same work and peer. Raises DataError for a row that
-    it does not have."""
-    new = {(row["row"], row["peer"]): row for row in measured}
-    if unknown := new.keys() - {(row["row"], row["peer"]) for row in record["rows"]}:
-        raise DataError(f"the record has no row {' / '.join(min(unknown))}; make a whole one, without naming rows.")
-    return record | {"rows": [new.get((row["row"], row["peer"]), row) for row in record["rows"]]}
-
-
 def tables(records: dict[str, dict[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Of the records by model: a row a comparison (model; bound: how many times fewer floating-point operations ours
     needs, which is what it could be faster if both ran at the same rate; reached: its share of that); a row a point of

@@ -147,9 +147,9 @@ def kept(model_name: str, *, whole: bool = False) -> list[Pair]:
 
 def draw(recorded: record.Record, commit: str) -> list[dict[str, Any]]:
     """Rows that a commit draws, the same on every machine: each run may come, one that took half the seconds when it
-    was recorded eight times as readily: a race, in which each run's time to arrive is exponential."""
+    was recorded 32 times as readily: a race, in which each run's time to arrive is exponential."""
     chance = random.Random(f"{commit} {recorded.header.model} {recorded.header.sweep}")
-    return sorted(recorded.rows, key=lambda row: chance.expovariate(max(row["seconds"], 0.1) ** -3))[:DRAWN]
+    return sorted(recorded.rows, key=lambda row: chance.expovariate(max(row["seconds"], 0.1) ** -5))[:DRAWN]
 
 
 def _followed(spec: Spec, table: pd.DataFrame) -> list[Spec]:

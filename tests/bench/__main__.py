@@ -7,7 +7,7 @@ import json
 import os
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -16,12 +16,22 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from lib import __version__, models
+from lib.errors import DataError
 from lib.files import BUILD, commit, write_atomically
 from lib.studies import costs
 from tests.bench import big, growth, measure, rows
 from tests.bench.book import BOOK
 
 app = typer.Typer(add_completion=False)
+
+
+def with_rows_replaced(record: dict[str, Any], measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record with rows measured again in place of those of the same work and peer. Raises DataError for a row that
+    it does not have."""
+    new = {(row["row"], row["peer"]): row for row in measured}
+    if unknown := new.keys() - {(row["row"], row["peer"]) for row in record["rows"]}:
+        raise DataError(f"the record has no row {' / '.join(min(unknown))}; make a whole one, without naming rows.")
+    return record | {"rows": [new.get((row["row"], row["peer"]), row) for row in record["rows"]]}
 
 
 @app.command()
@@ -53,7 +63,7 @@ def bench(
             bar.set_postfix_str(f"{row.name} / {row.peer_name}")
             found.append(measure.run(row, measure.matmul_rate()) | stamp)
     if only and record:
-        content = costs.with_rows_replaced(costs.load_record(model.name), found) | ({"book": built} if book else {})
+        content = with_rows_replaced(costs.load_record(model.name), found) | ({"book": built} if book else {})
     else:
         content = {
             "machine": measure.machine(),

@@ -267,6 +267,7 @@ def run(made, tmp_path, monkeypatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_snapshot_made_twice_is_the_same_to_the_byte(made, run, tmp_path):
     """Also after the book was built anew, file times moved on, and everything was touched."""
     first = deposit.snapshot("s", tmp_path / "one.zip", say=lambda _: None).read_bytes()

@@ -259,6 +259,7 @@ def test_only_a_run_of_the_present_inputs_counts(small_book):
     assert [j.verdict for j in check.judged("s")] == ["not run"], "numbers of other inputs do not count"
 
 
+@pytest.mark.slow
 def test_the_page_is_built_with_the_book_and_follows_results_and_templates(small_book, monkeypatch):
     (small_book / "_config.yml").write_text(
         "title: t\nexecute: {execute_notebooks: 'off'}\nbibtex_bibfiles: [book/references.bib]\n"

@@ -229,6 +229,7 @@ def test_a_kernel_has_packages_from_a_server_of_one_thread_and_nothing_from_anot
     assert server.num_threads() == 1 and not server.children()
 
 
+@pytest.mark.slow
 def test_a_kernel_goes_when_whoever_started_it_is_killed(workshop):
     sleeps = "import os, time\nopen('../pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
     path, pid = notebook(workshop, "01_a", sleeps), workshop / "pid"

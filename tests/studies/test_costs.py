@@ -14,7 +14,7 @@ from lib.results import Results
 from lib.show import figures, tables
 from lib.studies import costs
 from tests.bench import book, measure, rows
-from tests.bench.__main__ import bench
+from tests.bench.__main__ import bench, with_rows_replaced
 from tests.bench.measure import Row
 
 ONE, SQUARE = torch.ones(3), torch.ones(8, 8)
@@ -124,12 +124,12 @@ def test_records_are_told_as_they_are(tmp_path, monkeypatch, organism):
 
 def test_rows_measured_again_take_the_place_of_their_own():
     record = {"started": "then", "rows": [{"row": n, "peer": "p", "ratio": 1} for n in ("a", "b")]}
-    again = costs.with_rows_replaced(record, [{"row": "b", "peer": "p", "ratio": 2, "started": "now"}])
+    again = with_rows_replaced(record, [{"row": "b", "peer": "p", "ratio": 2, "started": "now"}])
     assert [(r["row"], r["ratio"]) for r in again["rows"]] == [("a", 1), ("b", 2)]
     assert costs.measured_again(record) == "All rows are of that run."
     assert costs.measured_again(again) == "Measured again later, with newer code: b now (UTC)."
     with pytest.raises(DataError, match="the record has no row b / other"):
-        costs.with_rows_replaced(record, [{"row": "b", "peer": "other"}])
+        with_rows_replaced(record, [{"row": "b", "peer": "other"}])
 
 
 def test_a_row_that_is_not_there_is_refused_before_anything_is_measured():
