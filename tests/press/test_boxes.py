@@ -124,7 +124,7 @@ def side(cause: str) -> dict[str, dict]:
         | {"low": 0.2, "high": 0.8}
     ]
     choice = [{"case": 1, "pathway": p, "repaired": k} for p, k in (("v_only", 3), ("full", 3), ("sink_kv", 8))]
-    diagnosis = {"a": {"knowledge_head": "L24 H4", "failure_kind": "overridden"}}
+    diagnosis = {"a": {"knowledge_head": "L24 H4", "failure_kind": "overridden", "suppressor": "L30 MLP"}}
     return {"c2": {"causes": [{"case": "a", "title": "a | b", "cause": cause}], "diagnosis": diagnosis}} | {
         "c8": {"judged": judged, "choice": choice}
     }
@@ -135,7 +135,7 @@ def test_two_prescriptions_stand_side_by_side_and_the_chosen_pathway_is_not_chos
     page = fill("prescriptions.md", sides=sides)
     first, second = page.strip().splitlines()[2:]
     cells = [c.strip() for c in first.replace(r"\|", "/").split("|")[1:-1]]
-    assert cells[:3] == ["m", "a / b", "L24 H4, overridden"] and cells[4] == "first position"
+    assert cells[:3] == ["m", "a / b", "L24 H4, overridden by L30 MLP"] and cells[4] == "first position"
     assert cells[3] == "v only, 110,592 numbers: **1 of 19** (10% to 50%)"  # full repairs more of those shown
     assert cells[5] == "sink kv, 11,520 numbers: **11 of 19** (20% to 80%)"
     assert second.startswith("| n |") and "none found" in second
