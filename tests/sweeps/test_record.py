@@ -170,7 +170,7 @@ def test_an_expensive_run_is_drawn_rarely_however_long_all_of_them_take(kept):
     recorded = record.read(GRID)
     rows = [row | {"seconds": 100.0 * (i + 1)} for i, row in enumerate(recorded.rows)]
     draws = [spot.draw(replace(recorded, rows=rows), str(i)) for i in range(2000)]
-    first, weights = Counter(rows.index(drawn[0]) for drawn in draws), [1, 1 / 8, 1 / 27, 1 / 64]
+    first, weights = Counter(rows.index(drawn[0]) for drawn in draws), [1, 2**-5, 3**-5, 4**-5]
     assert [first[i] / 2000 for i in range(4)] == pytest.approx([w / sum(weights) for w in weights], abs=0.04)
     assert all(len(drawn) == spot.DRAWN and drawn[0] != drawn[1] for drawn in draws)
 
