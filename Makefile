@@ -29,7 +29,7 @@ test: .venv/developer  ## lint, types and tests, the real model's included
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-slow: .venv/developer  ## the tests that wait long: commands that are killed and begin again, a whole dashboard
+slow: .venv/developer  ## the tests that wait long: what is killed and begins again, is built twice, or is a whole dashboard
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 record: .venv/ready  ## do every sweep of MODEL anew and write data/record (an hour for smollm2)

@@ -42,8 +42,8 @@ REASONS = {
 
 
 class Header(gguf_format.GGUFReader):
-    """What a GGUF file says of itself and of its tensors. Its hundred thousand words are slices of a plain array: those
-    of a file that is mapped take three times as long."""
+    """What a GGUF file says of itself and of its tensors. Its hundred thousand words are slices of a plain array, which
+    take less time than those of a mapped file."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value.view(np.ndarray) if name == "data" else value)
@@ -172,7 +172,7 @@ def read(files: Files, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedMo
 
 @contextmanager
 def _gguf_asked_once() -> Iterator[None]:
-    """transformers reads a GGUF file's header five times (five seconds each: it holds the vocabulary) and makes a table
+    """transformers reads a GGUF file's header five times (seconds each: it holds the vocabulary) and makes a table
     of tensors' names for every module of the model: the first of each is kept, until this ends."""
     with patch.multiple(
         gguf_format, GGUFReader=cache(Header), get_tensor_name_map=cache(gguf_format.get_tensor_name_map)

@@ -52,7 +52,8 @@ def relation_maps_once(model: Model, facts: Sequence[Fact]) -> dict[str, Relatio
     the sha256 of weights (and of their present sums, which an edit changes), facts and code."""
     path = _kept("relation_maps", "static", model, [vars(fact) for fact in facts], "safetensors")
     if path.is_file():
-        return {n: RelationMap(load(path.read_bytes())[n]) for n in ("raw", "enriched")}  # the file has its own order
+        hits = load(path.read_bytes())  # in the file's own order
+        return {name: RelationMap(hits[name]) for name in ("raw", "enriched")}
     maps = relation_maps(model, facts)
     write_atomically(path, save({name: m.hits.contiguous().cpu() for name, m in maps.items()}))
     return maps
