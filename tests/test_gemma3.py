@@ -37,6 +37,7 @@ def test_without_its_beginning_of_text_it_reads_otherwise(gemma3):
     assert not torch.allclose(plain_logits(bare, [PARIS]), plain_logits(gemma3, [PARIS]), atol=0.1)
 
 
+@pytest.mark.slow
 def test_controls_are_what_the_rule_gives(gemma3):
     case = load_cases("gemma3")[0]
     facts = [f for f in recall.scorable(gemma3, case.large) if f.split == "fit"]
