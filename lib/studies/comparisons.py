@@ -237,9 +237,8 @@ def report_layers(report: Results, means: pd.DataFrame, others: pd.DataFrame, la
     counts |= {"most_repaired_at": f"L{best.best_layer} ({plain(best.pathway)})"}
     lost, more = float(means.probes_lost.max()), int((means.held_out_repaired == best.most_repaired).sum()) - 1
     words = counts | {"layer": layer, "layers": means.layer.nunique(), "best": best, "more": more, "bled": bled}
-    words["each"] = ", ".join(f"{plain(r.pathway)} {r.as_well} of {r.others}" for r in others.itertuples())
     words["few"] = " and ".join(plain(r.pathway) for r in others.itertuples() if 4 * r.as_well <= r.others)
-    words["own"] = ", ".join(f"{r.own_repaired:.0f} ({plain(r.pathway)})" for r in others.itertuples())
+    words["own"] = sorted({f"{end:.0f}" for end in (others.own_repaired.min(), others.own_repaired.max())}, key=int)
     words |= {"best_pathway": plain(best.pathway), "lost": lost, "most": means.max(numeric_only=True)}
     report.many(counts | {"most_repaired": (best.most_repaired, ".0f"), "layers_bled": (bled, ".0f")})
     report("layers_probes_lost", lost, ".0f")
@@ -256,13 +255,18 @@ def by_depth(means: pd.DataFrame) -> pd.DataFrame:
     return means.groupby("layer").agg(**ends).reset_index()
 
 
-def report_depth(report: Results, means: pd.DataFrame, table: pd.DataFrame, *, seed: int = 0) -> None:
-    """Whether bleeding and repairs go with depth: Spearman's rho over layers, by pathway."""
-    rows = []
-    for pathway, part in means.groupby("pathway", sort=False):
-        for measure in ("held_out_repaired", "bled"):
-            rows.append((plain(pathway), measure, *rho_interval(part.layer, part[measure], seed=seed)))
-    rhos = pd.DataFrame(rows, columns=["pathway", "measure", "rho", "low", "high"])
+def depth_correlations(means: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
+    """Whether repairs and bleeding go with depth: a row a pathway and measure, Spearman's rho over layers."""
+    rows = [
+        (plain(pathway), measure, *rho_interval(part.layer, part[measure], seed=seed))
+        for pathway, part in means.groupby("pathway", sort=False)
+        for measure in ("held_out_repaired", "bled")
+    ]
+    return pd.DataFrame(rows, columns=["pathway", "measure", "rho", "low", "high"])
+
+
+def report_depth(report: Results, table: pd.DataFrame, rhos: pd.DataFrame) -> None:
+    """What depth does. table: of `by_depth`; rhos: of `depth_correlations`."""
     report.table("depth", table.to_dict("records"))
     report.table("depth_rho", rhos.astype(object).where(rhos.notna(), None).to_dict("records"))
     each = {name: part.to_dict("records") for name, part in rhos[rhos.rho.notna()].groupby("measure")}
@@ -280,13 +284,11 @@ def report_correlations(report: Results, table: pd.DataFrame) -> None:
     """The correlations. By chance, one interval of 95 % in twenty excludes zero."""
     valid = table[table.rho.notna()]
     helpful, against = int((valid.low > 0).sum()), int((valid.high < 0).sum())
-    sure = helpful + against
     rule = valid[(valid.score == "knowledge head") & (valid.measure == "held_out_repaired")]
-    own = "; ".join(f"{plain(r.pathway)} {r.rho:+.2f} ({r.low:+.2f} to {r.high:+.2f})" for r in rule.itertuples())
-    counts = {"correlations_n": len(valid), "correlations_sure": sure, "correlations_helpful": helpful}
+    counts = {"correlations_n": len(valid), "correlations_sure": helpful + against, "correlations_helpful": helpful}
     counts |= {"correlations_against": against}
     chance = 0.05 * len(valid)
-    verdict = sentence("correlation_verdict", chance=chance, own=own, **counts)
+    verdict = sentence("correlation_verdict", chance=chance, own=rule.to_dict("records"), **counts)
     report.many(counts | {"correlations_chance": (chance, ".0f"), "correlation_verdict": verdict})
 
 

@@ -149,10 +149,13 @@ def test_what_depth_does_worked_out():
     means = comparisons.by_layer(pd.concat([swept, swept.assign(pathway="full", held_out_repaired=1)]))
     table, said = comparisons.by_depth(means), Reported()
     assert table.repaired_mean.tolist() == [4.0, 3.0, 1.5, 0.5] and table.bled_max.tolist() == [1, 4, 6, 8]
-    comparisons.report_depth(said, means, table)
+    comparisons.report_depth(said, table, comparisons.depth_correlations(means))
     assert said["depth_verdict"].startswith("From L1 to L4 the held-out facts repaired go from 4.0 to 0.5 and")
-    assert "Repairs against depth, rank correlation over layers: V-only -1.00" in said["depth_verdict"]
-    assert "V-only +1.00" in said["depth_verdict"] and "full nan" not in said["depth_verdict"]
+    falls = (
+        "Repairs against depth, rank correlation over layers: -1.00 to -1.00 by pathway, 0 of 1 intervals above zero"
+    )
+    assert f"{falls} and 1 below." in said["depth_verdict"] and "nan" not in said["depth_verdict"]
+    assert "+1.00 by pathway, 2 of 2 intervals above zero" in said["depth_verdict"]
 
 
 def test_a_query_that_training_cannot_mend_tells_nothing_of_the_query():
