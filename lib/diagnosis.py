@@ -165,9 +165,7 @@ def gather(model: Model, case: Case, table: pd.DataFrame, *, progress: Label = N
     pairs = torch.tensor(failing[["answer_token", "competitor_token"]].to_numpy())
     bank = torch.tensor(table.answer_token.unique())
     if len(bank) < 2:
-        raise DataError(
-            f"case {case.name!r} has one distinct answer; what is written of it needs others to compare with."
-        )
+        raise DataError(f"case {case.name!r} has one distinct answer, and no other to compare what is written with.")
     told = torch.tensor([[control in names for names in chosen.told_by] for control in case.controls])
     by_name = {name: part.set_index("subject").prompt for name, part in table.groupby("template", sort=False)}
     lines = {t: by_name[t].loc[chosen.subject].tolist() for t in (case.template, *case.controls)}

@@ -172,12 +172,9 @@ def applied(model: Model, edit: Edit) -> Iterator[Model]:
     """The model with the edit in place; `restored` afterwards. What it gives is to be asked: with a sink it reads every
     text otherwise than the model that was given. Raises EditError as `check` does, before any change."""
     check(model, edit)
-    if edit.pathway in SINKS:
-        with standing(model, edit.values) as changed:
-            yield changed
-    else:
-        with written(model.module, edit.values):
-            yield model
+    sink = {"middle": bool(edit.recipe.get("middle"))}
+    with standing(model, edit.values, **sink) if edit.pathway in SINKS else written(model.module, edit.values) as other:
+        yield other or model
 
 
 @contextmanager

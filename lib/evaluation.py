@@ -253,10 +253,10 @@ def _final(model: Model, protocol: Protocol, passage: Passage, edit: Edit | None
     token, which nothing follows, makes room (its row repeats the one before)."""
     if edit is None or edit.pathway not in SINKS:
         return above(model, passage.pack, protocol.layer, passage.entering, _values(protocol, edit))
-    tokens, place = passage.pack.tokens.tolist(), len(model.bos)
     with applied(model, edit) as changed:
-        texts = pack(changed, [[*tokens[:place], changed.bos[-1], *tokens[place:-1]]])
+        texts = pack(changed, [changed.begun(passage.pack.tokens.tolist()[len(model.bos) : -1])])
         final = above(changed, texts, 0, changed.weights.embed(texts.tokens, texts.position))
+        place = texts.tokens.tolist().index(changed.bos[-1])
     left_out = max(place - 1, 0)
     return torch.cat((final[:left_out], final[left_out + 1 :], final[-1:]))
 

@@ -235,7 +235,7 @@ def _blocks(model: Model, texts: Pack, stream: Stream, layers: range, values: Va
     """The model's own blocks; the first one with the values in place."""
     weights, stream = model.weights, stream[None]
     if weights.sink is not None:
-        weights.sink.rows = (texts.position == weights.sink.index)[None]
+        weights.sink.rows = (texts.tokens == len(weights.W_E))[None]
     kinds = {(a.window, a.rotary): a for a in (weights.blocks[i].attn for i in layers)}
     extras = {kind: _extra(texts, stream, attn) for kind, attn in kinds.items()}
     for layer in layers:

@@ -31,7 +31,8 @@ SPACELESS = re.compile(
 @dataclass(frozen=True)
 class Model:
     """A loaded model under study, its tokenizer, its weight view, and where they came from. bos: what stands before
-    every text. memory: what studies keep of it between their runs (`studies.once_a_model`)."""
+    every text. middle: the last of these stands in its middle instead (a control, `lib.sinks`). memory: what studies
+    keep of it between their runs (`studies.once_a_model`)."""
 
     name: str
     source: str
@@ -42,6 +43,7 @@ class Model:
     tokenizer: PreTrainedTokenizerBase
     weights: Weights
     bos: tuple[int, ...] = ()
+    middle: bool = False
     memory: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -55,7 +57,14 @@ class Model:
 
     def token_ids(self, text: str) -> list[int]:
         """Token ids of a text as the model reads it: after its beginning-of-text token, where it has one."""
-        return [*self.bos, *self.pieces(text)]
+        return self.begun(self.pieces(text))
+
+    def begun(self, pieces: list[int]) -> list[int]:
+        """A text's pieces with what stands before them, or in their middle."""
+        if not self.middle:
+            return [*self.bos, *pieces]
+        half = (len(pieces) + 1) // 2
+        return [*self.bos[:-1], *pieces[:half], self.bos[-1], *pieces[half:]]
 
     def pieces(self, text: str) -> list[int]:
         """Token ids of a text with nothing before it."""
@@ -81,7 +90,7 @@ class Model:
         """A long text in windows of `size` tokens, each read as a text of its own; the last one may be shorter, and has
         at least two tokens."""
         pieces, step = self.pieces(text), size - len(self.bos)
-        cut = [[*self.bos, *pieces[start : start + step]] for start in range(0, len(pieces), step)]
+        cut = [self.begun(pieces[start : start + step]) for start in range(0, len(pieces), step)]
         return [window for window in cut if len(window) > 1]
 
     def token_text(self, token: int) -> str:

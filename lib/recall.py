@@ -87,9 +87,7 @@ def scorable(model: Model, facts: Sequence[Fact]) -> tuple[Fact, ...]:
     DataError where none is left."""
     left = tuple(f for f, reason in zip(facts, screen(model, facts).left_out, strict=True) if not reason)
     if not left:
-        raise DataError(
-            f"none of the {len(facts)} answers can be told by its first token with {model.name}'s tokenizer."
-        )
+        raise DataError(f"{model.name}'s tokenizer tells none of the {len(facts)} answers by its first token.")
     if not any(isinstance(f, OpenFact) for f in left):
         return left
     every = [Fact(f.subject, answer) for f in left for answer in f.accepted]

@@ -64,10 +64,13 @@ def ordinary(model: Model, pathway: str, text: str = TEXT) -> dict[Slice, Tensor
 
 
 @contextmanager
-def standing(model: Model, values: dict[Slice, Tensor]) -> Iterator[Model]:
+def standing(model: Model, values: dict[Slice, Tensor], *, middle: bool = False) -> Iterator[Model]:
     """The model with a sink before every text, differentiable in the values; while the context lasts, also its module
-    reads the sink's token. Raises EditError as `check` does, before anything is done."""
+    reads the sink's token. middle: a learned row stands in the middle of every text instead, and is no sink: a control.
+    Raises EditError as `check` does, before anything is done, and for a key and value in the middle."""
     check(model, values)
+    if middle and KEYS in values:
+        raise EditError("a learned key and value stand before every text; only a learned row can stand in its middle.")
     weights, width = model.weights, model.weights.d_model
     sink = Sink(len(model.bos), values.get(ROW, torch.zeros(width, dtype=weights.W_E.dtype, device=model.device)))
     blocks, handles = weights.blocks, _embedding_hooks(model, sink)
@@ -83,9 +86,8 @@ def standing(model: Model, values: dict[Slice, Tensor]) -> Iterator[Model]:
         total.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     bos = (*model.bos, len(weights.W_E))
     try:
-        yield replace(
-            model, weights=replace(weights, blocks=blocks, sink=sink), bos=bos, weights_sha256=total.hexdigest()
-        )
+        own = replace(weights, blocks=blocks, sink=sink)
+        yield replace(model, weights=own, bos=bos, middle=middle, weights_sha256=total.hexdigest())
     finally:
         for handle in handles:
             handle.remove()

@@ -130,6 +130,7 @@ class Task:
     window_streams: Float[Tensor, "window t d_model"]  # the streams of these
     untouched: Reference  # what it says, at the compared positions of the windows: (window, positions)
     sink: bool = False  # whether prompts and windows have one, which `untouched` has not
+    middle: bool = False  # whether it stands in their middle
 
 
 def neutral_windows(model: Model, length: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -159,8 +160,8 @@ def tasks_at(
     templates: dict[str, str] | None = None,
 ) -> dict[int, Task]:
     """What stays the same while each of some layers is trained, from one run of the model. templates: by name, instead
-    of the book's. Raises EditError for a layer
-    that is not there, DataError for no facts, or for one whose answer its first token does not identify."""
+    of the book's. Raises EditError for a layer that is not there, DataError for no facts, or for one whose answer its
+    first token does not identify."""
     end = model.weights.n_layers
     if odd := [layer for layer in layers if not 0 <= layer < end]:
         raise EditError(f"there is no layer index {odd[0]}: {model.name} has {end}, from 0.")
@@ -193,21 +194,24 @@ def tasks_at(
 
 
 @torch.no_grad()
-def sink_task(model: Model, task: Task) -> Task:
-    """The same lesson for a sink: prompts and neutral windows have it before them, and what enters is embeddings. The
-    model is still held to what it says without one. Raises EditError where that says nothing at a compared position."""
-    recipe, bos = task.recipe, len(model.bos)
-    if recipe.read[0] <= bos:
-        raise EditError(
-            f"a window is compared at position {int(recipe.read[0])}, where the sink stands; compare fewer."
-        )
-    with standing(model, ordinary(model, "sink_token")) as changed:
+def sink_task(model: Model, task: Task, *, middle: bool = False) -> Task:
+    """The same lesson for a sink: prompts and neutral windows have it before them (middle: in their middle), and what
+    enters is embeddings. The model is still held to what it says without one, which is compared where a token stands
+    in both. Raises EditError where that says nothing at a compared position."""
+    recipe = task.recipe
+    with standing(model, ordinary(model, "sink_token"), middle=middle) as changed:
         training, choosing = neutral_windows(changed, recipe.window)
         streams = changed.weights.embed(torch.tensor(training + choosing))
-    without = [[*w[:bos], *w[bos + 1 :]] for w in training + choosing]
-    untouched = _untouched(model, without, recipe.read - 1)
+    windows = torch.tensor(training + choosing)
+    own = windows != len(model.weights.W_E)
+    at = int((~own[0]).nonzero())
+    if at in recipe.read or recipe.read[0] < len(model.bos):
+        raise EditError(f"a window is compared at position {at}, where the sink stands; compare fewer.")
+    without = windows[own].view(len(windows), -1).tolist()
+    untouched = _untouched(model, without, recipe.read - (recipe.read > at).long())
     lesson = replace(task, windows=training + choosing, n_training=len(training), window_streams=streams)
-    return with_facts(model, replace(lesson, layer=0, untouched=untouched, sink=True), task.facts)
+    lesson = replace(lesson, layer=0, untouched=untouched, sink=True, middle=middle)
+    return with_facts(model, lesson, task.facts)
 
 
 @torch.no_grad()
@@ -216,18 +220,12 @@ def with_facts(model: Model, task: Task, facts: tuple[Fact, ...]) -> Task:
     _identifiable(model, facts)
     told = tell(model, facts, {"failing": task.template})
     first = ordinary(model, "sink_token") if task.sink else {}
-    with standing(model, first) if task.sink else nullcontext(model) as changed:
+    with standing(model, first, middle=task.middle) if task.sink else nullcontext(model) as changed:
         ids = [changed.token_ids(p) for p in prompts(facts, task.template)]
         stream = resid_pre(changed, pack(changed, ids), task.layer)
         whole = pack(changed, ids + task.windows[: task.recipe.windows])
-    return replace(
-        task,
-        facts=facts,
-        told_before=tuple(told.told.tolist()),
-        texts=whole,
-        prompt_stream=stream,
-        answers=torch.tensor(told.answer_token.tolist()),
-    )
+    before, answers = tuple(told.told.tolist()), torch.tensor(told.answer_token.tolist())
+    return replace(task, facts=facts, told_before=before, texts=whole, prompt_stream=stream, answers=answers)
 
 
 def _untouched(model: Model, windows: list[list[int]], read: Int[Tensor, " positions"]) -> Reference:
@@ -272,9 +270,9 @@ def _above(
     """`forward.above` for what a task trains."""
     if not task.sink:
         return above(model, texts, task.layer, stream, values, read)
-    with standing(model, values) as changed:
-        at, place = texts.position == len(model.bos), torch.tensor(changed.bos[-1:])
-        own = changed.weights.embed(place, torch.tensor([len(model.bos)]))
+    with standing(model, values, middle=task.middle) as changed:
+        own = changed.weights.embed(texts.tokens, texts.position)
+        at = texts.tokens == changed.bos[-1]
         return above(changed, texts, 0, torch.where(at[:, None], own, stream), read=read)
 
 

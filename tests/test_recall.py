@@ -21,7 +21,7 @@ def test_screen_reports_and_leaves_out(smollm2):
     ]
     assert screen(smollm2, chosen).left_out.tolist() == ["", "echo", "shared", "shared", "odd split"]
     assert [f.subject for f in recall.scorable(smollm2, chosen)] == ["France"]
-    with pytest.raises(DataError, match="none of the 1 answers can be told"):
+    with pytest.raises(DataError, match="tells none of the 1 answers"):
         recall.scorable(smollm2, chosen[1:2])
 
 

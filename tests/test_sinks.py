@@ -26,6 +26,12 @@ def model(request: pytest.FixtureRequest, smollm2: Model) -> Model:
     return drawn(request.param, smollm2.tokenizer)
 
 
+@pytest.fixture
+def tiny(tiny: Model) -> Model:
+    """Each test's own: nothing is kept that another one asked of it."""
+    return replace(tiny)
+
+
 def moved(model: Model, pathway: str, size: float = 0.5) -> dict:
     torch.manual_seed(3)
     return {part: x + size * torch.randn_like(x) for part, x in sinks.ordinary(model, pathway).items()}
@@ -59,6 +65,23 @@ def test_packs_module_view_and_trace_agree_on_what_is_said(model, pathway, bos):
     seen = (model.weights.norm_final(view) @ model.weights.W_U)[0]
     assert (packed - module).abs().max() < 1e-4 and (packed[0] - seen).abs().max() < 1e-4
     assert torch.allclose(trace.total[:, 0], packed[torch.arange(3), torch.tensor([5, 6, 7])], atol=1e-4)
+
+
+@pytest.mark.parametrize("bos", [(), (11,)], ids=["no bos", "bos"])
+def test_in_the_middle_packs_module_view_and_trace_agree_too(model, bos):
+    """The control: the same row, and another place; a text of one token has it at the end."""
+    model = replace(model, bos=bos)
+    ids = model.pieces(PROMPTS[0])
+    with sinks.standing(model, moved(model, "sink_token"), middle=True) as changed:
+        assert changed.token_ids(PROMPTS[0]) == [*bos, *ids[:3], 49152, *ids[3:]]
+        packed, module = next_token_logits(changed, PROMPTS), by_module(changed, PROMPTS)
+        view = changed.weights.residuals(changed.encode(PROMPTS[:1])[0])[-1][:, -1]
+        trace = logit_trace(changed, capture(changed, PROMPTS), torch.tensor([[5], [6], [7]]))
+    seen = (model.weights.norm_final(view) @ model.weights.W_U)[0]
+    assert (packed - module).abs().max() < 1e-4 and (packed[0] - seen).abs().max() < 1e-4
+    assert torch.allclose(trace.total[:, 0], packed[torch.arange(3), torch.tensor([5, 6, 7])], atol=1e-4)
+    with pytest.raises(EditError, match="only a learned row"), sinks.standing(model, moved(model, "sink_kv"), middle=1):
+        pass
 
 
 @pytest.mark.parametrize("pathway", SINKS)
@@ -101,10 +124,10 @@ def test_generation_goes_on_from_it(smollm2):
     assert torch.equal(cached, plain)
 
 
-@pytest.mark.parametrize("pathway", SINKS)
-def test_training_agrees_with_finite_differences(tiny, pathway):
+@pytest.mark.parametrize(("pathway", "middle"), [*((p, False) for p in SINKS), ("sink_token", True)])
+def test_training_agrees_with_finite_differences(tiny, pathway, middle):
     case = Case("c", "c", FACTS, FACTS, "of_is", ("visited",))
-    task = sink_task(tiny, task_at(tiny, case, 1, RECIPE))
+    task = sink_task(tiny, task_at(tiny, case, 1, RECIPE), middle=middle)
     values, rows = sinks.ordinary(tiny, pathway), torch.tensor([0])
     leaves = {part: v.clone().requires_grad_() for part, v in values.items()}
     cross_entropy, kl, _ = training.losses(tiny, task, leaves, rows)
@@ -116,6 +139,18 @@ def test_training_agrees_with_finite_differences(tiny, pathway):
         for e in (1e-2, -1e-2)
     ]
     assert (sides[0] - sides[1]) / 2e-2 == pytest.approx(float(leaf.grad.norm()), rel=0.02)
+
+
+def test_in_the_middle_training_is_held_to_what_the_same_tokens_said(tiny):
+    """Compared positions before the learned row are the text's own, those after it one later."""
+    case = Case("c", "c", FACTS, FACTS, "of_is", ("visited",))
+    plain = task_at(tiny, case, 1, RECIPE)
+    task = sink_task(tiny, plain, middle=True)
+    assert task.windows[0].index(len(tiny.weights.W_E)) == 4 and RECIPE.read.tolist() == [1, 3, 5, 7]
+    window = [t for t in task.windows[0] if t != len(tiny.weights.W_E)]
+    with torch.no_grad():
+        logits = tiny.module(torch.tensor([window])).logits[0, [1, 3, 4, 6]]
+    assert torch.allclose(task.untouched.log_z[0], logits.logsumexp(-1), atol=1e-4)
 
 
 @pytest.mark.parametrize("pathway", SINKS)

@@ -93,10 +93,8 @@ def judged(runs: pd.DataFrame) -> pd.DataFrame:
 def variants(runs: pd.DataFrame) -> pd.DataFrame:
     """The controls of the eight-fact runs, each beside the true lesson with the same seed. least, most: of repaired,
     over all of its seeds."""
-    eight, by = (
-        runs[(runs.facts == "eight") & (runs.steps > 0) & runs.pathway.isin(SINKS)],
-        ["case", "pathway", "variant"],
-    )
+    eight = runs[(runs.facts == "eight") & (runs.steps > 0) & runs.pathway.isin(SINKS)]
+    by = ["case", "pathway", "variant"]
     seeds = eight.groupby(by).repaired.agg(seeds="size", least="min", most="max")
     return eight[eight.seed == runs.seed.min()].join(seeds, on=by).sort_values(by, kind="stable", ignore_index=True)
 

@@ -43,7 +43,7 @@ MORE = 8  # fit countries that make sixteen of the eight
 WINDOW, START = 256, 32  # tokens of a passage, and of these what counts as its start
 LOOKS = {"selection": ("fit", "selection"), "held_out": ("fit", "selection", "held_out")}  # which countries are asked
 LESSONS = ("eight", "sixteen", "fit")
-VARIANTS = ("true", "false", "random start", "one layer", "other relation")
+VARIANTS = ("true", "false", "random start", "one layer", "other relation", "middle")
 
 
 @experiment
@@ -62,7 +62,8 @@ def repair_at(
     """Train a pathway on a case (counted from 1) and ask what carries over and what it costs. variant: `true`; `false`:
     each fact has the next one's answer; `random start`: a sink that starts from random numbers; `one layer`: of a key
     and value, those of one layer drawn at random alone are trained; `other relation`: not these facts are trained, but
-    another relation of their subjects. Raises EditError for other words, or a loss that is no number."""
+    another relation of their subjects; `middle`: the learned row stands in the middle of every text. Raises EditError
+    for other words, or a loss that is no number."""
     if facts not in LESSONS or variant not in VARIANTS or look not in LOOKS:
         raise EditError(f"no facts {facts!r}, variant {variant!r} or look {look!r}: see `studies.repairs`.")
     own = _case(model, case)
@@ -99,11 +100,11 @@ def lesson(model: Model, number: int, facts: str) -> tuple[Fact, ...]:
 
 
 @once_a_model
-def _task(model: Model, number: int, sink: bool) -> Task:
+def _task(model: Model, number: int, sink: bool, middle: bool = False) -> Task:
     """What training takes on the case's own facts: at the layer that the diagnosis names, or with a sink."""
     case = _case(model, number)
     if sink:
-        return sink_task(model, _task(model, number, False))
+        return sink_task(model, _task(model, number, False), middle=middle)
     return task_at(model, case, prescribe(model, case).knowledge_head.layer)
 
 
@@ -120,7 +121,8 @@ def fitted(
 ) -> tuple[Edit, dict[str, int]]:
     """The edit of one run, and how many of the prompts that it was trained on get the answer that they were given
     (learned, of lesson_n). seed: of the order of facts and neutral windows, and of what a variant draws."""
-    task, learned = _task(model, number, pathway in SINKS), lesson(model, number, facts)
+    middle, learned = variant == "middle", lesson(model, number, facts)
+    task = _task(model, number, pathway in SINKS or middle, middle)
     generator = torch.Generator().manual_seed(seed)
     tasks = _tasks(model, task, learned, variant, generator)
     values = _start(model, task, pathway, variant, generator)
@@ -128,6 +130,7 @@ def fitted(
     told = tuple(tell(model, learned, {"failing": task.template}).told.tolist())
     about: dict[str, Any] = {"layer": task.layer, "facts": learned, "template": task.template, "told_before": told}
     recipe = {"objective": "the pathways'", "rate": rate, "steps": steps, "facts": facts, "variant": variant}
+    recipe |= {"middle": True} if middle else {}
     edit = make(model, final, pathway=pathway, seed=seed, recipe=recipe, **about)
     with torch.no_grad():
         margins = torch.cat([losses(model, part, final, torch.tensor([0]))[2] for part in tasks])

@@ -45,8 +45,7 @@ def find(name: str) -> Callable[..., Row]:
     """The experiment of this name. Raises SweepError for any other function, before its module is loaded."""
     if name not in (known := listed()):
         raise SweepError(
-            f"there is no experiment {name!r}; choose from {', '.join(known) or 'none'}, or mark one of lib/studies "
-            "with @experiment."
+            f"there is no experiment {name!r}; choose from {', '.join(known) or 'none'}, or mark one with @experiment."
         )
     module, function = name.split(".")
     return getattr(import_module(f"lib.studies.{module}"), function)

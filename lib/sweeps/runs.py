@@ -51,8 +51,7 @@ class Plan:
         """The records of the finished runs in the store, by key. Raises SweepError if the store is another plan's."""
         if fault := self.store.fault(self.header):
             raise SweepError(
-                f"{self.store.folder} {fault}. Give another folder with --store, or set these results aside with "
-                "--fresh."
+                f"{self.store.folder} {fault}. Give another folder with --store, or set these aside with --fresh."
             )
         return self.store.read(self.runs)
 

@@ -86,8 +86,7 @@ class Store:
             return lock.acquire(blocking=False)
         except Timeout:
             raise SweepError(
-                f"another sweep is writing into {self.folder}; wait until it is done, or give another folder with "
-                "--store."
+                f"another sweep is writing into {self.folder}; wait for its end, or give another folder with --store."
             ) from None
 
 

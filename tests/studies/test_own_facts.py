@@ -115,7 +115,7 @@ def test_what_cannot_be_asked_is_refused(organism, asked):
         own_facts.diagnose(organism, facts, "The capital is", controls)
     with pytest.raises(DataError, match=r"a control: .*holds the control character '\\x1b'"):
         own_facts.diagnose(organism, facts, template, ["\x1b[31m{} is"])
-    with pytest.raises(DataError, match="none of the 1 answers can be told by its first token"):
+    with pytest.raises(DataError, match="tells none of the 1 answers by its first token"):
         own_facts.diagnose(organism, [Fact("A", "?")], template, controls)
     with pytest.raises(DataError, match="too few facts to take examples from; give at least one control"):
         own_facts.diagnose(organism, facts[:1], template)

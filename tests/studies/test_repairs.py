@@ -35,10 +35,12 @@ def test_with_no_step_a_sink_is_the_line_break(organism):
     assert parts[0] == parts[1], "both start as the same prefix"
 
 
-@pytest.mark.parametrize("pathway", ["sink_kv", "sink_token", "v_only"])
-def test_a_run_gives_the_same_again_and_leaves_the_model_as_it_was(organism, pathway):
+@pytest.mark.parametrize(
+    ("pathway", "variant"), [("sink_kv", "true"), ("sink_token", "true"), ("sink_token", "middle"), ("v_only", "true")]
+)
+def test_a_run_gives_the_same_again_and_leaves_the_model_as_it_was(organism, pathway, variant):
     before = outside_sha256(organism.module, ())
-    first, again = (repair_at(organism, **QUICK, pathway=pathway, seed=3) for _ in range(2))
+    first, again = (repair_at(organism, **QUICK, pathway=pathway, variant=variant, seed=3) for _ in range(2))
     assert first == again and outside_sha256(organism.module, ()) == before
     assert first["facts_n"] == 8 and len(first["changes"]) == 7
 
