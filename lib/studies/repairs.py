@@ -43,7 +43,7 @@ MORE = 8  # fit countries that make sixteen of the eight
 WINDOW, START = 256, 32  # tokens of a passage, and of these what counts as its start
 LOOKS = {"selection": ("fit", "selection"), "held_out": ("fit", "selection", "held_out")}  # which countries are asked
 LESSONS = ("eight", "sixteen", "fit")
-VARIANTS = ("true", "false", "random start", "one layer", "other relation", "middle")
+VARIANTS = ("true", "false", "random start", "one layer", "other relation", "in the middle")
 
 
 @experiment
@@ -62,7 +62,7 @@ def repair_at(
     """Train a pathway on a case (counted from 1) and ask what carries over and what it costs. variant: `true`; `false`:
     each fact has the next one's answer; `random start`: a sink that starts from random numbers; `one layer`: of a key
     and value, those of one layer drawn at random alone are trained; `other relation`: not these facts are trained, but
-    another relation of their subjects; `middle`: the learned row stands in the middle of every text. Raises EditError
+    another relation of their subjects; `in the middle`: the learned row stands in the middle of every text. Raises EditError
     for other words, or a loss that is no number."""
     if facts not in LESSONS or variant not in VARIANTS or look not in LOOKS:
         raise EditError(f"no facts {facts!r}, variant {variant!r} or look {look!r}: see `studies.repairs`.")
@@ -121,7 +121,7 @@ def fitted(
 ) -> tuple[Edit, dict[str, int]]:
     """The edit of one run, and how many of the prompts that it was trained on get the answer that they were given
     (learned, of lesson_n). seed: of the order of facts and neutral windows, and of what a variant draws."""
-    middle, learned = variant == "middle", lesson(model, number, facts)
+    middle, learned = variant == "in the middle", lesson(model, number, facts)
     task = _task(model, number, pathway in SINKS or middle, middle)
     generator = torch.Generator().manual_seed(seed)
     tasks = _tasks(model, task, learned, variant, generator)

@@ -36,7 +36,8 @@ def test_with_no_step_a_sink_is_the_line_break(organism):
 
 
 @pytest.mark.parametrize(
-    ("pathway", "variant"), [("sink_kv", "true"), ("sink_token", "true"), ("sink_token", "middle"), ("v_only", "true")]
+    ("pathway", "variant"),
+    [("sink_kv", "true"), ("sink_token", "true"), ("sink_token", "in the middle"), ("v_only", "true")],
 )
 def test_a_run_gives_the_same_again_and_leaves_the_model_as_it_was(organism, pathway, variant):
     before = outside_sha256(organism.module, ())
