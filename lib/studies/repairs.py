@@ -62,7 +62,7 @@ def repair_at(
     """Train a pathway on a case (counted from 1) and ask what carries over and what it costs. variant: `true`; `false`:
     each fact has the next one's answer; `random start`: a sink that starts from random numbers; `one layer`: of a key
     and value, those of one layer drawn at random alone are trained; `other relation`: not these facts are trained, but
-    another relation of their subjects; `in the middle`: the learned row stands in the middle of every text. Raises EditError
+    another relation of their subjects; `in the middle`: the learned row stands there in every text. Raises EditError
     for other words, or a loss that is no number."""
     if facts not in LESSONS or variant not in VARIANTS or look not in LOOKS:
         raise EditError(f"no facts {facts!r}, variant {variant!r} or look {look!r}: see `studies.repairs`.")
