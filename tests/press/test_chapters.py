@@ -84,6 +84,11 @@ def test_no_outputs_in_git_and_one_parameters_cell(chapter):
         assert isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant)
 
 
+def test_every_cell_has_a_name_of_its_own(chapter):
+    names = [cell["id"] for kind in ("code", "markdown") for cell in notebook_cells(chapter, kind)]
+    assert len(names) == len(set(names))
+
+
 def test_chapters_define_nothing(chapter):
     for source in cells(chapter, "code"):
         for node in ast.walk(ast.parse(source)):
