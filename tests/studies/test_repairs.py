@@ -74,7 +74,16 @@ def run(**row):
     counts = {f"{kind}_{what}": 10 for kind in ("capability", "working") for what in ("before", "told")}
     lost = {"capability_lost": 0, "working_lost": 0, "relations_told": 30, "relations_before": 20, "relations_n": 56}
     usual = {"case": 1, "pathway": "sink_kv", "rate": 0.01, "steps": 60, "facts": "eight", "variant": "true", "seed": 0}
-    size = {"parameters": 11520, "facts_n": 8, "told": 8, "learned": 8, "lesson_n": 8, "untold": 16, "repaired": 8}
+    size = {
+        "parameters": 11520,
+        "facts_n": 8,
+        "facts_told": 8,
+        "told": 8,
+        "learned": 8,
+        "lesson_n": 8,
+        "untold": 16,
+        "repaired": 8,
+    }
     text = {"ratio": 1.0, "ratio_start": 0.7, "ratio_later": 1.0, "log_probability": -1.0}
     return usual | size | counts | lost | text | {"bled": 3, "bled_n": 80, "bled_before": 1} | row
 
@@ -102,6 +111,7 @@ def test_the_verdict_by_hand():
     runs += [run(pathway="v_only", parameters=110_592, repaired=1, bled=33), run(steps=0, repaired=9, parameters=576)]
     runs += [run(facts="fit", repaired=13, lesson_n=40), run(variant="false", repaired=0, learned=7)]
     runs += [run(variant="one layer", repaired=r, seed=s) for s, r in enumerate((11, 10, 15))]
+    runs += [run(variant="in the middle", repaired=r, seed=s) for s, r in enumerate((4, 0))]
     table = carrying_over.judged(pd.DataFrame(runs))
     row = table.set_index(["pathway", "facts"]).loc["sink_kv", "eight"]
     assert (row.repaired, row.least, row.most, row.middle, row.seeds) == (pytest.approx(31 / 3), 9, 12, 10, 3)
@@ -112,9 +122,12 @@ def test_the_verdict_by_hand():
     assert said["goal_eight"] and said["goal_fit"] and "is reached" in said["goals"]
     assert "makes 10.3 told (9 to 12 over 3 seeds" in said["verdict"] and "V-only bleeds 33" in said["cost_verdict"]
     carrying_over.report_variants(report, carrying_over.variants(pd.DataFrame(runs)))
-    assert "false, sink kv: 7 of 8 trained prompts" in report["variants_verdict"]
-    assert "11 of 16 held-out countries repaired (10 to 15 over 3 seeds)" in report["variants_verdict"]
+    assert "Of the false answers sink kv learns 7 of 8, and repairs" in report["variants_verdict"]
     assert "repaired all the same, beside 9 with all layers trained" in report["variants_verdict"]
+    assert "every text repairs 4 where it repairs 9 before it: what counts is that it" in report["variants_verdict"]
+    controls = tables.arranged("variants", carrying_over.variants(pd.DataFrame(runs)).assign(case_title="c"))
+    ranges = dict(zip(controls.control, controls["held-out repaired, least to most"], strict=True))
+    assert ranges["a token in the middle"] == "0 to 4 of 16" and ranges["one random layer"] == "10 to 15 of 16"
     shown = tables.arranged("judged", table.assign(case_title="c"))
     assert shown["trained facts told"].tolist() == ["8 of 8", "8 of 8", "8 of 40", "8 of 8"]
 
