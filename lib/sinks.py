@@ -81,7 +81,7 @@ def standing(model: Model, values: dict[Slice, Tensor], *, middle: bool = False)
         ]
         blocks = tuple(replace(b, attn=replace(b.attn, sink=f)) for b, f in zip(blocks, fixed, strict=True))
         handles += [h for layer, pair in enumerate(kv) for h in _projection_hooks(model, layer, pair, sink)]
-    total = hashlib.sha256(model.weights_sha256.encode())
+    total = hashlib.sha256((model.weights_sha256 + "middle" * middle).encode())
     for value in values.values():
         total.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     bos = (*model.bos, len(weights.W_E))

@@ -235,8 +235,8 @@ def subject_positions(model: Model, prompt: str, name: str) -> list[int]:
     if start < 0:
         raise DataError(f"{name!r} does not stand in the prompt {prompt!r}.")
     offsets = model.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-    inside = [i for i, (a, b) in enumerate(offsets) if a < start + len(name) and b > start]
-    return [len(model.bos) + i for i in inside]
+    placed = model.begun([-1 - i for i in range(len(offsets))])
+    return [placed.index(-1 - i) for i, (a, b) in enumerate(offsets) if a < start + len(name) and b > start]
 
 
 def subject_attention(

@@ -33,9 +33,10 @@ WINDOW = 32  # tokens of the neutral windows that show which token is least like
 
 def write(model: Model, edit: Edit, folder: Path) -> None:
     """Model and tokenizer with a `sink_token` edit. Raises EditError for another pathway (a key and value have no row
-    in a vocabulary), and for a tokenizer that takes no further token."""
-    if ROW not in edit.values:
-        raise EditError(f"{edit.pathway} cannot be a row of a vocabulary; export a sink_token, or share the edit file.")
+    in a vocabulary) or place (no tokenizer puts it there), and for a tokenizer that takes no further token."""
+    if ROW not in edit.values or edit.recipe.get("middle"):
+        what = "a row in the middle" if ROW in edit.values else edit.pathway
+        raise EditError(f"{what} cannot stand before every text as a row; export a sink_token, or share the edit file.")
     tokenizer = with_sink(model)
     with_row(model, edit, token_id(model)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

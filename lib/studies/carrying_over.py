@@ -108,18 +108,20 @@ def report_choice(report: Results, runs: pd.DataFrame) -> None:
     )
 
 
-def best_of(table: pd.DataFrame, case: int, kind: str, facts: str) -> pd.Series:
-    """Of a kind of edit, trained on a lesson, the row that repairs most held-out countries."""
+def best_of(table: pd.DataFrame, runs: pd.DataFrame, case: int, kind: str, facts: str) -> pd.Series:
+    """Of a kind of edit, trained on a lesson, the row of the pathway that repaired most selection countries. runs:
+    those that choose."""
     part = table[(table.case == case) & (table.kind == kind) & (table.facts == facts)]
-    return part.loc[part.repaired.idxmax()]
+    seen = chosen(runs).query("case == @case").set_index("pathway").repaired
+    return part.loc[part.pathway.map(seen).fillna(-1).idxmax()]
 
 
-def report_judged(report: Results, table: pd.DataFrame, titles: list[str]) -> None:
-    """What the chapter's prose says of the held-out countries."""
-    lines, verdicts = [], list[str]()
+def report_judged(report: Results, table: pd.DataFrame, runs: pd.DataFrame, titles: list[str]) -> None:
+    """What the chapter's prose says of the held-out countries. runs: those that choose."""
+    lines, verdicts, best = [], list[str](), partial(best_of, table, runs)
     for case, title in enumerate(titles, start=1):
-        cause, place = (best_of(table, case, kind, "eight") for kind in ("cause", "place"))
-        fit, fixed = best_of(table, case, "cause", "fit"), best_of(table, case, "fixed prefix", "eight")
+        cause, place = (best(case, kind, "eight") for kind in ("cause", "place"))
+        fit, fixed = best(case, "cause", "fit"), best(case, "fixed prefix", "eight")
         words = {"title": title, "cause": cause, "place": place, "fit": fit, "fixed": fixed}
         for name, row in (("cause", cause), ("place", place), ("fit", fit), ("fixed", fixed)):
             report.many({f"{name}_{case}": float(row.repaired), f"{name}_{case}_pathway": str(row.pathway)})
@@ -128,23 +130,15 @@ def report_judged(report: Results, table: pd.DataFrame, titles: list[str]) -> No
         lines.append((cause.repaired / cause.untold, place.repaired / place.untold, fit.repaired / fit.untold))
     halves, thirds = (all(line[i] >= goal for line in lines) for i, goal in ((0, 1 / 2), (2, 2 / 3)))
     report.many({"goal_eight": halves, "goal_fit": thirds, "goals": sentence("goals", eight=halves, fit=thirds)})
-    first = best_of(table, 1, "cause", "eight"), best_of(table, 1, "place", "eight")
+    first = best(1, "cause", "eight"), best(1, "place", "eight")
     report("verdict", " ".join(verdicts))
-    by_case = [
-        table[(table.case == i) & (table.facts == "eight")].set_index("pathway") for i in range(1, len(titles) + 1)
-    ]
-    told = [
-        {"title": title, **part.repaired, "untold": part.untold.max()}
-        for title, part in zip(titles, by_case, strict=True)
-    ]
+    eight = table[table.facts == "eight"]
+    parts = [eight[eight.case == i].set_index("pathway") for i in range(1, len(titles) + 1)]
+    told = [{"title": x, **part.repaired, "untold": part.untold.max()} for x, part in zip(titles, parts, strict=True)]
     report("disguise_verdict", sentence("disguise", rows=told))
     report("landing", sentence("landing", cause=first[0], place=first[1]))
-    sinks = table[(table.kind == "cause") & (table.facts == "eight")]
-    report("cost_verdict", sentence("cost", sinks=sinks.to_dict("records"), band=BAND, places=_bled_by_place(table)))
-
-
-def _bled_by_place(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return table[(table.pathway == "v_only") & (table.facts == "eight")].to_dict("records")
+    sinks, places = (eight[pick].to_dict("records") for pick in (eight.kind == "cause", eight.pathway == "v_only"))
+    report("cost_verdict", sentence("cost", sinks=sinks, places=places))
 
 
 def report_variants(report: Results, table: pd.DataFrame) -> None:
@@ -152,7 +146,7 @@ def report_variants(report: Results, table: pd.DataFrame) -> None:
     first = table[table.case == 1].set_index(["variant", "pathway"])
     rows = first.drop(index="true", columns="told").rename(columns={"learned": "told", "lesson_n": "n"}).reset_index()
     found = rows[["variant", "pathway", "told", "n", "repaired", "untold", "seeds", "least", "most"]].to_dict("records")
-    same = {pathway: row.repaired for (variant, pathway), row in first.iterrows() if variant == "true"}
+    same = {pathway: row.to_dict() for (variant, pathway), row in first.iterrows() if variant == "true"}
     report("variants_verdict", sentence("variants", rows=found, same=same))
     report(
         "false_told", listed([f"{r['told']} of {r['n']} ({r['pathway']})" for r in found if r["variant"] == "false"])

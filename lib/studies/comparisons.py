@@ -230,9 +230,10 @@ def report_control(report: Results, planted: pd.DataFrame) -> None:
 
 def report_layers(report: Results, means: pd.DataFrame, others: pd.DataFrame, layer: int) -> None:
     """The layer sweep."""
-    whole = (means.reached > 0).groupby(means.pathway, sort=False).sum()
+    whole = (means.reached > 0).groupby(means.pathway, sort=False).agg(["sum", "size"])
     best, bled = others.loc[others.most_repaired.idxmax()], (float(means.bled.min()), float(means.bled.max()))
-    counts: dict[str, Any] = {"reached_by": ", ".join(f"{plain(name)} at {n}" for name, n in whole.items())}
+    reached = ", ".join(f"{plain(name)} {n} of {tried}" for name, n, tried in whole.itertuples())
+    counts: dict[str, Any] = {"reached_by": reached}
     counts |= {"as_well": int(others.as_well.sum()), "as_well_of": int(others.others.sum())}
     counts |= {"most_repaired_at": f"L{best.best_layer} ({plain(best.pathway)})"}
     lost, more = float(means.probes_lost.max()), int((means.held_out_repaired == best.most_repaired).sum()) - 1
@@ -259,7 +260,7 @@ def depth_correlations(means: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     """Whether repairs and bleeding go with depth: a row a pathway and measure, Spearman's rho over layers."""
     rows = [
         (plain(pathway), measure, *rho_interval(part.layer, part[measure], seed=seed))
-        for pathway, part in means.groupby("pathway", sort=False)
+        for pathway, part in means.dropna(subset=["held_out_repaired", "bled"]).groupby("pathway", sort=False)
         for measure in ("held_out_repaired", "bled")
     ]
     return pd.DataFrame(rows, columns=["pathway", "measure", "rho", "low", "high"])

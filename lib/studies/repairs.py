@@ -64,8 +64,9 @@ def repair_at(
     and value, those of one layer drawn at random alone are trained; `other relation`: not these facts are trained, but
     another relation of their subjects; `in the middle`: the learned row stands there in every text. Raises EditError
     for other words, or a loss that is no number."""
-    if facts not in LESSONS or variant not in VARIANTS or look not in LOOKS:
-        raise EditError(f"no facts {facts!r}, variant {variant!r} or look {look!r}: see `studies.repairs`.")
+    strange = facts not in LESSONS or variant not in VARIANTS or look not in LOOKS
+    if strange or (variant == "in the middle" and pathway != "sink_token"):
+        raise EditError(f"no facts {facts!r}, {variant!r} of {pathway} or look {look!r}: see `studies.repairs`.")
     own = _case(model, case)
     edit, learned = fitted(model, case, pathway, rate=rate, steps=steps, facts=facts, variant=variant, seed=seed)
     row = {"parameters": edit.parameters, "facts_n": len(edit.facts)} | judged(model, case, look, own, edit)
@@ -122,7 +123,7 @@ def fitted(
     """The edit of one run, and how many of the prompts that it was trained on get the answer that they were given
     (learned, of lesson_n). seed: of the order of facts and neutral windows, and of what a variant draws."""
     middle, learned = variant == "in the middle", lesson(model, number, facts)
-    task = _task(model, number, pathway in SINKS or middle, middle)
+    task = _task(model, number, True, True) if middle else _task(model, number, pathway in SINKS)
     generator = torch.Generator().manual_seed(seed)
     tasks = _tasks(model, task, learned, variant, generator)
     values = _start(model, task, pathway, variant, generator)

@@ -96,5 +96,5 @@ def test_a_key_and_a_value_are_an_adapter_of_peft(organism, tmp_path):
     assert all(torch.equal(x, edit.values[part]) for part, x in edits.load(folder / export.EDIT).values.items())
     with pytest.raises(EditError, match="a prefix of peft would stand before that"):
         sink_folder.save_adapter(replace(organism, bos=(1,)), edit, tmp_path / "not")
-    with pytest.raises(EditError, match="sink_kv cannot be a row of a vocabulary"):
+    with pytest.raises(EditError, match="sink_kv cannot stand before every text as a row"):
         sink_folder.write(organism, edit, tmp_path / "not")

@@ -164,7 +164,7 @@ def test_a_query_that_training_cannot_mend_tells_nothing_of_the_query():
     planted = planted.assign(pathway=["k_only", "q_only", "v_only"], told_after=[8, 2, 2], untold=19, repaired=0)
     comparisons.report_control(said, planted)
     assert said["planted_query"] == {"facts": 8, "before": 2, "v_only": 2, "q_only": 2, "k_only": 8}
-    assert "cannot be told" in said["q_side_verdict"] and "fails on 1 of 1" in said["q_side_verdict"]
+    assert "cannot be told" in said["q_side_verdict"] and "untold on 1 of 1" in said["q_side_verdict"]
     comparisons.report_control(said, planted.assign(told_after=8))
     assert "can repair a query" in said["q_side_verdict"]
 

@@ -53,7 +53,7 @@ def test_what_is_said_follows_the_counts(tables, organism):
     report = Results("05_y", organism)
     study.report_last_layer(report, cases[:1], [moved])
     said = report.values["last_layer_verdict"]
-    assert "choose L11 H2" in said and "does hold answers back" in said
+    assert "told without L11 H2" in said and "does hold answers back" in said
 
 
 def test_a_layer_with_few_heads_lends_all_its_others_as_random_ones(organism):

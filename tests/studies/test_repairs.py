@@ -117,14 +117,18 @@ def test_the_verdict_by_hand():
     assert (row.repaired, row.least, row.most, row.middle, row.seeds) == (pytest.approx(31 / 3), 9, 12, 10, 3)
     assert table.pathway.tolist() == ["newline", "sink_kv", "sink_kv", "v_only"]
     report = Reported()
-    carrying_over.report_judged(report, table, ["subject first"])
+    carrying_over.report_judged(report, table, pd.DataFrame(runs), ["subject first"])
     said = report
     assert said["goal_eight"] and said["goal_fit"] and "is reached" in said["goals"]
-    assert "makes 10.3 told (9 to 12 over 3 seeds" in said["verdict"] and "V-only bleeds 33" in said["cost_verdict"]
+    assert (
+        "makes 10.3 told (9 to 12 over 3 seeds" in said["verdict"] and "at least 33 with V-only" in said["cost_verdict"]
+    )
     carrying_over.report_variants(report, carrying_over.variants(pd.DataFrame(runs)))
     assert "Of the false answers sink kv learns 7 of 8, and repairs" in report["variants_verdict"]
     assert "repaired all the same, beside 9 with all layers trained" in report["variants_verdict"]
-    assert "every text repairs 4 where it repairs 9 before it: what counts is that it" in report["variants_verdict"]
+    assert (
+        "repairs 0 to 4 held-out countries, where it repairs 9 to 12 before it: so many" in report["variants_verdict"]
+    )
     controls = tables.arranged("variants", carrying_over.variants(pd.DataFrame(runs)).assign(case_title="c"))
     ranges = dict(zip(controls.control, controls["held-out repaired, least to most"], strict=True))
     assert ranges["a token in the middle"] == "0 to 4 of 16" and ranges["one random layer"] == "10 to 15 of 16"

@@ -64,9 +64,9 @@ def test_repaired_counts_plants_of_which_every_lost_fact_is_told(run, table):
     ("ours", "theirs", "p", "says"),
     [
         (0, 0, 1.0, "right about the same plants"),
-        (9, 0, 0.004, "9 to 0, better (McNemar, p = 0.004)"),
-        (0, 20, 1e-6, "0 to 20, worse (McNemar, p < 0.001)"),
-        (3, 1, 0.6, "3 to 1, no clear difference"),
+        (9, 0, 0.004, "right on 9 plants, other alone on 0: better (McNemar, p = 0.004)"),
+        (0, 20, 1e-6, "right on 0 plants, other alone on 20: worse (McNemar, p < 0.001)"),
+        (3, 1, 0.6, "right on 3 plants, other alone on 1: no clear difference"),
     ],
 )
 def test_no_word_without_its_number(ours, theirs, p, says):
