@@ -109,11 +109,11 @@ def report_choice(report: Results, runs: pd.DataFrame) -> None:
 
 
 def best_of(table: pd.DataFrame, runs: pd.DataFrame, case: int, kind: str, facts: str) -> pd.Series:
-    """Of a kind of edit, trained on a lesson, the row of the pathway that repaired most selection countries. runs:
-    those that choose."""
+    """Of a kind of edit, trained on a lesson, the row of the pathway that repaired most selection countries (of equals,
+    with the likelier answers). runs: those that choose."""
     part = table[(table.case == case) & (table.kind == kind) & (table.facts == facts)]
-    seen = chosen(runs).query("case == @case").set_index("pathway").repaired
-    return part.loc[part.pathway.map(seen).fillna(-1).idxmax()]
+    worst_first = chosen(runs).query("case == @case").sort_values(["repaired", "log_probability"]).pathway.tolist()
+    return part.loc[part.pathway.map({name: i for i, name in enumerate(worst_first)}).fillna(-1).idxmax()]
 
 
 def report_judged(report: Results, table: pd.DataFrame, runs: pd.DataFrame, titles: list[str]) -> None:

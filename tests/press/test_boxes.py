@@ -123,10 +123,9 @@ def side(cause: str) -> dict[str, dict]:
         {"case": 1, "pathway": "sink_kv", "facts": "eight", "parameters": 11520, "middle": 11, "untold": 19}
         | {"low": 0.2, "high": 0.8}
     ]
-    choice = [{"case": 1, "pathway": p, "repaired": k} for p, k in (("v_only", 3), ("full", 3), ("sink_kv", 8))]
     diagnosis = {"a": {"knowledge_head": "L24 H4", "failure_kind": "overridden", "suppressor": "L30 MLP"}}
     return {"c2": {"causes": [{"case": "a", "title": "a | b", "cause": cause}], "diagnosis": diagnosis}} | {
-        "c8": {"judged": judged, "choice": choice}
+        "c8": {"judged": judged, "cause_1_pathway": "sink_kv", "place_1_pathway": "v_only"}
     }
 
 

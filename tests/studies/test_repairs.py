@@ -106,6 +106,20 @@ def test_the_rule_by_hand():
     assert carrying_over.frontier(runs).query("chosen").rate.tolist() == [4.0, 7.0]
 
 
+def test_the_pathway_that_is_compared_is_not_chosen_by_what_is_shown():
+    """Selection countries choose it: of equals, the likelier answers; held-out countries are only counted."""
+    seen = [
+        run(repaired=5),
+        run(pathway="sink_token", repaired=5, log_probability=-0.5),
+        run(pathway="full", repaired=1),
+    ]
+    held = [run(repaired=15), run(pathway="sink_token", repaired=9), run(pathway="full", repaired=2)]
+    held += [run(pathway="v_only", repaired=12)]  # which was not tried on selection countries
+    table, seen = carrying_over.judged(pd.DataFrame(held)), pd.DataFrame(seen)
+    assert carrying_over.best_of(table, seen, 1, "cause", "eight").pathway == "sink_token"
+    assert carrying_over.best_of(table, seen, 1, "place", "eight").pathway == "full"
+
+
 def test_the_verdict_by_hand():
     runs = [run(seed=s, repaired=r) for s, r in enumerate((9, 12, 10))]
     runs += [run(pathway="v_only", parameters=110_592, repaired=1, bled=33), run(steps=0, repaired=9, parameters=576)]
