@@ -102,8 +102,8 @@ def _sum(path: Path, place: Path) -> str:
     parts = path.relative_to(place).parts
     if parts[0] == "_build" and parts[1] in TIMED and path.suffix in (".html", ".ipynb", ".js", ".png", ".svg", ".inv"):
         return "a page"  # with times in it: that it is there, and whole, is what its key says
-    if path.name == "verify.md" or parts[:2] == ("_build", "unchanged"):
-        return "times"  # of chapters, and of files
+    if path.name in ("index.md", "verify.md") or parts[:2] == ("_build", "unchanged"):
+        return "times"  # minutes of chapters, and when files were changed
     if path.suffix == ".json":
         data = json.dumps(_lasting(json.loads(data)), sort_keys=True).encode()
     if path.suffix == ".csv" and "record" in parts:
