@@ -147,7 +147,7 @@ def report_variants(report: Results, table: pd.DataFrame) -> None:
     rows = first.drop(index="true", columns="told").rename(columns={"learned": "told", "lesson_n": "n"}).reset_index()
     found = rows[["variant", "pathway", "told", "n", "repaired", "untold", "seeds", "least", "most"]].to_dict("records")
     same = {pathway: row.to_dict() for (variant, pathway), row in first.iterrows() if variant == "true"}
-    report("variants_verdict", sentence("variants", rows=found, same=same))
+    report.many({f"{key}_verdict": sentence(key, rows=found, same=same) for key in ("variants", "middle")})
     report(
         "false_told", listed([f"{r['told']} of {r['n']} ({r['pathway']})" for r in found if r["variant"] == "false"])
     )
