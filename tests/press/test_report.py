@@ -4,6 +4,7 @@ import json
 import re
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
 
 import lib
@@ -15,6 +16,7 @@ from lib.files import BUILD
 from lib.press import report
 from lib.press.texts import entries, rendered
 from lib.show import tables
+from lib.show.sentences import say
 
 TEMPLATE, CONTROL = "{}'s capital city is", "The capital city of {} is"
 HOSTILE = "<script>alert(1)</script>{{ 7 * 7 }}{% raw %}&'\"$x_1$"
@@ -203,6 +205,9 @@ def test_what_chapter_10_reported_of_other_facts_is_one_table(tmp_path, monkeypa
     assert table.index.tolist() == ["gemma3: a", "gemma3: b"]
     assert table["repaired, held out"].tolist() == ["2 of 4", "–"] and table["cause"].tolist() == ["format", "–"]
     assert set(table["told, known, of"]) == {"3, 9, 20"} and set(table["kept at"]) == {"0123456"}
+    pairs = [("x", "sink_kv", 5), ("x", "v_only", 3), ("y", "sink_kv", 1), ("y", "v_only", 4), ("z", "v_only", 2)]
+    kept = pd.DataFrame(pairs, columns=["facts_file", "pathway", "repaired"]).assign(model="m")
+    assert "than v_only on 1 of 2 relations, and fewer on 1." in say("own", "relations", t=kept)
     run = run | {"provenance": provenance | {"weights_sha256": "0" * 64}}
     (tmp_path / "gemma3" / "relations" / "b.json").write_text(json.dumps(run))
     with pytest.raises(ChapterError, match=r"b\.json was made by gemma3"):
