@@ -140,7 +140,9 @@ def test_the_verdict_by_hand():
     carrying_over.report_variants(report, carrying_over.variants(pd.DataFrame(runs)))
     assert "Of the false answers sink kv learns 7 of 8, and repairs" in report["variants_verdict"]
     assert "repaired all the same, beside 9 with all layers trained" in report["variants_verdict"]
-    assert "repairs 0 to 4 held-out countries, where it repairs 9 to 12 before it: so many" in report["middle_verdict"]
+    assert (
+        "repairs 0 to 4 held-out countries; before every text it repairs 9 to 12: so many" in report["middle_verdict"]
+    )
     controls = tables.arranged("variants", carrying_over.variants(pd.DataFrame(runs)).assign(case_title="c"))
     ranges = dict(zip(controls.control, controls["held-out repaired, least to most"], strict=True))
     assert ranges["a token in the middle"] == "0 to 4 of 16" and ranges["one random layer"] == "10 to 15 of 16"
