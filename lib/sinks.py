@@ -72,12 +72,12 @@ def standing(model: Model, values: dict[Slice, Tensor], *, middle: bool = False)
     if middle and KEYS in values:
         raise EditError("a learned key and value stand before every text; only a learned row can stand in its middle.")
     weights, width = model.weights, model.weights.d_model
-    sink = Sink(len(model.bos), values.get(ROW, torch.zeros(width, dtype=weights.W_E.dtype, device=model.device)))
+    sink = Sink(values.get(ROW, torch.zeros(width, dtype=weights.W_E.dtype, device=model.device)))
     blocks, handles = weights.blocks, _embedding_hooks(model, sink)
     if KEYS in values:
         kv = list(zip(values[KEYS], values[VALUES], strict=True))
         fixed = [
-            FixedSink(sink.index, b.attn.norm_K(k[:, None])[:, 0], v) for b, (k, v) in zip(blocks, kv, strict=True)
+            FixedSink(len(model.bos), b.attn.norm_K(k[:, None])[:, 0], v) for b, (k, v) in zip(blocks, kv, strict=True)
         ]
         blocks = tuple(replace(b, attn=replace(b.attn, sink=f)) for b, f in zip(blocks, fixed, strict=True))
         handles += [h for layer, pair in enumerate(kv) for h in _projection_hooks(model, layer, pair, sink)]

@@ -274,10 +274,9 @@ class Block:
 
 @dataclass
 class Sink:
-    """One more token, whose id is the vocabulary's size, and where it stands in every text. row: its embedding, not
-    scaled. rows: where it is in what the model's modules are reading (`lib.sinks`)."""
+    """One more token, whose id is the vocabulary's size. row: its embedding, not scaled. rows: where it is in what the
+    model's modules are reading (`lib.sinks`)."""
 
-    index: int
     row: Float[Tensor, " d_model"]
     rows: Bool[Tensor, "b t"] | None = None
 

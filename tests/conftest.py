@@ -125,9 +125,10 @@ def drawn(name: str, tokenizer) -> Model:
     return wrap(model, tokenizer)
 
 
-@pytest.fixture(scope="session", params=list(TINY)[:5])
+@pytest.fixture(scope="module", params=list(TINY)[:5])
 def tiny(request: pytest.FixtureRequest, smollm2: Model) -> Model:
-    """A random model of each kind of computation, with SmolLM2's tokenizer; test_families has the rest."""
+    """A random model of each kind of computation, with SmolLM2's tokenizer; test_families has the rest. Each module's
+    own: nothing is kept that another one asked of it."""
     return drawn(request.param, smollm2.tokenizer)
 
 

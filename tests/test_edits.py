@@ -22,12 +22,6 @@ from lib.facts import Fact, load_facts
 from lib.weights import OF_A_LAYER, Slice, pathway_slices
 
 
-@pytest.fixture
-def tiny(tiny):
-    """Each test's own: nothing is kept that another one asked of it."""
-    return dataclasses.replace(tiny)
-
-
 def an_edit(model, pathway: str = "v_only", layer: int = 1) -> Edit:
     """Random new values for one slice of a layer, by default the second."""
     generator = torch.Generator().manual_seed(0)

@@ -10,7 +10,7 @@ from lib.errors import DataError, EditError
 from lib.facts import Case, Fact
 from lib.forward import next_token_logits
 from lib.models import Model
-from lib.trace import capture, logit_trace
+from lib.trace import capture, logit_trace, subject_positions
 from lib.training import Recipe, sink_task, task_at, train
 from lib.weights import SINKS
 from tests.conftest import TINY, drawn
@@ -24,12 +24,6 @@ FACTS = (Fact("France", "Paris"), Fact("Germany", "Berlin"))
 def model(request: pytest.FixtureRequest, smollm2: Model) -> Model:
     """A random model of every family, the first ones also with a token that stands before every text."""
     return drawn(request.param, smollm2.tokenizer)
-
-
-@pytest.fixture
-def tiny(tiny: Model) -> Model:
-    """Each test's own: nothing is kept that another one asked of it."""
-    return replace(tiny)
 
 
 def moved(model: Model, pathway: str, size: float = 0.5) -> dict:
@@ -77,6 +71,10 @@ def test_in_the_middle_packs_module_view_and_trace_agree_too(model, bos):
         packed, module = next_token_logits(changed, PROMPTS), by_module(changed, PROMPTS)
         view = changed.weights.residuals(changed.encode(PROMPTS[:1])[0])[-1][:, -1]
         trace = logit_trace(changed, capture(changed, PROMPTS), torch.tensor([[5], [6], [7]]))
+        places = subject_positions(changed, PROMPTS[0], "France")
+        assert [changed.token_text(changed.token_ids(PROMPTS[0])[i]) for i in places] == [" France"]
+    with sinks.standing(model, moved(model, "sink_token")) as before:
+        assert before.weights_sha256 != changed.weights_sha256, "the same row, and another model"
     seen = (model.weights.norm_final(view) @ model.weights.W_U)[0]
     assert (packed - module).abs().max() < 1e-4 and (packed[0] - seen).abs().max() < 1e-4
     assert torch.allclose(trace.total[:, 0], packed[torch.arange(3), torch.tensor([5, 6, 7])], atol=1e-4)

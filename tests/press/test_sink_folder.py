@@ -98,3 +98,10 @@ def test_a_key_and_a_value_are_an_adapter_of_peft(organism, tmp_path):
         sink_folder.save_adapter(replace(organism, bos=(1,)), edit, tmp_path / "not")
     with pytest.raises(EditError, match="sink_kv cannot stand before every text as a row"):
         sink_folder.write(organism, edit, tmp_path / "not")
+
+
+def test_a_row_in_the_middle_of_texts_is_not_exported_as_one_before_them(organism, tmp_path):
+    edit = learned(organism, "sink_token")
+    with pytest.raises(EditError, match="a row in the middle cannot stand before every text"):
+        export.export(organism, replace(edit, recipe=edit.recipe | {"middle": True}), tmp_path / "not")
+    assert not list(tmp_path.iterdir())

@@ -46,6 +46,12 @@ def test_a_run_gives_the_same_again_and_leaves_the_model_as_it_was(organism, pat
     assert first["facts_n"] == 8 and len(first["changes"]) == 7
 
 
+def test_only_a_row_stands_in_the_middle(organism):
+    for pathway in ("v_only", "sink_kv"):
+        with pytest.raises(EditError, match=f"'in the middle' of {pathway}"):
+            repair_at(organism, **QUICK, pathway=pathway, variant="in the middle")
+
+
 def test_lessons_are_the_eight_these_and_more_and_the_known_fit_countries(organism):
     eight, sixteen, fit = (lesson(organism, 1, name) for name in repairs.LESSONS)
     assert eight == _case(organism, 1).facts and sixteen[:8] == eight and set(sixteen[8:]) <= set(fit)
