@@ -41,7 +41,7 @@ from lib.forward import Pack, Reference, above, log_normalisers, pack, packs, re
 from lib.models import Model
 from lib.recall import screen, tell
 from lib.sinks import ordinary, standing
-from lib.weights import OF_A_LAYER, PATHWAYS, SINK_SLICES, SINKS, Slice, pathway_slices, places
+from lib.weights import OF_A_LAYER, PAPER, PATHWAYS, SINK_SLICES, SINKS, Slice, pathway_slices, places
 
 
 @dataclass(frozen=True)
@@ -415,9 +415,10 @@ def under_study(edits: dict[str, Edit]) -> tuple[str, str]:
 
 
 def saved_or_trained(model: Model, case: Case, folder: Path, *, seed: int = 0) -> dict[str, Edit]:
-    """The edits that chapter 3 left in a folder, by pathway; trained here by its rule where it left none that fit."""
+    """The edits that chapter 3 left in a folder, by pathway; trained here by its rule where one of the paper's four is
+    missing, or one does not fit."""
     saved = load_all(folder)
-    if list(saved) == list(OF_A_LAYER) and all(_fits(e, model, case, seed) for e in saved.values()):
+    if {*PAPER} <= {*saved} and all(_fits(e, model, case, seed) for e in saved.values()):
         return saved
     return compare(model, task_at(model, case, prescribe(model, case).knowledge_head.layer), seed=seed).edits
 

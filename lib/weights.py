@@ -23,7 +23,8 @@ from transformers.activations import ACT2FN
 
 from lib.errors import ModelError
 
-OF_A_LAYER = ("full", "attention", "ffn", "v_only", "q_only", "k_only")
+PAPER = ("full", "attention", "ffn", "v_only")  # the source page's four pathways
+OF_A_LAYER = (*PAPER, "q_only", "k_only")
 SINKS = ("sink_kv", "sink_token")  # of one more position before every text (`lib.sinks`)
 PATHWAYS = (*OF_A_LAYER, *SINKS)
 Vectors = Float[Tensor, "*b d_model"]  # of the residual stream

@@ -1,10 +1,12 @@
 """Every head of a model on one page, before and after each edit: numbers (`collect`) and one HTML file (`render`).
 
-1. Chapters 1, 2, 3 and 5 must have run. What they report is read from their results; edits are chapter 3's files.
+1. Chapters 1, 2, 3 and 5 must have run. What they report is read from their results; edits are chapter 3's files, and
+   the learned sinks that are kept beside the record.
 2. The rest is computed by the same functions that the chapters call: on the untouched model, and with each edit in
    place. Every array begins with the axes state, layer, head; state 0 is the untouched model.
 3. The page holds each layer of an array once; an edit's layer is stored only where it differs from the untouched
-   one. Attention is rounded to 8 bits, everything else is fp32.
+   one. Attention is rounded to 8 bits, everything else is fp32. Of a sink's attention what its own position gets is
+   left out: what a row lacks to 1.
 4. Charts are Vega-Lite (charts.yaml); its JavaScript comes with vl-convert and is written into the page, as is
    lib/dashboard/page.js, which only routes: choices, search, focus and words. A content security policy names both
    scripts by their sha256 and forbids everything else, so no text of a template, a token or a model can run.
@@ -36,7 +38,8 @@ from lib.results import Results, chapter_folder, reach, read, results_path
 from lib.show.figures import visible
 from lib.static import RelationMap
 from lib.studies.knowledge_path import relation_maps_once
-from lib.weights import OF_A_LAYER
+from lib.sweeps.kept_sinks import kept
+from lib.weights import OF_A_LAYER, SINKS
 
 EDITS = "03_four_pathways"
 TAKEN = {  # what is read from the chapters' results
@@ -57,7 +60,8 @@ STORED = {"u": np.uint8, "i": np.int32, "f": np.float32}  # by kind of number
 
 @dataclass(frozen=True)
 class State:
-    """The untouched model (layer None), or one with an edit in place. reported: what chapter 3 says of the edit."""
+    """The untouched model, or one with an edit in place, of a layer or before every text (layer None). reported: its
+    size, and of a layer's edit what chapter 3 says of it."""
 
     key: str
     layer: int | None
@@ -163,21 +167,23 @@ def _not_finite(value: Any, at: str = "") -> str | None:
 
 
 def made_edits(model: Model, cases: Sequence[Case], listed: Sequence[dict[str, Any]]) -> dict[str, Edit]:
-    """Chapter 3's edits by pathway. Raises EditError where a file is not the one that the chapter's results list, or
-    is of other weights or no case of the model."""
+    """Chapter 3's edits by pathway, and the kept sinks. Raises EditError where a file is not the one that the chapter's
+    results list, or is of other weights or no case of the model."""
     folder, texts = chapter_folder(model.name, EDITS), load_templates()
     sums = {row["file"]: row["sha256"] for row in listed}
     edits = {name: edit for name, edit in load_all(folder).items() if name in OF_A_LAYER}
     sums = {name: value for name, value in sums.items() if name.removesuffix(".safetensors") in OF_A_LAYER}
-    for name, edit in edits.items():
+    for name in edits:
         path = folder / f"{name}.safetensors"
         if file_sha256(path) != sums.get(path.name):
             raise EditError(f"{path} is not the file that chapter 3 reports. Run `python -m lib run {EDITS} --force`.")
-        check(model, edit)
-        if edit.template not in [texts[c.template] for c in cases]:
-            raise EditError(f"{path} is for {edit.template!r}, which is the template of no case of {model.name}.")
     if missing := sorted(set(sums) - {f"{name}.safetensors" for name in edits}):
         raise EditError(f"{folder} lacks {', '.join(missing)}. Run `python -m lib run {EDITS} --force`.")
+    edits |= kept(model)
+    for edit in edits.values():
+        check(model, edit)
+        if edit.template not in [texts[c.template] for c in cases]:
+            raise EditError(f"{edit.title!r} is for {edit.template!r}, the template of no case of {model.name}.")
     return edits
 
 
@@ -197,7 +203,11 @@ def collect(model: Model, *, progress: bool = True) -> PageData:
     by_state = [_state_arrays(weighed, runs, texts) for weighed, runs in measured]
     arrays = {key: np.stack([state[key] for state in by_state]) for key in by_state[0]}
     ids, arrays["tokens"] = np.unique(arrays["tokens"], return_inverse=True)
-    states = [State(name, edit.layer, reported[EDITS]["pathways"][name]) for name, edit in edits.items()]
+    told = reported[EDITS]["pathways"]
+    states = [
+        State(name, None, {"parameters": e.parameters}) if name in SINKS else State(name, e.layer, told[name])
+        for name, e in edits.items()
+    ]
     findings = reported["02_knowledge_path"]["diagnosis"]
     data = PageData(
         provenance={k: v for k, v in Results("dashboard", model, seed=seed).provenance.items() if k != "start"},
@@ -227,9 +237,9 @@ def _measure(
     first_runs, baselines = zip(*(_run_case(model, case) for case in asked), strict=True)
     measured = [(untouched, first_runs)]
     for edit in tqdm(edits.values(), desc="edits", disable=not progress):
-        with applied(model, edit):
+        with applied(model, edit) as changed:
             pairs = zip(asked, baselines, strict=True)
-            runs = tuple(_run_case(model, case, before, edit.layer)[0] for case, before in pairs)
+            runs = tuple(_run_case(changed, case, before, edit.layer)[0] for case, before in pairs)
             measured.append((reader.edited(model, untouched, maps, edit), runs))
     return measured
 
@@ -312,8 +322,9 @@ def _run_case(
     model: Model, case: _Asked, before: _Baseline | None = None, layer: int = 0
 ) -> tuple[_CaseRun, _Baseline]:
     """A case's answers, and what an edited model needs of the untouched one. before: that, for a model that is edited
-    in a layer (0-based)."""
-    run = rerun_from(model, before.run, layer) if before else run_with_cache(model, case.texts)
+    in a layer (0-based) or has a sink, with which every text is another."""
+    again = before is not None and model.weights.sink is None
+    run = rerun_from(model, before.run, layer) if before and again else run_with_cache(model, case.texts)
     pairs = case.pairs.repeat(len(case.templates), 1)
     traced, shape = contributions(model, run.capture(), pairs, case.pairs[:, 0].unique()), run.z.shape[1:3]
     by_head = {"writes": traced.attribution, "pushes": traced.difference}
@@ -341,6 +352,7 @@ def _patch_heads(
     failing, control = (run.take([case.templates.index(name) * n + i for i in untold]) for name in names)
     base = interventions.logit_differences(failing, pairs)
     lost = before.lost if before else interventions.logit_differences(control, pairs) - base
+    layer = 0 if model.weights.sink else layer
     below = before.streams[layer - 1] if before and layer else None
     streams = list(interventions.patched_streams(model, failing, control.z, start=layer, below=below))
     shares = np.full((weights.n_layers, weights.n_heads, len(case.pairs)), np.nan, np.float32)
@@ -363,7 +375,7 @@ class _WeightReader:
     def edited(self, model: Model, untouched: Arrays, maps: dict[str, RelationMap], edit: Edit) -> Arrays:
         """The arrays of the untouched model, with the edited layer's own; all layers where the edit is of the first
         one, whose MLP the enriched embedding passes on its way to every head. maps: of the untouched model."""
-        if edit.layer and edit.pathway == "ffn":
+        if edit.pathway in SINKS or (edit.layer and edit.pathway == "ffn"):
             return untouched  # no head's weights are touched
         layers = [edit.layer] if edit.layer else list(range(model.weights.n_layers))
         again, at = static.relation_maps(model, self.study, layers=layers), torch.tensor(layers)
@@ -432,11 +444,14 @@ def _case_data(
 
 @torch.no_grad()
 def _attention_bytes(model: Model, run: CachedRun) -> Arrays:
-    """Attention of every head on every prompt, by prompt: the lower triangle row by row, (layer, head, byte)."""
+    """Attention of every head on every prompt, by prompt: the lower triangle row by row, (layer, head, byte). A sink's
+    own row and column are left out."""
+    at = -1 if model.weights.sink is None else len(model.bos) - 1  # where a sink stands
     blocks = zip(model.weights.blocks, run.layers, strict=True)
     patterns = torch.stack([block.attn.pattern(block.norm_attn(layer.stream)) for block, layer in blocks], 1)
     by_text = {}
     for text, pattern, last in zip(run.prompts, patterns, run.last.tolist(), strict=True):
-        queries, keys = torch.tril_indices(last + 1, last + 1)
+        shown = torch.tensor([i for i in range(last + 1) if i != at])
+        queries, keys = shown[torch.tril_indices(len(shown), len(shown))]
         by_text[text] = (pattern[..., queries, keys] * 255).round().to(torch.uint8).cpu().numpy()
     return by_text

@@ -412,10 +412,11 @@ async function showAttention(site) {
   const boxes = panels.map(([i, s], n) => {
     const q = c.prompts[i], { tokens, text } = board.texts[q.text];
     const last = pattern(q.text, s, site).filter((r) => r.q === tokens.length - 1).sort((a, b) => b.weight - a.weight);
-    const most = last.filter((r, i) => !i || (i < 3 && r.weight >= 0.01)).map((r) => `“${tokens[r.k]}” ${share(r.weight)}`).join(", ");
+    const most = last.filter((r, i) => !i || (i < 3 && r.weight >= 0.01)).map((r) => `“${tokens[r.k]}” ${share(r.weight)}`);
+    if (board.states[s].sink) most.push(`the sink before the text ${share(1 - last.reduce((sum, r) => sum + r.weight, 0))}`);
     const words = element("figcaption", {}, element("b", {}, q.control ? "Control" : "Failing", s ? `, ${editTitle(s)}` : ", untouched"),
       element("br"), text, " → ", element("b", {}, q.top[s]), q.told[s] ? " (told)" : " (not told)", element("br"),
-      `The last token looks at ${most}.`);
+      `The last token looks at ${most.join(", ")}.`);
     const chart = element("div", { id: `attention-${n}`, role: "img", "aria-label": `Attention of ${name(site)} on “${text}”` });
     return element("figure", {}, words, element("div", { class: "scroll", tabindex: "0", role: "region",
       "aria-label": `Attention pattern ${n + 1}` }, chart));

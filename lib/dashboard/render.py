@@ -82,9 +82,15 @@ def _labels(data: PageData, role: str) -> list[str]:
 
 
 def _state(state: State, recommended: str) -> dict[str, Any]:
-    if state.layer is None:
+    if state.key == "none":
         return {"key": state.key, "title": "untouched model", "layer": None, "text": ""}
-    name, layer = words(state.key), f"L{state.layer + 1}"
+    name = words(state.key)
+    if state.layer is None:
+        text = (
+            f"{state.reported['parameters']:,} numbers before every text, and no weight changed: the cause, not a layer"
+        )
+        return {"key": state.key, "title": f"{name} before every text", "layer": None, "text": text, "sink": True}
+    layer = f"L{state.layer + 1}"
     text = f"{state.reported['parameters']:,} parameters of {layer}, KL {state.reported['kl']:.4f} on neutral text"
     if name == recommended:
         text += ", recommended by chapter 3"

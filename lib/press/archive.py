@@ -32,7 +32,7 @@ from lib.files import BUILD, ROOT, slug, write_atomically
 from lib.press import build, check, execute, release
 from lib.press.texts import entries, fill
 from lib.results import chapter_folder, results_path
-from lib.studies.pathways import PAPER
+from lib.weights import PAPER
 
 SUMS, MANIFEST = "MANIFEST.sha256", "MANIFEST.json"
 AT_THE_TOP = ("LICENSE", "NOTICE", "CITATION.cff", ".zenodo.json")  # beside source/, where a depositor looks for them

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
 
 from lib.errors import ChapterError
 
@@ -46,11 +45,3 @@ def built_pages(html: Path) -> list[Path]:
     if not (html / "index.html").is_file() or not pages:
         raise ChapterError(f"there is no built book in {html}; run `make book` first, or `make book MODEL=organism`.")
     return pages
-
-
-def is_outside(url: str, html: Path) -> bool:
-    """Whether an address leads out of the folder of the book, which may be moved anywhere, or read without network."""
-    parts = urlsplit(url)
-    if parts.scheme in ("data", "blob", "about"):
-        return False
-    return parts.scheme != "file" or not Path(unquote(parts.path)).resolve().is_relative_to(html.resolve())

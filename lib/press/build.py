@@ -34,7 +34,7 @@ from lib.press.check import judged
 from lib.press.execute import BOOK, chapter_names, executed_path, is_current, log_path, shared_inputs, without_colours
 from lib.press.texts import fill
 from lib.results import PACKAGES, chapter_folder, results_path
-from lib.sweeps import spot
+from lib.sweeps import kept_sinks, spot
 
 _JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"  # this environment's, whatever the PATH says
 TWO_MODELS = "      - file: book/two_models\n"  # in _toc.yml
@@ -98,7 +98,8 @@ def _dashboard_key(model_name: str, weights: str) -> str:
 
     files = [*shared_inputs(), *modules({"dashboard/collect", "dashboard/render"}, ROOT), *PARTS]
     files += [results_path(model_name, chapter) for chapter in TAKEN]
-    files += sorted(chapter_folder(model_name, EDITS).glob("*.safetensors"))
+    for folder in (chapter_folder(model_name, EDITS), kept_sinks.folder(model_name)):
+        files += sorted(folder.glob("*.safetensors"))
     packages = {p: version(p) for p in (*PACKAGES, "vl-convert-python")}
     return digest(files, json.dumps([weights, sys.version, packages, case_sums(model_name)], sort_keys=True), ROOT)
 

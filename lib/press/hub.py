@@ -28,7 +28,7 @@ from lib.press.archive import SUMS, sums, under
 from lib.press.export import CARD, EDIT, card_data, copy_terms, export, new_folder
 from lib.press.texts import fill
 from lib.results import chapter_folder
-from lib.studies.pathways import PAPER
+from lib.weights import PAPER
 
 MODEL, SPACE = "model", "space"
 KINDS = {MODEL: None, SPACE: "static"}  # repository types, each prepared in a folder of its name, and their sdk

@@ -34,11 +34,10 @@ from lib.recall import load_prefixes, study_facts, tell
 from lib.sites import Site
 from lib.studies import experiment, once_a_model
 from lib.studies.location import prepared, protocols, setting, summarise_answers
-from lib.studies.pathways import PAPER
 from lib.studies.side_effects import kept_streams
 from lib.trace import hooked
 from lib.training import DEFAULT, Task, chosen, losses, neutral_kl, optimise, slice_values, summary, train
-from lib.weights import Slice
+from lib.weights import PAPER, Slice
 
 Change = Callable[[], AbstractContextManager[Any]]
 Training = Callable[[Model, Task, float], tuple[Sequence[Tensor], Change]]

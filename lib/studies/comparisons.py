@@ -25,8 +25,8 @@ from lib.results import Results
 from lib.show.sentences import listed, say, words
 from lib.statistics import exact_interval, rho_interval
 from lib.studies.location import setting
-from lib.studies.pathways import PAPER, by_seed
-from lib.weights import PATHWAYS, SINKS
+from lib.studies.pathways import by_seed
+from lib.weights import PAPER, PATHWAYS, SINKS
 
 sentence = partial(say, "comparisons")
 # Columns of a run, and whether more is better

@@ -23,7 +23,6 @@ from lib.weights import OF_A_LAYER, PATHWAYS, SINKS, pathway_slices, places, vie
 CURVES = ["margins", "kls"]  # of a run, by step: smallest margin, and KL on the step's neutral window
 WAYS = ["facts", "longer"]  # which lesson, and for how long
 LONGER = 4  # times the step limit, in the control
-PAPER = ("full", "attention", "ffn", "v_only")  # the source page's four; Q-only and K-only are this book's
 
 
 @experiment

@@ -10,8 +10,9 @@ import pandas as pd
 from lib.checkpoints.named import canonical, split
 from lib.errors import SweepError
 from lib.files import BUILD, commit, slug
+from lib.models import load as load_model
 from lib.studies import pathways
-from lib.sweeps import record
+from lib.sweeps import kept_sinks, record
 from lib.sweeps.experiments import differing, meaning
 from lib.sweeps.runs import Plan, estimate, finish, frame, plan
 from lib.sweeps.specification import SPECS, Spec, further, key, load
@@ -60,9 +61,9 @@ def make(
     say: Callable[[str], None] = print,
     **options: Any,
 ) -> None:
-    """Do sweeps of a model and record them, each with what follows from it; killed, the same call goes on. missing: the
-    runs that are recorded stay, and only those are done that a longer specification adds. options: as `finish` takes
-    them. Raises SweepError as `recordable` and `finish` do; then what is recorded stays as it was."""
+    """Do sweeps of a model and record them, each with what follows from it, and the sinks that `kept_sinks` keeps;
+    killed, the same call goes on. missing: what is recorded stays, and only runs are done that it lacks. options: as
+    `finish` takes them. Raises SweepError as `recordable` and `finish` do; then what is recorded stays as it was."""
     model_name = canonical(model_name)
     command = " ".join(["python -m lib record", *names, "--model", model_name])
     first = _done(recordable(model_name, names), missing, say, options)
@@ -70,6 +71,8 @@ def make(
     following = [spec for (p, _), table in zip(first, tables, strict=True) for spec in _followed(p.spec, table)]
     for planned, older in [*first, *_done(following, missing, say, options)]:
         say(f"recorded {record.write(planned, command, older)}: {len(planned.runs)} runs")
+        if planned.spec.name == "repairs" and not (missing and kept_sinks.folder(model_name).is_dir()):
+            kept_sinks.keep(load_model(model_name), frame(record.rows_of(planned, older)))
 
 
 def _done(

@@ -21,6 +21,7 @@ from lib.dashboard import collect, render
 from lib.edits import Edit, applied, load, save
 from lib.errors import BookError, ChapterError, EditError
 from lib.facts import load_cases, load_templates, prompts
+from lib.interventions import run_with_cache
 from lib.models import Model
 from lib.press import build
 from lib.press.browser import chromium
@@ -28,8 +29,9 @@ from lib.recall import study_facts, trainable
 from lib.results import Results, chapter_folder, results_path
 from lib.sites import Site
 from lib.studies import cross_validation
+from lib.sweeps import kept_sinks
 from lib.trace import capture
-from lib.weights import OF_A_LAYER, pathway_slices
+from lib.weights import OF_A_LAYER, SINKS, pathway_slices
 
 
 def chapters(model: Model, share: float, pathways: Sequence[str] = OF_A_LAYER) -> None:
@@ -91,6 +93,8 @@ def html(board) -> str:
 
 def edit_of(board, model, name) -> tuple[int, Edit]:
     state = [s.key for s in board.states].index(name)
+    if name in SINKS:
+        return state, kept_sinks.kept(model)[name]
     return state, load(chapter_folder(model.name, "03_four_pathways") / f"{name}.safetensors")
 
 
@@ -135,24 +139,25 @@ def test_patching_is_chapter_5s_sweep(board, organism):
     assert np.isnan(shares).any() and np.isfinite(shares[..., untold]).all(), "a told fact has nothing to bring back"
 
 
-def test_patching_of_an_edit_is_a_share_of_the_same_margin(board, organism):
+@pytest.mark.parametrize("pathway", ["attention", "sink_token"])
+def test_patching_of_an_edit_is_a_share_of_the_same_margin(board, organism, pathway):
     """patch_heads divides by the loss of the edited model; the page, for all states, by that of the untouched one."""
-    shown, (state, edit) = board.cases[0], edit_of(board, organism, "attention")
+    shown, (state, edit) = board.cases[0], edit_of(board, organism, pathway)
     case, templates = shown.case, load_templates()
     fact = shown.failing[0]
     table = recall.tell(organism, case.facts, {"failing": templates[case.template]})
     pair = torch.tensor(table[["answer_token", "competitor_token"]].iloc[[fact]].to_numpy())
     texts = [prompts([case.facts[fact]], templates[t])[0] for t in (case.template, case.controls[0])]
 
-    def lost() -> float:
-        logits = capture(organism, texts).logits[:, pair[0]]
+    def lost(model: Model) -> float:
+        logits = capture(model, texts).logits[:, pair[0]]
         return float((logits[1, 0] - logits[1, 1]) - (logits[0, 0] - logits[0, 1]))
 
-    before = lost()
-    with applied(organism, edit):
-        after = lost()
+    before = lost(organism)
+    with applied(organism, edit) as changed:
+        after = lost(changed)
         lines = (templates[case.template], templates[case.controls[0]])
-        swept = cross_validation.patch_heads(organism, [case.facts[fact]], *lines, pair[:, 1])["last"]
+        swept = cross_validation.patch_heads(changed, [case.facts[fact]], *lines, pair[:, 1])["last"]
     shares = board.arrays[f"patching/{case.name}"][state, ..., fact]
     np.testing.assert_allclose(shares, swept[..., 0] * after / before, atol=1e-3)
     assert abs(after / before - 1) > 1e-3, "the edit changes what is lost"
@@ -225,6 +230,36 @@ def test_an_ffn_edit_leaves_what_the_heads_weights_say(board):
     assert not np.array_equal(board.arrays["patterns"][state], board.arrays["patterns"][0])
 
 
+@pytest.mark.parametrize("pathway", SINKS)
+def test_a_sink_stands_before_every_text(board, organism, pathway):
+    """Answers, contributions, patching and attention are those of the model that has the sink; the weights are as they
+    were."""
+    state, edit = edit_of(board, organism, pathway)
+    case, templates = board.cases[0].case, load_templates()
+    assert board.states[state].layer is None and edit.template == templates[case.template]
+    said = tuple(p.told[state] for p in board.cases[0].prompts[: len(case.facts)])
+    assert said == edit.told_after and sum(said) > sum(edit.told_before), "as training left it"
+    text, tokens = next(iter(board.texts.items()))
+    pair = torch.tensor([[organism.first_token(case.facts[0].answer, text), 0]])
+    with applied(organism, edit) as changed:
+        run = capture(changed, [text])
+        answers = torch.tensor([organism.first_token(f.answer, text) for f in case.facts])
+        traced = diagnosis.contributions(changed, run, pair, answers)
+        stream, block = run_with_cache(changed, [text]).layers[7].stream, changed.weights.blocks[7]
+        pattern = block.attn.pattern(block.norm_attn(stream))[0]
+    writes = board.arrays[f"writes/{case.name}"][state, ..., 0].ravel()
+    np.testing.assert_allclose(writes, traced.attribution[0, : writes.size], atol=1e-4)
+    n = len(tokens)
+    triangle = board.arrays["patterns"][state, 7, :, : n * (n + 1) // 2] / 255
+    rows, columns = np.tril_indices(n)
+    np.testing.assert_allclose(triangle, pattern[:, 1:, 1:][:, rows, columns], atol=0.5 / 255 + 1e-4)
+    last = triangle[:, -n:].sum(-1)
+    np.testing.assert_allclose(last, 1 - pattern[:, -1, 0], atol=0.01)
+    assert (last < 0.9).any(), "some head looks at the sink"
+    for key in ("qk_overlap", "k_norm", "relation", "tokens", "role_numbers"):
+        np.testing.assert_array_equal(board.arrays[key][state], board.arrays[key][0])
+
+
 def unpack(packed: dict, heads: int, rest: tuple[int, ...]) -> np.ndarray:
     blocks = np.frombuffer(base64.b64decode(packed["data"]), "<" + packed["kind"]).reshape(-1, heads, *rest)
     return np.stack([blocks[at] for at in packed["at"]])
@@ -237,7 +272,9 @@ def test_packing_loses_nothing_and_shares_layers(board):
         assert packed["size"] == np.prod(values.shape[3:])
     below = render.pack(board.arrays["patterns"])["at"]
     edited = board.states[1].layer
-    assert all(row[:edited] == below[0][:edited] for row in below), "an edit leaves the layers below it alone"
+    of_a_layer = [row for row, state in zip(below, board.states, strict=True) if state.key not in SINKS]
+    assert all(row[:edited] == below[0][:edited] for row in of_a_layer), "an edit leaves the layers below it alone"
+    assert all(row[1] != below[0][1] for row in below[-2:]), "a sink changes every layer"
 
 
 # Bad input
@@ -304,7 +341,7 @@ def test_edits_that_are_not_chapter_3s_are_refused(board, organism):
         save(replace(edit, template="Of {} it is"), path)
         files = path.parent.glob("*.safetensors")
         listed = [{"file": p.name, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in files]
-        with pytest.raises(EditError, match=r"'Of \{\} it is', which is the template of no case"):
+        with pytest.raises(EditError, match=r"'Of \{\} it is', the template of no case"):
             collect.made_edits(organism, [c.case for c in board.cases], listed)
 
 
@@ -325,6 +362,7 @@ def test_the_page_is_kept_until_something_changes(board, build_folder, monkeypat
     monkeypatch.setattr(render, "PARTS", ())
     monkeypatch.setattr(build, "ROOT", build_folder.parent)  # sources are taken from there
     monkeypatch.setattr(build, "shared_inputs", list)
+    monkeypatch.setattr(kept_sinks, "FOLDER", build_folder.parent / "record")
     said: list[str] = []
 
     def run(**options) -> bool:
@@ -335,6 +373,10 @@ def test_the_page_is_kept_until_something_changes(board, build_folder, monkeypat
     assert run() and not run() and run(force=True) and not run()
     path = results_path("organism", "02_knowledge_path")
     path.write_text(path.read_text() + "\n")
+    assert run() and not run()
+    sink = kept_sinks.folder("organism") / "sink_token.safetensors"
+    sink.parent.mkdir(parents=True)
+    sink.write_bytes(b"another")
     assert run() and not run()
     source = build_folder.parent / "lib" / "dashboard" / "collect.py"
     source.parent.mkdir(parents=True)
@@ -443,7 +485,8 @@ def test_switching_the_edit_changes_what_is_shown(opened, board):
     change = values[-1, 7, 5] - values[0, 7, 5]
     assert f"{signed(change)} logits" in view.text("readout")
     assert "change by the edit" in view.text("grid-title")
-    assert view.page.locator("#roles thead th").all_inner_texts()[-1] == "k only of L8"
+    assert view.page.locator("#roles thead th").all_inner_texts()[-1] == "sink token before every text"
+    assert "the sink before the text" in view.text("attention")
 
 
 def test_all_by_keyboard(opened, board):

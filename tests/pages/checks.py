@@ -1,11 +1,10 @@
 """What every page of the book must be: whole without network, readable by eye, by ear and on a phone."""
 
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page
-
-from lib.press.browser import is_outside
 
 PHONE, DESK = 390, 1400
 SERIOUS = ("serious", "critical")
@@ -62,6 +61,14 @@ def look(browser: Browser, path: Path, html: Path, *, scheme: str = "light", wid
         context.close()
 
 
+def is_outside(url: str, html: Path) -> bool:
+    """Whether an address leads out of the folder of the book, which may be moved anywhere, or read without network."""
+    scheme = urlsplit(url).scheme
+    if scheme in ("data", "blob", "about"):
+        return False
+    return scheme != "file" or not _path(url).resolve().is_relative_to(html.resolve())
+
+
 def dead_links(page: Page, html: Path) -> list[str]:
     """Links to files of the book that are not there, or that leave its folder."""
     files = {url.split("#")[0] for url in page.evaluate(_LINKS) if url.startswith("file:")}
@@ -81,6 +88,4 @@ def accessibility(page: Page) -> list[str]:
 
 
 def _path(url: str) -> Path:
-    from urllib.parse import unquote, urlsplit
-
     return Path(unquote(urlsplit(url).path))

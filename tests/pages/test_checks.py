@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.pages.checks import PHONE, look
+from tests.pages.checks import PHONE, is_outside, look
 
 PAGE = """<!DOCTYPE html><html lang="en"><head><title>t</title>{head}</head><body><main>
 <h1>Title</h1>{body}</main></body></html>"""
@@ -34,3 +34,14 @@ def test_nothing_is_found_where_nothing_is_wrong(browser, tmp_path):
     body = "<p>It costs $5, or <math><mi>x</mi></math>.</p><a href='page.html'>here</a><code>$x$</code>"
     (tmp_path / "page.html").write_text(PAGE.format(head="", body=body), encoding="utf-8")
     assert look(browser, tmp_path / "page.html", tmp_path, width=PHONE) == []
+
+
+def test_what_is_outside_the_book(tmp_path):
+    html = tmp_path / "a book"
+    html.mkdir()
+    page = (html / "page.html").as_uri()
+    assert page.count("%20") == 1
+    inside = [page, f"{page}#x", f"{page}?q=1", (html / "_static" / "a.js").as_uri()]
+    assert not any(is_outside(url, html) for url in [*inside, "data:image/png;base64,x", "blob:x"])
+    outside = ["https://example.org/", "http://localhost/", "ftp://x/", tmp_path.as_uri(), f"{html.as_uri()}/../x.html"]
+    assert all(is_outside(url, html) for url in [*outside, f"{html.as_uri()}2/x.html"])

@@ -26,7 +26,7 @@ from lib.__main__ import app
 from lib.errors import BookError, EditError, ReleaseError
 from lib.press import archive as deposit
 from lib.press import build, check, execute, release
-from lib.studies import pathways
+from lib.weights import PAPER
 from tests.press.test_execute import notebook
 from tests.test_edits import an_edit
 
@@ -249,7 +249,7 @@ def made(tmp_path_factory, tiny_gpt2_model) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         point_at(folder, patch)
         execute.run("s", ["01_a"], say=lambda _: None)
-        for name in pathways.PAPER:
+        for name in PAPER:
             edit = an_edit(tiny_gpt2_model, name)
             edits.save(edit, folder / "_build" / "results" / "s" / "01_a" / f"{name}.safetensors")
         build.build("s", say=lambda _: None)
@@ -283,7 +283,7 @@ def test_a_snapshot_made_twice_is_the_same_to_the_byte(made, run, tmp_path):
         assert str(folder).encode() not in first, "no path of this machine"
     assert b"_build/results/s/01_a.json" in first, "which the chapter printed"
     names = {n.partition("/")[2] for n in zipfile.ZipFile(tmp_path / "one.zip").namelist()}
-    assert {f"edits/{name}.safetensors" for name in pathways.PAPER} < names
+    assert {f"edits/{name}.safetensors" for name in PAPER} < names
     assert {"html/index.html", "html/book/01_a.html", "book.pdf", "dashboard.html", "executed/01_a.ipynb"} < names
     assert {"results/01_a.json", "source/book/01_a.ipynb", "LICENSE", "LICENSES/CC0-1.0.txt", "NOTICE"} < names
     for name in deposit.CONTENTS:

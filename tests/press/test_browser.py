@@ -1,18 +1,7 @@
 import pytest
 
 from lib.errors import ChapterError
-from lib.press.browser import built_pages, is_outside
-
-
-def test_what_is_outside_the_book(tmp_path):
-    html = tmp_path / "a book"
-    html.mkdir()
-    page = (html / "page.html").as_uri()
-    assert page.count("%20") == 1
-    inside = [page, f"{page}#x", f"{page}?q=1", (html / "_static" / "a.js").as_uri()]
-    assert not any(is_outside(url, html) for url in [*inside, "data:image/png;base64,x", "blob:x"])
-    outside = ["https://example.org/", "http://localhost/", "ftp://x/", tmp_path.as_uri(), f"{html.as_uri()}/../x.html"]
-    assert all(is_outside(url, html) for url in [*outside, f"{html.as_uri()}2/x.html"])
+from lib.press.browser import built_pages
 
 
 def test_pages_of_a_book_without_the_theme_s_own(tmp_path):

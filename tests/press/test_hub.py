@@ -16,7 +16,7 @@ from lib import edits
 from lib.__main__ import app
 from lib.errors import BookError, EditError, ReleaseError
 from lib.press import check, export, hub, release
-from lib.studies.pathways import PAPER
+from lib.weights import PAPER
 from tests.test_edits import an_edit
 
 PATHWAY = {"told_before": 0, "told_after": 1, "ppl_before": 27.25, "ppl_after": 27.5}

@@ -58,7 +58,7 @@ def test_what_is_studied_when_nothing_can_be_recommended(organism):
 def test_gpt2_counts_are_the_papers():
     """7.1M, 2.4M, 4.7M and 590K parameters, exactly; and the last a share of 0.474 %, where the page says 0.48."""
     sizes = pathways.gpt2_sizes()
-    assert [sizes[name]["parameters"] for name in pathways.PAPER] == [7_087_872, 2_362_368, 4_722_432, 589_824]
+    assert [sizes[name]["parameters"] for name in weights.PAPER] == [7_087_872, 2_362_368, 4_722_432, 589_824]
     assert sizes["v_only"]["share"] == pytest.approx(589_824 / 124_439_808)
 
 
@@ -150,6 +150,9 @@ def test_saved_edits_that_fit_are_taken_and_others_are_trained(ran, organism, ca
     monkeypatch.setattr(training, "_fits", lambda edit, *a: True)
     edits.save_all(six, tmp_path)
     assert list(training.saved_or_trained(organism, case, tmp_path)) == list(weights.OF_A_LAYER) and not calls
+    for name in ("q_only", "k_only"):  # a model where they cost too much has the paper's four
+        (tmp_path / f"{name}.safetensors").unlink()
+    assert list(training.saved_or_trained(organism, case, tmp_path)) == list(weights.PAPER) and not calls
     (tmp_path / "ffn.safetensors").unlink()
     training.saved_or_trained(organism, case, tmp_path)
     assert calls == [1], "one is missing: all are trained anew"

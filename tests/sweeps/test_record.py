@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from lib.__main__ import app
 from lib.errors import SweepError
 from lib.results import Results
-from lib.sweeps import experiments, record, runs, spot
+from lib.sweeps import experiments, kept_sinks, record, runs, spot
 from lib.sweeps.specification import Tolerance
 from tests.sweeps.test_runs import _study, here, spec  # noqa: F401
 
@@ -86,6 +86,24 @@ def test_results_of_another_version_are_set_aside_by_a_record(kept, here):  # no
     header.write_text(json.dumps(json.loads(header.read_text()) | {"code": {"lib/old.py": "1"}}))
     spot.make("organism")
     assert len(here) == 4
+
+
+def test_with_the_repairs_the_sinks_are_kept_too(kept, here, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(kept_sinks, "FOLDER", record.FOLDER)
+    trained = []
+
+    def keep(model, table):
+        trained.append((model.name, len(table)))
+        kept_sinks.folder(model.name).mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(kept_sinks, "keep", keep)
+    spot.make("organism")
+    assert not trained, "only with that sweep"
+    repairs = GRID.model_copy(update={"name": "repairs"})
+    monkeypatch.setattr(spot, "recordable", lambda name, names=(): [repairs])
+    for missing, often in ((True, 1), (True, 1), (False, 2)):
+        spot.make("organism", missing=missing)
+        assert trained == [("organism", 4)] * often, "what is there stays, unless all is recorded anew"
 
 
 def test_values_of_every_kind_come_back_as_they_were(tmp_path, monkeypatch):
