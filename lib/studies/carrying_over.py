@@ -21,6 +21,7 @@ from lib.evaluation import BAND
 from lib.facts import Case
 from lib.results import Results
 from lib.show.sentences import listed, say
+from lib.sites import Site
 from lib.statistics import exact_interval
 from lib.weights import SINKS
 
@@ -139,6 +140,17 @@ def report_judged(report: Results, table: pd.DataFrame, runs: pd.DataFrame, titl
     report("landing", sentence("landing", cause=first[0], place=first[1]))
     sinks, places = (eight[pick].to_dict("records") for pick in (eight.kind == "cause", eight.pathway == "v_only"))
     report("cost_verdict", sentence("cost", sinks=sinks, places=places))
+
+
+def report_reading(report: Results, table: pd.DataFrame, site: Site) -> None:
+    """Whether the knowledge head reads again where the cause is repaired."""
+    rows = table.to_dict("records")
+    failing, control, sinks = rows[0], rows[-1], [row for row in rows if row["edited"]]
+    report.many({"reading_head": str(site), "reading_before": float(failing["writes"])})
+    if sinks:
+        report.many({"reading_after": float(sinks[-1]["writes"]), "reading_n": int(failing["n"])})
+    report("reading_verdict", sentence("reading", failing=failing, control=control, sinks=sinks, head=str(site)))
+    report.table("reading", rows)
 
 
 def report_variants(report: Results, table: pd.DataFrame) -> None:

@@ -6,9 +6,11 @@ any_word                          any word at all: then its meaning is not what 
 subject_streams ... sink          the subject's own residual stream, and whether its position is an attention sink
                                   (Xiao et al. 2023; Sun et al. 2024)
 first_position                    the same by attention: who looks at position 0, and does the knowledge head look away?
+reading                           does the knowledge head read again, once the cause is repaired? (chapter 8)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,14 +18,18 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from lib.diagnosis import Diagnosis
+from lib.diagnosis import Diagnosis, contributions
+from lib.edits import Edit, applied
 from lib.facts import Case, Fact, load_templates, prompts
 from lib.forward import next_token_logits
 from lib.interventions import run_with_cache
 from lib.models import Model
 from lib.recall import first_tokens, known_and_told, load_prefixes, scorable, study_facts, tell
+from lib.show.sentences import words
+from lib.sinks import TEXT
 from lib.sites import Site
 from lib.static import load_token_types
+from lib.statistics import mean_interval
 from lib.trace import subject_attention, subject_stream_norm
 
 
@@ -163,6 +169,32 @@ def first_position(
         token = stands.pop() if len(stands) == 1 else "the subject's first"
         rows.append((name, token, float(first.mean()), float((first > 0.5).float().mean()), *own))
     return pd.DataFrame(rows, columns=["prompts", "token", "every", "most", "own_first", "own_subject"])
+
+
+def reading(model: Model, case: Case, facts: Sequence[Fact], site: Site, edits: Mapping[str, Edit]) -> pd.DataFrame:
+    """What the knowledge head (site) does on facts that no edit was trained on, a row each: the failing template as it
+    is, after a line break and with each edit, and the first control template. looks: attention from the last token to
+    the subject; writes: the head's exact share of the answer's logit minus the mean of its shares of the other answers,
+    with the interval over facts; others_look, others_write: means over the other heads of its layer."""
+    text, answers = load_templates(), first_tokens(model, facts)
+    failing, broken = (prompts(facts, text[case.template], prefix) for prefix in ("", TEXT))
+    asked: dict[str, tuple[Edit | None, list[str]]] = {"failing template": (None, failing)}
+    asked |= {"after a line break": (None, broken)} | {f"with {words(k)}": (e, failing) for k, e in edits.items()}
+    asked |= {"control template": (None, prompts(facts, text[case.controls[0]]))}
+    rows, heads = [], slice(site.layer * model.weights.n_heads, (site.layer + 1) * model.weights.n_heads)
+    rest = [head for head in range(model.weights.n_heads) if head != site.head]
+    for name, (edit, texts) in asked.items():
+        with applied(model, edit) if edit else nullcontext(model) as changed:
+            run = run_with_cache(changed, texts)
+            looks = subject_attention(changed, run.patterns, run.prompts, [f.subject for f in facts])[:, site.layer]
+            traced = contributions(changed, run.capture(), answers[:, None].expand(-1, 2), answers.unique())
+        pair = {"look": looks, "write": traced.attribution[:, heads]}
+        own, told = {key: x[:, site.head].tolist() for key, x in pair.items()}, run.logits.argmax(-1) == answers
+        others = {f"others_{key}": float(x[:, rest].mean()) for key, x in pair.items()}
+        writes, low, high = mean_interval(own["write"]) if len(facts) > 1 else (own["write"][0], np.nan, np.nan)
+        row = {"context": name, "edited": edit is not None, "told": int(told.sum()), "n": len(facts)}
+        rows.append(row | {"looks": np.mean(own["look"]), "writes": writes, "low": low, "high": high} | others)
+    return pd.DataFrame(rows)
 
 
 def many_pieces(model: Model, diagnosis: Diagnosis) -> tuple[Fact, ...]:

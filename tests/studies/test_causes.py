@@ -3,13 +3,14 @@
 import pandas as pd
 import pytest
 
-from lib import diagnosis
+from lib import diagnosis, edits, sinks, trace
 from lib.facts import load_cases, load_templates, prompts
 from lib.interventions import run_with_cache
-from lib.recall import study_facts, tell, trainable
+from lib.recall import first_tokens, study_facts, tell, trainable
 from lib.sites import Site
 from lib.statistics import mean_interval
-from lib.studies import causes, cross_validation
+from lib.studies import causes, cross_validation, upper_bounds
+from lib.sweeps import kept_sinks
 
 
 def test_a_sink_is_told_by_its_peak():
@@ -138,3 +139,49 @@ def test_the_rule_of_causes_by_hand(organism, monkeypatch):
 
     told = [(2, 0), (1, 2), (1, 1), (4, 4)]
     assert [after(*x).cause[0] for x in told] == ["first position", "format", "none found", "first position"]
+
+
+def test_what_a_head_reads_is_what_the_parts_say(organism):
+    """By hand for one row each; and a sink that was never trained is the line break that it starts from."""
+    case, templates = trainable(organism, load_cases("organism")[0]), load_templates()
+    site, facts, case_text = Site(7, 5), case.facts[:4], templates[case.template]
+    values = sinks.ordinary(organism, "sink_token")
+    untrained = edits.make(
+        organism, values, pathway="sink_token", layer=7, facts=facts, template=case_text, told_before=(False,) * 4,
+        seed=0, recipe={},
+    )  # fmt: skip
+    both = {"sink_kv": kept_sinks.kept(organism)["sink_kv"], "sink_token": untrained}
+    table = causes.reading(organism, case, facts, site, both).set_index("context")
+    assert table.index.tolist() == [
+        "failing template", "after a line break", "with sink kv", "with sink token", "control template"
+    ]  # fmt: skip
+    numbers = ["told", "looks", "writes", "low", "high", "others_look", "others_write"]
+    pd.testing.assert_series_equal(
+        table.loc["with sink token", numbers], table.loc["after a line break", numbers], check_names=False, rtol=1e-4
+    )
+    assert table.edited.tolist() == [False, False, True, True, False]
+    with edits.applied(organism, both["sink_kv"]) as changed:
+        assert table.told["with sink kv"] == tell(changed, facts, {"": case_text}).told.sum() > table.told.iloc[0]
+    texts = prompts(facts, case_text)
+    traced = trace.logit_trace(organism, trace.capture(organism, texts), first_tokens(organism, facts).repeat(4, 1))
+    shares = traced.heads[:, :, 7]  # prompt, answer, head
+    own = shares.diagonal().T
+    relative = own - (shares.sum(1) - own) / 3
+    assert table.writes.iloc[0] == pytest.approx(float(relative[:, 5].mean()), abs=1e-4)
+    rest = [h for h in range(12) if h != 5]
+    assert table.others_write.iloc[0] == pytest.approx(float(relative[:, rest].mean()), abs=1e-4)
+    alone = causes.reading(organism, case, facts[:1], site, {})
+    assert alone.low.isna().all() and len(alone) == 3
+
+
+def test_smollm2s_knowledge_head_writes_again_with_a_sink(smollm2):
+    """Chapter 8, on selection countries: told by no training on them."""
+    case = trainable(smollm2, load_cases("smollm2")[0])
+    trained = {f.subject for f in case.facts}
+    new = [f for f in upper_bounds.untold_facts(smollm2, case, ("selection",)) if f.subject not in trained]
+    table = causes.reading(smollm2, case, new, Site(23, 4), kept_sinks.kept(smollm2)).set_index("context")
+    failing = table.loc["failing template"]
+    for name in ("with sink kv", "with sink token"):
+        assert table.low[name] > failing.high and 2 * table.told[name] > len(new), "more than half, no weight changed"
+        assert table.writes[name] - failing.writes > 3 * (table.others_write[name] - failing.others_write)
+        assert table.others_look[name] < failing.others_look / 2, "the country is their sink no more"
