@@ -137,6 +137,12 @@ def test_every_box_answers_with_a_figure_that_its_chapter_has():
     assert list(entries("boxes.yaml")) == chapter_names()
 
 
+def test_no_two_figures_of_the_book_have_one_name():
+    shown = [c["metadata"].get("mystnb", {}) for chapter in chapter_names() for c in notebook_cells(chapter, "code")]
+    names = [cell["figure"]["name"] for cell in shown if "name" in cell.get("figure", {})]
+    assert len(names) == len(set(names)) > 50
+
+
 def test_the_abstract_has_at_most_200_words():
     english = (BOOK / "abstract.md").read_text(encoding="utf-8").split("::::")[0].split("\n", 1)[1]
     assert len(english.split()) <= 200

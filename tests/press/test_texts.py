@@ -2,13 +2,16 @@
 
 import dataclasses
 import re
+from collections.abc import Iterator
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from lib import edits, models
 from lib.__main__ import app
 from lib.facts import Fact
+from lib.files import ROOT
 from lib.press import boxes, export
 from lib.press.texts import fill, rendered
 from tests.test_edits import an_edit
@@ -57,3 +60,22 @@ def test_a_terminal_is_sent_no_order_of_an_edit(tmp_path):
     path = edits.save(edit, tmp_path / "e.safetensors")
     done = CliRunner().invoke(app, ["verify", str(path), "--model", "organism"])
     assert "\x1b" not in done.output and "\x07" not in done.output and "[red]The capital" in done.output
+
+
+def _twice(node: yaml.Node) -> Iterator[str]:
+    """Keys that a mapping holds more than once, of which YAML keeps the last and says nothing."""
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value]
+        yield from (key for key in dict.fromkeys(keys) if keys.count(key) > 1)
+    for part in node.value if isinstance(node, yaml.CollectionNode) else ():
+        for child in part if isinstance(part, tuple) else (part,):
+            yield from _twice(child)
+
+
+@pytest.mark.parametrize("path", [p for room in ("lib", "data") for p in (ROOT / room).rglob("*.yaml")], ids=str)
+def test_no_entry_hides_another_of_its_name(path):
+    assert not list(_twice(yaml.compose(path.read_text(encoding="utf-8"))))
+
+
+def test_an_entry_that_hides_another_is_found():
+    assert list(_twice(yaml.compose("a: {b: 1, c: [{d: 1, d: 2}]}\ne: 1\na: 2"))) == ["a", "d"]
