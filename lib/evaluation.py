@@ -42,6 +42,7 @@ from lib.weights import SINKS
 
 WINDOW = 512  # tokens of a passage read at once, or as many as the model reads
 BLOCK = 32  # tokens of a block of the bootstrap: neighbouring tokens are not independent
+ROWS = 128  # prompts whose logits, each over the whole vocabulary, are held at once
 BAND = 0.01  # a change of perplexity that this book calls small
 MOVED = 0.1  # nats: a token whose loss changed by more than this has moved
 ELSEWHERE = "working templates, other facts"
@@ -210,10 +211,9 @@ def score_questions(model: Model, protocol: Protocol, edit: Edit | None, *, bias
             return score_questions(changed, _prompts(changed, protocol.questions, [0])[0], None, bias=bias)
     values, scores = _values(protocol, edit), []
     answers = torch.tensor(protocol.questions.answer_token.to_numpy())[:, None]
-    sizes = [len(batch.last) for batch, _ in protocol.prompts]
-    for (batch, entering), token in zip(protocol.prompts, answers.split(sizes), strict=True):
-        final = above(model, batch, protocol.layer, entering, values, batch.last)
-        logits = final @ model.weights.W_U + (0 if bias is None else bias)
+    finals = torch.cat([above(model, p, protocol.layer, enter, values, p.last) for p, enter in protocol.prompts])
+    for final, token in zip(finals.split(ROWS), answers.split(ROWS), strict=True):
+        logits = final @ model.weights.W_U if bias is None else final @ model.weights.W_U + bias
         right, log_z = logits.gather(1, token)[:, 0], logits.logsumexp(-1)
         wrong, rival = logits.scatter_(1, token, float("-inf")).max(1)
         top = torch.where(right > wrong, token[:, 0], rival)

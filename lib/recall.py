@@ -126,10 +126,7 @@ def tell(
     rows = {} if known is None else {(row["prompt"], _accepted(row)): row for row in known.to_dict("records")}
     new = [(prompt, fact.accepted) for _, fact, prompt in asked if (prompt, fact.accepted) not in rows]
     logits = next_token_logits(model, [prompt for prompt, _ in new], progress=progress) if new else torch.empty(0)
-    rows |= {
-        (prompt, accepted): _said(model, prompt, accepted, row)
-        for (prompt, accepted), row in zip(new, logits, strict=True)
-    }
+    rows |= {(text, ok): _said(model, text, ok, row) for (text, ok), row in zip(new, logits, strict=True)}
     questions = [({"template": name, **asdict(fact)}, rows[prompt, fact.accepted]) for name, fact, prompt in asked]
     return pd.DataFrame([question | row | question for question, row in questions])  # first, and as asked here
 

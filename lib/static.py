@@ -351,11 +351,15 @@ def _product(a: NDArray, b: NDArray) -> NDArray:
 
 def _outliers_first(weights: Weights, answers: Answers) -> tuple[Unembedding, Answers]:
     """The folded unembedding, the answers' tokens first and then the others, those farthest from the mean token first,
-    because a direction's top tokens are mostly among these; and where the answers now stand in it."""
-    W_U = weights.norm_final.fold(weights.W_U).T
-    distance = (W_U - W_U.mean(0)).norm(dim=-1)
+    because a direction's top tokens are mostly among these; and where the answers now stand in it. Part by part: it is
+    the only copy of an unembedding that may be the largest part of a model."""
+    fold, W_U = weights.norm_final.fold, weights.W_U
+    mean, ordered = fold(W_U.mean(1, keepdim=True)), torch.empty(W_U.T.shape, dtype=W_U.dtype)
+    distance = torch.cat([(fold(part) - mean).norm(dim=0) for part in W_U.split(PART, 1)])
     order = distance.index_fill(0, answers, float("inf")).argsort(descending=True)
-    return W_U[order].T, order.argsort()[answers]
+    for rows, tokens in zip(ordered.split(PART), order.split(PART), strict=True):
+        rows.copy_(fold(W_U[:, tokens]).T)
+    return ordered.T, order.argsort()[answers]
 
 
 def _in_top(x: Vectors, vocabulary: Unembedding, answers: Answers) -> Bool[Tensor, "row answer"]:

@@ -415,8 +415,7 @@ def under_study(edits: dict[str, Edit]) -> tuple[str, str]:
 
 
 def saved_or_trained(model: Model, case: Case, folder: Path, *, seed: int = 0) -> dict[str, Edit]:
-    """The edits that chapter 3 left in a folder, by pathway; trained here by its rule where one of the paper's four is
-    missing, or one does not fit."""
+    """The edits that chapter 3 left in a folder, by pathway; trained here unless the paper's four are there and fit."""
     saved = load_all(folder)
     if {*PAPER} <= {*saved} and all(_fits(e, model, case, seed) for e in saved.values()):
         return saved
