@@ -124,17 +124,27 @@ def _made(rows: Sequence[tuple[int, ...]], last: Sequence[int]) -> Pack:
 
 @torch.no_grad()
 def next_token_logits(model: Model, prompts: Sequence[str], *, progress: str | None = None) -> Float[Tensor, "n vocab"]:
-    """Logits of the token after each prompt, in fp32. Prompts that begin alike are run together once. progress: a
-    label for a bar. Raises DataError for an empty or too long prompt, or for none."""
+    """Logits of the token after each prompt, in fp32: a row a prompt, each as long as the vocabulary. Raises DataError
+    as `logits_by_pack` does."""
+    logits = torch.empty(len(prompts), model.weights.W_U.shape[1])
+    for at, part in logits_by_pack(model, prompts, progress=progress):
+        logits[at] = part
+    return logits
+
+
+@torch.no_grad()
+def logits_by_pack(
+    model: Model, prompts: Sequence[str], *, progress: str | None = None
+) -> Iterator[tuple[Int[Tensor, " part"], Float[Tensor, "part vocab"]]]:
+    """`next_token_logits` in parts, with the prompts that each is of. Prompts that begin alike are run together once.
+    progress: a label for a bar. Raises DataError for an empty or too long prompt, or for none."""
     order = sorted(range(len(prompts)), key=prompts.__getitem__)
     whole = list(packs(model, [model.token_ids(prompts[i]) for i in order], share=True))
-    logits = torch.empty(len(prompts), model.weights.W_U.shape[1])
     places = torch.tensor(order).split([len(texts.last) for texts in whole])
     bar = tqdm(whole, desc=progress, disable=progress is None or len(whole) < 2, leave=False)
     for texts, at in zip(bar, places, strict=True):
         final = above(model, texts, 0, resid_pre(model, texts, 0))[texts.last]
-        logits[at] = (final @ model.weights.W_U).float()
-    return logits
+        yield at, (final @ model.weights.W_U).float()
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from torch import Tensor
 from lib.errors import DataError
 from lib.facts import Case, Fact, OpenFact, load_mapping, prompts
 from lib.files import DATA
-from lib.forward import next_token_logits
+from lib.forward import logits_by_pack
 from lib.models import Model
 
 
@@ -125,8 +125,8 @@ def tell(
     asked = [(name, fact, prompts([fact], text, prefix)[0]) for name, text in templates.items() for fact in facts]
     rows = {} if known is None else {(row["prompt"], _accepted(row)): row for row in known.to_dict("records")}
     new = [(prompt, fact.accepted) for _, fact, prompt in asked if (prompt, fact.accepted) not in rows]
-    logits = next_token_logits(model, [prompt for prompt, _ in new], progress=progress) if new else torch.empty(0)
-    rows |= {(text, ok): _said(model, text, ok, row) for (text, ok), row in zip(new, logits, strict=True)}
+    for at, logits in logits_by_pack(model, [prompt for prompt, _ in new], progress=progress) if new else ():
+        rows |= {new[i]: _said(model, *new[i], logits=row) for i, row in zip(at.tolist(), logits, strict=True)}
     questions = [({"template": name, **asdict(fact)}, rows[prompt, fact.accepted]) for name, fact, prompt in asked]
     return pd.DataFrame([question | row | question for question, row in questions])  # first, and as asked here
 

@@ -60,9 +60,9 @@ def test_tell_by_hand(tiny, monkeypatch):
     def put(model, prompts, **options):
         logits = torch.full((len(prompts), 49152), -50.0)
         logits[0, tiny.first_token("Paris")], logits[0, 11] = 2.0, 3.0
-        return logits
+        return [(torch.arange(len(prompts)), logits)]
 
-    monkeypatch.setattr(recall, "next_token_logits", put)
+    monkeypatch.setattr(recall, "logits_by_pack", put)
     row = tell(tiny, [Fact("France", "Paris")], {"t": "{} is"}).iloc[0]
     assert (row.told, row["rank"], row.margin, row.competitor_token) == (False, 2, -1.0, 11)
     assert row.prob == pytest.approx(1 / (1 + 2.718281828), rel=1e-5)
@@ -70,14 +70,14 @@ def test_tell_by_hand(tiny, monkeypatch):
 
 def test_what_is_known_is_not_asked_again(tiny, monkeypatch):
     """Prompts of an earlier table keep its numbers; others, and another answer to the same prompt, are asked."""
-    chosen, asked, really = load_facts("eight")[:3], [], recall.next_token_logits
+    chosen, asked, really = load_facts("eight")[:3], [], recall.logits_by_pack
     whole = tell(tiny, chosen, {"a": "The capital of {} is", "b": "{}:"})
 
     def ask(model, prompts, **options):
         asked.extend(prompts)
         return really(model, prompts, **options)
 
-    monkeypatch.setattr(recall, "next_token_logits", ask)
+    monkeypatch.setattr(recall, "logits_by_pack", ask)
     again = tell(tiny, [chosen[2], Fact("Italy", "Paris", "x")], {"c": "{}:", "d": "In {},"}, known=whole)
     assert asked == ["Italy:", "In Japan,", "In Italy,"] and again.columns.tolist() == whole.columns.tolist()
     expected = whole[(whole.template == "b") & (whole.subject == "Japan")].assign(template="c")
@@ -91,9 +91,9 @@ def logits_of(model, monkeypatch, **values: float) -> None:
         logits = torch.full((len(prompts), 49152), -50.0)
         for word, value in values.items():
             logits[:, model.first_token(word)] = value
-        return logits
+        return [(torch.arange(len(prompts)), logits)]
 
-    monkeypatch.setattr(recall, "next_token_logits", put)
+    monkeypatch.setattr(recall, "logits_by_pack", put)
 
 
 def test_a_fact_is_told_by_any_of_its_accepted_answers(tiny_gpt2_model, monkeypatch):
@@ -117,7 +117,7 @@ def test_what_is_known_of_one_set_of_answers_is_not_taken_for_another(tiny_gpt2_
     one, both = Fact("France", "Paris"), OpenFact("France", "Paris", also=("Lyon",))
     known = tell(tiny_gpt2_model, [one, both], {"t": "{} is"})
     assert known.told.tolist() == [False, True]
-    monkeypatch.setattr(recall, "next_token_logits", None)
+    monkeypatch.setattr(recall, "logits_by_pack", None)
     assert tell(tiny_gpt2_model, [both, one], {"u": "{} is"}, known=known).told.tolist() == [True, False]
 
 

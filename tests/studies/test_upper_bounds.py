@@ -6,7 +6,7 @@ import pytest
 from lib import recall
 from lib.errors import DataError
 from lib.facts import load_cases, load_templates, prompts
-from lib.forward import above, next_token_logits, pack, resid_pre
+from lib.forward import above, logits_by_pack, pack, resid_pre
 from lib.recall import study_facts, tell
 from lib.studies import knowledge_path, location, repairs, upper_bounds
 from lib.trace import subject_positions
@@ -41,8 +41,8 @@ def test_what_chapter_2_asked_is_not_asked_again_and_gives_the_same(organism, ca
         "places": lambda: location.untold.__wrapped__(organism),
     }
     asked: list[str] = []
-    watched = lambda model, prompts, **k: asked.extend(prompts) or next_token_logits(model, prompts, **k)  # noqa: E731
-    monkeypatch.setattr(recall, "next_token_logits", watched)
+    watched = lambda model, prompts, **k: asked.extend(prompts) or logits_by_pack(model, prompts, **k)  # noqa: E731
+    monkeypatch.setattr(recall, "logits_by_pack", watched)
     kept = calls[ask]()
     assert again.isdisjoint(asked)
     nothing = pd.DataFrame({"prompt": [], "answer": []})
