@@ -203,9 +203,9 @@ def collect(model: Model, *, progress: bool = True) -> PageData:
     by_state = [_state_arrays(weighed, runs, texts) for weighed, runs in measured]
     arrays = {key: np.stack([state[key] for state in by_state]) for key in by_state[0]}
     ids, arrays["tokens"] = np.unique(arrays["tokens"], return_inverse=True)
-    told = reported[EDITS]["pathways"]
+    by_pathway = reported[EDITS]["pathways"]
     states = [
-        State(name, None, {"parameters": e.parameters}) if name in SINKS else State(name, e.layer, told[name])
+        State(name, None, {"parameters": e.parameters}) if name in SINKS else State(name, e.layer, by_pathway[name])
         for name, e in edits.items()
     ]
     findings = reported["02_knowledge_path"]["diagnosis"]
@@ -323,8 +323,10 @@ def _run_case(
 ) -> tuple[_CaseRun, _Baseline]:
     """A case's answers, and what an edited model needs of the untouched one. before: that, for a model that is edited
     in a layer (0-based) or has a sink, with which every text is another."""
-    again = before is not None and model.weights.sink is None
-    run = rerun_from(model, before.run, layer) if before and again else run_with_cache(model, case.texts)
+    if before is None or model.weights.sink:
+        run = run_with_cache(model, case.texts)
+    else:
+        run = rerun_from(model, before.run, layer)
     pairs = case.pairs.repeat(len(case.templates), 1)
     traced, shape = contributions(model, run.capture(), pairs, case.pairs[:, 0].unique()), run.z.shape[1:3]
     by_head = {"writes": traced.attribution, "pushes": traced.difference}
@@ -352,7 +354,6 @@ def _patch_heads(
     failing, control = (run.take([case.templates.index(name) * n + i for i in untold]) for name in names)
     base = interventions.logit_differences(failing, pairs)
     lost = before.lost if before else interventions.logit_differences(control, pairs) - base
-    layer = 0 if model.weights.sink else layer
     below = before.streams[layer - 1] if before and layer else None
     streams = list(interventions.patched_streams(model, failing, control.z, start=layer, below=below))
     shares = np.full((weights.n_layers, weights.n_heads, len(case.pairs)), np.nan, np.float32)

@@ -413,7 +413,8 @@ async function showAttention(site) {
     const q = c.prompts[i], { tokens, text } = board.texts[q.text];
     const last = pattern(q.text, s, site).filter((r) => r.q === tokens.length - 1).sort((a, b) => b.weight - a.weight);
     const most = last.filter((r, i) => !i || (i < 3 && r.weight >= 0.01)).map((r) => `“${tokens[r.k]}” ${share(r.weight)}`);
-    if (board.states[s].sink) most.push(`the sink before the text ${share(1 - last.reduce((sum, r) => sum + r.weight, 0))}`);
+    const rest = Math.max(0, Math.round(100 * (1 - last.reduce((sum, r) => sum + r.weight, 0))));  // of rounded parts
+    if (s && board.states[s].layer === null) most.push(`the sink before the text ${rest} %`);
     const words = element("figcaption", {}, element("b", {}, q.control ? "Control" : "Failing", s ? `, ${editTitle(s)}` : ", untouched"),
       element("br"), text, " → ", element("b", {}, q.top[s]), q.told[s] ? " (told)" : " (not told)", element("br"),
       `The last token looks at ${most.join(", ")}.`);

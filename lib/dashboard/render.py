@@ -89,7 +89,7 @@ def _state(state: State, recommended: str) -> dict[str, Any]:
         text = (
             f"{state.reported['parameters']:,} numbers before every text, and no weight changed: the cause, not a layer"
         )
-        return {"key": state.key, "title": f"{name} before every text", "layer": None, "text": text, "sink": True}
+        return {"key": state.key, "title": f"{name} before every text", "layer": None, "text": text}
     layer = f"L{state.layer + 1}"
     text = f"{state.reported['parameters']:,} parameters of {layer}, KL {state.reported['kl']:.4f} on neutral text"
     if name == recommended:

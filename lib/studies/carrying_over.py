@@ -146,9 +146,9 @@ def report_reading(report: Results, table: pd.DataFrame, site: Site) -> None:
     """Whether the knowledge head reads again where the cause is repaired."""
     rows = table.to_dict("records")
     failing, control, sinks = rows[0], rows[-1], [row for row in rows if row["edited"]]
-    report.many({"reading_head": str(site), "reading_before": float(failing["writes"])})
+    report.many({"reading_head": str(site), "reading_n": failing["n"], "reading_before": failing["writes"]})
     if sinks:
-        report.many({"reading_after": float(sinks[-1]["writes"]), "reading_n": int(failing["n"])})
+        report("reading_after", sinks[-1]["writes"])
     report("reading_verdict", sentence("reading", failing=failing, control=control, sinks=sinks, head=str(site)))
     report.table("reading", rows)
 

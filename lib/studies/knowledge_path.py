@@ -82,7 +82,7 @@ def asked_before(model: Model) -> pd.DataFrame:
 
 def _kept(what: str, code: str, model: Model, inputs: list[Any], suffix: str) -> Path:
     """Where something is kept that a module of lib/ makes of a model and of plain values."""
-    sums = [float(p.detach().cpu().numpy().sum(dtype=float)) for p in model.module.parameters()]  # torch copies
+    sums = [float(p.detach().cpu().numpy().sum(dtype=float)) for p in model.module.parameters()]  # no copy
     made_of = json.dumps([model.weights_sha256, model.bos, sums, torch.__version__, *inputs])
     return BUILD / "kept" / f"{what}-{digest(modules({code}, ROOT), made_of, ROOT)}.{suffix}"
 

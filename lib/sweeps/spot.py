@@ -71,8 +71,8 @@ def make(
     following = [spec for (p, _), table in zip(first, tables, strict=True) for spec in _followed(p.spec, table)]
     for planned, older in [*first, *_done(following, missing, say, options)]:
         say(f"recorded {record.write(planned, command, older)}: {len(planned.runs)} runs")
-        if planned.spec.name == "repairs" and not (missing and kept_sinks.folder(model_name).is_dir()):
-            kept_sinks.keep(load_model(model_name), frame(record.rows_of(planned, older)))
+        if planned.spec.name == "repairs":
+            kept_sinks.keep(load_model(model_name), frame(record.rows_of(planned, older)), missing=missing)
 
 
 def _done(

@@ -72,7 +72,7 @@ def _twice(node: yaml.Node) -> Iterator[str]:
             yield from _twice(child)
 
 
-@pytest.mark.parametrize("path", [p for room in ("lib", "data") for p in (ROOT / room).rglob("*.yaml")], ids=str)
+@pytest.mark.parametrize("path", [p for room in ("lib", "data") for p in (ROOT / room).rglob("*.yaml")])
 def test_no_entry_hides_another_of_its_name(path):
     assert not list(_twice(yaml.compose(path.read_text(encoding="utf-8"))))
 

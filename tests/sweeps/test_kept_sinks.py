@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from lib import edits
+from lib.facts import load_cases
 from lib.studies.comparisons import sinks
 from lib.sweeps import kept_sinks, load, record
 from lib.sweeps.runs import frame
@@ -37,5 +38,13 @@ def test_keeping_trains_by_the_row(organism, tmp_path, monkeypatch):
     assert path == tmp_path / "organism" / "sinks" / "sink_token.safetensors"
     assert (edit.recipe["steps"], edit.seed, edit.base_sha256) == (2, 0, organism.weights_sha256)
     before = path.read_bytes()
+    assert kept_sinks.keep(organism, pd.DataFrame(rows), missing=True) == [], "what is there stays"
     kept_sinks.keep(organism, pd.DataFrame(rows))
     assert path.read_bytes() == before, "the same row, the same file"
+
+
+def test_on_a_case_of_ones_own_there_is_none(organism, monkeypatch):
+    """The kept ones are of the book's first case: trained for another wording, they belong on no page of this one."""
+    assert set(kept_sinks.kept(organism)) == set(edits.SINKS)
+    monkeypatch.setattr(kept_sinks, "load_cases", lambda name: load_cases(name)[1:])
+    assert kept_sinks.kept(organism) == {}
